@@ -1,0 +1,83 @@
+"""What the rooms of the package hand each other.
+
+`data` and `methods` know nothing of each other; they agree on the names in this file.
+Importing it costs nothing: torch is needed only by a type checker.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: What lies outside a scan, and what a patch is padded with, in Hounsfield units: air.
+PADDING_HU = -1024
+
+
+class SampleKey(NamedTuple):
+    """Names one draw: which lesion, in which epoch. Everything random about a sample follows from it."""
+
+    epoch: int
+    index: int
+
+
+class PatchPair(TypedDict):
+    """A lesion's patch and the negative mined for it, in HU, before augmentation."""
+
+    positive: Tensor  # int16 (1, z, y, x), canonical LPS, HU
+    negative: Tensor  # the same shape
+    lesion: int  # row number in the table of usable lesions
+    negative_from_other_scan: bool  # the lesion's own scan had no legal place
+
+
+class ViewPairs(TypedDict):
+    """Two views of every lesion of a batch, and two of the patch mined for it.
+
+    As a batch the four tensors are `(batch, 1, z, y, x)`, as embeddings `(batch, dim)`. The two entries of
+    `negative` may hold another number of rows than those of `positive`.
+    """
+
+    positive: tuple[Tensor, Tensor]
+    negative: tuple[Tensor, Tensor]
+
+
+class ViewTransform(Protocol):
+    """Makes one view of one patch. What it draws is a function of `seed`, of nothing else."""
+
+    def __call__(self, patch: Tensor, seed: int) -> Tensor:
+        """Turn an int16 HU patch `(1, z, y, x)` into a float32 view of the same shape."""
+        ...
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a patch is cut from a scan and turned into what the encoder sees; travels with the weights.
+
+    Attributes:
+        patch_size_zyx: voxels along z, y, x.
+        spacing_mm: edge of the isotropic voxels.
+        padding_hu: what stands outside the scan; also the lower bound of the intensities.
+        hu_offset: added after clamping from below, HU.
+        hu_scale: divisor after the offset, HU. With the defaults air is 0 and 2048 HU is 1.
+    """
+
+    patch_size_zyx: tuple[int, int, int] = (50, 50, 50)
+    spacing_mm: float = 1.0
+    padding_hu: int = PADDING_HU
+    hu_offset: float = 1024.0
+    hu_scale: float = 3072.0
+
+    def normalize(self, patch_hu: Tensor) -> Tensor:
+        """HU to the encoder's range, float32: `(max(hu, padding_hu) + hu_offset) / hu_scale`."""
+        return (patch_hu.float().clamp_min(self.padding_hu) + self.hu_offset) / self.hu_scale
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
+        """The inverse of `to_dict`, also after a journey through JSON."""
+        return cls(**{**values, "patch_size_zyx": tuple(values["patch_size_zyx"])})
