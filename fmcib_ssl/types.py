@@ -7,7 +7,7 @@ Importing it costs nothing: torch is needed only by a type checker.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, Protocol, TypedDict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,7 @@ class SampleKey(NamedTuple):
     """Names one draw: which lesion, in which epoch. Everything random about a sample follows from it."""
 
     epoch: int
-    index: int
+    index: int  # type: ignore[assignment]  # the lesion's; tuple.index is of no use here
 
 
 class PatchPair(TypedDict):
@@ -41,6 +41,8 @@ class ViewPairs(TypedDict):
 
     positive: tuple[Tensor, Tensor]
     negative: tuple[Tensor, Tensor]
+    lesion: NotRequired[Tensor]  # (batch,) row numbers, in batches of views
+    negative_from_other_scan: NotRequired[Tensor]  # (batch,) bool
 
 
 class ViewTransform(Protocol):

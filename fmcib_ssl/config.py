@@ -1,0 +1,348 @@
+"""The configuration, checked before anything heavy is imported.
+
+Two checks, both done in well under a second. The first is of names: every override on the command line and every key
+of the user's own files must be one that the chosen options have; a misspelt one is refused with the nearest right one.
+The YAML files under `configs/` are the only list of names. The second is of values: the sections that steer the run
+become a `Settings` object with types and ranges. Sections with a `_target_` (encoder, loss, ...) stay dictionaries;
+their constructors check them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+#: `train.py` composes this file.
+CONFIG_NAME = "train"
+
+#: A section with a `_target_` and its arguments.
+Component = dict[str, Any]
+
+#: Sections whose keys are not ours to list: columns of the user's table, arguments of Lightning's Trainer.
+_FREE_SECTIONS = ("data.select.", "trainer.")
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message says which key, why, and what would do."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Phantom(_Section):
+    """The synthetic archive of `data=phantom`."""
+
+    folder: Path
+    num_scans: PositiveInt
+    seed: int = Field(ge=0)
+
+
+class Data(_Section):
+    """Where lesions come from and how they become batches; see `configs/data/`."""
+
+    annotations: Path
+    image_root: Path | None
+    coordinates: Literal["lps", "ras"]
+    select: dict[str, Any] | None
+    on_bad_row: Literal["refuse", "skip"]
+    check: Literal["headers", "full"]
+    allow_short_scans: bool
+    patch_size: tuple[PositiveInt, PositiveInt, PositiveInt]
+    spacing_mm: PositiveFloat
+    batch_size: PositiveInt | Literal["auto"]
+    max_batch_size: PositiveInt
+    cache_scans: int = Field(ge=0)
+    phantom: Phantom | None
+
+
+class Hardware(_Section):
+    """The machine; see `configs/hardware/`."""
+
+    accelerator: Literal["cpu", "gpu", "mps", "auto"]
+    devices: PositiveInt
+    num_nodes: PositiveInt
+    strategy: str
+    precision: str
+    sync_batchnorm: bool
+    num_workers: int = Field(ge=0)
+    num_threads: PositiveInt | None
+    pin_memory: bool
+
+
+class Trainer(BaseModel):
+    """How long and how carefully to train. Any other argument of Lightning's Trainer is passed on to it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    max_epochs: int | None = Field(ge=-1)
+    max_steps: int = Field(ge=-1)
+    accumulate_grad_batches: PositiveInt
+    gradient_clip_val: PositiveFloat | None
+    log_every_n_steps: PositiveInt
+    deterministic: bool | Literal["warn"]
+
+    @model_validator(mode="after")
+    def _ends(self) -> Trainer:
+        if self.max_epochs in (None, -1) and self.max_steps == -1:
+            raise ValueError("training would never end: set trainer.max_epochs or trainer.max_steps")
+        return self
+
+
+class Paths(_Section):
+    """Folders; `run` is this run's own."""
+
+    runs: Path
+    data: Path
+    run: Path
+
+
+class Method(_Section):
+    """What `MinedContrast` does with the views."""
+
+    forwards: Literal["joint", "separate"]
+
+
+class Settings(_Section):
+    """The whole configuration of a run, typed."""
+
+    name: str = Field(min_length=1)
+    seed: int = Field(ge=0, lt=2**32)
+    contact_sheet_rows: int = Field(ge=0)
+    data: Data
+    hardware: Hardware
+    trainer: Trainer
+    paths: Paths
+    method: Method
+    augment: Component
+    encoder: Component
+    head: Component
+    loss: Component
+    optimizer: Component
+    schedule: Component | None
+    logger: dict[str, Component] | None
+    callbacks: dict[str, Component] | None
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> Settings:
+        if self.hardware.sync_batchnorm and self.hardware.accelerator == "cpu":
+            raise ValueError("hardware.sync_batchnorm=true needs GPUs: torch has none on the CPU. Set it to false")
+        if self.loss.get("negatives") == "lesions" and self.data.batch_size == 1 and self.world_size == 1:
+            raise ValueError(
+                "loss.negatives=lesions contrasts lesions of a batch with each other, and data.batch_size=1 leaves none: "
+                "raise the batch size or choose loss.negatives=mined"
+            )
+        return self
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes, each with one device."""
+        return self.hardware.devices * self.hardware.num_nodes
+
+
+def read_settings(config: DictConfig) -> Settings:
+    """Turn a composed Hydra configuration into typed values.
+
+    Raises:
+        ConfigError: naming every key whose value is missing or not allowed.
+    """
+    missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
+    if missing:
+        lines = [f"  {key} has no value: set it on the command line, {key}=..." for key in missing]
+        raise ConfigError("the configuration is incomplete:\n" + "\n".join(lines))
+    try:
+        values = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"the configuration cannot be resolved: {error}") from error
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("the configuration has values that are not allowed:\n" + _describe(error)) from error
+
+
+def _describe(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        # Of a union every member complains; its own name at the end of the location is noise to a user.
+        union_members = ("literal[", "constrained-", "function-")
+        key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(union_members))
+        message = problem["msg"].removeprefix("Value error, ")
+        value = "" if isinstance(problem["input"], dict) else f"={problem['input']}"
+        lines.append(f"  {key}{value}: {message}" if key else f"  {message}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def check_command_line(arguments: Sequence[str], config_dir: Path) -> None:
+    """Check names and values of a `train.py` command line; sweeps are checked value by value.
+
+    Args:
+        arguments: the command line without the program's name.
+        config_dir: absolute folder of the shipped configs.
+
+    Raises:
+        ConfigError: with the key or group that is wrong, and the nearest right one.
+    """
+    options, _ = get_args_parser().parse_known_args(list(arguments))
+    if options.help or options.hydra_help or options.info or options.cfg or options.shell_completion:
+        return  # nothing will be trained
+    # Plugins (colours in the log, launchers) answer to the `hydra` key and are Hydra's to check.
+    overrides = [o for o in _parse(options.overrides) if not str(o.key_or_group).startswith("hydra")]
+    search_path = [f"hydra.searchpath=[file://{Path(options.config_dir).resolve()}]"] if options.config_dir else []
+    config_name = options.config_name or CONFIG_NAME
+    with initialize_config_dir(version_base="1.3", config_dir=str(config_dir)):
+        for one_run in _single_runs(overrides):
+            read_settings(_compose_checked(config_name, one_run, search_path))
+
+
+def _parse(overrides: Iterable[str]) -> list[Override]:
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(f"the command line cannot be read: {error}") from error
+
+
+def _single_runs(overrides: Sequence[Override]) -> Iterator[list[str]]:
+    """The command line with every sweep at its first value, then each other value of each sweep once."""
+    choices = [
+        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
+        if o.is_discrete_sweep()
+        else [o.input_line or ""]
+        for o in overrides
+    ]
+    first = [lines[0] for lines in choices]
+    yield first
+    for position, lines in enumerate(choices):
+        for line in lines[1:]:
+            yield [*first[:position], line, *first[position + 1 :]]
+
+
+def _compose_checked(config_name: str, overrides: list[str], search_path: list[str]) -> DictConfig:
+    """Check every name of one run, then compose it."""
+    parsed = _parse(overrides)
+    by_group = [o for o in parsed if _check_group(o)]
+    by_key = [o for o in parsed if o not in by_group]
+
+    chosen = _compose(config_name, [o.input_line or "" for o in by_group] + search_path)
+    choices = OmegaConf.to_container(chosen.hydra.runtime.choices)
+    assert isinstance(choices, dict)
+    in_defaults = [
+        f"{group}={option or 'null'}"
+        for group, option in choices.items()
+        if not str(group).startswith(("hydra/", "experiment"))
+    ]
+    # What the chosen options declare by themselves is the list of names; an experiment only fills it in.
+    declared = _compose(config_name, in_defaults + search_path)
+    _check_keys_of_experiment(chosen, declared, str(choices.get("experiment", "")))
+    for override in by_key:
+        _check_key(override, chosen)
+
+    config = _compose(config_name, [*overrides, *search_path])
+    del config["hydra"]
+    config.paths.run = config.paths.runs  # known only once Hydra has made the run's folder
+    return config
+
+
+def _compose(config_name: str, overrides: list[str]) -> DictConfig:
+    try:
+        config = compose(config_name, overrides, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(str(error)) from error
+    OmegaConf.set_struct(config, False)
+    return config
+
+
+def _group_options(group: str) -> list[str]:
+    return list(GlobalHydra.instance().config_loader().get_group_options(group, results_filter=ObjectType.CONFIG))
+
+
+def _groups() -> list[str]:
+    groups = GlobalHydra.instance().config_loader().get_group_options("", results_filter=ObjectType.GROUP)
+    return [group for group in groups if group != "hydra"]
+
+
+def _check_group(override: Override) -> bool:
+    """Whether an override chooses an option of a group; refuses a group or an option that does not exist."""
+    name = override.key_or_group
+    options = _group_options(name) if "." not in name else []
+    if not options:
+        if override.is_add() and "." not in name:
+            raise ConfigError(f"+{name}: there is no such group.{_choose_from(name, _groups())}")
+        return False
+    if name == "experiment" and not override.is_add():
+        raise ConfigError(f"an experiment is added with a plus: +experiment={override.value()}")
+    if override.is_delete():
+        return True
+    value = override.value()
+    for option in value if isinstance(value, list) else [value]:
+        if option is not None and str(option) not in options:
+            raise ConfigError(f"{name}={option}: there is no such option.{_choose_from(str(option), options)}")
+    return True
+
+
+def _check_key(override: Override, config: DictConfig) -> None:
+    """Refuse a key that the chosen options do not have."""
+    name = override.key_or_group
+    if override.is_add() or override.is_force_add() or name in _keys(config):
+        return
+    if name.startswith("trainer."):
+        hint = f" To hand Lightning's Trainer an argument that is not listed, add it: +{name}=..."
+    else:
+        hint = ""
+    raise ConfigError(f"{name}: there is no such key.{_suggest(name, _keys(config))}{hint}")
+
+
+def _check_keys_of_experiment(config: DictConfig, declared: DictConfig, experiment: str) -> None:
+    """Refuse a key that an experiment file sets and no chosen option declares."""
+    known = _keys(declared)
+    for key in _keys(config):
+        section = key.split(".")[0]
+        free = key.startswith(_FREE_SECTIONS) or _target(config, section) != _target(declared, section)
+        if key not in known and not free:
+            raise ConfigError(f"experiment {experiment} sets {key}: there is no such key.{_suggest(key, known)}")
+
+
+def _target(config: DictConfig, section: str) -> object:
+    part = config.get(section)
+    return part.get("_target_") if isinstance(part, DictConfig) else None
+
+
+def _keys(config: DictConfig, prefix: str = "") -> list[str]:
+    """All dotted keys, inner and outer, without Hydra's own."""
+    keys: list[str] = []
+    for key in config:
+        name = f"{prefix}{key}"
+        if name == "hydra":
+            continue
+        keys.append(name)
+        if not OmegaConf.is_missing(config, key) and not OmegaConf.is_interpolation(config, key):
+            value = config[key]
+            keys += _keys(value, f"{name}.") if isinstance(value, DictConfig) else []
+    return keys
+
+
+def _suggest(name: str, candidates: Iterable[str]) -> str:
+    """The nearest candidate, also when only its last part was typed (`temperature` for `loss.temperature`)."""
+    candidates = list(candidates)
+    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.7)
+    if not close:
+        by_leaf = {candidate.rsplit(".", 1)[-1]: candidate for candidate in reversed(candidates)}
+        leaves = difflib.get_close_matches(name.rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.7)
+        close = [by_leaf[leaf] for leaf in leaves]
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def _choose_from(name: str, candidates: list[str]) -> str:
+    return f"{_suggest(name, candidates)} There are: {', '.join(candidates)}"

@@ -1,0 +1,159 @@
+"""Contrastive pretraining with explicitly mined negatives.
+
+Differs from the published module in three ways: all views go through the encoder in one batch (`forwards="separate"`
+restores four passes, which batch norm can tell apart); on several devices only what the loss needs is gathered, by
+Lightning's own `all_gather`; and the schedule counts the steps it is stepped in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from fmcib_ssl.methods.monitors import contrast_monitors
+from fmcib_ssl.types import ViewPairs
+
+NamedParameters = Iterable[tuple[str, nn.Parameter]]
+
+
+class MinedContrast(L.LightningModule):
+    """Encoder and head, trained so that a lesion's two views agree against its negatives.
+
+    Args:
+        encoder: `(batch, 1, z, y, x)` to `(batch, features)`; what the user keeps.
+        head: `(batch, features)` to `(batch, dim)`; thrown away after training.
+        loss: takes `{"positive": (pos0, pos1), "negative": (neg0, neg1)}`. Its attribute `negatives` says what has to
+            be gathered from other devices: `"mined"` (also assumed where there is none), `"mined_and_lesions"` or
+            `"lesions"`.
+        optimizer: called with the named parameters, gives the optimizer.
+        schedule: called with the optimizer and `total_steps`, gives a scheduler that is stepped after every
+            optimizer step; `None` keeps the rate constant.
+        forwards: `"joint"` sends all four sets of views through the encoder in one batch; `"separate"` sends them one
+            by one, as published. They differ where batch norm is in training mode: its statistics are then those of
+            one set.
+        metadata: stored in every checkpoint under `"fmcib_ssl"`, so that the encoder can be rebuilt from it.
+
+    On `W` devices with `B` lesions each, the loss is the mean over all `W * B` lesions and the parameter gradients
+    are those of one device with `W * B` lesions (of their batch norm, with `SyncBatchNorm`).
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        head: nn.Module,
+        loss: nn.Module,
+        optimizer: Callable[[NamedParameters], Optimizer],
+        schedule: Callable[..., LRScheduler] | None = None,
+        *,
+        forwards: Literal["joint", "separate"] = "joint",
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if forwards not in ("joint", "separate"):
+            raise ValueError(f"forwards must be 'joint' or 'separate', got {forwards!r}")
+        if getattr(loss, "gather_distributed", False):
+            raise ValueError("MinedContrast gathers by itself: build the loss with gather_distributed=False")
+        self.encoder = encoder
+        self.head = head
+        self.loss = loss
+        self.forwards = forwards
+        self.metadata = metadata or {}
+        self._make_optimizer = optimizer
+        self._make_schedule = schedule
+
+    def forward(self, views: Tensor) -> Tensor:
+        """Embed views: `(batch, 1, z, y, x)` to `(batch, dim)`."""
+        return cast(Tensor, self.head(self.encoder(views)))
+
+    def embed(self, batch: ViewPairs) -> ViewPairs:
+        """Embed the four sets of views of a batch; the same keys, each `(batch, dim)`."""
+        views = [*batch["positive"], *batch["negative"]]
+        if self.forwards == "joint":
+            embeddings = self(torch.cat(views)).split([len(view) for view in views])
+        else:
+            embeddings = tuple(self(view) for view in views)
+        pos0, pos1, neg0, neg1 = embeddings
+        return {"positive": (pos0, pos1), "negative": (neg0, neg1)}
+
+    def contrast(self, out: ViewPairs) -> Tensor:
+        """The loss of this device's lesions against the negatives of all devices.
+
+        Args:
+            out: this device's embeddings.
+
+        Raises:
+            ValueError: on every device, if the devices hold batches of different sizes.
+        """
+        world_size = self.trainer.world_size
+        if world_size == 1:
+            return cast(Tensor, self.loss(out))
+        self._check_equal_batches(out)
+        negatives = getattr(self.loss, "negatives", "mined")
+        options: dict[str, Any] = {}
+        if negatives != "lesions":
+            out = {"positive": out["positive"], "negative": self._gather_views(out["negative"])}
+        if negatives != "mined":
+            options["lesions"] = self._gather_views(out["positive"])
+            options["first_lesion"] = self.global_rank * len(out["positive"][0])
+        loss = cast(Tensor, self.loss(out, **options))
+        # DDP averages the gradients over devices: right for a mean, but a sum over devices has to be made up for.
+        return loss * world_size if getattr(self.loss, "reduction", "mean") == "sum" else loss
+
+    def _gather_views(self, views: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Both views of all devices in order of rank, `(world_size * batch, dim)` each, in one collective."""
+        both = torch.stack(views)
+        # Half precision is for the encoder; the gradients that come back from other devices are summed in float32.
+        both = both.to(torch.promote_types(both.dtype, torch.float32))
+        gathered = cast(Tensor, self.all_gather(both, sync_grads=True))  # (world_size, 2, batch, dim)
+        return gathered[:, 0].flatten(0, 1), gathered[:, 1].flatten(0, 1)
+
+    def _check_equal_batches(self, out: ViewPairs) -> None:
+        """Compare batch sizes before any larger collective, which would hang or crash on unequal ones."""
+        local = torch.tensor([len(out["positive"][0]), len(out["negative"][0])], device=self.device)
+        sizes = cast(Tensor, self.all_gather(local)).tolist()
+        if any(size != sizes[0] for size in sizes):
+            held = ", ".join(f"rank {rank}: {p} lesions and {n} negatives" for rank, (p, n) in enumerate(sizes))
+            raise ValueError(
+                f"the devices hold batches of different sizes ({held}). Their negatives are shared, so the sizes must "
+                "be equal: drop the incomplete last batch, as LesionDataModule does, or give every rank as many lesions."
+            )
+
+    def training_step(self, batch: ViewPairs, batch_idx: int) -> Tensor:
+        """One step on one device's batch of views."""
+        out = self.embed(batch)
+        loss = self.contrast(out)
+        num_lesions = len(batch["positive"][0])
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True, batch_size=num_lesions)
+        figures = {f"train/{name}": value for name, value in contrast_monitors(out).items()}
+        if "negative_from_other_scan" in batch:
+            figures["data/negative_from_other_scan"] = batch["negative_from_other_scan"].float().mean()
+        if getattr(self.loss, "trainable_temperature", False):
+            figures["train/temperature"] = cast(Tensor, self.loss.temperature).detach()
+        self.log_dict(figures, batch_size=num_lesions)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the norm of the whole gradient, before it is clipped, and the rate this step is taken with."""
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        self.log("lr", optimizer.param_groups[0]["lr"], prog_bar=True)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer over encoder, head and loss, and a schedule stepped once per optimizer step."""
+        optimizer = self._make_optimizer(self.named_parameters())
+        if self._make_schedule is None:
+            return optimizer
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = self._make_schedule(optimizer, total_steps=total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "frequency": 1}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let every checkpoint say how its encoder is rebuilt."""
+        checkpoint["fmcib_ssl"] = {**self.metadata, "step": self.global_step, "epoch": self.current_epoch}

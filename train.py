@@ -1,0 +1,28 @@
+"""Pretrain an encoder: `python train.py +experiment=NAME [key=value ...]`; `--help` shows what can be chosen."""
+
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from fmcib_ssl.config import CONFIG_NAME, ConfigError, check_command_line, read_settings
+
+CONFIG_DIR = Path(__file__).resolve().parent / "configs"
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=CONFIG_NAME)
+def main(config: DictConfig) -> float:
+    """Train; the return value is the last loss, for sweepers."""
+    settings = read_settings(config)
+    from fmcib_ssl.run import train  # noqa: PLC0415  (imports torch: only once the configuration is known to be right)
+
+    return train(settings)
+
+
+if __name__ == "__main__":
+    try:
+        check_command_line(sys.argv[1:], CONFIG_DIR)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    main()
