@@ -1,0 +1,129 @@
+"""Where things are: the grid of a scan, the grid of a patch, and the way between them.
+
+Everything is in LPS millimetres (x to the patient's left, y to the back, z to the head), the frame of DICOM and of
+SimpleITK. Index `(0, 0, 0)` is the *centre* of the first voxel, so a scan fills indices from -0.5 to size - 0.5.
+A point is turned into an index only by the grid whose voxels are read with it; nothing is reoriented afterwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from jaxtyping import Bool, Float
+
+FloatArray = npt.NDArray[np.float64]
+
+
+def ras_to_lps(points_ras_mm: npt.ArrayLike) -> Float[np.ndarray, "*points 3"]:
+    """RAS millimetres to LPS, and back: x and y change their sign."""
+    return np.asarray(points_ras_mm, dtype=np.float64) * (-1.0, -1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """The voxels of a patch: isotropic, axes along +x, +y, +z of LPS.
+
+    Voxel `size // 2` of each axis has its centre exactly at the point.
+
+    Attributes:
+        center_lps_mm: the point, x, y, z.
+        size_zyx: number of voxels, in the order of the array.
+        spacing_mm: edge of a voxel.
+    """
+
+    center_lps_mm: tuple[float, float, float]
+    size_zyx: tuple[int, int, int]
+    spacing_mm: float = 1.0
+
+    @property
+    def size_xyz(self) -> tuple[int, int, int]:
+        """Number of voxels along x, y, z."""
+        z, y, x = self.size_zyx
+        return x, y, z
+
+    @property
+    def origin_lps_mm(self) -> tuple[float, float, float]:
+        """Centre of the first voxel, x, y, z."""
+        x, y, z = (c - (n // 2) * self.spacing_mm for c, n in zip(self.center_lps_mm, self.size_xyz, strict=True))
+        return x, y, z
+
+    @property
+    def extent_mm_xyz(self) -> tuple[float, float, float]:
+        """Edge lengths of the patch along x, y, z."""
+        x, y, z = (n * self.spacing_mm for n in self.size_xyz)
+        return x, y, z
+
+
+@dataclass(frozen=True)
+class ScanGeometry:
+    """Where the voxels of a scan lie in the patient.
+
+    Attributes:
+        size_xyz: number of voxels.
+        spacing_mm_xyz: distance between voxel centres along each index axis.
+        origin_lps_mm: centre of voxel (0, 0, 0).
+        direction: 3x3, rows; column `k` is the LPS unit vector of index axis `k`.
+    """
+
+    size_xyz: tuple[int, int, int]
+    spacing_mm_xyz: tuple[float, float, float]
+    origin_lps_mm: tuple[float, float, float]
+    direction: tuple[tuple[float, float, float], ...] = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
+
+    @property
+    def _index_to_mm(self) -> FloatArray:
+        return np.array(self.direction, dtype=np.float64) * self.spacing_mm_xyz
+
+    def to_lps_mm(self, index_xyz: npt.ArrayLike) -> Float[np.ndarray, "*points 3"]:
+        """Centre of a voxel, or the place of a fractional index, in LPS mm."""
+        points: FloatArray = np.asarray(index_xyz, dtype=np.float64) @ self._index_to_mm.T + self.origin_lps_mm
+        return points
+
+    def to_index_xyz(self, points_lps_mm: npt.ArrayLike) -> Float[np.ndarray, "*points 3"]:
+        """Fractional voxel index of a point, x, y, z. The inverse of `to_lps_mm`."""
+        offset = np.asarray(points_lps_mm, dtype=np.float64) - self.origin_lps_mm
+        index: FloatArray = offset @ np.linalg.inv(self._index_to_mm).T
+        return index
+
+    def contains(self, points_lps_mm: npt.ArrayLike) -> Bool[np.ndarray, " *points"]:
+        """Whether a point lies in a voxel of the scan, edges included."""
+        index = self.to_index_xyz(points_lps_mm)
+        edge = 0.5 + 1e-6  # the inverse of a direction is exact to rounding only
+        return np.asarray(((index >= -edge) & (index <= np.array(self.size_xyz) - 1 + edge)).all(axis=-1))
+
+    def distance_outside_mm(self, point_lps_mm: npt.ArrayLike) -> float:
+        """How far a point is from the nearest edge of the scan; 0 inside."""
+        index = self.to_index_xyz(point_lps_mm)
+        nearest = np.clip(index, -0.5, np.array(self.size_xyz) - 0.5)
+        return float(np.linalg.norm(self._index_to_mm @ (index - nearest)))
+
+    def bounds_lps_mm(self) -> tuple[FloatArray, FloatArray]:
+        """Lowest and highest x, y, z that a voxel of the scan reaches."""
+        corners = self.to_lps_mm(np.stack(np.meshgrid(*([-0.5, n - 0.5] for n in self.size_xyz)), -1))
+        return corners.min(axis=(0, 1, 2)), corners.max(axis=(0, 1, 2))
+
+    def region_of(self, grid: PatchGrid) -> tuple[slice, slice, slice]:
+        """The voxels needed to interpolate a patch linearly, as slices x, y, z; an empty slice if there are none."""
+        first = np.array(grid.origin_lps_mm)
+        last = first + (np.array(grid.size_xyz) - 1) * grid.spacing_mm
+        corners = np.stack(np.meshgrid(*zip(first, last, strict=True)), -1).reshape(-1, 3)
+        index = self.to_index_xyz(corners)
+        # One voxel more than the neighbours on each side: no sample may see the edge of the region as the scan's edge.
+        start = np.clip(np.floor(index.min(axis=0)) - 1, 0, self.size_xyz).astype(int)
+        stop = np.clip(np.ceil(index.max(axis=0)) + 2, start, self.size_xyz).astype(int)
+        x, y, z = (slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))
+        return x, y, z
+
+    def part(self, region: tuple[slice, slice, slice]) -> ScanGeometry:
+        """Geometry of the voxels that slices x, y, z pick: from `start` to `stop`, every `step`-th."""
+        ranges = [range(n)[s] for s, n in zip(region, self.size_xyz, strict=True)]
+        x, y, z = self.to_lps_mm([r.start for r in ranges]).tolist()
+        spacing = [d * r.step for d, r in zip(self.spacing_mm_xyz, ranges, strict=True)]
+        return ScanGeometry(
+            size_xyz=(len(ranges[0]), len(ranges[1]), len(ranges[2])),
+            spacing_mm_xyz=(spacing[0], spacing[1], spacing[2]),
+            origin_lps_mm=(x, y, z),
+            direction=self.direction,
+        )

@@ -1,0 +1,78 @@
+"""NT-Xent with mined negatives, the loss of the published pretraining."""
+
+from __future__ import annotations
+
+import warnings
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fmcib_ssl.losses.contrast import Negatives, check_negatives, check_temperature, contrast
+from fmcib_ssl.types import ViewPairs
+
+
+class NTXentNegativeMinedLoss(nn.Module):
+    """Normalized, temperature-scaled cross entropy of the two views of a lesion against explicit negatives.
+
+    Args:
+        temperature: divides the cosines.
+        gather_distributed: `forward` gathers the negatives of all ranks itself, with gradients. Leave it off
+            where the caller gathers.
+        negatives: what `forward` contrasts an anchor with. "mined": the mined negatives of the same view number;
+            "lesions": both views of the other lesions (SimCLR); "mined_and_lesions": all of these.
+
+    Raises:
+        ValueError: `abs(temperature) < 1e-8` or not finite; an unknown choice of negatives.
+
+    Source:
+        Pai et al., Foundation model for cancer imaging biomarkers, Nat. Mach. Intell. 2024 ("mined");
+        Chen et al., SimCLR, ICML 2020, eq. 1 ("lesions").
+    """
+
+    def __init__(
+        self, temperature: float = 0.1, gather_distributed: bool = False, negatives: Negatives = "mined"
+    ) -> None:
+        super().__init__()
+        check_temperature(temperature)
+        check_negatives(negatives)
+        if temperature < 0:
+            warnings.warn(
+                f"temperature {temperature} is negative: the loss then rewards similarity to the negatives "
+                "and pushes the two views of a lesion apart, the opposite of contrastive learning",
+                stacklevel=2,
+            )
+        self.temperature = temperature
+        self.gather_distributed = gather_distributed
+        self.negatives: Negatives = negatives
+
+    def forward(
+        self, out: ViewPairs, *, lesions: tuple[Tensor, Tensor] | None = None, first_lesion: int = 0
+    ) -> Float[Tensor, ""]:
+        """Mean cross entropy over the `2 * batch` anchors, in float32 (float64 if an input is).
+
+        Args:
+            out: embeddings `(batch, dim)`, not normalized; `negative` may hold another number of rows.
+            lesions: both views of the lesions of all ranks, `(all_lesions, dim)`, from a caller that gathers;
+                by default `out["positive"]`. Not looked at when `negatives` is "mined".
+            first_lesion: the row of `lesions` that holds this rank's first lesion.
+
+        Raises:
+            AssertionError: a key is missing.
+            TypeError: an embedding is not a tensor of real floats.
+            ValueError: pairs, shapes, devices, or sizes across ranks do not fit, or an anchor has no negative.
+        """
+        return contrast(
+            out,
+            temperature=self.temperature,
+            negatives=self.negatives,
+            lesions=lesions,
+            first_lesion=first_lesion,
+            gather_distributed=self.gather_distributed,
+        ).mean()
+
+    def extra_repr(self) -> str:
+        """What `print(loss)` shows."""
+        return (
+            f"temperature={self.temperature}, gather_distributed={self.gather_distributed}, "
+            f"negatives={self.negatives!r}"
+        )

@@ -1,0 +1,240 @@
+"""Every class of bad row, with the message a user sees."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk  # noqa: N813
+
+from fmcib_ssl.data import annotations
+from fmcib_ssl.data.annotations import (
+    AnnotationsError,
+    BadRowsError,
+    CheckedAnnotations,
+    LesionTable,
+    check_annotations,
+    read_annotations,
+)
+from fmcib_ssl.data.scans import ScanSource
+from fmcib_ssl.types import Preprocessing
+
+PATCH = Preprocessing(patch_size_zyx=(20, 20, 20))
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    """Two scans: x -100..-60, y 200..240, z 0..60; the second the same in another folder."""
+    voxels = np.random.default_rng(0).integers(-1000, 1000, (20, 40, 40)).astype(np.int16)
+    image = sitk.GetImageFromArray(voxels)
+    image.SetSpacing((1, 1, 3))
+    image.SetOrigin((-100, 200, 0))
+    (tmp_path / "sub folder").mkdir()
+    sitk.WriteImage(image, str(tmp_path / "a.nii.gz"))
+    sitk.WriteImage(image, str(tmp_path / "sub folder" / "b.nrrd"))
+    return tmp_path
+
+
+def table(folder: Path, *lines: str, header: str = "image_path,coordX,coordY,coordZ", **options: object) -> LesionTable:
+    (folder / "lesions.csv").write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
+    return read_annotations(folder / "lesions.csv", **options)  # type: ignore[arg-type]
+
+
+def check(folder: Path, *lines: str, **options: object) -> CheckedAnnotations:
+    return check_annotations(table(folder, *lines), PATCH, **options)  # type: ignore[arg-type]
+
+
+GOOD = "a.nii.gz,-80,220,30"
+
+
+def test_columns_paths_and_points(archive: Path) -> None:
+    lesions = table(
+        archive,
+        "a.nii.gz,-80,220.5,30,P 1,0",
+        '"sub folder/b.nrrd",-81,221,31,"P, 2",1',
+        header="image_path,coordX,coordY,coordZ,patient,label",
+    )
+    usable, rejected = check_annotations(lesions, PATCH, check="full")
+    assert rejected.empty
+    assert [s.path for s in usable.scans if s] == [archive / "a.nii.gz", archive / "sub folder" / "b.nrrd"]
+    np.testing.assert_array_equal(usable.centers_lps_mm, [[-80, 220.5, 30], [-81, 221, 31]])
+    assert usable.rows["patient"].tolist() == ["P 1", "P, 2"]
+    assert usable.rows["label"].tolist() == [0, 1]
+    assert usable.rows.index.tolist() == [1, 2]
+
+
+def test_image_root_and_path_prefix(archive: Path) -> None:
+    elsewhere = archive / "tables"
+    elsewhere.mkdir()
+    assert table(elsewhere, GOOD, image_root=archive).scan_of(0).path == archive / "a.nii.gz"
+    moved = table(elsewhere, "/mnt/data1/CT/a.nii.gz,-80,220,30", image_root=archive, path_prefix="/mnt/data1/CT")
+    assert moved.scan_of(0).path == archive / "a.nii.gz"
+    absolute = table(elsewhere, f"{archive}/a.nii.gz,-80,220,30")
+    assert absolute.scan_of(0).path == archive / "a.nii.gz"
+
+
+def test_ras_points(archive: Path) -> None:
+    lesions = table(archive, "a.nii.gz,80,-220,30", coordinates="ras")
+    np.testing.assert_array_equal(lesions.centers_lps_mm, [[-80, 220, 30]])
+    assert len(check_annotations(lesions, PATCH).usable) == 1
+    with pytest.raises(AnnotationsError, match=r"coordinates='itk' is not one of 'lps', 'ras'"):
+        table(archive, GOOD, coordinates="itk")
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_what_spreadsheets_do_to_a_table(archive: Path, separator: str) -> None:
+    lines = ["image_path , coordX,coordY ,coordZ,series_uid", " a.nii.gz, -80,220,30 ,", "", "a.nii.gz,-70,220,30,"]
+    text = "\r\n".join(lines).replace(",", separator)
+    (archive / "lesions.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    lesions = read_annotations(archive / "lesions.csv")
+    assert lesions.rows.index.tolist() == [1, 3]  # the blank line counts
+    np.testing.assert_array_equal(lesions.centers_lps_mm, [[-80, 220, 30], [-70, 220, 30]])
+    assert lesions.scans == (ScanSource(archive / "a.nii.gz"),) * 2
+
+
+def test_series_uid_stays_text(archive: Path) -> None:
+    lesions = table(archive, GOOD + ",1.20", header="image_path,coordX,coordY,coordZ,series_uid")
+    assert lesions.scan_of(0) == ScanSource(archive / "a.nii.gz", "1.20")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b"Image_Path,coordX,y,coordZ\n",
+            r"lacks the columns 'image_path' \(rename 'Image_Path'\?\), 'coordY'.*it has",
+        ),
+        (b"image_path,coordX,coordY,coordZ\n", r"has a header and no rows"),
+        (b"image_path,coordX,coordY,coordZ\n\n,,,\n", r"has a header and no rows"),
+        (b"", r"lacks the columns"),
+        (b"image_path,coordX,coordY,coordZ,coordX\n", r"these columns twice: 'coordX'"),
+        (b"image_path,coordX,coordY,coordZ\na b,1,2,3\na, b,1,2,3\n", r"row 2 .* has 5 fields, the header has 4"),
+        (b"PK\x03\x04\xff\xfe\x00", r"is not a CSV file in UTF-8"),
+    ],
+)
+def test_tables_that_cannot_be_read(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "lesions.csv").write_bytes(content)
+    with pytest.raises(AnnotationsError, match=message):
+        read_annotations(tmp_path / "lesions.csv")
+    with pytest.raises(AnnotationsError, match=r"none\.csv: cannot be opened: No such file"):
+        read_annotations(tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("gone.nii.gz,-80,220,30", r"row 2: gone\.nii\.gz: .*/gone\.nii\.gz: cannot be opened: No such file"),
+        (",-80,220,30", r"row 2: .*image_path is empty"),
+        ("a.nii.gz,-80,,30", r"row 2: a\.nii\.gz: coordY=nan: is missing"),
+        ("a.nii.gz,-80,abc,30", r"row 2: a\.nii\.gz: coordY=abc: is not a finite number"),
+        ("a.nii.gz,inf,220,30", r"coordX=inf: is not a finite number"),
+        ('a.nii.gz,-80,220,"30,5"', r"coordZ=30,5: is not a finite number"),
+        ("a.nii.gz,-80,220,70", r"coordZ=70.*: the point is 11\.5 mm outside the scan, which reaches from \(-100\.5, "),
+        ("a.nii.gz,80,-220,30", r"outside the scan.*looks like RAS"),
+        ("flat.nii.gz,1,1,1", r"row 2: flat\.nii\.gz: .*is a 2D image"),
+        ("a.nii.gz,-80.0,220.0,30.0", r"row 2: .*the same scan and point as row 1"),
+        ("thin.mha,5,5,5", r"the scan is 12\.0 mm long along z, the patch 20\.0 mm"),
+    ],
+)
+def test_a_bad_row_is_named(archive: Path, line: str, message: str) -> None:
+    sitk.WriteImage(sitk.Image([10, 10], sitk.sitkInt16), str(archive / "flat.nii.gz"))
+    sitk.WriteImage(sitk.Image([30, 30, 12], sitk.sitkInt16), str(archive / "thin.mha"))
+    with pytest.raises(BadRowsError, match=r"1 of 2 rows cannot be used[\s\S]*on_bad_row=skip") as error:
+        check(archive, GOOD, line)
+    assert pd.Series(str(error.value)).str.contains(message).item(), str(error.value)
+    usable, rejected = check(archive, GOOD, line, on_bad_row="skip")
+    assert usable.rows.index.tolist() == [1]
+    assert rejected["row"].tolist() == [2]
+    assert (rejected["remedy"].str.len() > 0).all()
+
+
+def test_lps_in_a_table_that_says_ras(archive: Path) -> None:
+    with pytest.raises(BadRowsError, match=r"looks like LPS[\s\S]*coordinates=lps"):
+        check_annotations(table(archive, GOOD, coordinates="ras"), PATCH)
+
+
+def test_short_scans_can_be_allowed(archive: Path) -> None:
+    sitk.WriteImage(sitk.Image([30, 30, 12], sitk.sitkInt16), str(archive / "thin.mha"))
+    assert len(check(archive, "thin.mha,5,5,5", allow_short_scans=True).usable) == 1
+
+
+def test_full_check_finds_what_headers_cannot(archive: Path) -> None:
+    path = archive / "sub folder" / "b.nrrd"
+    path.write_bytes(path.read_bytes()[:-3000])
+    lines = (GOOD, "sub folder/b.nrrd,-80,220,30")
+    assert len(check(archive, *lines).usable) == 2
+    with pytest.raises(BadRowsError, match=r"row 2: sub folder/b\.nrrd: .*cannot be decoded: it is cut off"):
+        check(archive, *lines, check="full")
+
+
+def test_all_bad_rows_are_listed_together(archive: Path) -> None:
+    lines = [GOOD, *(f"gone{i}.nrrd,1,2,3" for i in range(30))]
+    with pytest.raises(BadRowsError) as error:
+        check(archive, *lines, rejected_csv=archive / "rejected.csv")
+    message = str(error.value)
+    assert "30 of 31 rows cannot be used" in message
+    assert message.count("No such file") == 20
+    assert f"... and 10 more; all are in {archive / 'rejected.csv'}" in message
+    assert "image_root" in message
+    written = pd.read_csv(archive / "rejected.csv")
+    assert written.columns.tolist() == ["row", "image_path", "value", "reason", "remedy"]
+    assert written["row"].tolist() == list(range(2, 32))
+    assert str(pickle.loads(pickle.dumps(error.value))) == message
+
+
+def test_no_row_left_is_an_error_even_when_skipping(archive: Path) -> None:
+    with pytest.raises(BadRowsError, match=r"No row is left"):
+        check(archive, "gone.nrrd,1,2,3", on_bad_row="skip")
+
+
+def test_points_of_rows_set_aside_stay_annotated(archive: Path) -> None:
+    lines = (
+        GOOD,
+        GOOD,
+        "a.nii.gz,-70,215,20",
+        "a.nii.gz,-70,x,20",
+        "a.nii.gz,-300,215,20",
+        "sub folder/b.nrrd,-70,215,20",
+    )
+    usable = check(archive, *lines, on_bad_row="skip").usable
+    assert usable.rows.index.tolist() == [1, 3, 6]
+    split = usable.select(usable.rows.index == 6)
+    assert len(split) == 1
+    expected = [[-80, 220, 30], [-80, 220, 30], [-70, 215, 20], [-300, 215, 20]]
+    np.testing.assert_array_equal(split.annotated_lps_mm[ScanSource(archive / "a.nii.gz")], expected)
+
+
+def test_each_scan_is_opened_once(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+    original = annotations.read_header
+
+    def counted(path: Path, series_uid: str | None = None) -> object:
+        opened.append(path)
+        return original(path, series_uid)
+
+    monkeypatch.setattr(annotations, "read_header", counted)
+    check(archive, *(f"a.nii.gz,{-80 + i},220,30" for i in range(9)), "sub folder/b.nrrd,-80,220,30")
+    assert sorted(opened) == [archive / "a.nii.gz", archive / "sub folder" / "b.nrrd"]
+
+
+@pytest.mark.parametrize(
+    ("name", "num_rows"),
+    [("deeplesion/pretrain.csv", 11467), ("lung1/annotations.csv", None), ("luna16/task2_test.csv", 170)],
+)
+def test_published_tables(real_data: Path, name: str, num_rows: int | None) -> None:
+    path = real_data / "annotations" / name
+    lesions = read_annotations(path, image_root="/archive", path_prefix="/mnt/data1")
+    plain = pd.read_csv(path)
+    assert len(lesions) == (num_rows or len(plain))
+    expected = plain[["coordX", "coordY", "coordZ"]].to_numpy(float)
+    np.testing.assert_array_equal(lesions.centers_lps_mm, expected)
+    assert all(str(scan.path).startswith("/archive/") for scan in lesions.scans if scan is not None)
+
+
+def test_real_annotations(real_data: Path) -> None:
+    lesions = read_annotations(real_data / "ct" / "annotations.csv", image_root=real_data)
+    usable, rejected = check_annotations(lesions, Preprocessing(), check="full")
+    assert (len(usable), len(rejected)) == (2, 0)

@@ -1,0 +1,147 @@
+"""Batches: the same for any number of workers, and the same from ranks together as from one process."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fmcib_ssl.augment import PublishedViews
+from fmcib_ssl.data.datamodule import LesionDataModule
+from fmcib_ssl.data.sampler import EpochSampler
+from fmcib_ssl.types import PatchPair, SampleKey
+
+SIZE = (8, 8, 8)
+
+
+class NoisePatches:
+    """Patches whose every voxel follows from their key."""
+
+    def __init__(self, num_lesions: int = 13) -> None:
+        self.num_lesions = num_lesions
+
+    def __len__(self) -> int:
+        return self.num_lesions
+
+    def __getitem__(self, key: SampleKey) -> PatchPair:
+        draw = np.random.default_rng([key.epoch, key.index])
+        positive, negative = torch.from_numpy(draw.integers(-1024, 1000, (2, 1, *SIZE), dtype=np.int16))
+        return {"positive": positive, "negative": negative, "lesion": key.index, "negative_from_other_scan": False}
+
+
+def datamodule(**options: Any) -> LesionDataModule:
+    return LesionDataModule(NoisePatches(), PublishedViews(SIZE), **{"batch_size": 4, "seed": 3, **options})
+
+
+def batches(module: LesionDataModule, epochs: tuple[int, ...] = (0, 1)) -> list[dict[str, Any]]:
+    loader = module.train_dataloader()
+    found = []
+    for epoch in epochs:
+        loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        found += list(loader)
+    return found
+
+
+def tensors(batch: dict[str, Any]) -> list[Tensor]:
+    return [*batch["positive"], *batch["negative"], batch["lesion"], batch["negative_from_other_scan"]]
+
+
+@pytest.mark.parametrize("num_workers", [2, 4])
+def test_workers_do_not_change_the_batches(num_workers: int) -> None:
+    alone, parallel = batches(datamodule()), batches(datamodule(num_workers=num_workers))
+    assert len(alone) == len(parallel) == 6
+    for here, there in zip(alone, parallel, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(tensors(here), tensors(there), strict=True))
+    lesions = [tuple(batch["lesion"].tolist()) for batch in alone]
+    assert len(set(lesions)) == 6
+    assert not torch.equal(alone[0]["positive"][0], alone[0]["positive"][1])
+
+
+def test_a_batch_is_what_the_method_takes() -> None:
+    batch = batches(datamodule())[0]
+    for view in tensors(batch)[:4]:
+        assert view.shape == (4, 1, *SIZE)
+        assert view.dtype == torch.float32
+    assert batch["lesion"].dtype == torch.int64
+    assert batch["negative_from_other_scan"].dtype == torch.bool
+    assert len(tensors(batch)) == 6
+
+
+def test_blocks_of_ranks_make_the_batch_of_one_process() -> None:
+    alone = batches(datamodule(batch_size=6))
+    ranks = []
+    for rank in range(3):
+        module = datamodule(batch_size=2)
+        module.trainer = SimpleNamespace(global_rank=rank, world_size=3)  # type: ignore[assignment]
+        ranks.append(batches(module))
+    assert len(alone) == len(ranks[0]) == 4
+    for number, whole in enumerate(alone):
+        blocks = [tensors(rank[number]) for rank in ranks]
+        for index, expected in enumerate(tensors(whole)):
+            assert torch.equal(torch.cat([block[index] for block in blocks]), expected)
+
+
+def test_loading_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    batches(datamodule())
+    batches(datamodule(num_workers=2))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("world_size", "expected"), [(1, 10), (2, 6), (3, 4), (13, 1)])
+def test_automatic_batch_size(world_size: int, expected: int) -> None:
+    module = datamodule(batch_size="auto", max_batch_size=10)
+    assert module.batch_size_per_device(world_size) == expected
+    module.trainer = SimpleNamespace(global_rank=0, world_size=world_size)  # type: ignore[assignment]
+    assert len(batches(module)[0]["lesion"]) == expected
+
+
+def test_too_few_lesions_are_an_error() -> None:
+    with pytest.raises(ValueError, match="13 lesions for 14 devices"):
+        datamodule(batch_size="auto").batch_size_per_device(14)
+    with pytest.raises(ValueError, match="13 lesions do not fill one batch of 14"):
+        datamodule(batch_size=14).train_dataloader()
+
+
+class Recorder(L.LightningModule):
+    """Notes which lesions each step sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, list[int]]] = []
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        self.seen.append((self.current_epoch, batch["lesion"].tolist()))
+        return self.weight * batch["positive"][0].mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_trainer_sets_the_epoch(num_workers: int) -> None:
+    recorder = Recorder()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=3,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(recorder, datamodule(num_workers=num_workers))
+    expected = []
+    sampler = EpochSampler(13, 4, seed=3)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        order = [key.index for key in sampler]
+        expected += [(epoch, order[start : start + 4]) for start in range(0, 12, 4)]
+    assert recorder.seen == expected

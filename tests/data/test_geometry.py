@@ -1,0 +1,110 @@
+"""Geometry against SimpleITK, and against counting."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+from scipy.spatial.transform import Rotation
+
+from fmcib_ssl.data.geometry import PatchGrid, ScanGeometry, ras_to_lps
+
+AXIS_ORIENTATIONS = [
+    np.eye(3)[:, list(order)] * signs
+    for order in itertools.permutations(range(3))
+    for signs in itertools.product((1, -1), repeat=3)
+]
+
+
+def random_geometry(rng: np.random.Generator, oblique: bool) -> ScanGeometry:
+    direction = Rotation.random(random_state=rng).as_matrix() if oblique else AXIS_ORIENTATIONS[rng.integers(48)]
+    return ScanGeometry(
+        size_xyz=tuple(rng.integers(4, 40, 3).tolist()),
+        spacing_mm_xyz=tuple(rng.uniform(0.4, 6, 3).tolist()),
+        origin_lps_mm=tuple(rng.uniform(-500, 500, 3).tolist()),
+        direction=tuple(map(tuple, direction.tolist())),
+    )
+
+
+def as_image(geometry: ScanGeometry) -> sitk.Image:
+    image = sitk.Image(geometry.size_xyz, sitk.sitkUInt8)
+    image.SetSpacing(geometry.spacing_mm_xyz)
+    image.SetOrigin(geometry.origin_lps_mm)
+    image.SetDirection(np.ravel(geometry.direction).tolist())
+    return image
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_index_and_lps_agree_with_simpleitk(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    geometry = random_geometry(rng, oblique=seed % 2 == 0)
+    image = as_image(geometry)
+    index = rng.uniform(-20, 60, (10, 3))
+    points = np.array([image.TransformContinuousIndexToPhysicalPoint(i) for i in index.tolist()])
+    np.testing.assert_allclose(geometry.to_lps_mm(index), points, atol=1e-9)
+    np.testing.assert_allclose(geometry.to_index_xyz(points), index, atol=1e-9)
+    np.testing.assert_allclose(geometry.to_lps_mm(index[0]), points[0], atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_contains_bounds_and_distance(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    geometry = random_geometry(rng, oblique=True)
+    size = np.array(geometry.size_xyz)
+    index = rng.uniform(-3, size + 3, (200, 3))
+    expected = [all(-0.5 <= i <= n - 0.5 for i, n in zip(row, size, strict=True)) for row in index]
+    assert 0 < sum(expected) < 200
+    np.testing.assert_array_equal(geometry.contains(geometry.to_lps_mm(index)), expected)
+    corners = geometry.to_lps_mm(list(itertools.product(*((-0.5, n - 0.5) for n in size))))
+    assert geometry.contains(corners).all()
+    np.testing.assert_allclose(geometry.bounds_lps_mm()[0], corners.min(0))
+    np.testing.assert_allclose(geometry.bounds_lps_mm()[1], corners.max(0))
+    beyond = geometry.to_lps_mm([size[0] - 0.5 + 3, 1, size[2] - 0.5 + 4])
+    expected_mm = np.hypot(3 * geometry.spacing_mm_xyz[0], 4 * geometry.spacing_mm_xyz[2])
+    assert geometry.distance_outside_mm(beyond) == pytest.approx(expected_mm)
+    assert geometry.distance_outside_mm(geometry.to_lps_mm([1, 1, 1])) == 0
+
+
+@pytest.mark.parametrize("size_zyx", [(50, 50, 50), (5, 6, 7), (1, 2, 3)])
+@pytest.mark.parametrize("spacing_mm", [1.0, 0.75])
+def test_patch_has_voxel_half_size_on_its_point(size_zyx: tuple[int, int, int], spacing_mm: float) -> None:
+    center = (12.25, -80.5, 1000.125)
+    grid = PatchGrid(center, size_zyx, spacing_mm)
+    image = sitk.Image(grid.size_xyz, sitk.sitkUInt8)
+    image.SetSpacing([spacing_mm] * 3)
+    image.SetOrigin(grid.origin_lps_mm)
+    np.testing.assert_allclose(image.TransformIndexToPhysicalPoint([n // 2 for n in grid.size_xyz]), center)
+    assert grid.extent_mm_xyz == tuple(n * spacing_mm for n in size_zyx[::-1])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_region_holds_every_neighbour_of_every_sample(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    geometry = random_geometry(rng, oblique=seed % 2 == 0)
+    center = geometry.to_lps_mm(rng.uniform(-2, np.array(geometry.size_xyz) + 2))
+    grid = PatchGrid(tuple(center.tolist()), (6, 5, 4), 1.5)
+    region = geometry.region_of(grid)
+    for k in itertools.product(*(range(n) for n in grid.size_xyz)):
+        index = geometry.to_index_xyz(np.array(grid.origin_lps_mm) + np.array(k) * grid.spacing_mm)
+        for corner in itertools.product(*((np.floor(i), np.floor(i) + 1) for i in index)):
+            if all(0 <= i < n for i, n in zip(corner, geometry.size_xyz, strict=True)):
+                assert all(s.start <= i < s.stop for i, s in zip(corner, region, strict=True))
+    far = PatchGrid(tuple((np.array(geometry.origin_lps_mm) + 5000).tolist()), (6, 5, 4), 1.5)
+    assert any(s.start == s.stop for s in geometry.region_of(far))
+
+
+def test_part_is_simpleitks_slicing() -> None:
+    geometry = random_geometry(np.random.default_rng(1), oblique=True)
+    expected = as_image(geometry)[1:4:2, 2:4, ::3]
+    part = geometry.part((slice(1, 4, 2), slice(2, 4), slice(None, None, 3)))
+    assert part.size_xyz == expected.GetSize()
+    np.testing.assert_allclose(part.spacing_mm_xyz, expected.GetSpacing())
+    np.testing.assert_allclose(part.origin_lps_mm, expected.GetOrigin())
+    np.testing.assert_allclose(np.ravel(part.direction), expected.GetDirection())
+
+
+def test_ras_to_lps_is_its_own_inverse() -> None:
+    np.testing.assert_array_equal(ras_to_lps([[1, 2, 3]]), [[-1, -2, 3]])
+    np.testing.assert_array_equal(ras_to_lps(ras_to_lps([4.0, -5.0, 6.0])), [4, -5, 6])

@@ -1,0 +1,191 @@
+"""The phantom archive: real files, the same every time, and no short cut from a lesion's size or brightness to its class."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk  # noqa: N813
+from sklearn.metrics import roc_auc_score
+
+from fmcib_ssl.data.phantom import draw_scan, make_archive
+from fmcib_ssl.data.phantom_chest import MIN_DISTANCE_MM, ORIENTATIONS, PhantomLesion, render
+
+NUM_SCANS = 24
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_archive(tmp_path_factory.mktemp("phantom"), NUM_SCANS, (2, 3), seed=1, progress=False)
+
+
+@pytest.fixture(scope="module")
+def table(archive: Path) -> pd.DataFrame:
+    return pd.read_csv(archive)
+
+
+def sphere_means(archive: Path, table: pd.DataFrame, radius_mm: float) -> np.ndarray:
+    """Mean HU round every lesion, by the affine that nibabel reads; no code of ours but the file and the point."""
+    means = []
+    for path, rows in table.groupby("image_path", sort=False):
+        image = nibabel.load(archive.parent / str(path))
+        hu = np.asanyarray(image.dataobj)
+        index = np.stack(np.meshgrid(*map(np.arange, hu.shape), indexing="ij"), -1)
+        ras = index @ image.affine[:3, :3].T + image.affine[:3, 3]
+        for x, y, z in rows[["coordX", "coordY", "coordZ"]].to_numpy():
+            means.append(hu[np.linalg.norm(ras - [-x, -y, z], axis=-1) < radius_mm].mean())
+    return np.array(means)
+
+
+def test_the_table_names_files_that_exist_and_points_inside_them(archive: Path, table: pd.DataFrame) -> None:
+    assert list(table.columns) == [
+        "image_path", "PatientID", "coordX", "coordY", "coordZ", "diameter_mm", "label", "split",
+    ]  # fmt: skip
+    assert table.PatientID.nunique() == NUM_SCANS
+    for path, rows in table.groupby("image_path"):
+        image = sitk.ReadImage(str(archive.parent / str(path)))
+        for point in rows[["coordX", "coordY", "coordZ"]].to_numpy():
+            index = np.array(image.TransformPhysicalPointToContinuousIndex(point))
+            assert (index > 0).all() and (index < np.array(image.GetSize()) - 1).all()
+
+
+def test_no_patient_is_on_both_sides_of_the_split(table: pd.DataFrame) -> None:
+    assert set(table.split) == {"train", "test"}
+    assert table.groupby("PatientID").split.nunique().max() == 1
+
+
+def test_scans_are_ct_in_hu_with_air_lung_soft_tissue_and_bone(archive: Path) -> None:
+    hu = sitk.GetArrayFromImage(sitk.ReadImage(str(archive.parent / "scans/phantom_0000.nii.gz")))
+    assert hu.dtype == np.int16
+    assert hu.min() >= -1024
+    share = np.histogram(hu, [-1025, -950, -700, -200, -40, 150, 300, 3072])[0] / hu.size
+    air, lung, _, fat, soft, _, bone = share
+    assert air > 0.1 and 0.08 < lung < 0.5 and 0.03 < fat < 0.3 and 0.15 < soft < 0.6 and 0.005 < bone < 0.1
+
+
+def test_scans_vary_in_orientation_and_spacing(archive: Path, table: pd.DataFrame) -> None:
+    images = [sitk.ReadImage(str(archive.parent / path)) for path in table.image_path.unique()]
+    orientations = {sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(i.GetDirection()) for i in images}
+    assert orientations == set(ORIENTATIONS)
+    spacings = np.array([sorted(image.GetSpacing()) for image in images])
+    assert (spacings[:, 2] > 1.05 * spacings[:, 1]).all()  # slices are thicker than pixels are wide
+    assert len(np.unique(spacings[:, 2])) == NUM_SCANS
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_a_lesion_is_where_the_table_says_in_every_orientation(orientation: str) -> None:
+    chest, lesions = draw_scan(0, 3, (1, 1))
+    lesion = lesions[0]
+    chest = type(chest)(**{**vars(chest), "orientation": orientation, "noise_hu": 1.0})
+    with_lesion = render(chest, lesions, np.random.default_rng(0))
+    without = render(chest, [], np.random.default_rng(0))
+    changed = np.abs(sitk.GetArrayFromImage(with_lesion).astype(float) - sitk.GetArrayFromImage(without)) > 200
+    z, y, x = np.argwhere(changed).mean(0)
+    found = np.array(with_lesion.TransformContinuousIndexToPhysicalPoint((x, y, z)))
+    assert np.linalg.norm(found - np.add(lesion.center_lps_mm, chest.origin_lps)) < 2.0
+
+
+def test_a_scan_is_a_function_of_seed_and_number(archive: Path, tmp_path: Path) -> None:
+    again = make_archive(tmp_path / "again", 2, (2, 3), seed=1, num_workers=1, progress=False)
+    other = make_archive(tmp_path / "other", 1, (2, 3), seed=2, progress=False)
+
+    def digest(table: Path, number: int) -> str:
+        image = sitk.ReadImage(str(table.parent / f"scans/phantom_{number:04d}.nii.gz"))
+        return hashlib.sha256(sitk.GetArrayViewFromImage(image).tobytes()).hexdigest()
+
+    assert [digest(again, n) for n in (0, 1)] == [digest(archive, n) for n in (0, 1)]
+    assert digest(other, 0) != digest(archive, 0)
+    pd.testing.assert_frame_equal(pd.read_csv(again), pd.read_csv(archive).head(len(pd.read_csv(again))))
+
+
+def test_processes_write_the_same_scans(archive: Path, tmp_path: Path) -> None:
+    parallel = make_archive(tmp_path, 5, (2, 3), seed=1, num_workers=2, progress=False)
+    for name in ("scans/phantom_0000.nii.gz", "scans/phantom_0004.nii.gz"):
+        arrays = [sitk.GetArrayFromImage(sitk.ReadImage(str(t.parent / name))) for t in (archive, parallel)]
+        np.testing.assert_array_equal(*arrays)
+
+
+def test_a_complete_archive_is_left_alone_and_a_broken_off_one_is_finished(tmp_path: Path) -> None:
+    table = make_archive(tmp_path, 2, progress=False)
+    scans = sorted((tmp_path / "scans").iterdir())
+    assert [scan.name for scan in scans] == ["phantom_0000.nii.gz", "phantom_0001.nii.gz"]  # no half files
+    for path in (table, *scans):
+        os.utime(path, (1, 1))
+    scans[1].unlink()
+    make_archive(tmp_path, 2, progress=False)
+    assert table.stat().st_mtime == scans[0].stat().st_mtime == 1
+    assert scans[1].stat().st_mtime > 1
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
+    make_archive(tmp_path / "phantom", 1, progress=False)
+    with pytest.raises(ValueError, match=r"'seed': 0.*not.*'seed': 7.*delete that folder or give another"):
+        make_archive(tmp_path / "phantom", 1, seed=7, progress=False)
+    (tmp_path / "annotations.csv").write_text("image_path\n")
+    with pytest.raises(ValueError, match="it is no phantom archive"):
+        make_archive(tmp_path, 1, progress=False)
+    with pytest.raises(ValueError, match=r"num_scans=0, lesions_per_scan=\(1, 3\)"):
+        make_archive(tmp_path / "new", 0)
+
+
+def lesions_of(num_scans: int) -> list[PhantomLesion]:
+    return [lesion for n in range(num_scans) for lesion in draw_scan(5, n, (1, 3))[1]]
+
+
+def test_neither_size_nor_mean_nor_place_tells_the_class() -> None:
+    """Over many lesions, within four standard errors of an AUC of a half."""
+    lesions = lesions_of(600)
+    labels = np.array([lesion.label for lesion in lesions])
+    standard_error = np.sqrt(1 / 12 * (1 / labels.sum() + 1 / (1 - labels).sum()))
+    columns = {
+        "diameter": [lesion.diameter_mm for lesion in lesions],
+        "mean": [lesion.mean_hu for lesion in lesions],
+        **{axis: [lesion.center_lps_mm[k] for lesion in lesions] for k, axis in enumerate("xyz")},
+        "distance": [float(np.linalg.norm(lesion.center_lps_mm)) for lesion in lesions],
+    }
+    for name, column in columns.items():
+        assert abs(roc_auc_score(labels, column) - 0.5) < 4 * standard_error, name
+    assert abs(labels.mean() - 0.5) < 4 * 0.5 / np.sqrt(len(labels))
+
+
+def test_both_classes_are_painted_equally_bright_and_unequally_rough() -> None:
+    """The same lesion painted as either class: the mean in its middle agrees, the spread does not."""
+    means, spreads = [], []
+    for number in range(12):
+        chest, lesions = draw_scan(5, number, (1, 1))
+        lesion = lesions[0]
+        chest = type(chest)(**{**vars(chest), "orientation": "LPS", "offset_hu": 0.0})
+        x, y, z = (axis - center for axis, center in zip(chest.axes(), lesion.center_lps_mm, strict=True))
+        middle = np.sqrt(x**2 + y**2 + z**2) < 0.6 * lesion.diameter_mm / 2
+        pair = [
+            sitk.GetArrayFromImage(
+                render(chest, [PhantomLesion(**{**vars(lesion), "label": label})], np.random.default_rng(0))
+            )[middle]
+            for label in (0, 1)
+        ]
+        means.append([hu.mean() - lesion.mean_hu for hu in pair])
+        spreads.append([hu.std() for hu in pair])
+    assert np.abs(means).max() < 40
+    assert np.abs(np.mean(means, axis=0)).max() < 10
+    assert (np.diff(spreads) > 0).mean() > 0.9
+
+
+def test_measured_brightness_does_not_tell_the_class(archive: Path, table: pd.DataFrame) -> None:
+    """In the written files, within three standard errors of an AUC of a half."""
+    labels = table.label.to_numpy()
+    standard_error = np.sqrt(1 / 12 * (1 / labels.sum() + 1 / (1 - labels).sum()))
+    assert abs(roc_auc_score(labels, sphere_means(archive, table, 4.0)) - 0.5) < 3 * standard_error
+
+
+def test_lesions_keep_apart_and_lie_at_the_lung() -> None:
+    for number in range(40):
+        chest, lesions = draw_scan(9, number, (3, 3))
+        centers = np.array([lesion.center_lps_mm for lesion in lesions])
+        gaps = np.linalg.norm(centers[:, None] - centers[None], axis=-1)[np.triu_indices(3, 1)]
+        assert gaps.min() > MIN_DISTANCE_MM
+        assert (chest.depth_in_lung(*centers.T) > 0).all()

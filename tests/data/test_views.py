@@ -1,0 +1,65 @@
+"""Views of pairs, with a transform that shows its seed."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fmcib_ssl.data.views import ViewPairDataset
+from fmcib_ssl.types import PatchPair, SampleKey
+
+
+class Constants:
+    """Patches that show their key: the positive is `epoch * 100 + index`, the negative its opposite."""
+
+    def __len__(self) -> int:
+        return 7
+
+    def __getitem__(self, key: SampleKey) -> PatchPair:
+        patch = torch.full((1, 2, 3, 4), key.epoch * 100 + key.index, dtype=torch.int16)
+        return {"positive": patch, "negative": -patch, "lesion": key.index, "negative_from_other_scan": key.index == 3}
+
+
+def show_seed(patch: Tensor, seed: int) -> Tensor:
+    return torch.tensor([float(patch[0, 0, 0, 0]), seed], dtype=torch.float64)
+
+
+def test_every_view_has_a_seed_of_its_own_that_follows_from_the_key() -> None:
+    drawn: dict[tuple[int, int, int, str, int], int] = {}
+    for seed, epoch, index in itertools.product(range(2), range(3), range(7)):
+        views = ViewPairDataset(Constants(), show_seed, seed)[SampleKey(epoch, index)]
+        for number in range(2):
+            drawn[seed, epoch, index, "positive", number] = int(views["positive"][number][1])
+            drawn[seed, epoch, index, "negative", number] = int(views["negative"][number][1])
+    assert len(set(drawn.values())) == len(drawn)
+
+    dataset = ViewPairDataset(Constants(), show_seed, 1)
+    for epoch, index in ((2, 6), (0, 0), (2, 6)):  # in any order, again and again
+        assert int(dataset[SampleKey(epoch, index)]["negative"][1][1]) == drawn[1, epoch, index, "negative", 1]
+
+
+def test_seeds_share_no_stream_with_the_plain_key() -> None:
+    # NumPy: SeedSequence([a, b]) and SeedSequence([a, b, 0]) are one stream; whoever draws patches may use either.
+    views = ViewPairDataset(Constants(), show_seed, 4)[SampleKey(2, 0)]
+    own = {int(view[1]) for view in (*views["positive"], *views["negative"])}
+    for entropy in ([4, 2], [4, 2, 0], [4, 2, 0, 0]):
+        assert own.isdisjoint(np.random.SeedSequence(entropy).generate_state(8).tolist())
+    assert own.isdisjoint(np.random.SeedSequence(4, spawn_key=(2,)).generate_state(8).tolist())
+
+
+def test_patches_go_to_their_views_and_the_rest_is_passed_on() -> None:
+    dataset = ViewPairDataset(Constants(), show_seed, 0)
+    views = dataset[SampleKey(2, 3)]
+    assert [float(view[0]) for view in views["positive"]] == [203, 203]
+    assert [float(view[0]) for view in views["negative"]] == [-203, -203]
+    assert views["lesion"] == 3
+    assert views["negative_from_other_scan"] is True
+    assert len(dataset) == 7
+
+
+def test_a_number_is_a_lesion_in_epoch_0() -> None:
+    dataset = ViewPairDataset(Constants(), show_seed, 0)
+    assert torch.equal(dataset[5]["positive"][0], dataset[SampleKey(0, 5)]["positive"][0])

@@ -1,0 +1,370 @@
+"""What every loss keeps, with every choice of negatives: the definition, in value and gradient, and the errors."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import math
+import re
+
+import pytest
+import torch
+from naive_contrast import (
+    LOSSES,
+    NEGATIVES,
+    as_double,
+    gradients,
+    leaves,
+    make_loss,
+    margin_of,
+    naive_contrast,
+    random_views,
+    two_collapsed_classes,
+    with_leaves,
+)
+from torch.nn.functional import normalize
+
+from fmcib_ssl.losses import InfoNCELoss, NTXentNegativeMinedLoss
+from fmcib_ssl.losses.contrast import logsumexp_similarity
+
+every_loss = pytest.mark.parametrize("name", LOSSES)
+every_choice = pytest.mark.parametrize("negatives", NEGATIVES)
+
+
+@every_loss
+@every_choice
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize("rows", [(5, 5), (4, 7), (6, 1)], ids=str)
+def test_value_and_gradients_equal_the_definition(name, negatives, temperature, rows):
+    loss_function = make_loss(name, temperature, negatives)
+    out = random_views(0, *rows)
+    exact = as_double(out)
+    expected = naive_contrast(exact, temperature, negatives, margin_of(loss_function))
+    expected_gradients = gradients(expected, exact)
+
+    loss = loss_function(out)
+    assert loss.dtype == torch.float32 and loss.shape == ()
+    # A float32 cosine is right to about 1e-7; the temperature divides that.
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=2e-7 / temperature)
+    for ours, theirs in zip(gradients(loss, out), expected_gradients, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=2e-7 / temperature**2)
+
+    loss = loss_function(exact)  # in float64 there is no rounding to excuse
+    assert loss.dtype == torch.float64
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(gradients(loss, exact), expected_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-12)
+
+
+@every_loss
+@every_choice
+def test_gradients_by_finite_differences(name, negatives):
+    loss_function = make_loss(name, 0.3, negatives)
+    inputs = leaves(random_views(1, 3, 4, dtype=torch.float64))
+    assert torch.autograd.gradcheck(lambda *tensors: loss_function(with_leaves(list(tensors))), inputs)
+
+
+@every_loss
+@every_choice
+def test_zero_vectors_are_as_in_normalize(name, negatives):
+    loss_function = make_loss(name, 0.1, negatives)
+    out = random_views(2, 4, 3)
+    with torch.no_grad():
+        out["positive"][0][1] = 0
+        out["negative"][1][2] = 0
+    exact = as_double(out)
+    loss = loss_function(out)
+    expected = naive_contrast(exact, 0.1, negatives, margin_of(loss_function))
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+    for ours, theirs in zip(gradients(loss, out), gradients(expected, exact), strict=True):
+        assert ours.isfinite().all()
+        # At zero both are steep (1 / 1e-12), so rounding is relative to that.
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
+
+
+@every_loss
+@every_choice
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_and_half_inputs_compute_in_float32(name, negatives, dtype):
+    loss_function = make_loss(name, 0.05, negatives)
+    half = with_leaves([x.detach().to(dtype).requires_grad_() for x in leaves(random_views(3, 6, 5, dim=64))])
+    exact = as_double(half)  # the same numbers, which half precision rounded before the loss saw them
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_function(half)
+    assert loss.dtype == torch.float32
+    expected = naive_contrast(exact, 0.05, negatives, margin_of(loss_function))
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(gradients(loss, half), gradients(expected, exact), strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-2, atol=1e-4)
+
+
+@every_loss
+@every_choice
+def test_float_dtypes_may_be_mixed(name, negatives):
+    loss_function = make_loss(name, 0.1, negatives)
+    positive0, positive1, mined0, mined1 = (x.detach() for x in leaves(random_views(4, 4, 5)))
+    rounded = [positive0.half(), positive1.bfloat16(), mined0, mined1.bfloat16()]
+    expected = loss_function(with_leaves([x.float() for x in rounded]))
+    torch.testing.assert_close(loss_function(with_leaves(rounded)), expected, rtol=0, atol=0)
+    assert loss_function(with_leaves([positive0, positive1, mined0.double(), mined1])).dtype == torch.float64
+
+
+@every_loss
+@every_choice
+def test_symmetries(name, negatives):
+    loss_function = make_loss(name, 0.1, negatives)
+    p0, p1, n0, n1 = leaves(random_views(5, 5, 6, dtype=torch.float64))
+    loss = loss_function(with_leaves([p0, p1, n0, n1]))
+    lesions, mined = torch.tensor([3, 0, 4, 1, 2]), torch.tensor([5, 2, 0, 1, 4, 3])
+    rotation = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q
+    for same in (
+        [p0[lesions], p1[lesions], n0, n1],  # lesions in any order
+        [p0, p1, n0[mined], n1],  # mined negatives of either view in any order
+        [p1, p0, n1, n0],  # the views swapped
+        [p0 * 7.0, p1 * 0.2, n0 * 3.0, n1],  # lengths
+        [x @ rotation for x in (p0, p1, n0, n1)],
+    ):
+        torch.testing.assert_close(loss_function(with_leaves(same)), loss, rtol=1e-12, atol=1e-12)
+    other = loss_function(with_leaves([p0[lesions], p1, n0, n1]))
+    assert abs(other - loss) > 0.1  # pairs belong together
+
+
+@every_choice
+@pytest.mark.parametrize("temperature", [0.05, 0.1, 1.0])
+def test_both_losses_agree_without_margin(negatives, temperature):
+    out = random_views(6, 5, 7)
+    ntxent = NTXentNegativeMinedLoss(temperature, negatives=negatives)(out)
+    infonce = InfoNCELoss.from_temperature(temperature, margin=0.0, negatives=negatives)(out)
+    torch.testing.assert_close(ntxent, infonce, rtol=1e-6, atol=1e-6)
+    for ours, theirs in zip(gradients(ntxent, out), gradients(infonce, out), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@every_loss
+@every_choice
+def test_a_rank_with_all_lesions_given_is_its_share_of_the_whole_batch(name, negatives):
+    loss_function = make_loss(name, 0.1, negatives)
+    whole = random_views(7, 6, 4, dtype=torch.float64)
+    expected = loss_function(whole)
+    shares = [
+        loss_function(
+            {"positive": (whole["positive"][0][rows], whole["positive"][1][rows]), "negative": whole["negative"]},
+            lesions=whole["positive"],
+            first_lesion=rows.start,
+        )
+        for rows in (slice(0, 3), slice(3, 6))
+    ]
+    loss = torch.stack(shares).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(gradients(loss, whole), gradients(expected, whole), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@every_loss
+def test_mined_alone_ignores_lesions(name):
+    out = random_views(8, 4, 4)
+    loss_function = make_loss(name, 0.1, "mined")
+    nonsense = (torch.full((2, 3), torch.nan), torch.ones(1))
+    assert loss_function(out, lesions=nonsense, first_lesion=99) == loss_function(out)
+
+
+@every_loss
+def test_lesions_alone_ignore_the_mined_values(name):
+    out = random_views(9, 4, 3)
+    loss_function = make_loss(name, 0.1, "lesions")
+    without = with_leaves([*out["positive"], torch.full((0, 8), 1.0), torch.full((0, 8), 1.0)])
+    poisoned = with_leaves([*out["positive"], torch.full((3, 8), torch.nan), torch.full((3, 8), torch.inf)])
+    assert loss_function(without) == loss_function(poisoned) == loss_function(out)
+
+
+@every_loss
+def test_a_single_lesion_has_only_mined_negatives(name):
+    out = random_views(10, 1, 4)
+    both, mined = (make_loss(name, 0.1, negatives)(out) for negatives in ("mined_and_lesions", "mined"))
+    torch.testing.assert_close(both, mined, rtol=1e-6, atol=1e-6)
+    for ours, theirs in zip(gradients(both, out), gradients(mined, out), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_mined_negatives_alone_put_no_force_between_two_lesions():
+    """What the docs say: "lesion or not" is solved by one point for all lesions, and nothing moves them apart."""
+    collapsed, by_hand = two_collapsed_classes(num_lesions=4, num_mined=3)
+    assert NTXentNegativeMinedLoss(1.0)(collapsed).item() == pytest.approx(by_hand, rel=1e-6)
+    for negatives in NEGATIVES:
+        loss_function = NTXentNegativeMinedLoss(negatives=negatives)
+        first_rows = []  # the gradient of lesion 0, before and after all other lesions move
+        for shift in (0.0, 1.0):
+            out = random_views(11, 4, 3)
+            with torch.no_grad():
+                for view in out["positive"]:
+                    view[1:] += shift
+            first_rows.append(torch.stack(gradients(loss_function(out), out)[:2])[:, 0])
+        unmoved = torch.allclose(*first_rows, rtol=1e-6, atol=1e-7)
+        assert unmoved == (negatives == "mined")
+
+
+@every_loss
+@every_choice
+def test_copies_and_pickles(name, negatives):
+    loss_function = make_loss(name, 0.2, negatives)
+    out = random_views(12, 3, 3)
+    expected = loss_function(out)
+    assert not loss_function.state_dict()
+    assert copy.deepcopy(loss_function)(out) == expected
+    file = io.BytesIO()
+    torch.save(loss_function, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=False)(out) == expected
+    assert negatives in repr(loss_function) and "0.2" in repr(loss_function)
+
+
+@every_loss
+@every_choice
+def test_compiles_into_one_graph(name, negatives):
+    loss_function = make_loss(name, 0.1, negatives)
+    out = random_views(13, 4, 5)
+    compiled = torch.compile(loss_function, fullgraph=True, backend="aot_eager")(out)
+    expected = loss_function(out)
+    torch.testing.assert_close(compiled, expected, rtol=1e-6, atol=1e-6)
+    for ours, theirs in zip(gradients(compiled, out), gradients(expected, out), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("own_key", [None, 0, 2])
+def test_logsumexp_similarity(own_key):
+    queries, keys = torch.randn(3, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    expected = torch.zeros(3, dtype=torch.float64)
+    for i in range(3):
+        for j in range(5):
+            if own_key is None or j != own_key + i:
+                expected[i] += torch.exp(torch.dot(queries[i], keys[j]))
+    torch.testing.assert_close(logsumexp_similarity(queries, keys, own_key), expected.log())
+    # Logits far beyond what exp() can hold.
+    large = logsumexp_similarity(queries * 1e4, keys, own_key)
+    similarity = queries * 1e4 @ keys.T
+    if own_key is not None:
+        similarity[range(3), range(own_key, own_key + 3)] = -torch.inf
+    torch.testing.assert_close(large, similarity.max(dim=1).values)
+
+
+@every_loss
+def test_extreme_logits_keep_their_digits(name):
+    """At temperature 0.01 exp(100 - -100) is no float32, and 1 + exp(-20) is 1."""
+    loss_function = make_loss(name, 0.01, "mined")
+    margin = margin_of(loss_function)
+    one = torch.tensor([[1.0, 0.0]])
+    opposite = loss_function(with_leaves([one, -one, one, -one]))
+    assert opposite.item() == pytest.approx((2 + margin) / 0.01, rel=1e-6)
+    near = torch.tensor([[0.8, 0.6]])
+    separated = loss_function(with_leaves([one, one, near, near]))
+    assert separated.item() == pytest.approx(math.exp((0.8 - 1 + margin) / 0.01), rel=1e-4)
+
+
+# ------------------------------------------------------------------ what is refused, and in which words
+
+
+@every_loss
+@every_choice
+@pytest.mark.parametrize("key", ["positive", "negative"])
+def test_missing_key(name, negatives, key):
+    out = random_views(0, 3, 3)
+    del out[key]
+    with pytest.raises(AssertionError, match=f"`{key}` key needs to be specified"):
+        make_loss(name, 0.1, negatives)(out)
+
+
+@every_loss
+@every_choice
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("positive", lambda a, b: (a, b, a), "`positive` must be a pair .* got 3 entries"),
+        ("negative", lambda a, b: a, "`negative` must be a pair .* got Tensor"),
+        ("positive", lambda a, b: (a[0], b), r"`positive` view 0 .* got shape \(8,\)"),
+        ("negative", lambda a, b: (a[..., None], b), r"`negative` view 0 .* got shape \(3, 8, 1\)"),
+        ("positive", lambda a, b: (a, b[:2]), r"`positive` .* same shape, got \(3, 8\) and \(2, 8\)"),
+        ("negative", lambda a, b: (a[:, :5], b[:, :5]), "same dim, got `positive` 8, `negative` 5"),
+        ("negative", lambda a, b: (a, b.to("meta")), "one device, .* `negative` cpu and meta"),
+        ("positive", lambda a, b: (a[:0], b[:0]), "`positive` has no rows"),
+    ],
+)
+def test_embeddings_that_do_not_fit(name, negatives, key, change, message):
+    out = random_views(0, 3, 3)
+    out[key] = change(*out[key])
+    with pytest.raises(ValueError, match=message):
+        make_loss(name, 0.1, negatives)(out)
+
+
+@every_loss
+@every_choice
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("positive", lambda a, b: (a, b.tolist()), "`positive` view 1 must be a float tensor .* got list"),
+        ("negative", lambda a, b: (a.long(), b), r"`negative` view 0 .* got torch\.int64"),
+        ("negative", lambda a, b: (a, b.cfloat()), r"`negative` view 1 .* got torch\.complex64"),
+    ],
+)
+def test_embeddings_that_are_no_floats(name, negatives, key, change, message):
+    out = random_views(0, 3, 3)
+    out[key] = change(*out[key])
+    with pytest.raises(TypeError, match=message):
+        make_loss(name, 0.1, negatives)(out)
+
+
+@every_loss
+@pytest.mark.parametrize("negatives", ["mined", "mined_and_lesions"])
+def test_no_mined_negatives(name, negatives):
+    with pytest.raises(ValueError, match=r"`negative` has no rows.* mine at least one"):
+        make_loss(name, 0.1, negatives)(random_views(0, 3, 0))
+
+
+@every_loss
+def test_one_lesion_cannot_be_contrasted_with_others(name):
+    with pytest.raises(ValueError, match="at least 2 lesions in all, got 1"):
+        make_loss(name, 0.1, "lesions")(random_views(0, 1, 3))
+
+
+@every_loss
+@pytest.mark.parametrize("negatives", ["mined_and_lesions", "lesions"])
+def test_lesions_of_all_ranks_are_checked_too(name, negatives):
+    loss_function = make_loss(name, 0.1, negatives)
+    out = random_views(0, 3, 3)
+    everyone = random_views(1, 6, 1)["positive"]
+    for first_lesion in (-1, 4):
+        with pytest.raises(ValueError, match=f"first_lesion is {first_lesion}"):
+            loss_function(out, lesions=everyone, first_lesion=first_lesion)
+    with pytest.raises(ValueError, match="first_lesion is 1"):
+        loss_function(out, first_lesion=1)
+    with pytest.raises(ValueError, match="`lesions` must be a pair"):
+        loss_function(out, lesions=everyone[0])
+    with pytest.raises(ValueError, match="`lesions` 4"):
+        loss_function(out, lesions=(everyone[0][:, :4], everyone[1][:, :4]))
+
+
+@every_loss
+def test_unknown_choice_of_negatives(name):
+    with pytest.raises(ValueError, match="mined, mined_and_lesions, lesions; got 'minde'"):
+        make_loss(name, 0.1, "minde")
+
+
+@pytest.mark.parametrize("loss_class", [NTXentNegativeMinedLoss, InfoNCELoss])
+def test_forward_takes_the_same_arguments(loss_class):
+    parameters = inspect.signature(loss_class.forward).parameters
+    assert list(parameters) == ["self", "out", "lesions", "first_lesion"]
+
+
+@every_loss
+@pytest.mark.parametrize("temperature", [0.0, 9e-9, -9e-9, float("nan"), float("inf"), -float("inf")])
+def test_illegal_temperatures(name, temperature):
+    with pytest.raises(ValueError, match=rf"Illegal temperature: .*{re.escape(str(temperature))}"):
+        make_loss(name, temperature, "mined")
+
+
+def test_unit_vectors_in_give_cosines_out():
+    """The loss of unit vectors is the loss of what they were normalized from."""
+    out = random_views(14, 3, 3, dtype=torch.float64)
+    unit = with_leaves([normalize(x, dim=1) for x in leaves(out)])
+    torch.testing.assert_close(NTXentNegativeMinedLoss()(unit), NTXentNegativeMinedLoss()(out))

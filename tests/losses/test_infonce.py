@@ -1,0 +1,240 @@
+"""InfoNCE against PyKEEN, on scores and, through its score method, on embeddings."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import types
+
+import pytest
+import torch
+from naive_contrast import gradients, random_views, with_leaves
+from torch import nn
+from torch.nn.functional import normalize
+
+from fmcib_ssl.losses import InfoNCELoss
+
+SETTINGS = [{}, {"margin": 0.0}, {"margin": 0.3, "log_adversarial_temperature": 0.5}, {"reduction": "sum"}]
+every_setting = pytest.mark.parametrize("setting", SETTINGS)
+every_smoothing = pytest.mark.parametrize("label_smoothing", [None, 0.0, 0.1, 0.9])
+
+
+@pytest.fixture(scope="module")
+def pykeen_losses() -> types.ModuleType:
+    return pytest.importorskip("pykeen.losses")
+
+
+def scores(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def assert_same(ours, theirs, *inputs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_signature_defaults_and_search_space_are_pykeens(pykeen_losses):
+    theirs = pykeen_losses.InfoNCELoss
+    ours = inspect.signature(InfoNCELoss).parameters
+    for name, parameter in inspect.signature(theirs).parameters.items():
+        assert ours[name].default == parameter.default
+        assert ours[name].kind == parameter.kind
+    assert InfoNCELoss.hpo_default == dict(theirs.hpo_default)
+    assert InfoNCELoss().inverse_softmax_temperature == pytest.approx(theirs().inverse_softmax_temperature)
+    assert InfoNCELoss().margin == theirs().margin
+
+
+@every_setting
+@every_smoothing
+def test_lcwa_scores(pykeen_losses, setting, label_smoothing):
+    predictions = scores(0, 5, 7)
+    labels = (scores(1, 5, 7) > 0.3).float()
+    labels[0] = 0  # a row without a positive
+    labels[1] = 1
+    options = {"label_smoothing": label_smoothing, "num_entities": 7}
+    ours = InfoNCELoss(**setting).process_lcwa_scores(predictions, labels, **options)
+    theirs = pykeen_losses.InfoNCELoss(**setting).process_lcwa_scores(predictions, labels, **options)
+    assert_same(ours, theirs, predictions)
+
+
+@every_setting
+def test_lcwa_soft_labels(pykeen_losses, setting):
+    predictions = scores(2, 4, 6)
+    labels = torch.rand(4, 6, generator=torch.Generator().manual_seed(3))
+    ours = InfoNCELoss(**setting).process_lcwa_scores(predictions, labels)
+    theirs = pykeen_losses.InfoNCELoss(**setting).process_lcwa_scores(predictions, labels)
+    assert_same(ours, theirs, predictions)
+
+
+def test_lcwa_labels_of_any_dtype():
+    predictions, labels = scores(4, 3, 5), torch.eye(3, 5)
+    expected = InfoNCELoss().process_lcwa_scores(predictions, labels)
+    for dtype in (torch.bool, torch.int64, torch.float64):
+        assert InfoNCELoss().process_lcwa_scores(predictions, labels.to(dtype)) == expected
+
+
+@every_setting
+@every_smoothing
+def test_slcwa_dense_scores(pykeen_losses, setting, label_smoothing):
+    positive, negative = scores(5, 6, 1), scores(6, 6, 9)
+    options = {"label_smoothing": label_smoothing, "num_entities": 100}
+    ours = InfoNCELoss(**setting).process_slcwa_scores(positive, negative, **options)
+    theirs = pykeen_losses.InfoNCELoss(**setting).process_slcwa_scores(positive, negative, **options)
+    assert_same(ours, theirs, positive, negative)
+    flat = InfoNCELoss(**setting).process_slcwa_scores(positive[:, 0], negative, **options)
+    assert flat == ours
+
+
+@pytest.fixture
+def kept() -> torch.Tensor:
+    kept = torch.rand(6, 4, generator=torch.Generator().manual_seed(7)) > 0.4
+    kept[0] = True
+    kept[1] = False  # a row without any negative
+    return kept
+
+
+@every_setting
+def test_slcwa_sparse_scores(pykeen_losses, setting, kept):
+    positive, negative = scores(8, 6, 1), scores(9, int(kept.sum()))
+    ours = InfoNCELoss(**setting).process_slcwa_scores(positive, negative, batch_filter=kept)
+    theirs = pykeen_losses.InfoNCELoss(**setting).process_slcwa_scores(positive, negative, batch_filter=kept)
+    assert_same(ours, theirs, positive, negative)
+
+
+@every_setting
+@pytest.mark.parametrize("label_smoothing", [0.1, 1.0])
+def test_slcwa_smoothing_leaves_removed_negatives_out(pykeen_losses, setting, kept, label_smoothing):
+    """PyKEEN's value is infinite here; row by row, with only the kept negatives, it is what we give."""
+    positive, negative = scores(10, 6, 1), scores(11, int(kept.sum()))
+    ours = InfoNCELoss(**setting).process_slcwa_scores(positive, negative, label_smoothing, kept)
+    reference = pykeen_losses.InfoNCELoss(**setting)
+    assert reference.process_slcwa_scores(positive, negative, label_smoothing, kept).isinf()
+    rows = torch.split(negative, kept.sum(dim=1).tolist())
+    values = [
+        reference.process_slcwa_scores(positive[i : i + 1], row[None], label_smoothing) for i, row in enumerate(rows)
+    ]
+    total = torch.stack(values).sum()
+    assert_same(ours, total if reference.reduction == "sum" else total / len(values), positive, negative)
+
+
+@every_setting
+def test_forward_is_pykeens_loss_of_the_cosines(pykeen_losses, setting):
+    out = random_views(12, 5, 8)
+    p0, p1, n0, n1 = (normalize(x, dim=1) for x in (*out["positive"], *out["negative"]))
+    positive = (p0 * p1).sum(dim=1, keepdim=True).repeat(2, 1)
+    negative = torch.cat([p0 @ n0.T, p1 @ n1.T])
+    ours = InfoNCELoss(**setting)(out)
+    theirs = pykeen_losses.InfoNCELoss(**setting).process_slcwa_scores(positive, negative)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for a, b in zip(gradients(ours, out), gradients(theirs, out), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_half_scores_are_computed_in_float32(reduction):
+    loss_function = InfoNCELoss(reduction=reduction)
+    positive, negative = scores(13, 4, 1).half(), scores(14, 4, 5).half()
+    expected = loss_function.process_slcwa_scores(positive.float(), negative.float())
+    assert loss_function.process_slcwa_scores(positive, negative) == expected
+    labels = torch.eye(4, 5)
+    expected = loss_function.process_lcwa_scores(negative.float(), labels)
+    assert loss_function.process_lcwa_scores(negative, labels) == expected
+
+
+def test_from_temperature():
+    loss_function = InfoNCELoss.from_temperature(0.2, 0.05, "sum", negatives="lesions", gather_distributed=True)
+    assert loss_function.temperature == pytest.approx(0.2)
+    assert (loss_function.margin, loss_function.reduction) == (0.05, "sum")
+    assert (loss_function.negatives, loss_function.gather_distributed) == ("lesions", True)
+    assert InfoNCELoss.from_temperature(temperature=0.05).margin == InfoNCELoss().margin
+
+
+def test_trainable_temperature():
+    out = random_views(15, 4, 4, dtype=torch.float64)
+    trained = InfoNCELoss.from_temperature(0.1, trainable_temperature=True).double()
+    assert [name for name, _ in trained.named_parameters()] == ["log_temperature"]
+    loss = trained(out)
+    step = 1e-6
+    low, high = (
+        InfoNCELoss(log_adversarial_temperature=trained.log_temperature.item() + sign * step)(out) for sign in (-1, 1)
+    )
+    (gradient,) = torch.autograd.grad(loss, trained.parameters())
+    assert gradient.item() == pytest.approx((high - low).item() / (2 * step), rel=1e-5)
+
+    optimizer = torch.optim.SGD(trained.parameters(), lr=10.0)
+    for _ in range(20):
+        optimizer.zero_grad()
+        trained(out).backward()
+        optimizer.step()
+    assert trained(out) < loss
+    assert trained.temperature > 0 and trained.inverse_softmax_temperature == trained.temperature
+    restored = InfoNCELoss(trainable_temperature=True).double()
+    restored.load_state_dict(trained.state_dict())
+    assert restored(out) == trained(out) == copy.deepcopy(trained)(out)
+    assert "trainable_temperature=True" in repr(trained)
+
+
+def test_trainable_temperature_in_the_score_methods():
+    loss_function = InfoNCELoss(trainable_temperature=True)
+    assert isinstance(loss_function.log_temperature, nn.Parameter)
+    for value in (
+        loss_function.process_slcwa_scores(scores(0, 3, 1), scores(1, 3, 4)),
+        loss_function.process_lcwa_scores(scores(0, 3, 4), torch.eye(3, 4)),
+    ):
+        (gradient,) = torch.autograd.grad(value, loss_function.parameters())
+        assert gradient.abs() > 0
+
+
+def test_margin_lowers_the_positive_logit_only():
+    eye = torch.eye(2, dtype=torch.float64)
+    out = with_leaves([eye[:1], eye[:1], eye[1:], eye[1:]])  # cosines 1 and 0
+    loss = InfoNCELoss.from_temperature(0.5, margin=0.2)(out)
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-(1 - 0.2) / 0.5)), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"margin": -0.01}, r"Cannot have a negative margin: -0\.01"),
+        ({"margin": float("nan")}, "margin must be finite, got nan"),
+        ({"margin": float("inf")}, "margin must be finite, got inf"),
+        ({"reduction": "none"}, "reduction must be mean or sum, got 'none'"),
+        ({"log_adversarial_temperature": 1e4}, "must be a logarithm, got 10000"),
+        ({"log_adversarial_temperature": -1e4}, "Illegal temperature"),
+        ({"log_adversarial_temperature": float("nan")}, "Illegal temperature: nan"),
+    ],
+)
+def test_settings_that_are_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        InfoNCELoss(**setting)
+
+
+def test_negative_temperature_is_refused():
+    with pytest.raises(ValueError, match=r"positive temperature, got -0\.1"):
+        InfoNCELoss.from_temperature(-0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((scores(0, 3, 1), scores(1, 3)), ValueError, "sparse scores need the batch_filter"),
+        ((scores(0, 2, 1), scores(1, 3, 4)), ValueError, r"positive_scores must be \(3, 1\)"),
+        ((scores(0, 3, 2), scores(1, 3, 4)), ValueError, r"got \(3, 2\)"),
+        ((scores(0, 3, 1), scores(1, 3), None, torch.ones(3, 2)), TypeError, "must be boolean, got torch.float32"),
+        ((scores(0, 3, 1), scores(1, 5), None, torch.ones(3, 2).bool()), ValueError, r"keeps 6 .* \(6,\), got \(5,\)"),
+        ((scores(0, 3, 1), scores(1, 3, 2), None, torch.ones(3, 2).bool()), ValueError, "dense scores take no filter"),
+        ((scores(0, 3, 1), scores(1, 3, 2), 1.5), ValueError, "label_smoothing must be in 0 to 1, got 1.5"),
+    ],
+)
+def test_slcwa_scores_that_do_not_fit(arguments, error, message):
+    with pytest.raises(error, match=message):
+        InfoNCELoss().process_slcwa_scores(*arguments)
+
+
+def test_lcwa_scores_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"got \(3, 4\) and \(3, 5\)"):
+        InfoNCELoss().process_lcwa_scores(scores(0, 3, 4), torch.ones(3, 5))
+    with pytest.raises(ValueError, match=r"label_smoothing must be in 0 to 1, got -0\.1"):
+        InfoNCELoss().process_lcwa_scores(scores(0, 3, 4), torch.ones(3, 4), label_smoothing=-0.1)
