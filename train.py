@@ -14,10 +14,12 @@ CONFIG_DIR = Path(__file__).resolve().parent / "configs"
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=CONFIG_NAME)
 def main(config: DictConfig) -> float:
     """Train; the return value is the last loss, for sweepers."""
-    settings = read_settings(config)
-    from fmcib_ssl.run import train  # noqa: PLC0415  (imports torch: only once the configuration is known to be right)
+    from fmcib_ssl.run import UserError, train  # noqa: PLC0415  (imports torch: the command line is checked before)
 
-    return train(settings)
+    try:
+        return train(read_settings(config))
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ class Data(_Section):
 
     annotations: Path
     image_root: Path | None
+    path_prefix: str | None
     coordinates: Literal["lps", "ras"]
     select: dict[str, Any] | None
     on_bad_row: Literal["refuse", "skip"]
@@ -65,7 +66,7 @@ class Data(_Section):
     spacing_mm: PositiveFloat
     batch_size: PositiveInt | Literal["auto"]
     max_batch_size: PositiveInt
-    cache_scans: int = Field(ge=0)
+    cache_scans: PositiveInt
     phantom: Phantom | None
 
 
@@ -142,8 +143,8 @@ class Settings(_Section):
             raise ValueError("hardware.sync_batchnorm=true needs GPUs: torch has none on the CPU. Set it to false")
         if self.loss.get("negatives") == "lesions" and self.data.batch_size == 1 and self.world_size == 1:
             raise ValueError(
-                "loss.negatives=lesions contrasts lesions of a batch with each other, and data.batch_size=1 leaves none: "
-                "raise the batch size or choose loss.negatives=mined"
+                "loss.negatives=lesions contrasts the lesions of a batch with each other, and data.batch_size=1 "
+                "leaves none: raise the batch size or choose loss.negatives=mined"
             )
         return self
 

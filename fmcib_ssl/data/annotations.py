@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from fmcib_ssl.data.geometry import PatchGrid, ScanGeometry, ras_to_lps
 from fmcib_ssl.data.scans import ScanError, ScanSource, read_header, read_scan

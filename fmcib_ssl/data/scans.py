@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import SimpleITK as sitk  # noqa: N813  (its customary name)
+import SimpleITK as sitk
 from jaxtyping import Int16
 
 from fmcib_ssl.data.geometry import PatchGrid, ScanGeometry

@@ -1,0 +1,1 @@
+"""Whether anything was learned: features, probes with intervals, pictures, one page."""

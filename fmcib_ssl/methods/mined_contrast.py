@@ -121,8 +121,8 @@ class MinedContrast(L.LightningModule):
         if any(size != sizes[0] for size in sizes):
             held = ", ".join(f"rank {rank}: {p} lesions and {n} negatives" for rank, (p, n) in enumerate(sizes))
             raise ValueError(
-                f"the devices hold batches of different sizes ({held}). Their negatives are shared, so the sizes must "
-                "be equal: drop the incomplete last batch, as LesionDataModule does, or give every rank as many lesions."
+                f"the devices hold batches of different sizes ({held}). Their negatives are shared, so the sizes "
+                "must be equal: drop the incomplete last batch, as LesionDataModule does, or give every rank as many."
             )
 
     def training_step(self, batch: ViewPairs, batch_idx: int) -> Tensor:
@@ -143,7 +143,7 @@ class MinedContrast(L.LightningModule):
         """Log the norm of the whole gradient, before it is clipped, and the rate this step is taken with."""
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
-        self.log("lr", optimizer.param_groups[0]["lr"], prog_bar=True)
+        self.log("lr", optimizer.param_groups[0]["lr"])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over encoder, head and loss, and a schedule stepped once per optimizer step."""

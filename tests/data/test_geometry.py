@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-import SimpleITK as sitk  # noqa: N813
+import SimpleITK as sitk
 from scipy.spatial.transform import Rotation
 
 from fmcib_ssl.data.geometry import PatchGrid, ScanGeometry, ras_to_lps

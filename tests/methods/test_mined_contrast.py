@@ -47,7 +47,12 @@ class FixedViews(Dataset[dict[str, Any]]):
 
 
 def make_trainer(folder: Path, **options: Any) -> L.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     return L.Trainer(default_root_dir=folder, accelerator="cpu", max_epochs=1, **{**quiet, **options})
 
 

@@ -41,7 +41,13 @@ def test_alignment_and_uniformity_are_wang_and_isolas(points: tuple[torch.Tensor
 def test_collapse_shows() -> None:
     same = torch.ones(4, 3)
     figures = monitors.contrast_monitors({"positive": (same, same), "negative": (-same, -same)})
-    expected = {"positive_cosine": 1.0, "negative_cosine": -1.0, "lesion_cosine": 1.0, "alignment": 0.0, "uniformity": 0.0}
+    expected = {
+        "positive_cosine": 1.0,
+        "negative_cosine": -1.0,
+        "lesion_cosine": 1.0,
+        "alignment": 0.0,
+        "uniformity": 0.0,
+    }
     assert {name: float(value) for name, value in figures.items()} == pytest.approx(expected, abs=1e-6)
 
 

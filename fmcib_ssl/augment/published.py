@@ -1,0 +1,143 @@
+"""Views as the published CT foundation model was trained on, and any other list of MONAI transforms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from monai.data.meta_obj import get_track_meta, set_track_meta
+from monai.transforms import (
+    Compose,
+    NormalizeIntensity,
+    RandAxisFlip,
+    RandGaussianSmooth,
+    RandHistogramShift,
+    Randomizable,
+    SpatialPad,
+    ThresholdIntensity,
+    Transform,
+)
+from torch import Tensor
+
+from fmcib_ssl.types import Preprocessing
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """Lets MONAI pass tensors on without metadata: a third of the time of a small view goes there."""
+    before = get_track_meta()
+    set_track_meta(False)
+    try:
+        yield
+    finally:
+        set_track_meta(before)
+
+
+class MonaiViews:
+    """Makes views with a list of MONAI transforms, each view a function of its seed alone.
+
+    The transforms are built once and seeded again for each view. Random ones must draw from MONAI's own
+    generator (`Randomizable.R`), as all of MONAI's do, and none may depend on metadata: a patch has none.
+
+    Args:
+        transforms: applied in order to a float32 tensor `(1, z, y, x)` in HU; what leaves the last one is
+            the view. Intensities are theirs to normalise.
+
+    Raises:
+        ValueError: `transforms` is empty.
+    """
+
+    def __init__(self, transforms: Sequence[Callable[[Tensor], Tensor]]) -> None:
+        if not transforms:
+            raise ValueError("no transforms: a view would be its patch in raw HU; give at least one.")
+        self._compose = Compose(list(transforms))
+
+    def __call__(self, patch: Tensor, seed: int) -> Float[Tensor, "1 z y x"]:
+        """Make one view.
+
+        Args:
+            patch: HU `(1, z, y, x)`, of any number type; left as it is.
+            seed: decides everything that is drawn.
+        """
+        self._compose.set_random_state(seed=seed)
+        with _plain_tensors():
+            view: Tensor = self._compose(patch.to(torch.float32, copy=True))
+        return view.to(torch.float32).contiguous()
+
+
+class RandResizedCrop(Randomizable, Transform):  # type: ignore[misc]  # MONAI is not typed
+    """Crops a box at a random place and resizes it trilinearly; one random factor for all its edges.
+
+    MONAI's `RandScaleCrop` draws its factor for each axis by itself, which would change the shape of things.
+
+    Args:
+        size_zyx: voxels of the result.
+        crop_edge: smallest and largest edge of the box as a fraction of the image's, within (0, 1].
+
+    Raises:
+        ValueError: `crop_edge` is not an ordered pair within (0, 1].
+    """
+
+    def __init__(self, size_zyx: Sequence[int], crop_edge: tuple[float, float] = (0.5, 1.0)) -> None:
+        low, high = crop_edge
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_edge is {tuple(crop_edge)}; it must be (low, high) with 0 < low <= high <= 1.")
+        self.size_zyx = tuple(size_zyx)
+        self.crop_edge = (low, high)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Crop and resize an image `(channels, z, y, x)`."""
+        factor = self.R.uniform(*self.crop_edge)
+        box = [math.ceil(factor * edge) for edge in image.shape[1:]]
+        starts = [self.R.randint(edge - length + 1) for edge, length in zip(image.shape[1:], box, strict=True)]
+        crop = image[:, *(slice(start, start + length) for start, length in zip(starts, box, strict=True))]
+        return F.interpolate(crop[None], size=self.size_zyx, mode="trilinear")[0]
+
+
+class PublishedViews(MonaiViews):
+    """The augmentation of the published CT foundation model: geometry, then contrast, then blur, in HU.
+
+    Random resized crop, flip of one random axis, histogram shift, Gaussian blur with a sigma of 0.25 to 1.5
+    voxels on each axis, then clamping from below and scaling as `Preprocessing` says. The order is the published
+    one, and with it one of its marks: MONAI's blur takes what lies outside the view for 0 HU.
+
+    Args:
+        size_zyx: voxels of a view.
+        crop_edge: smallest and largest edge of the crop as a fraction of the patch's.
+        flip_prob: probability of a flip.
+        histogram_shift_prob: probability of a histogram shift with 10 control points.
+        smooth_prob: probability of a blur.
+        preprocessing: of the encoder; its intensity range is used, not its patch size.
+
+    Source: Pai et al. 2024, Foundation model for cancer imaging biomarkers, Nature Machine Intelligence 6, and
+    `experiments/pretraining/fmcib_pretrain.yaml` of its code. Departs from it in drawing from seeds, where
+    that drew the crop from torch's global generator.
+    """
+
+    def __init__(
+        self,
+        size_zyx: Sequence[int] = (50, 50, 50),
+        *,
+        crop_edge: tuple[float, float] = (0.5, 1.0),
+        flip_prob: float = 0.5,
+        histogram_shift_prob: float = 0.5,
+        smooth_prob: float = 0.5,
+        preprocessing: Preprocessing | None = None,
+    ) -> None:
+        preprocessing = preprocessing or Preprocessing()
+        air_hu = preprocessing.padding_hu
+        super().__init__(
+            [
+                RandResizedCrop(size_zyx, crop_edge),
+                RandAxisFlip(prob=flip_prob),
+                RandHistogramShift(prob=histogram_shift_prob),
+                RandGaussianSmooth(prob=smooth_prob),
+                SpatialPad(size_zyx, value=air_hu),  # published; after the resize nothing is left to pad
+                ThresholdIntensity(threshold=air_hu, above=True, cval=air_hu),
+                NormalizeIntensity(subtrahend=-preprocessing.hu_offset, divisor=preprocessing.hu_scale),
+            ]
+        )

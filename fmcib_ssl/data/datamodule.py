@@ -1,0 +1,101 @@
+"""Batches of views for a Lightning trainer."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from fmcib_ssl.data.sampler import EpochSampler
+from fmcib_ssl.data.views import LesionViews, PatchPairs, ViewPairDataset
+from fmcib_ssl.types import ViewTransform
+
+
+def _use_one_thread(_worker: int) -> None:
+    """A worker is one core; torch's own threads would fight over the others."""
+    torch.set_num_threads(1)
+
+
+class LesionDataModule(LightningDataModule):
+    """Serves every lesion's views once an epoch, the same batches for any number of workers.
+
+    Needs `Trainer(use_distributed_sampler=False)`: the sampler here already knows ranks.
+
+    Args:
+        patches: one pair of patches a lesion.
+        view_transform: makes one view of one patch.
+        batch_size: lesions per device; `"auto"` takes as many as there are for each device, up to
+            `max_batch_size`.
+        max_batch_size: bound of `"auto"`.
+        num_workers: processes that cut and augment; 0 does it in the training process.
+        seed: non-negative; with the epoch it decides order and views.
+        shuffle: draw a new order each epoch.
+        pin_memory: for a CUDA device.
+        prefetch_factor: batches each worker prepares ahead.
+        multiprocessing_context: how workers start, `"fork"`, `"forkserver"` or `"spawn"`; None is Python's own.
+    """
+
+    def __init__(
+        self,
+        patches: PatchPairs,
+        view_transform: ViewTransform,
+        *,
+        batch_size: int | Literal["auto"] = "auto",
+        max_batch_size: int = 16,
+        num_workers: int = 0,
+        seed: int = 0,
+        shuffle: bool = True,
+        pin_memory: bool = False,
+        prefetch_factor: int = 2,
+        multiprocessing_context: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.dataset = ViewPairDataset(patches, view_transform, seed)
+        self.num_workers = num_workers
+        self.seed = seed
+        self.shuffle = shuffle
+        self.pin_memory = pin_memory
+        self.prefetch_factor = prefetch_factor
+        self.multiprocessing_context = multiprocessing_context
+        self._batch_size = batch_size
+        self._max_batch_size = max_batch_size
+
+    def batch_size_per_device(self, world_size: int) -> int:
+        """Lesions each of `world_size` devices takes at a time.
+
+        Raises:
+            ValueError: `"auto"`, and fewer lesions than devices.
+        """
+        if self._batch_size != "auto":
+            return self._batch_size
+        available = len(self.dataset) // world_size
+        if available < 1:
+            raise ValueError(f"{len(self.dataset)} lesions for {world_size} devices: use fewer devices.")
+        return min(self._max_batch_size, available)
+
+    def train_dataloader(self) -> DataLoader[LesionViews]:
+        """Build the loader of this rank.
+
+        Raises:
+            ValueError: fewer lesions than one batch on every device takes.
+        """
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        batch_size = self.batch_size_per_device(world_size)
+        in_workers = self.num_workers > 0
+        return DataLoader(
+            self.dataset,
+            batch_size=batch_size,
+            sampler=EpochSampler(
+                len(self.dataset), batch_size, rank=rank, world_size=world_size, seed=self.seed, shuffle=self.shuffle
+            ),
+            drop_last=True,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            worker_init_fn=_use_one_thread if in_workers else None,
+            persistent_workers=in_workers,
+            prefetch_factor=self.prefetch_factor if in_workers else None,
+            multiprocessing_context=self.multiprocessing_context if in_workers else None,
+            generator=torch.Generator().manual_seed(self.seed),  # a loader draws a seed, else from the global one
+        )

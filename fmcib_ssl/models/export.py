@@ -1,0 +1,220 @@
+"""Encoders as files: weights with what it takes to rebuild the network and to feed it.
+
+Reading never runs code from a file. The weights are safetensors, or a training checkpoint read by torch's
+weights-only loader; the network is built by a function of `fmcib_ssl.models.encoders`, or by one that the caller
+has named as trusted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pickle
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import monai
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+import fmcib_ssl
+from fmcib_ssl.models import encoders
+from fmcib_ssl.types import Preprocessing
+
+#: Key of the description, in a safetensors file's metadata and in a training checkpoint.
+METADATA_KEY = "fmcib_ssl"
+
+#: Prefix of the encoder's weights in a training checkpoint.
+CHECKPOINT_PREFIX = "encoder."
+
+_FORMAT_VERSION = 1
+_OWN_TARGETS: dict[str, Callable[..., nn.Module]] = {
+    f"{encoders.__name__}.{build.__name__}": build
+    for build in (encoders.monai_resnet, encoders.small_resnet, encoders.video_resnet)
+}
+
+
+class EncoderFileError(ValueError):
+    """A file is not an encoder of ours, or is damaged; the message names it and says what to do."""
+
+
+def encoder_metadata(
+    encoder: nn.Module, spec: Mapping[str, Any], preprocessing: Preprocessing, extra: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Describe an encoder so that it can be rebuilt; also what a training checkpoint holds under `"fmcib_ssl"`.
+
+    Args:
+        encoder: the network.
+        spec: `_target_`, the dotted name of what built it, and the arguments; plain values only.
+        preprocessing: of the patches it was trained on.
+        extra: anything else worth keeping, such as the name of the run; plain values only.
+
+    Raises:
+        ValueError: `spec` names no `_target_`, `spec` or `extra` do not fit into JSON, or the encoder cannot take
+            the patches of `preprocessing`.
+    """
+    if not isinstance(spec.get("_target_"), str):
+        raise ValueError(f"the encoder's spec names no _target_, the dotted name of what builds it: {dict(spec)}")
+    metadata = {
+        "format_version": _FORMAT_VERSION,
+        "encoder": dict(spec),
+        "feature_dim": encoders.feature_dim(encoder, preprocessing.patch_size_zyx),
+        "preprocessing": preprocessing.to_dict(),
+        "versions": {"fmcib_ssl": fmcib_ssl.__version__, "torch": torch.__version__, "monai": monai.__version__},
+        "extra": dict(extra or {}),
+    }
+    try:
+        return cast(dict[str, Any], json.loads(json.dumps(metadata, allow_nan=False)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"spec and extra may hold only numbers, texts, lists and dictionaries: {error}") from error
+
+
+def export_encoder(
+    encoder: nn.Module,
+    spec: Mapping[str, Any],
+    preprocessing: Preprocessing,
+    path: str | os.PathLike[str],
+    *,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write an encoder as one safetensors file, float32, that `load_encoder` can read.
+
+    The file appears under its name only when it is complete; one that was there is replaced.
+
+    Args:
+        encoder: the network.
+        spec: `_target_` and arguments that rebuild it; see `encoder_metadata`.
+        preprocessing: of the patches it was trained on.
+        path: of the file; folders are made as needed.
+        extra: anything else worth keeping.
+
+    Raises:
+        ValueError: as `encoder_metadata`.
+    """
+    path = Path(path)
+    metadata = encoder_metadata(encoder, spec, preprocessing, extra)
+    weights = {name: _portable(weight) for name, weight in encoder.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        # Not safetensors' save_file: it makes files that only their owner may read.
+        unfinished.write_bytes(save(weights, metadata={METADATA_KEY: json.dumps(metadata)}))
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _portable(weight: Tensor) -> Tensor:
+    """A dense copy on the CPU, in float32 if it is a floating-point tensor."""
+    dtype = torch.float32 if weight.is_floating_point() else weight.dtype
+    return weight.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def load_encoder(path: str | os.PathLike[str], *, trusted_targets: Collection[str] = ()) -> nn.Module:
+    """Rebuild an encoder from an exported file or from a training checkpoint.
+
+    Args:
+        path: a `.safetensors` file of `export_encoder`, or a `.ckpt` of a training run.
+        trusted_targets: dotted names, besides this package's own encoders, that may be imported and called because
+            the file asks for it.
+
+    Returns:
+        The encoder, `(batch, 1, z, y, x)` to `(batch, features)`, float32, on the CPU, in eval mode. Its
+        `preprocessing` (`fmcib_ssl.types.Preprocessing`) says how patches are cut and scaled for it; `feature_dim` is
+        the number of features.
+
+    Raises:
+        FileNotFoundError: no such file.
+        EncoderFileError: not such a file, a damaged one, weights that do not fit the network, or a network whose
+            target is not trusted.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file; give an exported encoder or a .ckpt of a run.")
+    with path.open("rb") as file:
+        is_checkpoint = file.read(2) == b"PK"  # torch saves zip archives
+    metadata, weights = _read_checkpoint(path) if is_checkpoint else _read_safetensors(path)
+    version = metadata.get("format_version") if isinstance(metadata, dict) else None
+    if version != _FORMAT_VERSION:
+        raise EncoderFileError(
+            f"{path}: format version {version}, and this is fmcib_ssl {fmcib_ssl.__version__}, "
+            f"which reads version {_FORMAT_VERSION}; use the version of fmcib_ssl that wrote it, or a newer one."
+        )
+    try:
+        spec = dict(metadata["encoder"])
+        target = str(spec.pop("_target_"))
+        num_features = int(metadata["feature_dim"])
+        preprocessing = Preprocessing.from_dict(metadata["preprocessing"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise EncoderFileError(f"{path}: its description of the encoder is damaged: {error!r}") from error
+
+    build = _find_builder(target, trusted_targets, path)
+    try:
+        with torch.random.fork_rng(devices=[]):  # the first weights are drawn only to be overwritten
+            encoder = build(**spec)
+        encoder.load_state_dict(weights, strict=True)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise EncoderFileError(f"{path}: {target} with {spec} does not fit the weights in the file: {error}") from error
+    encoder.preprocessing = preprocessing  # type: ignore[assignment]
+    encoder.feature_dim = num_features  # type: ignore[assignment]
+    return encoder.float().eval()
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, names = json.loads((file.metadata() or {})[METADATA_KEY]), file.keys()
+            return metadata, {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise EncoderFileError(
+            f"{path}: neither a whole safetensors file nor a training checkpoint ({error}); export or copy it again."
+        ) from error
+    except KeyError as error:
+        raise EncoderFileError(
+            f"{path}: holds weights, but fmcib_ssl did not write it: what builds the encoder is missing."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise EncoderFileError(f"{path}: its description of the encoder is damaged: {error}") from error
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise EncoderFileError(
+            f"{path}: not a checkpoint of fmcib_ssl, or not a whole one; nothing but weights and plain values is read "
+            f"from it: {error}"
+        ) from error
+    if not isinstance(checkpoint, dict) or not {METADATA_KEY, "state_dict"} <= checkpoint.keys():
+        raise EncoderFileError(
+            f"{path}: a torch file, but not a checkpoint of fmcib_ssl: it has no {METADATA_KEY!r} and 'state_dict'."
+        )
+    metadata, state = checkpoint[METADATA_KEY], checkpoint["state_dict"]
+    weights = {
+        name.removeprefix(CHECKPOINT_PREFIX): weight
+        for name, weight in state.items()
+        if name.startswith(CHECKPOINT_PREFIX)
+    }
+    return metadata, weights
+
+
+def _find_builder(target: str, trusted_targets: Collection[str], path: Path) -> Callable[..., nn.Module]:
+    """What a file's `_target_` stands for; imports it only if it is ours or trusted."""
+    if target in _OWN_TARGETS:
+        return _OWN_TARGETS[target]
+    if target not in trusted_targets:
+        raise EncoderFileError(
+            f"{path}: its encoder is built by {target}, which is not one of fmcib_ssl's. If you trust the file and "
+            f"that code, allow it: load_encoder(path, trusted_targets=[{target!r}])."
+        )
+    module, _, name = target.rpartition(".")
+    try:
+        return cast(Callable[..., nn.Module], getattr(importlib.import_module(module), name))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise EncoderFileError(
+            f"{path}: its encoder is built by {target}, which cannot be imported: {error}"
+        ) from error

@@ -1,0 +1,106 @@
+"""Optimizers against loops written from the papers, and against torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fmcib_ssl.training.optimizers import adamw, lars, parameter_groups, scaled_learning_rate
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv3d(1, 3, 3), nn.BatchNorm3d(3), nn.Flatten(), nn.Linear(24, 5), nn.LayerNorm(5))
+
+
+def train(
+    make: Callable[[Any], Optimizer], num_steps: int = 6
+) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """Weights before, the gradients of every step, weights after."""
+    model = network()
+    optimizer = make(model.named_parameters())
+    before = {name: p.detach().double().numpy().copy() for name, p in model.named_parameters()}
+    gradients = []
+    for step in range(num_steps):
+        optimizer.zero_grad()
+        model(torch.randn(4, 1, 4, 4, 4, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+        gradients.append({name: p.grad.double().numpy().copy() for name, p in model.named_parameters()})  # type: ignore[union-attr]
+        optimizer.step()
+    return before, gradients, {name: p.detach().double().numpy() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 1e-6, 0.1])
+def test_lars_is_the_papers_loop(weight_decay: float) -> None:
+    lr, momentum, trust = 0.3, 0.9, 0.02
+    make = partial(lars, lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coeff=trust)
+    weights, gradients, after = train(make)
+    velocity = {name: np.zeros_like(w) for name, w in weights.items()}
+    for gradient in gradients:
+        for name, w in weights.items():
+            g = gradient[name]
+            if w.ndim > 1:  # algorithm 1: v = m v + gamma lambda (g + beta w), lambda = eta |w| / (|g| + beta |w|)
+                local = trust * np.linalg.norm(w) / (np.linalg.norm(g) + weight_decay * np.linalg.norm(w))
+                velocity[name] = momentum * velocity[name] + lr * local * (g + weight_decay * w)
+            else:
+                velocity[name] = momentum * velocity[name] + lr * g
+            weights[name] = w - velocity[name]
+    for name, expected in weights.items():
+        np.testing.assert_allclose(after[name], expected, rtol=2e-4, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_adamw_is_the_papers_loop(fused: bool) -> None:
+    lr, beta1, beta2, decay = 0.01, 0.8, 0.99, 0.1
+    weights, gradients, after = train(partial(adamw, lr=lr, betas=(beta1, beta2), weight_decay=decay, fused=fused))
+    mean = {name: np.zeros_like(w) for name, w in weights.items()}
+    square = {name: np.zeros_like(w) for name, w in weights.items()}
+    for t, gradient in enumerate(gradients, start=1):
+        for name, w in weights.items():
+            g = gradient[name]
+            mean[name] = beta1 * mean[name] + (1 - beta1) * g
+            square[name] = beta2 * square[name] + (1 - beta2) * g**2
+            update = mean[name] / (1 - beta1**t) / (np.sqrt(square[name] / (1 - beta2**t)) + 1e-8)
+            weights[name] = w - lr * (update + (decay * w if w.ndim > 1 else 0))
+    for name, expected in weights.items():
+        np.testing.assert_allclose(after[name], expected, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_adamw_takes_a_config_list_for_betas() -> None:
+    optimizer = adamw(network().named_parameters(), 0.1, betas=[0.5, 0.6])  # type: ignore[arg-type]
+    assert optimizer.defaults["betas"] == (0.5, 0.6)
+
+
+def test_groups_hold_every_trained_parameter_once() -> None:
+    model = network()
+    model.register_parameter("log_temperature", nn.Parameter(torch.tensor(0.1)))
+    model.register_parameter("bias", nn.Parameter(torch.zeros(2, 2)))
+    model[3].weight.requires_grad_(False)  # type: ignore[union-attr, operator]
+    names = {id(p): name for name, p in model.named_parameters()}
+    weights, rest = parameter_groups(model.named_parameters(), weight_decay=0.3)
+    assert [names[id(p)] for p in weights["params"]] == ["0.weight"]
+    assert sorted(names[id(p)] for p in rest["params"]) == sorted(
+        ["0.bias", "1.weight", "1.bias", "3.bias", "4.weight", "4.bias", "log_temperature", "bias"]
+    )
+    assert (weights["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
+    assert (weights["name"], rest["name"]) == ("weights", "biases_and_norms")
+
+
+def test_groups_without_members_are_left_out() -> None:
+    assert [g["name"] for g in parameter_groups(nn.Linear(2, 2, bias=False).named_parameters(), 0.1)] == ["weights"]
+    with pytest.raises(ValueError, match="nothing to train"):
+        parameter_groups(network().requires_grad_(False).named_parameters(), 0.1)
+
+
+def test_learning_rate_scales_with_the_global_batch() -> None:
+    assert scaled_learning_rate(0.3, 64) == pytest.approx(0.075)  # 32 lesions on 2 devices, as published
+    assert scaled_learning_rate(0.3, 4096) == pytest.approx(4.8)  # SimCLR's
+    assert scaled_learning_rate(0.1, 8, reference_batch=16) == pytest.approx(0.05)
+    with pytest.raises(ValueError, match="global_batch=0"):
+        scaled_learning_rate(0.3, 0)
