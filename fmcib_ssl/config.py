@@ -240,7 +240,7 @@ def _compose_checked(config_name: str, overrides: list[str], search_path: list[s
     choices = OmegaConf.to_container(chosen.hydra.runtime.choices)
     assert isinstance(choices, dict)
     in_defaults = [
-        f"{group}={option or 'null'}"
+        f"{group!s}={option or 'null'!s}"
         for group, option in choices.items()
         if not str(group).startswith(("hydra/", "experiment"))
     ]
@@ -323,7 +323,7 @@ def _target(config: DictConfig, section: str) -> object:
 def _keys(config: DictConfig, prefix: str = "") -> list[str]:
     """All dotted keys, inner and outer, without Hydra's own."""
     keys: list[str] = []
-    for key in config:
+    for key in map(str, config):
         name = f"{prefix}{key}"
         if name == "hydra":
             continue

@@ -1,0 +1,1 @@
+"""What surrounds the method in training: optimizers, schedules, measurements, provenance."""
