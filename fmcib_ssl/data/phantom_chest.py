@@ -298,7 +298,7 @@ def _paint_lesion(volume: Array, lung: Array, chest: Chest, lesion: PhantomLesio
     coverage = _coverage(surface - distance, max(edge, chest.edge))
     contrast = coverage * (lesion.mean_hu - chest.lung_hu + grain_hu * field(1.7))
     # the margin must not show in the mean: inside the nominal sphere every lesion has the mean it was given
-    core = distance < 0.6 * radius
+    core = distance < 0.7 * radius
     contrast += coverage * (lesion.mean_hu - chest.lung_hu - contrast[core].mean()) / coverage[core].mean()
     patch = volume[window]
     patch += lung[window] * (coverage * (chest.lung_hu - patch) + contrast)

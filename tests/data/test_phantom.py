@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 from fmcib_ssl.data.phantom import draw_scan, make_archive
 from fmcib_ssl.data.phantom_chest import MIN_DISTANCE_MM, ORIENTATIONS, PhantomLesion, render
 
-NUM_SCANS = 20
+NUM_SCANS = 14
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_scans_are_ct_in_hu_with_air_lung_soft_tissue_and_bone(archive: Path) ->
 def test_scans_vary_in_orientation_and_spacing(archive: Path, table: pd.DataFrame) -> None:
     images = [sitk.ReadImage(str(archive.parent / path)) for path in table.image_path.unique()]
     orientations = {sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(i.GetDirection()) for i in images}
-    assert orientations == set(ORIENTATIONS)
+    assert len(orientations) >= 4 and orientations <= set(ORIENTATIONS)
     spacings = np.array([sorted(image.GetSpacing()) for image in images])
     assert (spacings[:, 2] > 1.05 * spacings[:, 1]).all()  # slices are thicker than pixels are wide
     assert len(np.unique(spacings[:, 2])) == NUM_SCANS
@@ -106,8 +106,8 @@ def test_a_scan_is_a_function_of_seed_and_number(archive: Path, tmp_path: Path) 
 
 
 def test_processes_write_the_same_scans(archive: Path, tmp_path: Path) -> None:
-    parallel = make_archive(tmp_path, 5, (2, 3), seed=1, num_workers=2, progress=False)
-    for name in ("scans/phantom_0000.nii.gz", "scans/phantom_0004.nii.gz"):
+    parallel = make_archive(tmp_path, 3, (2, 3), seed=1, num_workers=2, progress=False)
+    for name in ("scans/phantom_0000.nii.gz", "scans/phantom_0002.nii.gz"):
         arrays = [sitk.GetArrayFromImage(sitk.ReadImage(str(t.parent / name))) for t in (archive, parallel)]
         np.testing.assert_array_equal(*arrays)
 
@@ -158,12 +158,12 @@ def test_neither_size_nor_mean_nor_place_tells_the_class() -> None:
 def test_both_classes_are_painted_equally_bright_and_unequally_rough() -> None:
     """The same lesion painted as either class: the mean in its middle agrees, the spread does not."""
     means, spreads = [], []
-    for number in range(8):
+    for number in range(5):
         chest, lesions = draw_scan(5, number, (1, 1))
         lesion = lesions[0]
         chest = type(chest)(**{**vars(chest), "orientation": "LPS", "offset_hu": 0.0})
         x, y, z = (axis - center for axis, center in zip(chest.axes(), lesion.center_lps_mm, strict=True))
-        middle = np.sqrt(x**2 + y**2 + z**2) < 0.6 * lesion.diameter_mm / 2
+        middle = np.sqrt(x**2 + y**2 + z**2) < 0.7 * lesion.diameter_mm / 2
         pair = [
             sitk.GetArrayFromImage(
                 render(chest, [PhantomLesion(**{**vars(lesion), "label": label})], np.random.default_rng(0))
