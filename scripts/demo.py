@@ -1,8 +1,7 @@
 """Pretrain an encoder on synthetic scans, then show what it learned: a table and a page. `make demo` runs this.
 
-The training is the command a user would type. What it learned is then measured on unseen patients: a linear
-probe tells the two classes of lesions apart from frozen features, beside the same encoder with random weights and beside
-the raw voxels.
+The training is the command a user would type. What it learned is then measured on unseen patients: a linear probe tells
+the two classes of lesions apart from frozen features, beside the same encoder with random weights and the raw voxels.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from hydra.utils import instantiate
 import fmcib_ssl
 from fmcib_ssl.data.annotations import LesionTable, read_annotations
 from fmcib_ssl.data.volumes import VolumePatches
-from fmcib_ssl.evaluation.figures import embedding_map
+from fmcib_ssl.evaluation.figures import embedding_map, roc_curves
 from fmcib_ssl.evaluation.probes import (
     ProbeResult,
     embed,
@@ -51,11 +50,11 @@ def main(overrides: list[str]) -> None:
     features, labels, patients, is_test = measure(run, config)
     probes = probe(features, labels, patients, is_test)
     rows = summarise(probes, labels[is_test], patients[is_test])
-    maps = [
-        embedding_map(features[name][is_test], class_names(labels[is_test]), run / f"map_{file}.png", title=name)
-        for name, file in (("pretrained encoder", "pretrained"), ("random weights", "random"))
-    ]
-    page = report(run, config, rows, maps, num_train=int((~is_test).sum()), num_test=int(is_test.sum()))
+    scores = {name: result.scores for name, result in probes.items()}
+    curves = roc_curves(labels[is_test], scores, run / "roc.png", title="Held-out patients")
+    features_of_test = features["pretrained encoder"][is_test]
+    map_ = embedding_map(features_of_test, class_names(labels[is_test]), run / "map.png", title="Pretrained encoder")
+    page = report(run, config, rows, [curves, map_], num_train=int((~is_test).sum()), num_test=int(is_test.sum()))
     print(f"\n{results_table(rows)}\n")
     print(f"page      {page}")
     print(f"encoder   {run / 'encoder.safetensors'}   (fmcib_ssl.load_encoder reads it)")
@@ -118,10 +117,16 @@ def class_names(labels: np.ndarray) -> np.ndarray:
 
 
 def report(
-    run: Path, config: dict[str, Any], rows: list[dict[str, object]], maps: list[Path], *, num_train: int, num_test: int
+    run: Path,
+    config: dict[str, Any],
+    rows: list[dict[str, object]],
+    pictures: list[Path],
+    *,
+    num_train: int,
+    num_test: int,
 ) -> Path:
     """Write the page."""
-    loss = {key: value for key, value in config["loss"].items() if key != "_target_"}
+    loss = ", ".join(f"{key} {value}" for key, value in config["loss"].items() if key != "_target_")
     return write_report(
         run / "report.html",
         "What the encoder learned from synthetic scans",
@@ -133,6 +138,14 @@ def report(
                 f"{num_train} lesions and scored on {num_test} lesions of other patients. Intervals: bootstrap over "
                 "patients.",
                 table=rows,
+                figures=[
+                    ReportFigure(pictures[0], "ROC curves of the probes on held-out lesions"),
+                    ReportFigure(
+                        pictures[1],
+                        "The held-out lesions on the first two principal components, which show what varies most "
+                        "(size, what lies around); the probe uses all features",
+                    ),
+                ],
             ),
             Section(
                 "What the encoder saw",
@@ -142,11 +155,6 @@ def report(
             Section(
                 "Training",
                 figures=[ReportFigure(run / "curves.png", "Loss, cosines, learning rate and speed by step")],
-            ),
-            Section(
-                "Held-out lesions in feature space",
-                "First two principal components of the features.",
-                figures=[ReportFigure(path, path.stem.replace("_", " ")) for path in maps],
             ),
         ],
         subtitle=f"{config['name']}, seed {config['seed']}, fmcib_ssl {fmcib_ssl.__version__}",

@@ -5,7 +5,7 @@ Figures are made with matplotlib's objects, never `pyplot`: nothing global is to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
+from sklearn.metrics import roc_curve
 from torch import Tensor
 
 from fmcib_ssl.types import Preprocessing
@@ -203,7 +204,27 @@ def embedding_map(
         )
     share = 100 * pca.explained_variance_ratio_
     _tidy(axes, title, f"component 1 ({share[0]:.0f} % of variance)", f"component 2 ({share[1]:.0f} % of variance)")
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=4)
+    figure.legend(frameon=False, fontsize=8, labelcolor=INK, loc="outside lower left", ncols=2)
+    return _save(figure, path)
+
+
+def roc_curves(labels: npt.ArrayLike, scores: Mapping[str, npt.ArrayLike], path: Path | str, title: str = "") -> Path:
+    """Draw the ROC curve of each set of scores for the same labels.
+
+    Args:
+        labels: 0 or 1, `(n,)`.
+        scores: under the name for the legend, `(n,)` each, higher meaning class 1; at most eight.
+        path: of the PNG.
+        title: above the picture.
+    """
+    figure = Figure(figsize=(4.6, 4.2), facecolor="white", layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([0, 1], [0, 1], color=MUTED, lw=0.8, ls=":", label="guessing")
+    for color, (name, values) in zip(COLORS, scores.items(), strict=False):
+        false_positives, true_positives, _ = roc_curve(labels, values)
+        axes.plot(false_positives, true_positives, color=color, lw=1.6, label=name)
+    _tidy(axes, title, "false positive rate", "true positive rate")
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
     return _save(figure, path)
 
 

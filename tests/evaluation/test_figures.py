@@ -12,10 +12,18 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from sklearn.decomposition import PCA
+from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
 from fmcib_ssl.evaluation import figures
-from fmcib_ssl.evaluation.figures import LUNG_WINDOW_HU, ContactRow, contact_sheet, embedding_map, training_curves
+from fmcib_ssl.evaluation.figures import (
+    LUNG_WINDOW_HU,
+    ContactRow,
+    contact_sheet,
+    embedding_map,
+    roc_curves,
+    training_curves,
+)
 from fmcib_ssl.types import Preprocessing
 
 
@@ -132,7 +140,7 @@ def test_the_map_is_the_pca_of_standardised_features(drawn: list[Figure], tmp_pa
     for line, label in zip(axes.lines, ("rough", "smooth"), strict=True):
         points = np.column_stack(line.get_data())
         np.testing.assert_allclose(np.abs(points), np.abs(oracle[labels == label]), atol=1e-8)
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["rough (n = 10)", "smooth (n = 20)"]
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["rough (n = 10)", "smooth (n = 20)"]
 
 
 def test_a_map_refuses_what_it_cannot_show(tmp_path: Path) -> None:
@@ -146,3 +154,14 @@ def test_drawing_leaves_matplotlibs_settings_alone(tmp_path: Path) -> None:
     before = dict(mpl.rcParams)
     embedding_map(np.eye(9), ["a"] * 9, tmp_path / "map.png")
     assert dict(mpl.rcParams) == before
+
+
+def test_roc_curves_are_scikit_learns(tmp_path: Path, drawn: list[Figure]) -> None:
+    labels, scores = (
+        [0, 0, 1, 1, 0, 1],
+        {"good": [0.1, 0.2, 0.9, 0.8, 0.3, 0.7], "poor": [0.9, 0.1, 0.5, 0.2, 0.4, 0.3]},
+    )
+    roc_curves(labels, scores, tmp_path / "roc.png")
+    _, good, poor = drawn[0].axes[0].lines
+    assert np.trapezoid(good.get_ydata(), good.get_xdata()) == 1
+    assert np.trapezoid(poor.get_ydata(), poor.get_xdata()) == pytest.approx(roc_auc_score(labels, scores["poor"]))
