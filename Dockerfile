@@ -1,7 +1,7 @@
 # The image to train in: environment, package and command; docs/containers.md says how to build, run and change it.
 #
 #   docker build -t fmcib_ssl .                                                    torch's default build (CUDA on x86-64)
-#   docker build -t fmcib_ssl:cpu --build-arg TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu .
+#   docker build -t fmcib_ssl:cpu --build-arg TORCH_INDEX_URL=INDEX .               the build of another index, PyTorch's for CPUs say
 
 # Any image with Python 3.11 to 3.13 and pip. Every stage starts from it, so that the environment made in one runs in another.
 ARG BASE_IMAGE=python:3.11-slim
@@ -54,6 +54,7 @@ COPY --chmod=755 configs /opt/fmcib_ssl/configs
 COPY --chmod=755 scripts /opt/fmcib_ssl/scripts
 # The commit that the image was made from. Last, because it changes most often.
 ARG REVISION=""
+ENV FMCIB_SSL_REVISION=${REVISION}
 LABEL org.opencontainers.image.title="fmcib_ssl" \
       org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.revision="${REVISION}"

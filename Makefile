@@ -19,12 +19,13 @@ test: $(VENV)/.dev     ## run the tests, on all cores
 test-slow: $(VENV)/.dev     ## run the tests that take long
 	$(BIN)/python -m pytest -m slow
 
-lint: $(VENV)/.dev     ## style, types, import rules, Dockerfile
+lint: $(VENV)/.dev     ## style, types, import rules, Dockerfile, shell scripts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/shellcheck .ci/run $$(find scripts -name '*.sh')
 
 check: lint test     ## what CI runs
 
