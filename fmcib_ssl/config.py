@@ -14,8 +14,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from hydra import compose, initialize_config_dir
+from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -40,7 +43,8 @@ class ConfigError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # A name such as 2024 is read as a number.
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
 
 class Phantom(_Section):
@@ -54,20 +58,32 @@ class Phantom(_Section):
 class Data(_Section):
     """Where lesions come from and how they become batches; see `configs/data/`."""
 
-    annotations: Path
+    store: Path | None
+    annotations: Path | None
     image_root: Path | None
     path_prefix: str | None
-    coordinates: Literal["lps", "ras"]
+    coordinates: Literal["lps", "ras", "voxel"]
     select: dict[str, Any] | None
     on_bad_row: Literal["refuse", "skip"]
     check: Literal["headers", "full"]
     allow_short_scans: bool
     patch_size: tuple[PositiveInt, PositiveInt, PositiveInt]
-    spacing_mm: PositiveFloat
+    spacing_mm: PositiveFloat | None
+    mining: Literal["background", "near", "hard", "uniform"]
+    per_lesion: int = Field(ge=0)
     batch_size: PositiveInt | Literal["auto"]
     max_batch_size: PositiveInt
     cache_scans: PositiveInt
     phantom: Phantom | None
+
+    @model_validator(mode="after")
+    def _has_lesions(self) -> Data:
+        if self.store is None and self.annotations is None:
+            raise ValueError(
+                "no lesions are named: set data.annotations=FILE.csv to read scans directly, or data.store=DIR for a "
+                "store that scripts/prepare.py made"
+            )
+        return self
 
 
 class Hardware(_Section):
@@ -100,6 +116,8 @@ class Trainer(BaseModel):
     def _ends(self) -> Trainer:
         if self.max_epochs in (None, -1) and self.max_steps == -1:
             raise ValueError("training would never end: set trainer.max_epochs or trainer.max_steps")
+        if 0 in (self.max_epochs, self.max_steps):
+            raise ValueError("training would take no step: trainer.max_epochs and trainer.max_steps must not be 0")
         return self
 
 
@@ -133,14 +151,19 @@ class Settings(_Section):
     head: Component
     loss: Component
     optimizer: Component
-    schedule: Component | None
-    logger: dict[str, Component] | None
-    callbacks: dict[str, Component] | None
+    schedule: Component | None = None
+    logger: dict[str, Component] | None = None
+    callbacks: dict[str, Component] | None = None
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Settings:
         if self.hardware.sync_batchnorm and self.hardware.accelerator == "cpu":
             raise ValueError("hardware.sync_batchnorm=true needs GPUs: torch has none on the CPU. Set it to false")
+        if self.data.per_lesion == 0 and self.loss.get("negatives") != "lesions":
+            raise ValueError(
+                "data.per_lesion=0 mines no negatives, and the loss wants some: set loss.negatives=lesions, or "
+                "data.per_lesion=1"
+            )
         if self.loss.get("negatives") == "lesions" and self.data.batch_size == 1 and self.world_size == 1:
             raise ValueError(
                 "loss.negatives=lesions contrasts the lesions of a batch with each other, and data.batch_size=1 "
@@ -160,18 +183,26 @@ def read_settings(config: DictConfig) -> Settings:
     Raises:
         ConfigError: naming every key whose value is missing or not allowed.
     """
-    missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
+    try:
+        missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
+        values = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"the configuration cannot be resolved: {error}") from error
     if missing:
         lines = [f"  {key} has no value: set it on the command line, {key}=..." for key in missing]
         raise ConfigError("the configuration is incomplete:\n" + "\n".join(lines))
     try:
-        values = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"the configuration cannot be resolved: {error}") from error
-    try:
         return Settings.model_validate(values)
     except ValidationError as error:
         raise ConfigError("the configuration has values that are not allowed:\n" + _describe(error)) from error
+
+
+#: What pydantic says in words of Python.
+_PLAIN_WORDS = {
+    "extra_forbidden": "there is no such key",
+    "missing": "has no value",
+    "tuple_type": "should be a list such as [50, 50, 50]",
+}
 
 
 def _describe(error: ValidationError) -> str:
@@ -180,8 +211,8 @@ def _describe(error: ValidationError) -> str:
         # Of a union every member complains; its own name at the end of the location is noise to a user.
         union_members = ("literal[", "constrained-", "function-")
         key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(union_members))
-        message = problem["msg"].removeprefix("Value error, ")
-        value = "" if isinstance(problem["input"], dict) else f"={problem['input']}"
+        message = _PLAIN_WORDS.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
+        value = "" if isinstance(problem["input"], dict) or problem["type"] == "missing" else f"={problem['input']}"
         lines.append(f"  {key}{value}: {message}" if key else f"  {message}")
     return "\n".join(dict.fromkeys(lines))
 
@@ -201,11 +232,22 @@ def check_command_line(arguments: Sequence[str], config_dir: Path) -> None:
         return  # nothing will be trained
     # Plugins (colours in the log, launchers) answer to the `hydra` key and are Hydra's to check.
     overrides = [o for o in _parse(options.overrides) if not str(o.key_or_group).startswith("hydra")]
-    search_path = [f"hydra.searchpath=[file://{Path(options.config_dir).resolve()}]"] if options.config_dir else []
     config_name = options.config_name or CONFIG_NAME
     with initialize_config_dir(version_base="1.3", config_dir=str(config_dir)):
+        if options.config_dir:
+            _search_also(Path(options.config_dir))
         for one_run in _single_runs(overrides):
-            read_settings(_compose_checked(config_name, one_run, search_path))
+            read_settings(_compose_checked(config_name, one_run))
+
+
+def _search_also(folder: Path) -> None:
+    """Let the user's own options stand beside the shipped ones, as `hydra.main` does for `--config-dir`."""
+    if not folder.is_dir():
+        raise ConfigError(f"--config-dir {folder}: there is no such folder")
+    search_path = GlobalHydra.instance().config_loader().get_search_path()
+    search_path.prepend("command-line", f"file://{folder.resolve()}", SearchPathQuery(provider="schema"))
+    GlobalHydra.instance().clear()
+    Hydra.create_main_hydra2("train", search_path)
 
 
 def _parse(overrides: Iterable[str]) -> list[Override]:
@@ -230,27 +272,30 @@ def _single_runs(overrides: Sequence[Override]) -> Iterator[list[str]]:
             yield [*first[:position], line, *first[position + 1 :]]
 
 
-def _compose_checked(config_name: str, overrides: list[str], search_path: list[str]) -> DictConfig:
+def _compose_checked(config_name: str, overrides: list[str]) -> DictConfig:
     """Check every name of one run, then compose it."""
     parsed = _parse(overrides)
     by_group = [o for o in parsed if _check_group(o)]
     by_key = [o for o in parsed if o not in by_group]
 
-    chosen = _compose(config_name, [o.input_line or "" for o in by_group] + search_path)
+    chosen = _compose(config_name, [o.input_line or "" for o in by_group])
     choices = OmegaConf.to_container(chosen.hydra.runtime.choices)
     assert isinstance(choices, dict)
-    in_defaults = [
-        f"{group!s}={option or 'null'!s}"
+    by_user = {o.key_or_group: o for o in by_group}
+    experiment = by_user.pop("experiment", None)
+    without_experiment = [o.input_line or "" for o in by_user.values()] + [
+        f"{group!s}={option!s}" if option else f"~{group!s}"
         for group, option in choices.items()
-        if not str(group).startswith(("hydra/", "experiment"))
+        if group not in by_user and not str(group).startswith(("hydra/", "experiment"))
     ]
-    # What the chosen options declare by themselves is the list of names; an experiment only fills it in.
-    declared = _compose(config_name, in_defaults + search_path)
-    _check_keys_of_experiment(chosen, declared, str(choices.get("experiment", "")))
+    if experiment:
+        # What the chosen options declare by themselves is the list of names; an experiment only fills it in.
+        declared = _compose(config_name, without_experiment)
+        _check_keys_of_experiment(chosen, declared, str(experiment.value()))
     for override in by_key:
         _check_key(override, chosen)
 
-    config = _compose(config_name, [*overrides, *search_path])
+    config = _compose(config_name, overrides)
     del config["hydra"]
     config.paths.run = config.paths.runs  # known only once Hydra has made the run's folder
     return config
@@ -259,7 +304,7 @@ def _compose_checked(config_name: str, overrides: list[str], search_path: list[s
 def _compose(config_name: str, overrides: list[str]) -> DictConfig:
     try:
         config = compose(config_name, overrides, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(str(error)) from error
     OmegaConf.set_struct(config, False)
     return config
@@ -284,11 +329,13 @@ def _check_group(override: Override) -> bool:
         return False
     if name == "experiment" and not override.is_add():
         raise ConfigError(f"an experiment is added with a plus: +experiment={override.value()}")
-    if override.is_delete():
-        return True
     value = override.value()
+    if override.is_delete() or isinstance(value, dict):
+        return override.is_delete()
+    if value is None:
+        raise ConfigError(f"{name}=null: choose one of {', '.join(options)}, or take the group out with ~{name}")
     for option in value if isinstance(value, list) else [value]:
-        if option is not None and str(option) not in options:
+        if str(option) not in options:
             raise ConfigError(f"{name}={option}: there is no such option.{_choose_from(str(option), options)}")
     return True
 
@@ -296,27 +343,38 @@ def _check_group(override: Override) -> bool:
 def _check_key(override: Override, config: DictConfig) -> None:
     """Refuse a key that the chosen options do not have."""
     name = override.key_or_group
-    if override.is_add() or override.is_force_add() or name in _keys(config):
+    if override.is_add() or override.is_force_add():
         return
-    if name.startswith("trainer."):
-        hint = f" To hand Lightning's Trainer an argument that is not listed, add it: +{name}=..."
+    if name in _keys(config):
+        value = override.value()
+        if isinstance(value, dict) and "_target_" in value:
+            raise ConfigError(
+                f"{name}={{_target_: ...}} would be mixed with the arguments of the option it replaces; take that out: "
+                f"~{name} '+{name}={{_target_: {value['_target_']}, ...}}'"
+            )
+        return
+    if name.startswith(_FREE_SECTIONS):
+        what = "an argument of Lightning's Trainer" if name.startswith("trainer.") else "a column of your table"
+        hint = f" If {name.rpartition('.')[2]} is {what}, add it: +{name}=..."
     else:
         hint = ""
-    raise ConfigError(f"{name}: there is no such key.{_suggest(name, _keys(config))}{hint}")
+    raise ConfigError(f"{name}: there is no such key.{_nearest_key(name, _keys(config))}{hint}")
 
 
 def _check_keys_of_experiment(config: DictConfig, declared: DictConfig, experiment: str) -> None:
     """Refuse a key that an experiment file sets and no chosen option declares."""
+    if "experiment" in config:
+        raise ConfigError(f"experiment {experiment}: the file must begin with the line # @package _global_")
     known = _keys(declared)
     for key in _keys(config):
         section = key.split(".")[0]
         free = key.startswith(_FREE_SECTIONS) or _target(config, section) != _target(declared, section)
         if key not in known and not free:
-            raise ConfigError(f"experiment {experiment} sets {key}: there is no such key.{_suggest(key, known)}")
+            raise ConfigError(f"experiment {experiment} sets {key}: there is no such key.{_nearest_key(key, known)}")
 
 
 def _target(config: DictConfig, section: str) -> object:
-    part = config.get(section)
+    part = None if OmegaConf.is_interpolation(config, section) else config.get(section)
     return part.get("_target_") if isinstance(part, DictConfig) else None
 
 
@@ -334,14 +392,23 @@ def _keys(config: DictConfig, prefix: str = "") -> list[str]:
     return keys
 
 
+def _nearest_key(name: str, keys: Sequence[str]) -> str:
+    """The nearest key, also if only its last part was typed (`temperature` for `loss.temperature`), or the siblings."""
+    parents = {key.rpartition(".")[0] for key in keys}
+    if suggestion := _suggest(name, [key for key in keys if key not in parents or "." not in name]):
+        return suggestion
+    by_leaf = {key.rpartition(".")[2]: key for key in reversed(keys)}
+    if leaves := difflib.get_close_matches(name.rpartition(".")[2], by_leaf, n=1, cutoff=0.7):
+        return f" Did you mean {by_leaf[leaves[0]]}?"
+    section = name
+    while section not in parents:
+        section = section.rpartition(".")[0]
+    siblings = (key.rpartition(".")[2] for key in keys if key.rpartition(".")[0] == section)
+    return f" {section or 'The configuration'} has: {', '.join(key for key in siblings if not key.startswith('_'))}."
+
+
 def _suggest(name: str, candidates: Iterable[str]) -> str:
-    """The nearest candidate, also when only its last part was typed (`temperature` for `loss.temperature`)."""
-    candidates = list(candidates)
-    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.7)
-    if not close:
-        by_leaf = {candidate.rsplit(".", 1)[-1]: candidate for candidate in reversed(candidates)}
-        leaves = difflib.get_close_matches(name.rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.7)
-        close = [by_leaf[leaf] for leaf in leaves]
+    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.7)
     return f" Did you mean {close[0]}?" if close else ""
 
 

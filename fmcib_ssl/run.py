@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,17 @@ import torch
 import yaml
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
-from torch import nn
+from torch import Tensor, nn
 
 import fmcib_ssl
 from fmcib_ssl.config import Component, ConfigError, Settings
-from fmcib_ssl.data.annotations import AnnotationsError, LesionTable, check_annotations, read_annotations
 from fmcib_ssl.data.datamodule import LesionDataModule
-from fmcib_ssl.data.phantom import make_archive
-from fmcib_ssl.data.scans import ScanError
-from fmcib_ssl.data.volumes import VolumePatches
+from fmcib_ssl.data.store import StoreError
+from fmcib_ssl.data.tables import AnnotationsError, ScanError
 from fmcib_ssl.evaluation.figures import ContactRow, contact_sheet, training_curves
+from fmcib_ssl.lesion_source import LesionSource, open_lesions
 from fmcib_ssl.methods import MinedContrast
 from fmcib_ssl.models.encoders import feature_dim
 from fmcib_ssl.models.export import encoder_metadata, export_encoder
@@ -36,7 +38,7 @@ from fmcib_ssl.types import Preprocessing, SampleKey
 logger = logging.getLogger(__name__)
 
 #: Errors whose message is for the user; a traceback would add nothing.
-UserError = (ConfigError, AnnotationsError, ScanError)
+UserError = (ConfigError, AnnotationsError, ScanError, StoreError)
 
 
 def train(settings: Settings) -> float:
@@ -48,7 +50,7 @@ def train(settings: Settings) -> float:
 
     Raises:
         ConfigError: settings that contradict each other, the data or the machine.
-        fmcib_ssl.data.annotations.AnnotationsError: a table that cannot be used.
+        AnnotationsError, ScanError, StoreError: data that cannot be used.
     """
     run = settings.paths.run
     run.mkdir(parents=True, exist_ok=True)
@@ -57,23 +59,19 @@ def train(settings: Settings) -> float:
         torch.set_num_threads(settings.hardware.num_threads)
     L.seed_everything(settings.seed, verbose=False)
     main_process = getattr(rank_zero_only, "rank", 0) == 0
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # our own summary says more
-    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")  # it is the run's
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)  # our own summary says more
+    warnings.filterwarnings("ignore", message=".* directory .* exists and is not empty")  # it is the run's
+    for lightnings_own in (".*isinstance.treespec, LeafSpec.* is deprecated", ".*all_gather is deprecated"):
+        warnings.filterwarnings("ignore", message=lightnings_own)  # Lightning's to mend, nothing a user can do
     if main_process:
         _write_provenance(settings)
     else:
-        logging.getLogger().setLevel(logging.ERROR)  # what every process would say is said once
+        logging.getLogger("fmcib_ssl").setLevel(logging.ERROR)  # what every process would say is said once
 
-    preprocessing = Preprocessing(settings.data.patch_size, settings.data.spacing_mm)
-    table = _lesions(settings, preprocessing, main_process)
+    source = open_lesions(settings, main_process=main_process)
     data = LesionDataModule(
-        VolumePatches(
-            table,
-            preprocessing,
-            seed=settings.seed,
-            cache_scans=settings.data.cache_scans,
-            on_bad_row=settings.data.on_bad_row,
-        ),
+        source.patches,
         _build("augment", settings.augment),
         batch_size=settings.data.batch_size,
         max_batch_size=settings.data.max_batch_size,
@@ -81,24 +79,28 @@ def train(settings: Settings) -> float:
         seed=settings.seed,
         pin_memory=settings.hardware.pin_memory,
     )
-    batch_size = _batch_size(settings, data, len(table))
-    module, learning_rate = _module(settings, preprocessing, batch_size)
+    num_lesions = len(source.patches)
+    batch_size = _batch_size(settings, data, num_lesions)
+    _, num_steps = _num_steps(settings, num_lesions // (batch_size * settings.world_size))
+    module, learning_rate = _module(settings, source.preprocessing, batch_size, num_steps)
     trainer = _trainer(settings)
 
     if main_process:
-        logger.info("%s", _summary(settings, table, batch_size, learning_rate, module))
+        logger.info("%s", _summary(settings, source, batch_size, learning_rate, module))
         if settings.contact_sheet_rows:
-            sheet = draw_contact_sheet(data, run / "contact_sheet.png", settings.contact_sheet_rows)
+            sheet = draw_contact_sheet(
+                data, source.preprocessing, run / "contact_sheet.png", settings.contact_sheet_rows
+            )
             logger.info("views to look at before anything is learned: %s", sheet)
     trainer.fit(module, datamodule=data, ckpt_path=_checkpoint_to_go_on_with(run))
 
     loss = trainer.callback_metrics.get("train/loss", torch.tensor(float("nan")))
     if trainer.is_global_zero:
-        _write_results(module, settings, preprocessing, run)
+        _write_results(module, settings, source.preprocessing, run)
     return float(loss)
 
 
-def draw_contact_sheet(data: LesionDataModule, path: Path, num_rows: int) -> Path:
+def draw_contact_sheet(data: LesionDataModule, preprocessing: Preprocessing, path: Path, num_rows: int) -> Path:
     """Draw what the encoder will see: lesions, spread over the table, with the views of epoch 0."""
     dataset = data.dataset
     num_rows = min(num_rows, len(dataset))
@@ -106,15 +108,16 @@ def draw_contact_sheet(data: LesionDataModule, path: Path, num_rows: int) -> Pat
     for i in range(num_rows):
         key = SampleKey(0, i * len(dataset) // num_rows)
         pair, views = dataset.patches[key], dataset[key]
-        rows.append(
-            ContactRow(_title(dataset.patches, pair["lesion"]), pair["positive"], views["positive"], views["negative"])
-        )
-    return contact_sheet(rows, path)
+        title = dataset.patches.title(pair["lesion"])
+        rows.append(ContactRow(title, pair["positive"], views["positive"], _first_negative(views["negative"])))
+    return contact_sheet(rows, path, preprocessing)
 
 
-def _title(patches: Any, lesion: int) -> str:
-    table: LesionTable = patches.table
-    return f"{table.scan_of(lesion).path.name}, row {table.rows.index[lesion]}"
+def _first_negative(views: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """Of one negative `(1, z, y, x)` itself, of `(K, 1, z, y, x)` the first, if there is one."""
+    if views[0].ndim == 4:
+        return views
+    return (views[0][0], views[1][0]) if len(views[0]) else None
 
 
 def _check_devices(settings: Settings) -> None:
@@ -124,32 +127,6 @@ def _check_devices(settings: Settings) -> None:
             f"hardware.devices={wanted}, but torch {torch.__version__} sees {there} GPU{'s' * (there != 1)} on this "
             "machine: ask for fewer, or train with hardware=cpu"
         )
-
-
-def _lesions(settings: Settings, preprocessing: Preprocessing, main_process: bool) -> LesionTable:
-    """The usable lesions of the table; the phantom archive is made first where it is asked for."""
-    data = settings.data
-    if data.phantom is not None and main_process:
-        workers = max(1, settings.hardware.num_workers)
-        make_archive(data.phantom.folder, data.phantom.num_scans, seed=data.phantom.seed, num_workers=workers)
-    table = read_annotations(data.annotations, data.image_root, data.coordinates, data.path_prefix)
-    for column, value in (data.select or {}).items():
-        if column not in table.rows:
-            columns = ", ".join(map(str, table.rows.columns))
-            raise ConfigError(f"data.select names the column {column!r}; {data.annotations} has {columns}")
-        # As text, so that {fold: 1} finds the 1 of a column that was read as numbers or as text alike.
-        wanted = [str(v) for v in (value if isinstance(value, list) else [value])]
-        table = table.select(table.rows[column].astype(str).isin(wanted))
-    if len(table) == 0:
-        raise ConfigError(f"no row of {data.annotations} has data.select={data.select}")
-    return check_annotations(
-        table,
-        preprocessing,
-        on_bad_row=data.on_bad_row,
-        check=data.check,
-        allow_short_scans=data.allow_short_scans,
-        rejected_csv=settings.paths.run / "rejected.csv" if main_process else None,
-    ).usable
 
 
 def _batch_size(settings: Settings, data: LesionDataModule, num_lesions: int) -> int:
@@ -162,7 +139,7 @@ def _batch_size(settings: Settings, data: LesionDataModule, num_lesions: int) ->
     if batch_size * world_size > num_lesions:
         raise ConfigError(
             f"data.batch_size={batch_size} on {world_size} device{'s' * (world_size > 1)} takes "
-            f"{batch_size * world_size} lesions a step, and the table has {num_lesions} that can be used: "
+            f"{batch_size * world_size} lesions a step, and there are {num_lesions} that can be used: "
             "lower it, or set data.batch_size=auto"
         )
     if settings.loss.get("negatives") == "lesions" and batch_size * world_size < 2:
@@ -178,7 +155,21 @@ def _batch_size(settings: Settings, data: LesionDataModule, num_lesions: int) ->
     return batch_size
 
 
-def _module(settings: Settings, preprocessing: Preprocessing, batch_size: int) -> tuple[MinedContrast, float]:
+def _num_steps(settings: Settings, batches_per_epoch: int) -> tuple[int, int]:
+    """Optimizer steps in an epoch and in all; an epoch's last step may accumulate fewer batches than the others."""
+    trainer = settings.trainer
+    steps_per_epoch = -(-batches_per_epoch // trainer.accumulate_grad_batches)
+    limits = []
+    if trainer.max_epochs not in (None, -1):
+        limits.append(trainer.max_epochs * steps_per_epoch)
+    if trainer.max_steps != -1:
+        limits.append(trainer.max_steps)
+    return steps_per_epoch, min(limits)
+
+
+def _module(
+    settings: Settings, preprocessing: Preprocessing, batch_size: int, num_steps: int
+) -> tuple[MinedContrast, float]:
     encoder: nn.Module = _build("encoder", settings.encoder)
     try:
         num_features = feature_dim(encoder, preprocessing.patch_size_zyx)
@@ -187,15 +178,24 @@ def _module(settings: Settings, preprocessing: Preprocessing, batch_size: int) -
     head: nn.Module = _build("head", settings.head, in_dim=num_features)
 
     arguments = dict(settings.optimizer)
-    base_lr, reference_batch = arguments.pop("base_lr"), arguments.pop("reference_batch")
     global_batch = batch_size * settings.world_size * settings.trainer.accumulate_grad_batches
-    learning_rate = scaled_learning_rate(base_lr, global_batch, reference_batch)
+    with _blame("optimizer"):
+        base_lr, reference_batch = arguments.pop("base_lr"), arguments.pop("reference_batch")
+        learning_rate = scaled_learning_rate(base_lr, global_batch, reference_batch)
+    optimizer = _build("optimizer", arguments, lr=learning_rate)
+    schedule = None if settings.schedule is None else _build("schedule", settings.schedule)
+    # Lightning builds both once training has begun; what they refuse is to be known now.
+    with _blame("optimizer"):
+        trial = optimizer(nn.ModuleList([encoder, head]).named_parameters())
+    if schedule is not None:
+        with _blame("schedule"):
+            schedule(trial, total_steps=num_steps)
     module = MinedContrast(
         encoder,
         head,
         _build("loss", settings.loss),
-        _build("optimizer", arguments, lr=learning_rate),
-        None if settings.schedule is None else _build("schedule", settings.schedule),
+        optimizer,
+        schedule,
         forwards=settings.method.forwards,
         metadata=encoder_metadata(encoder, settings.encoder, preprocessing, extra={"run": settings.name}),
     )
@@ -210,25 +210,39 @@ def _build(section: str, component: Component, **arguments: Any) -> Any:
         raise ConfigError(f"section {section} of the configuration: {error.__cause__ or error}") from error
 
 
+@contextmanager
+def _blame(section: str) -> Iterator[None]:
+    """Say which section of the configuration was wrong when something made of it fails."""
+    try:
+        yield
+    except KeyError as error:
+        raise ConfigError(f"section {section} of the configuration lacks {error}") from error
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise ConfigError(f"section {section} of the configuration: {error}") from error
+
+
 def _trainer(settings: Settings) -> L.Trainer:
     hardware = settings.hardware
     strategy = hardware.strategy
     if strategy == "auto" and settings.world_size > 1:
         strategy = "ddp"
-    return L.Trainer(
-        accelerator=hardware.accelerator,
-        devices=hardware.devices,
-        num_nodes=hardware.num_nodes,
-        strategy=strategy,
-        precision=hardware.precision,  # type: ignore[arg-type]  # checked by Lightning, with a good message
-        sync_batchnorm=hardware.sync_batchnorm,
-        use_distributed_sampler=False,  # EpochSampler knows ranks, and pads none
-        enable_model_summary=False,
-        default_root_dir=settings.paths.run,
-        logger=[_build("logger", component) for component in (settings.logger or {}).values()],
-        callbacks=[_build("callbacks", component) for component in (settings.callbacks or {}).values()],
-        **settings.trainer.model_dump(),
-    )
+    loggers = [_build("logger", component) for component in (settings.logger or {}).values()]
+    callbacks = [_build("callbacks", component) for component in (settings.callbacks or {}).values()]
+    with _blame("hardware or trainer"):
+        return L.Trainer(
+            accelerator=hardware.accelerator,
+            devices=hardware.devices,
+            num_nodes=hardware.num_nodes,
+            strategy=strategy,
+            precision=hardware.precision,  # type: ignore[arg-type]  # checked by Lightning, with a good message
+            sync_batchnorm=hardware.sync_batchnorm,
+            use_distributed_sampler=False,  # EpochSampler knows ranks, and pads none
+            enable_model_summary=False,
+            default_root_dir=settings.paths.run,
+            logger=loggers,
+            callbacks=callbacks,
+            **settings.trainer.model_dump(),
+        )
 
 
 def _checkpoint_to_go_on_with(run: Path) -> Path | None:
@@ -255,23 +269,20 @@ def _write_results(module: MinedContrast, settings: Settings, preprocessing: Pre
     extra = {"run": settings.name, "step": trainer.global_step, "epoch": trainer.current_epoch, "seed": settings.seed}
     weights = run / "encoder.safetensors"
     export_encoder(module.encoder, settings.encoder, preprocessing, weights, extra=extra)
-    lines = [f"encoder   {weights}   (fmcib_ssl.load_encoder reads it)"]
+    lines = [f"encoder    {weights}   (fmcib_ssl.load_encoder reads it)"]
     if (run / "metrics.csv").is_file():
-        lines.append(f"curves    {training_curves(run / 'metrics.csv', run / 'curves.png')}")
+        lines.append(f"curves     {training_curves(run / 'metrics.csv', run / 'curves.png')}")
     logger.info("%s", "\n".join(lines))
 
 
 def _summary(
-    settings: Settings, table: LesionTable, batch_size: int, learning_rate: float, module: MinedContrast
+    settings: Settings, source: LesionSource, batch_size: int, learning_rate: float, module: MinedContrast
 ) -> str:
     """What is about to happen, in numbers a user can check against what was meant."""
     hardware, trainer, data = settings.hardware, settings.trainer, settings.data
     global_batch = batch_size * settings.world_size
-    steps_per_epoch = len(table) // global_batch // trainer.accumulate_grad_batches or 1
-    by_epochs = None if trainer.max_epochs in (None, -1) else trainer.max_epochs * steps_per_epoch
-    steps = min(s for s in (by_epochs, None if trainer.max_steps == -1 else trainer.max_steps) if s is not None)
+    steps_per_epoch, num_steps = _num_steps(settings, len(source.patches) // global_batch)
     parameters = sum(p.numel() for p in module.encoder.parameters()) / 1e6
-    num_scans = len({table.scan_of(i) for i in range(len(table))})
     accumulated = f", {trainer.accumulate_grad_batches} accumulated" if trainer.accumulate_grad_batches > 1 else ""
     loss_arguments = ", ".join(f"{key} {value}" for key, value in settings.loss.items() if key != "_target_")
     schedule = _last_name(settings.schedule) if settings.schedule else "constant"
@@ -279,17 +290,18 @@ def _summary(
     times = f" x {trainer.accumulate_grad_batches}" if accumulated else ""
     rows = {
         "run": f"{settings.name}, fmcib_ssl {fmcib_ssl.__version__}, in {settings.paths.run}",
-        "lesions": f"{len(table)} in {num_scans} scans",
-        "patch": f"{' x '.join(map(str, data.patch_size))} voxels (z, y, x) of {data.spacing_mm} mm",
+        "lesions": f"{len(source.patches)} in {source.num_scans} scans, from {source.origin}",
+        "negatives": f"{data.per_lesion} a lesion, {data.mining}" if data.per_lesion else "none mined",
+        "patch": f"{' x '.join(map(str, data.patch_size))} voxels (z, y, x) of {source.preprocessing.spacing_mm:g} mm",
         "batch": f"{batch_size} lesions on each of {settings.world_size} {hardware.accelerator} devices{accumulated}",
-        "steps": f"{steps} in all, {steps_per_epoch} an epoch",
+        "steps": f"{num_steps} in all, {steps_per_epoch} an epoch",
         "encoder": f"{_last_name(settings.encoder)}, {parameters:.2f} M weights, "
         f"{module.metadata['feature_dim']} features",
         "loss": f"{type(module.loss).__name__}: {loss_arguments}",
         "rate": f"{learning_rate:.3g} at its highest = {base_lr:g} x {global_batch}{times} / {reference_batch}, "
         f"{_last_name(settings.optimizer)}, {schedule}",
     }
-    return "\n".join(f"{name:<8}  {text}" for name, text in rows.items())
+    return "\n".join(f"{name:<9}  {text}" for name, text in rows.items())
 
 
 def _last_name(component: Component) -> str:

@@ -24,10 +24,10 @@ class SampleKey(NamedTuple):
 
 
 class PatchPair(TypedDict):
-    """A lesion's patch and the negative mined for it, in HU, before augmentation."""
+    """A lesion's patch and the negatives mined for it, in HU, before augmentation."""
 
     positive: Tensor  # int16 (1, z, y, x), canonical LPS, HU
-    negative: Tensor  # the same shape
+    negative: Tensor  # the same shape; (K, 1, z, y, x) where K negatives, not one, are mined for each lesion
     lesion: int  # row number in the table of usable lesions
     negative_from_other_scan: bool  # the lesion's own scan had no legal place
 

@@ -1,7 +1,8 @@
 """Pretrain an encoder on synthetic scans, then show what it learned: a table and a page. `make demo` runs this.
 
-The training is the command a user would type. What it learned is then measured on unseen patients: a linear probe tells
-the two classes of lesions apart from frozen features, beside the same encoder with random weights and the raw voxels.
+Making scans, preparing them and training are the commands a user would type. What was learned is measured on patients
+that were held out: a linear probe tells the two classes of lesions apart from frozen features, beside the same encoder
+with random weights and the raw voxels.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ import yaml
 from hydra.utils import instantiate
 
 import fmcib_ssl
-from fmcib_ssl.data.annotations import LesionTable, read_annotations
-from fmcib_ssl.data.volumes import VolumePatches
+from fmcib_ssl.data import LesionPatches
 from fmcib_ssl.evaluation.figures import embedding_map, roc_curves
 from fmcib_ssl.evaluation.probes import (
     ProbeResult,
@@ -33,17 +33,21 @@ from fmcib_ssl.evaluation.report import ReportFigure, Section, results_table, wr
 
 REPO = Path(__file__).resolve().parents[1]
 EXPERIMENT = "phantom_ntxent_mined"
+ARCHIVE = Path("data") / "phantom"
+NUM_SCANS = 140
+SPACING_MM = 1.25
 #: Raw voxels are reduced to as many principal components before the probe.
 NUM_COMPONENTS = 64
 
 
 def main(overrides: list[str]) -> None:
-    """Train, measure, report; `overrides` go to the training."""
+    """Make scans, prepare them, train, measure, report; `overrides` go to the training."""
     began = time.monotonic()
     run = Path("runs") / "demo" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    command = [sys.executable, str(REPO / "train.py"), f"+experiment={EXPERIMENT}", f"hydra.run.dir={run}", *overrides]
-    print("$", " ".join(["python", "train.py", *command[2:]]), flush=True)
-    subprocess.run(command, check=True)
+    table, store = ARCHIVE / "annotations.csv", ARCHIVE / "store"
+    show_and_run("scripts/phantom.py", f"folder={ARCHIVE}", f"num_scans={NUM_SCANS}")
+    show_and_run("scripts/prepare.py", f"annotations={table}", f"store={store}", f"spacing_mm={SPACING_MM}")
+    show_and_run("train.py", f"+experiment={EXPERIMENT}", f"data.store={store}", f"hydra.run.dir={run}", *overrides)
 
     config = yaml.safe_load((run / "config.yaml").read_text())
     print("\nmeasuring what the frozen encoder knows about lesions of patients it has never seen ...", flush=True)
@@ -61,13 +65,18 @@ def main(overrides: list[str]) -> None:
     print(f"took      {time.monotonic() - began:.0f} s")
 
 
+def show_and_run(script: str, *arguments: str) -> None:
+    """Run a command as a user would, and show it."""
+    print("\n$", " ".join(["python", script, *arguments]), flush=True)
+    subprocess.run([sys.executable, str(REPO / script), *arguments], check=True)
+
+
 def measure(run: Path, config: dict[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
     """Features of every lesion of the archive by each method, with labels, patients and who is held out."""
-    table: LesionTable = read_annotations(config["data"]["annotations"])
     encoder = fmcib_ssl.load_encoder(run / "encoder.safetensors")
     preprocessing = encoder.preprocessing
-    patches = VolumePatches(table, preprocessing)
-    positives = [patches.positive(i) for i in range(len(table))]
+    patches = LesionPatches(config["data"]["store"], preprocessing.patch_size_zyx)
+    positives = [patches.positive(i) for i in range(len(patches))]
 
     L.seed_everything(config["seed"], verbose=False)  # the weights that the training began with
     untrained = instantiate(config["encoder"])
@@ -76,7 +85,7 @@ def measure(run: Path, config: dict[str, Any]) -> tuple[dict[str, np.ndarray], n
         "random weights": embed(untrained, positives, preprocessing),
         "raw voxels": raw_voxel_features(positives, preprocessing),
     }
-    rows = table.rows
+    rows = patches.lesions
     is_test = (rows["split"] == "test").to_numpy()
     return features, rows["label"].astype(int).to_numpy(), rows["PatientID"].to_numpy(), is_test
 

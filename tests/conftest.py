@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 import pytest
 import torch
+
+# PyKEEN, the losses' oracle, registers torch's schedulers by name when it is imported, and fails once MONAI has added
+# another of one name.
+with contextlib.suppress(ImportError):
+    import pykeen.losses  # noqa: F401
 
 REPO = Path(__file__).resolve().parents[1]
 

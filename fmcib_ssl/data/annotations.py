@@ -1,20 +1,19 @@
 """The table of lesions: read it, and find every row that cannot be used before training starts.
 
-A row is a lesion: `image_path, coordX, coordY, coordZ` (mm), optionally `series_uid`; further columns are kept.
+A row is a lesion: `image_path, coordX, coordY, coordZ` (mm, or voxel indices), optionally `series_uid`; further
+columns are kept. A row whose `cropped` is true names a file that holds one lesion and little else: it may be smaller
+than a patch, and without a point its centre is taken.
 Rows are numbered as in the file, 1 being the first below the header.
 """
 
 from __future__ import annotations
 
-import csv
-import difflib
-import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -22,31 +21,37 @@ import pandas as pd
 from tqdm import tqdm
 
 from fmcib_ssl.data.geometry import PatchGrid, ScanGeometry, ras_to_lps
-from fmcib_ssl.data.scans import ScanError, ScanSource, read_header, read_scan
+from fmcib_ssl.data.scans import ScanSource, read_header, read_scan
+from fmcib_ssl.data.tables import (
+    REJECTED_COLUMNS,
+    AnnotationsError,
+    BadRowsError,
+    OnBadRow,
+    ScanError,
+    read_table,
+    refuse_or_skip,
+    require_columns,
+)
 from fmcib_ssl.types import Preprocessing
 
-logger = logging.getLogger(__name__)
+__all__ = [
+    "AnnotationsError",
+    "BadRowsError",
+    "CheckedAnnotations",
+    "LesionTable",
+    "OnBadRow",
+    "check_annotations",
+    "read_annotations",
+    "resolve_path",
+]
 
-Coordinates = Literal["lps", "ras"]
-OnBadRow = Literal["refuse", "skip"]
+Coordinates = Literal["lps", "ras", "voxel"]
 
 PATH_COLUMN = "image_path"
 COORDINATE_COLUMNS = ("coordX", "coordY", "coordZ")
 SERIES_COLUMN = "series_uid"
-#: Rows that an error message shows; the file has them all.
-NUM_ROWS_SHOWN = 20
-
-
-class AnnotationsError(ValueError):
-    """The table as a whole cannot be used."""
-
-
-class BadRowsError(AnnotationsError):
-    """Rows that cannot be used; `rejected` has them all: row, image_path, value, reason, remedy."""
-
-    def __init__(self, message: str, rejected: pd.DataFrame | None = None) -> None:
-        super().__init__(message)
-        self.rejected = rejected
+MASK_COLUMN = "mask_path"
+CROPPED_COLUMN = "cropped"
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,10 +62,13 @@ class LesionTable:
         source: the CSV file.
         rows: its columns as they are; the index is the row number in the file.
         scans: for each row its scan; None where the row names none.
-        centers_lps_mm: `(lesions, 3)`, x, y, z; NaN where the table has no number.
+        centers_lps_mm: `(lesions, 3)`, x, y, z; NaN where the table has no number. What only the scan's header can
+            tell (voxel indices, the middle of a cropped file) is NaN until `check_annotations` has read it.
         coordinates: the frame of `coordX, coordY, coordZ` in `rows`.
         annotated_lps_mm: for each scan *all* known points of the file, also those of rows that were set aside or
             belong to another split: what must not be taken for background.
+        annotated_indices: the same for points that wait for `check_annotations`: `(points, 3)`, i, j, k; NaN is the
+            middle of the file.
     """
 
     source: Path
@@ -69,6 +77,7 @@ class LesionTable:
     centers_lps_mm: npt.NDArray[np.float64]
     coordinates: Coordinates
     annotated_lps_mm: dict[ScanSource, npt.NDArray[np.float64]]
+    annotated_indices: dict[ScanSource, npt.NDArray[np.float64]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -110,29 +119,39 @@ def read_annotations(
     Args:
         path: the CSV file.
         image_root: where relative paths start; the folder of the CSV file by default.
-        coordinates: the frame of the points, millimetres in LPS (DICOM, SimpleITK) or RAS (NIfTI, 3D Slicer's panel).
+        coordinates: the frame of the points: millimetres in "lps" (DICOM, SimpleITK) or "ras" (nibabel, 3D Slicer's
+            panel), or "voxel": indices i, j, k from 0 of the file's own array as SimpleITK and nibabel have it, i
+            running fastest; in a DICOM series column, row, slice, the slices in the order of their normal.
         path_prefix: beginning of the paths in the table, to be replaced by `image_root`, for tables made elsewhere.
 
     Raises:
         AnnotationsError: no file, no text, no rows, rows of unequal length, or a column missing.
     """
     path = Path(path)
-    if coordinates not in ("lps", "ras"):
-        raise AnnotationsError(f"coordinates={coordinates!r} is not one of 'lps', 'ras'")
-    rows = _read_csv(path)
+    if coordinates not in get_args(Coordinates):
+        allowed = ", ".join(map(repr, get_args(Coordinates)))
+        raise AnnotationsError(f"coordinates={coordinates!r} is not one of {allowed}")
+    rows = read_table(path, text=(PATH_COLUMN, SERIES_COLUMN))
+    required = (PATH_COLUMN,) if CROPPED_COLUMN in rows else (PATH_COLUMN, *COORDINATE_COLUMNS)
+    hint = f". For points from {MASK_COLUMN}: python scripts/import_annotations.py source=masks"
+    require_columns(path, rows, required, hint if MASK_COLUMN in rows else "")
+    rows = rows.assign(**{column: np.nan for column in COORDINATE_COLUMNS if column not in rows})
     root = Path(image_root) if image_root is not None else path.parent
     scans = tuple(_scan_sources(rows, root, path_prefix))
-    numbers = [pd.to_numeric(rows[column], errors="coerce") for column in COORDINATE_COLUMNS]
-    centers = np.stack(numbers, axis=1).astype(np.float64)
-    centers[~np.isfinite(centers)] = np.nan
-    if coordinates == "ras":
-        centers = ras_to_lps(centers)
-    known: dict[ScanSource, list[npt.NDArray[np.float64]]] = {}
-    for scan, center in zip(scans, centers, strict=True):
-        if scan is not None and np.isfinite(center).all():
-            known.setdefault(scan, []).append(center)
-    annotated = {scan: np.stack(points) for scan, points in known.items()}
-    return LesionTable(path, rows, scans, centers, coordinates, annotated)
+    values = _values(rows)
+    waiting = values.takes_middle | (values.known & (coordinates == "voxel"))
+    centers = ras_to_lps(values.numbers) if coordinates == "ras" else values.numbers.copy()
+    if coordinates == "voxel":
+        centers[:] = np.nan
+    return LesionTable(
+        path,
+        rows,
+        scans,
+        centers,
+        coordinates,
+        annotated_lps_mm=_by_scan(scans, centers, values.known & ~waiting),
+        annotated_indices=_by_scan(scans, values.numbers, waiting),
+    )
 
 
 def check_annotations(
@@ -147,6 +166,8 @@ def check_annotations(
 ) -> CheckedAnnotations:
     """Look at every row and every scan, and list all that cannot be used at once.
 
+    Points that need the scan's header (voxel indices, the middle of cropped files) become LPS mm here.
+
     Args:
         table: what `read_annotations` gave.
         preprocessing: the patch that will be cut.
@@ -160,11 +181,13 @@ def check_annotations(
         BadRowsError: bad rows and `on_bad_row="refuse"`, or no row that can be used.
     """
     outcomes = _inspect_scans(table, check, num_threads)
+    values = _values(table.rows)
+    table = _with_points_from_headers(table, values, outcomes)
     problems: list[dict[str, object]] = []
     keep = np.ones(len(table), dtype=bool)
     seen: dict[tuple[ScanSource | None, tuple[float, ...]], int] = {}
     for i, (number, scan) in enumerate(zip(table.rows.index, table.scans, strict=True)):
-        found = _row_problem(table, i, outcomes, preprocessing, allow_short_scans)
+        found = _row_problem(table, i, values, outcomes, None if allow_short_scans else preprocessing)
         key = (scan, tuple(table.centers_lps_mm[i].round(3).tolist()))
         if found is None and (earlier := seen.setdefault(key, number)) != number:
             found = _Problem(
@@ -174,16 +197,8 @@ def check_annotations(
             keep[i] = False
             image_path = str(table.rows[PATH_COLUMN].iloc[i])
             problems.append({"row": number, "image_path": image_path, **found._asdict()})
-    rejected = pd.DataFrame(problems, columns=["row", "image_path", "value", "reason", "remedy"])
-    if len(rejected):
-        if rejected_csv is not None:
-            rejected.to_csv(rejected_csv, index=False)
-        message = _message(table, rejected, rejected_csv)
-        if on_bad_row == "refuse":
-            raise BadRowsError(f"{message}\nOr go on without these rows: on_bad_row=skip.", rejected)
-        if not keep.any():
-            raise BadRowsError(f"{message}\nNo row is left.", rejected)
-        logger.warning("%s\nGoing on with the other %d rows.", message, keep.sum())
+    rejected = pd.DataFrame(problems, columns=list(REJECTED_COLUMNS))
+    refuse_or_skip(rejected, table.source, len(table), on_bad_row, rejected_csv)
     return CheckedAnnotations(table.select(keep), rejected)
 
 
@@ -196,19 +211,20 @@ class _Problem(NamedTuple):
 def _row_problem(
     table: LesionTable,
     i: int,
+    values: _Values,
     outcomes: dict[ScanSource, ScanGeometry | ScanError],
-    preprocessing: Preprocessing,
-    allow_short_scans: bool,
+    must_hold: Preprocessing | None,
 ) -> _Problem | None:
-    """The first thing that is wrong with a row."""
+    """The first thing that is wrong with a row; `must_hold` is the patch that must fit into the scan."""
     scan, center = table.scans[i], table.centers_lps_mm[i]
     if scan is None:
         return _Problem("", f"{PATH_COLUMN} is empty", f"fill in {PATH_COLUMN}")
-    for column, number in zip(COORDINATE_COLUMNS, center, strict=True):
-        if np.isnan(number):
+    for column, number in zip(COORDINATE_COLUMNS, values.numbers[i], strict=True):
+        if np.isnan(number) and not values.takes_middle[i]:
             value = table.rows[column].iloc[i]
             what = "is missing" if pd.isna(value) else "is not a finite number"
-            return _Problem(f"{column}={value}", what, "give coordinates in millimetres, with a decimal point")
+            unit = "voxels" if table.coordinates == "voxel" else "millimetres"
+            return _Problem(f"{column}={value}", what, f"give coordinates in {unit}, with a decimal point")
     geometry = outcomes[scan]
     if isinstance(geometry, ScanError):
         remedy = "repair or leave out the scan"
@@ -216,22 +232,28 @@ def _row_problem(
             remedy = "correct the path, or set image_root (and path_prefix for a table made elsewhere)"
         return _Problem(geometry.path, geometry.reason, remedy)
     if not geometry.contains(center):
-        return _outside(table, i, geometry)
-    if not allow_short_scans:
-        patch = PatchGrid((0, 0, 0), preprocessing.patch_size_zyx, preprocessing.spacing_mm)
+        return _outside(table, i, values.numbers[i], geometry)
+    if must_hold is not None and not values.cropped[i]:
+        patch = PatchGrid((0, 0, 0), must_hold.patch_size_zyx, must_hold.spacing_mm)
         lowest, highest = geometry.bounds_lps_mm()
         for axis, has, needs in zip("xyz", highest - lowest, patch.extent_mm_xyz, strict=True):
             if has < needs - 1e-3:
                 return _Problem(
                     f"{has:.1f} mm along {axis}",
                     f"the scan is {has:.1f} mm long along {axis}, the patch {needs:.1f} mm",
-                    f"allow_short_scans=true pads with {preprocessing.padding_hu} HU; or take a smaller patch",
+                    f"allow_short_scans=true pads with {must_hold.padding_hu} HU; or take a smaller patch",
                 )
     return None
 
 
-def _outside(table: LesionTable, i: int, geometry: ScanGeometry) -> _Problem:
+def _outside(table: LesionTable, i: int, numbers: npt.NDArray[np.float64], geometry: ScanGeometry) -> _Problem:
     center = table.centers_lps_mm[i]
+    if table.coordinates == "voxel":
+        size = " x ".join(map(str, geometry.size_xyz))
+        remedy = "correct the indices: i, j, k from 0, i along the file's fastest axis"
+        if geometry.contains(geometry.to_lps_mm(numbers[::-1])):
+            remedy = "swap coordX and coordZ: the indices look like k, j, i"
+        return _Problem(_coordinates_text(table, i), f"no voxel of the scan, which has {size}", remedy)
     lowest, highest = (", ".join(f"{v:.1f}" for v in bound) for bound in geometry.bounds_lps_mm())
     reason = (
         f"the point is {geometry.distance_outside_mm(center):.1f} mm outside the scan, which reaches "
@@ -244,7 +266,65 @@ def _outside(table: LesionTable, i: int, geometry: ScanGeometry) -> _Problem:
             f"{reason}; with x and y negated it is inside: looks like {other.upper()}",
             f"coordinates={other}",
         )
+    if (numbers == numbers.round()).all() and geometry.contains(geometry.to_lps_mm(numbers)):
+        return _Problem(
+            _coordinates_text(table, i), f"{reason}; there is a voxel of these indices", "if so: coordinates=voxel"
+        )
     return _Problem(_coordinates_text(table, i), reason, "correct the point; it must be in mm, not in voxels")
+
+
+def _with_points_from_headers(
+    table: LesionTable, values: _Values, outcomes: dict[ScanSource, ScanGeometry | ScanError]
+) -> LesionTable:
+    """The table with LPS points also where only the scan's geometry gives them."""
+
+    def placed(scan: ScanSource | None, index_xyz: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        geometry = None if scan is None else outcomes.get(scan)
+        if not isinstance(geometry, ScanGeometry):
+            return np.full_like(index_xyz, np.nan)
+        middle = (np.array(geometry.size_xyz) - 1) / 2
+        return geometry.to_lps_mm(np.where(np.isnan(index_xyz), middle, index_xyz))
+
+    centers = table.centers_lps_mm.copy()
+    waiting = values.takes_middle | (values.known & (table.coordinates == "voxel"))
+    for i in np.flatnonzero(waiting):
+        centers[i] = placed(table.scans[i], values.numbers[i])
+    annotated = dict(table.annotated_lps_mm)
+    for scan, index_xyz in table.annotated_indices.items():
+        if isinstance(outcomes.get(scan), ScanGeometry):
+            annotated[scan] = np.concatenate([annotated.get(scan, np.empty((0, 3))), placed(scan, index_xyz)])
+    return replace(table, centers_lps_mm=centers, annotated_lps_mm=annotated, annotated_indices={})
+
+
+def _by_scan(
+    scans: Sequence[ScanSource | None], points: npt.NDArray[np.float64], keep: npt.NDArray[np.bool_]
+) -> dict[ScanSource, npt.NDArray[np.float64]]:
+    found: dict[ScanSource, list[npt.NDArray[np.float64]]] = {}
+    for i in np.flatnonzero(keep).tolist():
+        if (scan := scans[i]) is not None:
+            found.setdefault(scan, []).append(points[i])
+    return {scan: np.stack(rows) for scan, rows in found.items()}
+
+
+class _Values(NamedTuple):
+    """What the table says of each row's point, as arrays."""
+
+    numbers: npt.NDArray[np.float64]  # (rows, 3), as they stand in the table; NaN for what is no finite number
+    known: npt.NDArray[np.bool_]  # three numbers
+    cropped: npt.NDArray[np.bool_]
+    takes_middle: npt.NDArray[np.bool_]  # cropped, and no point given
+
+
+def _values(rows: pd.DataFrame) -> _Values:
+    columns = [pd.to_numeric(rows[column], errors="coerce") for column in COORDINATE_COLUMNS]
+    numbers = np.stack(columns, axis=1).astype(np.float64)
+    numbers[~np.isfinite(numbers)] = np.nan
+    cropped = np.zeros(len(rows), dtype=bool)
+    if CROPPED_COLUMN in rows:
+        text = rows[CROPPED_COLUMN].astype(str).str.strip().str.lower()
+        cropped = text.isin(("true", "yes", "1", "1.0")).to_numpy(bool)
+    blank = rows[list(COORDINATE_COLUMNS)].isna().all(axis=1).to_numpy(bool)
+    return _Values(numbers, np.asarray(np.isfinite(numbers).all(axis=1)), cropped, cropped & blank)
 
 
 def _coordinates_text(table: LesionTable, i: int) -> str:
@@ -273,78 +353,23 @@ def _inspect_scans(
         return dict(zip(scans, outcomes, strict=True))
 
 
-def _message(table: LesionTable, rejected: pd.DataFrame, rejected_csv: Path | str | None) -> str:
-    shown = rejected.head(NUM_ROWS_SHOWN)
-    lines = [
-        f"{table.source}: {len(rejected)} of {len(table)} rows cannot be used (row 1 is the first below the header)"
-    ]
-    for row, image_path, value, reason, _ in shown.astype(str).to_numpy().tolist():
-        shown_value = f"{value}: " if value not in ("", image_path) else ""
-        lines.append(f"  row {row}: {image_path}: {shown_value}{reason}")
-    if len(rejected) > len(shown):
-        where = f"; all are in {rejected_csv}" if rejected_csv is not None else ""
-        lines.append(f"  ... and {len(rejected) - len(shown)} more{where}")
-    lines += ["What to do:", *(f"  {remedy} ({n} rows)" for remedy, n in rejected["remedy"].value_counts().items())]
-    return "\n".join(lines)
+def resolve_path(text: Any, root: Path, path_prefix: str | None = None) -> Path | None:
+    """Where a path of a table leads: from `root` if it is relative, or if it starts with `path_prefix`.
+
+    Args:
+        text: the cell; None for an empty one.
+        root: where relative paths start.
+        path_prefix: beginning that `root` replaces.
+    """
+    if pd.isna(text) or not (relative := str(text).strip()):
+        return None
+    if path_prefix is not None and relative.startswith(path_prefix):
+        relative = relative.removeprefix(path_prefix).lstrip("/\\")
+    return root / relative
 
 
 def _scan_sources(rows: pd.DataFrame, root: Path, path_prefix: str | None) -> Iterator[ScanSource | None]:
     uids = rows[SERIES_COLUMN] if SERIES_COLUMN in rows else [None] * len(rows)
     for text, uid in zip(rows[PATH_COLUMN], uids, strict=True):
-        if pd.isna(text) or not str(text).strip():
-            yield None
-            continue
-        relative = str(text).strip()
-        if path_prefix is not None and relative.startswith(path_prefix):
-            relative = relative.removeprefix(path_prefix).lstrip("/\\")
-        yield ScanSource(root / relative, None if uid is None or pd.isna(uid) else str(uid).strip())
-
-
-def _read_csv(path: Path) -> pd.DataFrame:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            header_line = file.readline()
-            separator = max(",;\t", key=header_line.count)
-            names = next(csv.reader([header_line], delimiter=separator), [])
-            header = [name.strip() or f"Unnamed: {i}" for i, name in enumerate(names)]
-            lengths = [len(row) for row in csv.reader(file, delimiter=separator)]
-    except OSError as error:
-        raise AnnotationsError(f"{path}: cannot be opened: {error.strerror}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise AnnotationsError(f"{path}: is not a CSV file in UTF-8 ({error}); save it as one") from error
-    _require_columns(path, header)
-    for row, length in enumerate(lengths, start=1):
-        if length not in (0, len(header)):
-            raise AnnotationsError(
-                f"{path}: row {row} (row 1 is the first below the header) has {length} fields, the header has "
-                f"{len(header)}; put values that hold a {separator!r} in double quotes"
-            )
-    rows = pd.read_csv(
-        path,
-        sep=separator,
-        encoding="utf-8-sig",
-        header=0,
-        names=header,
-        index_col=False,
-        skip_blank_lines=False,
-        dtype={name: str for name in (PATH_COLUMN, SERIES_COLUMN) if name in header},
-    )
-    rows.index = pd.RangeIndex(1, len(rows) + 1, name="row")
-    rows = rows.dropna(how="all")  # blank lines: they count, so that row + 1 is the line in the file
-    if rows.empty:
-        raise AnnotationsError(f"{path}: has a header and no rows")
-    return rows
-
-
-def _require_columns(path: Path, header: list[str]) -> None:
-    by_lower = {name.lower(): name for name in header}
-    missing = []
-    for name in (PATH_COLUMN, *COORDINATE_COLUMNS):
-        if name not in header:
-            close = difflib.get_close_matches(name.lower(), by_lower, 1)
-            missing.append(f"{name!r} (rename {by_lower[close[0]]!r}?)" if close else repr(name))
-    if missing:
-        raise AnnotationsError(f"{path}: lacks the columns {', '.join(missing)}; it has {', '.join(map(repr, header))}")
-    doubled = sorted({name for name in header if header.count(name) > 1})
-    if doubled:
-        raise AnnotationsError(f"{path}: has these columns twice: {', '.join(map(repr, doubled))}")
+        path = resolve_path(text, root, path_prefix)
+        yield None if path is None else ScanSource(path, None if uid is None or pd.isna(uid) else str(uid).strip())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -18,10 +19,46 @@ def _use_one_thread(_worker: int) -> None:
     torch.set_num_threads(1)
 
 
+class ResumableLoader(DataLoader[LesionViews]):
+    """A loader that a `Trainer` stores in its checkpoints and sets going again in the middle of an epoch.
+
+    Workers fetch ahead, so how many batches were trained on is asked of the trainer and not counted here.
+
+    Args:
+        lesions: the sampler.
+        num_trained: gives the number of batches of the current epoch that were trained on.
+        arguments: of `DataLoader`.
+    """
+
+    def __init__(self, lesions: EpochSampler, num_trained: Callable[[], int], **arguments: Any) -> None:
+        super().__init__(sampler=lesions, batch_size=lesions.batch_size, drop_last=True, **arguments)
+        self.lesions = lesions
+        self._num_trained = num_trained
+
+    def __iter__(self) -> Iterator[LesionViews]:  # type: ignore[override]  # torch names a class of its own
+        """Deal out the epoch that is set when the first batch is asked for.
+
+        A trainer that goes on from a checkpoint makes the iterator before it sets the epoch, and workers would begin
+        with epoch 0 at once.
+        """
+        yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch, batch and size of the global batch."""
+        per_batch = self.lesions.batch_size * self.lesions.world_size
+        return {"epoch": self.lesions.epoch, "batch": self._num_trained(), "lesions_per_batch": per_batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where `state_dict` was called; with another global batch, at the lesion that was next then."""
+        per_batch = self.lesions.batch_size * self.lesions.world_size
+        self.lesions.resume_at(state["epoch"], state["batch"] * state["lesions_per_batch"] // per_batch)
+
+
 class LesionDataModule(LightningDataModule):
     """Serves every lesion's views once an epoch, the same batches for any number of workers.
 
-    Needs `Trainer(use_distributed_sampler=False)`: the sampler here already knows ranks.
+    Needs `Trainer(use_distributed_sampler=False)`: the sampler here already knows ranks. A checkpoint of the trainer
+    holds the place in the epoch, and training goes on from it with the batches that were still to come.
 
     Args:
         patches: one pair of patches a lesion.
@@ -75,7 +112,7 @@ class LesionDataModule(LightningDataModule):
             raise ValueError(f"{len(self.dataset)} lesions for {world_size} devices: use fewer devices.")
         return min(self._max_batch_size, available)
 
-    def train_dataloader(self) -> DataLoader[LesionViews]:
+    def train_dataloader(self) -> ResumableLoader:
         """Build the loader of this rank.
 
         Raises:
@@ -84,13 +121,13 @@ class LesionDataModule(LightningDataModule):
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         batch_size = self.batch_size_per_device(world_size)
         in_workers = self.num_workers > 0
-        return DataLoader(
-            self.dataset,
-            batch_size=batch_size,
-            sampler=EpochSampler(
-                len(self.dataset), batch_size, rank=rank, world_size=world_size, seed=self.seed, shuffle=self.shuffle
-            ),
-            drop_last=True,
+        lesions = EpochSampler(
+            len(self.dataset), batch_size, rank=rank, world_size=world_size, seed=self.seed, shuffle=self.shuffle
+        )
+        return ResumableLoader(
+            lesions,
+            self._num_trained,
+            dataset=self.dataset,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             worker_init_fn=_use_one_thread if in_workers else None,
@@ -99,3 +136,10 @@ class LesionDataModule(LightningDataModule):
             multiprocessing_context=self.multiprocessing_context if in_workers else None,
             generator=torch.Generator().manual_seed(self.seed),  # a loader draws a seed, else from the global one
         )
+
+    def _num_trained(self) -> int:
+        """Batches of this epoch whose optimizer step is done; that of one which an error interrupts is not."""
+        if self.trainer is None:
+            return 0
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return int(progress.processed)

@@ -1,110 +1,298 @@
-"""Where a negative may be taken from: legal centres of a scan, found once on a coarse map, drawn from in O(1).
+"""Where a negative may be taken from: strategies that draw its centre on the coarse map of a scan.
 
-A strategy is a function from the coarse map of a scan to its `LegalCenters`. Here is `background_centers`: anywhere in
-the body that shows none of the annotated lesions.
+A draw proposes a fixed number of cells at random and takes the first legal one (`hard`: the legal one that is most
+like the lesion). The first legal one of independent uniform proposals is uniform over all that are legal. Only if none
+of them is, the map is searched as a whole, which gives an exact answer or certainty that the scan has no place. So a
+draw looks at a few dozen cells, however large the scan.
+
+Coordinates are voxels z, y, x of the grid that the map was made from.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from jaxtyping import Bool, Float, Int16
+from jaxtyping import Bool, Float, Int
 from scipy import ndimage
 
-from fmcib_ssl.data.geometry import PatchGrid, ScanGeometry
+from fmcib_ssl.data.coarse_map import CoarseMap
+from fmcib_ssl.types import SampleKey
 
-#: Edge of a cell of the coarse map, mm.
-CELL_MM = 4.0
-#: Between lung (below) and fat (above), HU.
-BODY_THRESHOLD_HU = -500
 #: At least this part of a negative is body. With less, air or padding would tell negatives from lesions.
 MIN_BODY_FRACTION = 0.5
+#: Cells proposed for each negative: if a quarter of them is legal, all fail once in a hundred million draws.
+PROPOSALS_PER_NEGATIVE = 64
+
+Cells = Int[np.ndarray, "cells 3"]
 
 
 @dataclass(frozen=True, eq=False)
-class LegalCenters:
-    """Cells of a coarse map in which a negative may be centred, anywhere within the cell.
+class NegativeQuery:
+    """What a negative is wanted for, in voxels of one scan.
 
     Attributes:
-        grid: the coarse map.
-        cells: places in the flattened `(z, y, x)` map.
+        coarse: map of the scan to draw from.
+        patch_size_zyx: of the negative and of the lesions' patches.
+        lesions_zyx: centres of all annotated lesions of that scan, rounded as their patches are.
+        lesion_zyx: centre of the lesion that wants a negative; None if it lies in another scan.
+        tissue_hu: mean and spread at that lesion, as `CoarseMap.tissue_at` gives them for its scan.
     """
 
-    grid: PatchGrid
-    cells: npt.NDArray[np.int32]
+    coarse: CoarseMap
+    patch_size_zyx: npt.ArrayLike
+    lesions_zyx: Float[np.ndarray, "lesions 3"] | Int[np.ndarray, "lesions 3"]
+    lesion_zyx: npt.NDArray[np.float64] | npt.NDArray[np.int64] | None
+    tissue_hu: Float[np.ndarray, " tissue"]
 
-    def __len__(self) -> int:
-        return len(self.cells)
+    def cell_centers(self, cells: Cells) -> Float[np.ndarray, "cells 3"]:
+        """Middle of each cell, in voxels."""
+        edge = self.coarse.voxels_per_cell
+        centers: npt.NDArray[np.float64] = cells * edge + (edge - 1) / 2
+        return centers
 
-    def draw(self, rng: np.random.Generator) -> tuple[float, float, float]:
-        """A centre in LPS mm: a legal cell, each as likely, and a place in it.
+    @property
+    def window_zyx(self) -> list[int]:
+        """Edges of the patch in cells, rounded to odd numbers."""
+        edge = self.coarse.voxels_per_cell
+        return [max(1, 2 * round((n / edge - 1) / 2) + 1) for n in np.asarray(self.patch_size_zyx).tolist()]
 
-        Raises:
-            ValueError: there is no legal cell.
+    def is_half_body(self, cell: npt.NDArray[np.int64]) -> bool:
+        """Whether a patch centred on a cell is at least half body; what lies outside the scan is not."""
+        window = self.window_zyx
+        box = tuple(slice(max(0, c - w // 2), c + w // 2 + 1) for c, w in zip(cell.tolist(), window, strict=True))
+        return bool(self.coarse.body[box].sum() >= MIN_BODY_FRACTION * np.prod(window))
+
+
+class MiningStrategy(Protocol):
+    """Draws centres of negatives."""
+
+    def draw(self, query: NegativeQuery, num: int, rng: np.random.Generator) -> Int[np.ndarray, "num 3"] | None:
+        """Centres of `num` negatives, z, y, x in voxels; None where the scan has no legal place."""
+        ...
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Anywhere in the scan, air and lesions included, the patch inside the scan where it fits: the published way."""
+
+    def draw(self, query: NegativeQuery, num: int, rng: np.random.Generator) -> Int[np.ndarray, "num 3"]:
+        """Each centre equally likely."""
+        size, shape = np.ceil(query.patch_size_zyx).astype(int), np.array(query.coarse.shape_zyx)
+        fits = shape >= size
+        lowest = np.where(fits, size // 2, 0)
+        return rng.integers(lowest, np.where(fits, shape - size + size // 2 + 1, shape), size=(num, 3))
+
+
+@dataclass(frozen=True)
+class Background:
+    """In the body, at least half of the patch body, sharing no voxel with the patch of any annotated lesion.
+
+    What is said of lesions holds for every place in a cell, what is said of the body to within a cell.
+    """
+
+    def draw(self, query: NegativeQuery, num: int, rng: np.random.Generator) -> Int[np.ndarray, "num 3"] | None:
+        """Each legal cell equally likely, and each place in it."""
+        proposed = self.propose(query, PROPOSALS_PER_NEGATIVE * num, rng)
+        chosen: list[npt.NDArray[np.int64]] = []
+        for cell in self.preferred(query, proposed[self.accepts(query, proposed)]):
+            if query.is_half_body(cell):
+                chosen.append(cell)
+                if len(chosen) == num:
+                    return self._place(query, np.stack(chosen), rng)
+        legal = self.legal_cells(query)
+        if len(legal) == 0:
+            return None
+        again = legal[rng.integers(len(legal), size=max(num, len(proposed)))]
+        return self._place(query, self.preferred(query, again)[:num], rng)
+
+    def propose(self, query: NegativeQuery, num: int, rng: np.random.Generator) -> Cells:
+        """Cells to consider, drawn independently."""
+        return rng.integers(0, query.coarse.cells.shape, size=(num, 3))
+
+    def accepts(self, query: NegativeQuery, cells: Cells) -> Bool[np.ndarray, " cells"]:
+        """Which cells are in the body and clear of lesions, wherever in the cell the centre will be."""
+        accepted: npt.NDArray[np.bool_] = query.coarse.body[tuple(cells.T)].copy()
+        centers = query.cell_centers(cells)
+        # Two patches have a voxel in common if their centres are nearer than a patch on all three axes.
+        reach = np.asarray(query.patch_size_zyx) + (query.coarse.voxels_per_cell - 1) / 2
+        for lesion in query.lesions_zyx:
+            accepted &= (np.abs(centers - lesion) >= reach).any(axis=1)
+        return accepted
+
+    def preferred(self, query: NegativeQuery, cells: Cells) -> Cells:
+        """The cells in the order in which they are to be tried."""
+        return cells
+
+    def legal_cells(self, query: NegativeQuery) -> Cells:
+        """Every cell that may be drawn, by a search of the whole map."""
+        fraction = ndimage.uniform_filter(query.coarse.body.astype(np.float32), query.window_zyx, mode="constant")
+        # The windows are odd, so no fraction is exactly a half and rounding decides nothing.
+        cells = np.argwhere(query.coarse.body & (fraction > MIN_BODY_FRACTION))
+        legal: npt.NDArray[np.int64] = cells[self.accepts(query, cells)]
+        return legal
+
+    @staticmethod
+    def _place(query: NegativeQuery, cells: Cells, rng: np.random.Generator) -> Int[np.ndarray, "num 3"]:
+        """A random voxel of each cell."""
+        edge = query.coarse.voxels_per_cell
+        first: npt.NDArray[np.int64] = cells * edge
+        return first + rng.integers(0, np.minimum(edge, np.array(query.coarse.shape_zyx) - first))
+
+
+@dataclass(frozen=True)
+class Near(Background):
+    """As `Background`, in a shell round the lesion: the same region of the body, so much the same context.
+
+    In another scan, where there is no lesion to be near to, it is `Background`.
+
+    Attributes:
+        inner_mm: least distance of the cell's centre from the lesion's.
+        outer_mm: greatest distance.
+    """
+
+    inner_mm: float = 50.0
+    outer_mm: float = 100.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.inner_mm < self.outer_mm:
+            raise ValueError(f"inner_mm={self.inner_mm}, outer_mm={self.outer_mm}: need 0 <= inner_mm < outer_mm")
+
+    def propose(self, query: NegativeQuery, num: int, rng: np.random.Generator) -> Cells:
+        """Cells of the shell, each equally likely."""
+        if query.lesion_zyx is None:
+            return super().propose(query, num, rng)
+        edge, spacing = query.coarse.voxels_per_cell, query.coarse.spacing_mm
+        # A shell thicker by a cell: every cell whose centre is in the real one lies in this one as a whole.
+        margin = edge * np.sqrt(3) / 2
+        inner, outer = max(0.0, self.inner_mm / spacing - margin), self.outer_mm / spacing + margin
+        radius = np.cbrt(rng.uniform(inner**3, outer**3, size=(num, 1)))
+        direction = rng.normal(size=(num, 3))
+        points = query.lesion_zyx + radius * direction / np.linalg.norm(direction, axis=1, keepdims=True)
+        cells: npt.NDArray[np.int64] = np.floor((points + 0.5) / edge).astype(np.int64)
+        return cells[((cells >= 0) & (cells < query.coarse.cells.shape)).all(axis=1)]
+
+    def accepts(self, query: NegativeQuery, cells: Cells) -> Bool[np.ndarray, " cells"]:
+        """As in `Background`, and in the shell."""
+        accepted = super().accepts(query, cells)
+        if query.lesion_zyx is not None:
+            distance = np.linalg.norm(query.cell_centers(cells) - query.lesion_zyx, axis=1) * query.coarse.spacing_mm
+            accepted &= (distance >= self.inner_mm) & (distance <= self.outer_mm)
+        return accepted
+
+
+@dataclass(frozen=True)
+class Hard(Background):
+    """As `Background`, but of many random places the one whose tissue is most like the lesion's.
+
+    Alike means a small distance in (mean HU, standard deviation of HU), both over 12 mm.
+
+    Attributes:
+        num_candidates: cells considered for each negative; the more, the harder.
+    """
+
+    num_candidates: int = 256
+
+    def __post_init__(self) -> None:
+        if self.num_candidates < 1:
+            raise ValueError(f"num_candidates={self.num_candidates} must be at least 1")
+
+    def propose(self, query: NegativeQuery, num: int, rng: np.random.Generator) -> Cells:
+        """As many cells as are to be considered, anywhere."""
+        return super().propose(query, num // PROPOSALS_PER_NEGATIVE * self.num_candidates, rng)
+
+    def preferred(self, query: NegativeQuery, cells: Cells) -> Cells:
+        """The most similar first."""
+        found = query.coarse.cells[tuple(cells.T)]
+        mean, spread = query.tissue_hu
+        distance = np.hypot(found["mean_hu"] - mean, found["spread_hu"] - spread)
+        return cells[np.argsort(distance, kind="stable")]
+
+
+STRATEGIES: dict[str, Callable[[], MiningStrategy]] = {
+    "uniform": Uniform,
+    "background": Background,
+    "near": Near,
+    "hard": Hard,
+}
+
+
+def mining_strategy(strategy: str | MiningStrategy) -> MiningStrategy:
+    """The strategy of a name, with its default settings; one that is ready is handed through.
+
+    Raises:
+        ValueError: no such name.
+    """
+    if not isinstance(strategy, str):
+        return strategy
+    if strategy not in STRATEGIES:
+        raise ValueError(f"mining={strategy!r} is not one of {', '.join(map(repr, STRATEGIES))}")
+    return STRATEGIES[strategy]()
+
+
+@dataclass(eq=False)
+class NegativeMiner:
+    """Draws the negatives of a lesion: from its own scan, or from another where its own has no legal place.
+
+    What is drawn is a function of the strategy, the scans, `seed` and the key.
+
+    Attributes:
+        strategy: where in a scan.
+        num_scans: scans that may be drawn from.
+        per_lesion: negatives of one lesion, all from one scan.
+        seed: not negative.
+    """
+
+    strategy: MiningStrategy
+    num_scans: int
+    per_lesion: int = 1
+    seed: int = 0
+    _without_place: npt.NDArray[np.bool_] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.per_lesion < 0:
+            raise ValueError(f"per_lesion={self.per_lesion} must not be negative")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must not be negative")
+        self._without_place = np.zeros(self.num_scans, dtype=bool)
+
+    def draw(
+        self, key: SampleKey, own_scan: int, query: Callable[[int], NegativeQuery | None]
+    ) -> tuple[int, Int[np.ndarray, "per_lesion 3"]] | None:
+        """The scan to cut from and the centres in it; None where no scan has a legal place.
+
+        Args:
+            key: names the draw.
+            own_scan: number of the lesion's scan.
+            query: asks a scan, by its number; None for one that cannot be used.
         """
-        if not len(self):
-            raise ValueError("no legal cell to draw from")
-        cell = self.cells[rng.integers(len(self))]
-        index_zyx = np.array(np.unravel_index(cell, self.grid.size_zyx)) + rng.uniform(-0.5, 0.5, size=3)
-        x, y, z = (np.array(self.grid.origin_lps_mm) + index_zyx[::-1] * self.grid.spacing_mm).tolist()
-        return x, y, z
+        if self.per_lesion == 0:
+            return own_scan, np.empty((0, 3), dtype=np.int64)
+        for scan in self._scans_to_try(key, own_scan):
+            # Begun anew for each scan, so that it does not matter which ones were left out because they are known.
+            stream = np.random.default_rng([self.seed, key.epoch, key.index, 1])
+            asked = query(scan)
+            centers = None if asked is None else self.strategy.draw(asked, self.per_lesion, stream)
+            if centers is not None:
+                return scan, centers
+            # Of the lesion's own scan it may be true for this lesion only.
+            self._without_place[scan] |= scan != own_scan and asked is not None
+        return None
+
+    def _scans_to_try(self, key: SampleKey, own_scan: int) -> Iterator[int]:
+        yield own_scan
+        order = np.random.default_rng([self.seed, key.epoch, key.index, 2]).permutation(self.num_scans)
+        yield from (scan for scan in order.tolist() if scan != own_scan and not self._without_place[scan])
 
 
-def coarse_grid(scan: ScanGeometry, cell_mm: float = CELL_MM) -> PatchGrid:
-    """A grid of cells along LPS that covers a scan, however it is turned."""
-    lowest, highest = scan.bounds_lps_mm()
-    x, y, z = np.ceil((highest - lowest) / cell_mm).astype(int).tolist()
-    first = lowest + cell_mm / 2
-    center = first + (np.array([x, y, z]) // 2) * cell_mm
-    return PatchGrid((float(center[0]), float(center[1]), float(center[2])), (z, y, x), cell_mm)
-
-
-def body_mask(coarse_hu: Int16[np.ndarray, "z y x"]) -> Bool[np.ndarray, "z y x"]:
-    """The patient with everything inside, lungs too, without table and clothes.
-
-    What is denser than -500 HU, opened, its largest piece, with holes filled axial slice by axial slice: in three
-    dimensions the lungs are no hole, the windpipe leads out of them.
-    """
-    dense = ndimage.binary_opening(coarse_hu > BODY_THRESHOLD_HU)
-    pieces, num_pieces = ndimage.label(dense)
-    if num_pieces == 0:
-        return np.zeros(coarse_hu.shape, dtype=bool)
-    body = pieces == 1 + np.argmax(np.bincount(pieces.ravel())[1:])
-    return np.stack([ndimage.binary_fill_holes(axial) for axial in body])
-
-
-def background_centers(
-    coarse_hu: Int16[np.ndarray, "z y x"],
-    grid: PatchGrid,
-    lesions_lps_mm: Float[np.ndarray, "lesions 3"],
-    patch_extent_mm_xyz: tuple[float, float, float],
-) -> LegalCenters:
-    """Centres in the body whose patch is at least half body and shares nothing with the patch of any lesion.
-
-    Wherever in its cell a centre is drawn, its patch and that of a lesion have no point in common; that the centre is
-    in the body and the patch half in it holds to within a cell.
-
-    Args:
-        coarse_hu: the scan on `grid`.
-        grid: as `coarse_grid` gives it.
-        lesions_lps_mm: every annotated lesion of the scan.
-        patch_extent_mm_xyz: edges of a patch, of the negative and of the lesions.
-    """
-    body = body_mask(coarse_hu)
-    window_zyx = [max(1, 2 * round((extent / grid.spacing_mm - 1) / 2) + 1) for extent in patch_extent_mm_xyz[::-1]]
-    fraction = ndimage.uniform_filter(body.astype(np.float32), window_zyx, mode="constant", cval=0.0)
-    legal = body & (fraction >= MIN_BODY_FRACTION)
-    axes_xyz = [
-        first + grid.spacing_mm * np.arange(n) for first, n in zip(grid.origin_lps_mm, grid.size_xyz, strict=True)
-    ]
-    # Two patches overlap if their centres are nearer than a patch on all three axes; half a cell more for the draw.
-    reach_xyz = [extent + grid.spacing_mm / 2 for extent in patch_extent_mm_xyz]
-    for lesion in lesions_lps_mm:
-        near_x, near_y, near_z = (
-            np.flatnonzero(np.abs(axis - center) < reach)
-            for axis, center, reach in zip(axes_xyz, lesion, reach_xyz, strict=True)
-        )
-        legal[np.ix_(near_z, near_y, near_x)] = False
-    return LegalCenters(grid, np.flatnonzero(legal).astype(np.int32))
+def no_place(patch_extent_mm_zyx: Sequence[float]) -> str:
+    """What to tell a user none of whose scans can give a negative."""
+    extent = " x ".join(f"{edge:g}" for edge in patch_extent_mm_zyx)
+    return (
+        f"no scan has room for a negative: a patch of {extent} mm (z, y, x) that is at least half body and overlaps no "
+        "annotated lesion. Take a smaller patch (patch_size, spacing_mm), add scans, or mine none (per_lesion=0) and "
+        "contrast lesions with each other (loss.negatives=lesions)"
+    )

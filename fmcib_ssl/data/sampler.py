@@ -17,6 +17,9 @@ class EpochSampler(Sampler[SampleKey]):
     takes its `r`-th block of `B`. So `W` ranks with `B` see what one process with `W * B` sees, and every rank has
     the same number of batches. What is left over at the end of an epoch is dropped, never padded with repeats.
 
+    A run that stopped in the middle goes on with `resume_at`: epoch and batch are `divmod` of the number of batches it
+    had taken by the number an epoch has, so a step number is all that has to be kept.
+
     `Trainer` calls `set_epoch` by itself if it finds this as the `sampler` of a loader, and must not replace it:
     `use_distributed_sampler=False`.
 
@@ -60,20 +63,26 @@ class EpochSampler(Sampler[SampleKey]):
         self.seed = seed
         self.shuffle = shuffle
         self.epoch = 0
+        self._resumed = (0, 0)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration deals out."""
         self.epoch = epoch
 
+    def resume_at(self, epoch: int, batch: int) -> None:
+        """Leave out the first batches of one epoch, which were seen before; other epochs stay whole."""
+        self._resumed = (epoch, batch)
+
     def __len__(self) -> int:
-        """Number of lesions that this rank sees in an epoch, a multiple of the batch size."""
+        """Number of lesions that this rank sees in a whole epoch, a multiple of the batch size."""
         return self.num_lesions // (self.batch_size * self.world_size) * self.batch_size
 
     def __iter__(self) -> Iterator[SampleKey]:
         """Yield this rank's keys for the epoch that is set now."""
+        first = self._resumed[1] if self._resumed[0] == self.epoch else 0
         order = np.arange(self.num_lesions)
         if self.shuffle:
             stream = np.random.SeedSequence(self.seed, spawn_key=(self.epoch,))
             order = np.random.default_rng(stream).permutation(order)
         dealt = order[: len(self) * self.world_size].reshape(-1, self.world_size, self.batch_size)
-        return iter([SampleKey(self.epoch, index) for index in dealt[:, self.rank].ravel().tolist()])
+        return iter([SampleKey(self.epoch, index) for index in dealt[first:, self.rank].ravel().tolist()])

@@ -19,6 +19,7 @@ import SimpleITK as sitk
 from jaxtyping import Int16
 
 from fmcib_ssl.data.geometry import PatchGrid, ScanGeometry
+from fmcib_ssl.data.tables import ScanError
 from fmcib_ssl.types import PADDING_HU
 
 #: Voxel edges that a CT of a patient can have, mm.
@@ -31,18 +32,6 @@ MAX_DRIFT_MM = 1.0
 MAX_STEP_DEVIATION = 0.1
 
 _FORMATS = "NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr), MetaImage (.mha, .mhd) or a folder of DICOM slices"
-
-
-class ScanError(Exception):
-    """A scan that cannot be used: which file, why, and what to do.
-
-    With `path` alone it is the message as a whole, as a worker of a `DataLoader` rebuilds it.
-    """
-
-    def __init__(self, path: object, reason: str = "") -> None:
-        self.path = str(path)
-        self.reason = reason
-        super().__init__(f"{path}: {reason}" if reason else str(path))
 
 
 class ScanSource(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Protocol, TypedDict
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -25,9 +26,16 @@ class PatchPairs(Protocol):
         """Cut the pair that `key` names."""
         ...
 
+    def title(self, lesion: int, /) -> str:
+        """What names a lesion in a picture."""
+        ...
+
 
 class LesionViews(TypedDict):
-    """The views of one lesion, each float32 `(1, z, y, x)`; collated, they are `ViewPairs`."""
+    """The views of one lesion, each float32 `(1, z, y, x)`; collated, they are `ViewPairs`.
+
+    With other than one negative a lesion, those are `(per_lesion, 1, z, y, x)`.
+    """
 
     positive: tuple[Tensor, Tensor]
     negative: tuple[Tensor, Tensor]
@@ -59,16 +67,26 @@ class ViewPairDataset(Dataset[LesionViews]):
         """Make the views that `key` names; a plain number means that lesion in epoch 0."""
         key = key if isinstance(key, SampleKey) else SampleKey(0, key)
         pair = self.patches[key]
+        several = pair["negative"].ndim == 5
+        negatives = pair["negative"] if several else pair["negative"][None]
         # A spawn key, unlike a longer list of entropy, is distinct by its length too: SeedSequence([1, 2]) and
         # SeedSequence([1, 2, 0]) are the same stream.
-        seeds = np.random.SeedSequence(self.seed, spawn_key=key).generate_state(4)
-
-        def views(patch: Tensor, seed0: int, seed1: int) -> tuple[Tensor, Tensor]:
-            return self.view_transform(patch, int(seed0)), self.view_transform(patch, int(seed1))
-
+        seeds = np.random.SeedSequence(self.seed, spawn_key=key).generate_state(2 + 2 * len(negatives)).tolist()
+        views = [
+            self.view_transform(patch, seed)
+            for patch, seed in zip((p for p in (pair["positive"], *negatives) for _ in range(2)), seeds, strict=True)
+        ]
+        mined = views[2::2], views[3::2]
         return LesionViews(
-            positive=views(pair["positive"], seeds[0], seeds[1]),
-            negative=views(pair["negative"], seeds[2], seeds[3]),
+            positive=(views[0], views[1]),
+            negative=(_stacked(mined[0], negatives), _stacked(mined[1], negatives))
+            if several
+            else (views[2], views[3]),
             lesion=pair["lesion"],
             negative_from_other_scan=pair["negative_from_other_scan"],
         )
+
+
+def _stacked(views: list[Tensor], patches: Tensor) -> Tensor:
+    """Views of several patches as one tensor; of no patches there is still a shape to collate."""
+    return torch.stack(views) if views else torch.empty(patches.shape)

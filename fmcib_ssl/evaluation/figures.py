@@ -35,13 +35,13 @@ class ContactRow:
         title: names the lesion, such as its file and row.
         patch_hu: the lesion's patch before augmentation, HU, `(1, z, y, x)`.
         positive: its two views, as the encoder sees them.
-        negative: the two views of the patch mined for it.
+        negative: the two views of the patch mined for it; None where none is mined.
     """
 
     title: str
     patch_hu: Float[Tensor, "1 z y x"]
     positive: tuple[Float[Tensor, "1 z y x"], Float[Tensor, "1 z y x"]]
-    negative: tuple[Float[Tensor, "1 z y x"], Float[Tensor, "1 z y x"]]
+    negative: tuple[Float[Tensor, "1 z y x"], Float[Tensor, "1 z y x"]] | None
 
 
 def contact_sheet(rows: Sequence[ContactRow], path: Path | str, preprocessing: Preprocessing | None = None) -> Path:
@@ -74,8 +74,8 @@ def contact_sheet(rows: Sequence[ContactRow], path: Path | str, preprocessing: P
     places = (0, 1, 2, 4, 5, 7, 8)
     for number, row in enumerate(rows):
         planes = _planes(row.patch_hu)
-        views = [_planes(view)[0] for view in (*row.positive, *row.negative)]
-        for column, (place, image) in enumerate(zip(places, planes + views, strict=True)):
+        views = [_planes(view)[0] for view in (*row.positive, *(row.negative or ()))]
+        for column, (place, image) in enumerate(zip(places, planes + views, strict=False)):
             axes = figure.add_subplot(grid[number, place])
             limits = shown if column < 3 else window
             axes.imshow(image, cmap="gray", vmin=limits[0], vmax=limits[1], interpolation="nearest")

@@ -1,13 +1,12 @@
-"""The arithmetic under both losses, as functions of tensors.
+"""The definition under both losses: it checks, gathers, normalizes, and takes the cross entropy of every anchor.
 
-`contrast` is the definition, written to be read: it checks, gathers, normalizes, and takes the cross entropy
-of every anchor. All work that grows with anchors times negatives is in `logsumexp_similarity`: a version that
-never holds the whole matrix of similarities needs to replace that one function.
+All work that grows with anchors times negatives is in `logsumexp` and `streamed`.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,10 +15,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from fmcib_ssl.losses.across_ranks import all_gather_rows, check_sizes_across_ranks, num_ranks
+from fmcib_ssl.losses.logsumexp import Kernel, choose_kernel, logsumexp_similarity, streamed_logsumexp
+from fmcib_ssl.losses.streamed import cross_entropy_sum
 from fmcib_ssl.types import ViewPairs
 
 #: What an anchor is pushed away from: the mined patches, the other lesions, or both.
 Negatives = Literal["mined", "mined_and_lesions", "lesions"]
+#: Whether a loss meets the negatives of other ranks: no, those of all at once, or those of one rank after the other.
+Gather = bool | Literal["ring"]
 
 
 def contrast(
@@ -30,9 +34,10 @@ def contrast(
     negatives: Negatives = "mined",
     lesions: tuple[Tensor, Tensor] | None = None,
     first_lesion: int = 0,
-    gather_distributed: bool = False,
-) -> Float[Tensor, " anchors"]:
-    """Cross entropy of every anchor against its other view: the N first views, then the N second views.
+    gather_distributed: Gather = False,
+    kernel: Kernel = "auto",
+) -> Float[Tensor, ""]:
+    """Cross entropy of the 2N anchors, each against its other view, summed.
 
     Computed in float32 (float64 if an input is), whatever autocast says.
 
@@ -44,66 +49,92 @@ def contrast(
         lesions: both views of the lesions of all ranks, `(all_lesions, dim)`; by default `out["positive"]`.
             Not looked at when `negatives` is "mined".
         first_lesion: the row of `lesions` that holds this rank's first lesion.
-        gather_distributed: gather the negatives of all ranks here, with gradients.
+        gather_distributed: contrast with the negatives of all ranks, with gradients: True gathers them here, "ring"
+            takes one rank's at a time.
+        kernel: how the sums over negatives are computed.
 
     Raises:
         AssertionError: a key is missing.
         TypeError: an embedding is not a tensor of real floats.
-        ValueError: pairs, shapes, devices, or sizes across ranks do not fit, or an anchor has no negative.
+        ValueError: pairs, shapes, devices, or sizes across ranks do not fit, an anchor has no negative, or the kernel
+            cannot compute this.
     """
     use_mined, use_lesions = negatives != "lesions", negatives != "mined"
     positive, mined, others = stack_views(out, lesions if use_lesions else None)
     num_lesions = positive.shape[1]
+    world_size = num_ranks() if gather_distributed else 1
+    ring = gather_distributed == "ring" and world_size > 1
 
-    if gather_distributed and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if world_size > 1:
         if use_lesions and lesions is not None:
             raise ValueError("`lesions` were given and gather_distributed is on: gather here or outside, not both")
         check_sizes_across_ranks(positive, mined)  # before anything that may fail on one rank only
-        if use_mined:
+        if use_mined and not ring:
             mined = all_gather_rows(mined)
-        if use_lesions:
+        if use_lesions and not ring:
             others = all_gather_rows(positive)
             first_lesion = dist.get_rank() * num_lesions
-    check_rows(num_lesions, mined.shape[1], others.shape[1], negatives)
+    check_rows(num_lesions, mined.shape[1], others.shape[1] * (world_size if ring else 1), negatives)
     if use_lesions and not 0 <= first_lesion <= others.shape[1] - num_lesions:
         raise ValueError(
             f"first_lesion is {first_lesion}, which puts this rank's {num_lesions} lesions outside the "
             f"{others.shape[1]} rows of `lesions`; give the lesions of all ranks and where this rank's begin"
         )
 
+    # Groups of negatives: for each view of the anchors, vectors and the row of the first anchor itself, if among them.
+    mined_groups = [[(mined[view], None)] if use_mined else [] for view in (0, 1)]
+    lesion_groups = [(keys, first_lesion) for keys in others] if use_lesions else []
+    chosen = choose_kernel(kernel, positive, sum(len(keys) for keys, _ in mined_groups[0] + lesion_groups))
     with torch.autocast(positive.device.type, enabled=False):
-        positive, mined, others = (F.normalize(views, dim=2) for views in (positive, mined, others))
-        cross_entropy = []
-        for view, other_view in ((0, 1), (1, 0)):
-            anchors = positive[view] / temperature
-            positive_logits = (anchors * positive[other_view]).sum(dim=1) - margin / temperature
-            terms = [logsumexp_similarity(anchors, mined[view])] if use_mined else []
-            if use_lesions:
-                terms += [logsumexp_similarity(anchors, keys, own_key=first_lesion) for keys in others]
-            negative_logits = torch.stack(terms).logsumexp(dim=0)
-            # -log(e^p / (e^p + e^n)), without cancellation where the pair is well separated already.
-            cross_entropy.append(-F.logsigmoid(positive_logits - negative_logits))
-        return torch.cat(cross_entropy)
+        unit = F.normalize(positive, dim=2)
+        anchors = unit / temperature
+        positive_logits = ((unit[0] * unit[1]).sum(dim=1) - margin) / temperature
+        if chosen == "streamed" and not ring:
+            loss = positive_logits.new_zeros(())
+            for view in (0, 1):
+                groups = mined_groups[view] + lesion_groups
+                first_rows = accumulate((len(keys) for keys, _ in groups), initial=0)
+                own_keys = [row + own for row, (_, own) in zip(first_rows, groups, strict=False) if own is not None]
+                keys = F.normalize(torch.cat([keys for keys, _ in groups]))
+                loss = loss + cross_entropy_sum(anchors[view], positive_logits, keys, own_keys)
+            return loss
+
+        if chosen == "plain" and not ring:
+
+            def logsumexp(views: slice, keys: Tensor, own_key: int | None) -> Float[Tensor, "views n"]:
+                keys = F.normalize(keys)
+                return torch.stack([logsumexp_similarity(queries, keys, own_key) for queries in anchors[views]])
+        else:
+            scale = _inverse_length(positive) / temperature
+            all_embeddings = [*out["positive"], *out["negative"], *(lesions or ())]
+            is_bfloat16 = all(embeddings.dtype == torch.bfloat16 for embeddings in all_embeddings)
+
+            def logsumexp(views: slice, keys: Tensor, own_key: int | None) -> Float[Tensor, "views n"]:
+                return streamed_logsumexp(
+                    positive[views],
+                    scale[views],
+                    keys,
+                    _inverse_length(keys),
+                    own_key,
+                    kernel="triton" if chosen == "triton" else "streamed",
+                    storage=torch.bfloat16 if is_bfloat16 else None,
+                    ring=ring,
+                )
+
+        both = slice(0, 2)
+        terms = [logsumexp(both, keys, own_key) for keys, own_key in lesion_groups]
+        if use_mined:
+            terms.append(torch.cat([logsumexp(slice(view, view + 1), mined[view], None) for view in (0, 1)]))
+        negative_logits = torch.stack(terms).logsumexp(dim=0)
+        # -log(e^p / (e^p + e^n)), without cancellation where the pair is well separated already.
+        cross_entropy: Tensor = -F.logsigmoid(positive_logits - negative_logits)
+        return cross_entropy.sum()
 
 
-def logsumexp_similarity(
-    queries: Float[Tensor, "queries dim"], keys: Float[Tensor, "keys dim"], own_key: int | None = None
-) -> Float[Tensor, " queries"]:
-    """`log(sum_j exp(queries[i] . keys[j]))` for every query.
-
-    The queries carry the temperature already, which also leaves its gradient to autograd.
-
-    Args:
-        queries: rows of any length.
-        keys: rows of any length; none at all give -inf.
-        own_key: leaves key `own_key + i` out of the sum of query `i`.
-    """
-    similarity = queries @ keys.T
-    if own_key is not None:
-        query_numbers = torch.arange(len(queries), device=queries.device)
-        key_numbers = torch.arange(len(keys), device=keys.device)
-        similarity = similarity.masked_fill(query_numbers[:, None] + own_key == key_numbers, -math.inf)
-    return similarity.logsumexp(dim=1)
+def _inverse_length(vectors: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows"]:
+    # The bound is that of torch.nn.functional.normalize.
+    length: Tensor = torch.linalg.vector_norm(vectors, dim=-1)
+    return length.clamp_min(1e-12).reciprocal()
 
 
 def stack_views(
@@ -177,6 +208,12 @@ def check_negatives(negatives: str) -> None:
         raise ValueError(f"negatives must be one of {', '.join(get_args(Negatives))}; got {negatives!r}")
 
 
+def check_gather(gather_distributed: Gather) -> None:
+    """Raise ValueError unless `gather_distributed` is True, False or "ring"."""
+    if not isinstance(gather_distributed, bool) and gather_distributed != "ring":
+        raise ValueError(f'gather_distributed must be True, False or "ring"; got {gather_distributed!r}')
+
+
 def check_temperature(temperature: float) -> None:
     """Raise ValueError for a temperature that cosines cannot be divided by."""
     advice = "give a finite temperature that is not zero; for cosines 0.05 to 0.5 is usual"
@@ -184,40 +221,3 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"Illegal temperature: {temperature}; {advice}")
     if abs(temperature) < 1e-8:
         raise ValueError(f"Illegal temperature: abs({temperature}) < 1e-8; {advice}")
-
-
-def check_sizes_across_ranks(positive: Float[Tensor, "2 n dim"], mined: Float[Tensor, "2 m dim"]) -> None:
-    """Raise ValueError, on every rank, when batches differ in size: a gather would hang or mix up rows."""
-    own = torch.tensor([positive.shape[1], mined.shape[1], positive.shape[2]], device=positive.device)
-    sizes = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, own)
-    rows = torch.stack(sizes).tolist()
-    if any(row != rows[0] for row in rows):
-        table = "; ".join(f"rank {rank}: {n} lesions, {m} mined, dim {d}" for rank, (n, m, d) in enumerate(rows))
-        raise ValueError(
-            f"every rank must hold a batch of the same size, got {table}. "
-            "Give all ranks the same batch size, and drop the last, incomplete batch"
-        )
-
-
-def all_gather_rows(views: Float[Tensor, "2 n dim"]) -> Float[Tensor, "2 all dim"]:
-    """Both views of all ranks, rank after rank; the gradient is summed over what all ranks did with them."""
-    gathered: Tensor = _AllGatherRows.apply(views)
-    return gathered
-
-
-class _AllGatherRows(torch.autograd.Function):
-    # Why not torch.distributed.nn.functional.all_gather: torch has deprecated it, and the successor it names
-    # is missing from the oldest torch that we support.
-    @staticmethod
-    def forward(ctx: Any, views: Tensor) -> Tensor:
-        parts = [torch.empty_like(views) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, views.contiguous())
-        return torch.cat(parts, dim=1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total.chunk(dist.get_world_size(), dim=1)[dist.get_rank()]

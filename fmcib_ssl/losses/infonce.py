@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from fmcib_ssl.losses.contrast import Negatives, check_negatives, check_temperature, contrast
+from fmcib_ssl.losses.contrast import Gather, Negatives, check_gather, check_negatives, check_temperature, contrast
+from fmcib_ssl.losses.logsumexp import Kernel, check_kernel
 from fmcib_ssl.types import ViewPairs
 
 _LOG_TEMPERATURE = math.log(0.05)
@@ -27,12 +28,14 @@ class InfoNCELoss(nn.Module):
         negatives: what `forward` contrasts an anchor with. "mined": the mined negatives of the same view number;
             "lesions": both views of the other lesions (SimCLR); "mined_and_lesions": all of these.
         trainable_temperature: make `log_temperature` a parameter that starts where it is given.
-        gather_distributed: `forward` gathers the negatives of all ranks itself, with gradients. Leave it off
-            where the caller gathers.
+        gather_distributed: `forward` contrasts with the negatives of all ranks, with gradients: True gathers them,
+            "ring" takes one rank's at a time and holds two ranks' at most. Leave it off where the caller gathers.
+        kernel: how `forward` computes the sums over negatives: "plain" holds the matrix of similarities, "streamed" and
+            "triton" (GPUs) never do, and differentiate once only; "auto" decides by size and device.
 
     Raises:
         ValueError: a negative or infinite margin, a temperature below 1e-8 or not finite, an unknown `reduction`
-            or choice of negatives.
+            or choice of negatives, ranks or kernel.
 
     Source:
         Wang et al., SimKGC, ACL 2022, training loss. The score methods follow `pykeen.losses.InfoNCELoss`.
@@ -51,7 +54,8 @@ class InfoNCELoss(nn.Module):
         *,
         negatives: Negatives = "mined",
         trainable_temperature: bool = False,
-        gather_distributed: bool = False,
+        gather_distributed: Gather = False,
+        kernel: Kernel = "auto",
     ) -> None:
         super().__init__()
         if margin < 0:
@@ -64,10 +68,13 @@ class InfoNCELoss(nn.Module):
             raise ValueError(f"log_adversarial_temperature must be a logarithm, got {log_adversarial_temperature}")
         check_temperature(math.exp(log_adversarial_temperature))
         check_negatives(negatives)
+        check_gather(gather_distributed)
+        check_kernel(kernel)
         self.margin = margin
         self.reduction = reduction
         self.negatives: Negatives = negatives
-        self.gather_distributed = gather_distributed
+        self.gather_distributed: Gather = gather_distributed
+        self.kernel: Kernel = kernel
         self.log_temperature: float | nn.Parameter = (
             nn.Parameter(torch.tensor(float(log_adversarial_temperature)))
             if trainable_temperature
@@ -83,7 +90,8 @@ class InfoNCELoss(nn.Module):
         *,
         negatives: Negatives = "mined",
         trainable_temperature: bool = False,
-        gather_distributed: bool = False,
+        gather_distributed: Gather = False,
+        kernel: Kernel = "auto",
     ) -> InfoNCELoss:
         """The loss with a temperature instead of its logarithm; everything else as in the class.
 
@@ -100,6 +108,7 @@ class InfoNCELoss(nn.Module):
             negatives=negatives,
             trainable_temperature=trainable_temperature,
             gather_distributed=gather_distributed,
+            kernel=kernel,
         )
 
     @property
@@ -130,7 +139,7 @@ class InfoNCELoss(nn.Module):
             TypeError: an embedding is not a tensor of real floats.
             ValueError: pairs, shapes, devices, or sizes across ranks do not fit, or an anchor has no negative.
         """
-        cross_entropy = contrast(
+        cross_entropy_sum = contrast(
             out,
             temperature=self.temperature,
             margin=self.margin,
@@ -138,8 +147,9 @@ class InfoNCELoss(nn.Module):
             lesions=lesions,
             first_lesion=first_lesion,
             gather_distributed=self.gather_distributed,
+            kernel=self.kernel,
         )
-        return self._reduce(cross_entropy)
+        return cross_entropy_sum / (2 * len(out["positive"][0])) if self.reduction == "mean" else cross_entropy_sum
 
     def process_lcwa_scores(
         self,
@@ -221,7 +231,7 @@ class InfoNCELoss(nn.Module):
             f"margin={self.margin}, temperature={temperature:.6g}, "
             f"trainable_temperature={isinstance(self.log_temperature, Tensor)}, "
             f"reduction={self.reduction!r}, negatives={self.negatives!r}, "
-            f"gather_distributed={self.gather_distributed}"
+            f"gather_distributed={self.gather_distributed}, kernel={self.kernel!r}"
         )
 
     def _reduce(self, losses: Float[Tensor, " rows"]) -> Float[Tensor, ""]:

@@ -7,7 +7,8 @@ import warnings
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fmcib_ssl.losses.contrast import Negatives, check_negatives, check_temperature, contrast
+from fmcib_ssl.losses.contrast import Gather, Negatives, check_gather, check_negatives, check_temperature, contrast
+from fmcib_ssl.losses.logsumexp import Kernel, check_kernel
 from fmcib_ssl.types import ViewPairs
 
 
@@ -16,13 +17,15 @@ class NTXentNegativeMinedLoss(nn.Module):
 
     Args:
         temperature: divides the cosines.
-        gather_distributed: `forward` gathers the negatives of all ranks itself, with gradients. Leave it off
-            where the caller gathers.
+        gather_distributed: `forward` contrasts with the negatives of all ranks, with gradients: True gathers them,
+            "ring" takes one rank's at a time and holds two ranks' at most. Leave it off where the caller gathers.
         negatives: what `forward` contrasts an anchor with. "mined": the mined negatives of the same view number;
             "lesions": both views of the other lesions (SimCLR); "mined_and_lesions": all of these.
+        kernel: how `forward` computes the sums over negatives: "plain" holds the matrix of similarities, "streamed" and
+            "triton" (GPUs) never do, and differentiate once only; "auto" decides by size and device.
 
     Raises:
-        ValueError: `abs(temperature) < 1e-8` or not finite; an unknown choice of negatives.
+        ValueError: `abs(temperature) < 1e-8` or not finite; an unknown choice of negatives, ranks or kernel.
 
     Source:
         Pai et al., Foundation model for cancer imaging biomarkers, Nat. Mach. Intell. 2024 ("mined");
@@ -30,11 +33,17 @@ class NTXentNegativeMinedLoss(nn.Module):
     """
 
     def __init__(
-        self, temperature: float = 0.1, gather_distributed: bool = False, negatives: Negatives = "mined"
+        self,
+        temperature: float = 0.1,
+        gather_distributed: Gather = False,
+        negatives: Negatives = "mined",
+        kernel: Kernel = "auto",
     ) -> None:
         super().__init__()
         check_temperature(temperature)
         check_negatives(negatives)
+        check_gather(gather_distributed)
+        check_kernel(kernel)
         if temperature < 0:
             warnings.warn(
                 f"temperature {temperature} is negative: the loss then rewards similarity to the negatives "
@@ -42,7 +51,8 @@ class NTXentNegativeMinedLoss(nn.Module):
                 stacklevel=2,
             )
         self.temperature = temperature
-        self.gather_distributed = gather_distributed
+        self.gather_distributed: Gather = gather_distributed
+        self.kernel: Kernel = kernel
         self.negatives: Negatives = negatives
 
     def forward(
@@ -59,7 +69,8 @@ class NTXentNegativeMinedLoss(nn.Module):
         Raises:
             AssertionError: a key is missing.
             TypeError: an embedding is not a tensor of real floats.
-            ValueError: pairs, shapes, devices, or sizes across ranks do not fit, or an anchor has no negative.
+            ValueError: pairs, shapes, devices, or sizes across ranks do not fit, an anchor has no negative,
+                or the kernel cannot compute this.
         """
         return contrast(
             out,
@@ -68,11 +79,12 @@ class NTXentNegativeMinedLoss(nn.Module):
             lesions=lesions,
             first_lesion=first_lesion,
             gather_distributed=self.gather_distributed,
-        ).mean()
+            kernel=self.kernel,
+        ) / (2 * len(out["positive"][0]))
 
     def extra_repr(self) -> str:
         """What `print(loss)` shows."""
         return (
             f"temperature={self.temperature}, gather_distributed={self.gather_distributed}, "
-            f"negatives={self.negatives!r}"
+            f"negatives={self.negatives!r}, kernel={self.kernel!r}"
         )

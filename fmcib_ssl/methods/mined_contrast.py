@@ -73,8 +73,11 @@ class MinedContrast(L.LightningModule):
         return cast(Tensor, self.head(self.encoder(views)))
 
     def embed(self, batch: ViewPairs) -> ViewPairs:
-        """Embed the four sets of views of a batch; the same keys, each `(batch, dim)`."""
-        views = [*batch["positive"], *batch["negative"]]
+        """Embed the four sets of views of a batch; the same keys, each `(batch, dim)`.
+
+        With `K` negatives a lesion, `(batch, K, 1, z, y, x)`, their embeddings are `(batch * K, dim)`.
+        """
+        views = [*batch["positive"], *(view.flatten(0, view.ndim - 5) for view in batch["negative"])]
         if self.forwards == "joint":
             embeddings = self(torch.cat(views)).split([len(view) for view in views])
         else:

@@ -51,16 +51,14 @@ def contrast_monitors(out: ViewPairs) -> dict[str, Tensor]:
         out: embeddings, each tensor `(batch, dim)`, of any norm.
 
     Returns:
-        `positive_cosine`, `negative_cosine` and `alignment`; with two lesions or more also `lesion_cosine` (between
-        different lesions) and `uniformity`.
+        `positive_cosine`, `alignment` and, if there are negatives, `negative_cosine`; with two lesions or more also
+        `lesion_cosine` (between different lesions) and `uniformity`.
     """
     pos0, pos1 = (F.normalize(view.detach().float(), dim=1) for view in out["positive"])
     neg0, neg1 = (F.normalize(view.detach().float(), dim=1) for view in out["negative"])
-    figures = {
-        "positive_cosine": (pos0 * pos1).sum(1).mean(),
-        "negative_cosine": (mean_cosine(pos0, neg0) + mean_cosine(pos1, neg1)) / 2,
-        "alignment": alignment(pos0, pos1),
-    }
+    figures = {"positive_cosine": (pos0 * pos1).sum(1).mean(), "alignment": alignment(pos0, pos1)}
+    if neg0.shape[0] > 0:
+        figures["negative_cosine"] = (mean_cosine(pos0, neg0) + mean_cosine(pos1, neg1)) / 2
     if pos0.shape[0] > 1:
         figures["lesion_cosine"] = (mean_cosine_within(pos0) + mean_cosine_within(pos1)) / 2
         figures["uniformity"] = (uniformity(pos0) + uniformity(pos1)) / 2

@@ -80,7 +80,7 @@ def test_ras_points(archive: Path) -> None:
     lesions = table(archive, "a.nii.gz,80,-220,30", coordinates="ras")
     np.testing.assert_array_equal(lesions.centers_lps_mm, [[-80, 220, 30]])
     assert len(check_annotations(lesions, PATCH).usable) == 1
-    with pytest.raises(AnnotationsError, match=r"coordinates='itk' is not one of 'lps', 'ras'"):
+    with pytest.raises(AnnotationsError, match=r"coordinates='itk' is not one of 'lps', 'ras', 'voxel'"):
         table(archive, GOOD, coordinates="itk")
 
 
@@ -238,3 +238,65 @@ def test_real_annotations(real_data: Path) -> None:
     lesions = read_annotations(real_data / "ct" / "annotations.csv", image_root=real_data)
     usable, rejected = check_annotations(lesions, Preprocessing(), check="full")
     assert (len(usable), len(rejected)) == (2, 0)
+
+
+def test_voxel_indices(archive: Path) -> None:
+    """Against SimpleITK's own way from an index to a point, on a flipped and turned scan."""
+    image = sitk.ReadImage(str(archive / "a.nii.gz"))
+    image.SetDirection((0, -1, 0, -1, 0, 0, 0, 0, -1))
+    sitk.WriteImage(image, str(archive / "turned.nii.gz"))
+    lesions = table(archive, "turned.nii.gz,3,30.5,12", "a.nii.gz,0,39,19", coordinates="voxel")
+    usable, _ = check_annotations(lesions, PATCH)
+    expected = [
+        sitk.ReadImage(str(archive / name)).TransformContinuousIndexToPhysicalPoint(index)
+        for name, index in (("turned.nii.gz", (3, 30.5, 12)), ("a.nii.gz", (0.0, 39.0, 19.0)))
+    ]
+    np.testing.assert_allclose(usable.centers_lps_mm, expected, atol=1e-4)
+    np.testing.assert_allclose(usable.annotated_lps_mm[usable.scan_of(0)], expected[:1], atol=1e-4)
+
+
+def test_voxel_indices_of_other_rows_of_the_scan_stay_known(archive: Path) -> None:
+    lesions = table(
+        archive, "a.nii.gz,3,30,12,train", "a.nii.gz,10,20,5,test", header=SPLIT_HEADER, coordinates="voxel"
+    )
+    train, _ = check_annotations(lesions.select([True, False]), PATCH)
+    np.testing.assert_allclose(train.annotated_lps_mm[train.scan_of(0)], [[-97, 230, 36], [-90, 220, 15]], atol=1e-4)
+
+
+SPLIT_HEADER = "image_path,coordX,coordY,coordZ,split"
+
+
+@pytest.mark.parametrize(
+    ("row", "coordinates", "message"),
+    [
+        ("a.nii.gz,3,30,-5", "voxel", r"no voxel of the scan, which has 40 x 40 x 20[\s\S]*i, j, k from 0"),
+        ("a.nii.gz,12,30,39", "voxel", r"swap coordX and coordZ: the indices look like k, j, i"),
+        ("a.nii.gz,3,x,12", "voxel", r"coordY=x: is not a finite number[\s\S]*coordinates in voxels"),
+        ("a.nii.gz,3,30,12", "lps", r"mm outside the scan[\s\S]*coordinates=voxel"),
+    ],
+)
+def test_voxel_indices_that_cannot_be(archive: Path, row: str, coordinates: str, message: str) -> None:
+    with pytest.raises(BadRowsError, match=message):
+        check_annotations(table(archive, row, coordinates=coordinates), PATCH)
+
+
+def test_cropped_files_may_be_small_and_have_no_point(archive: Path) -> None:
+    small = sitk.ReadImage(str(archive / "a.nii.gz"))[5:16, 8:18, 3:8]
+    sitk.WriteImage(small, str(archive / "crop.nii.gz"))
+    header = "image_path,coordX,coordY,coordZ,cropped"
+    rows = ["crop.nii.gz,,,,yes", "crop.nii.gz,-91,211,12,TRUE", "a.nii.gz,-80,220,30,no"]
+    usable, _ = check_annotations(table(archive, *rows, header=header), PATCH)
+    middle = small.TransformContinuousIndexToPhysicalPoint((5, 4.5, 2))
+    np.testing.assert_allclose(usable.centers_lps_mm, [middle, (-91, 211, 12), (-80, 220, 30)], atol=1e-4)
+    assert len(usable.annotated_lps_mm[usable.scan_of(0)]) == 2
+    only_paths = table(archive, "crop.nii.gz,true", header="image_path,cropped")
+    np.testing.assert_allclose(check_annotations(only_paths, PATCH).usable.centers_lps_mm, [middle], atol=1e-4)
+    bad = ["crop.nii.gz,,,,no", "crop.nii.gz,-91,,12,yes", "crop.nii.gz,-91,211,12,no", rows[0]]
+    _, rejected = check_annotations(table(archive, *bad, header=header), PATCH, on_bad_row="skip")
+    assert rejected["row"].tolist() == [1, 2, 3]
+    assert rejected["reason"].str.contains("is missing|mm long along").all()
+
+
+def test_a_table_of_masks_is_told_what_to_do(archive: Path) -> None:
+    with pytest.raises(AnnotationsError, match=r"lacks the columns 'coordX'.*import_annotations\.py source=masks"):
+        table(archive, "a.nii.gz,m.nrrd", header="image_path,mask_path")

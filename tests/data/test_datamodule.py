@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -125,9 +127,32 @@ class Recorder(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_trainer_sets_the_epoch(num_workers: int) -> None:
-    recorder = Recorder()
+class StopHereError(Exception):
+    """What ends a run before its time."""
+
+
+class Stopper(L.Callback):
+    """Saves a checkpoint at some place of a run, and ends the run there."""
+
+    def __init__(self, place: str, steps: int, folder: Path) -> None:
+        self.place, self.steps, self.folder = place, steps, folder
+
+    def stop(self, trainer: L.Trainer, place: str) -> None:
+        if place == self.place and trainer.global_step == self.steps:
+            trainer.save_checkpoint(self.folder / "last.ckpt")
+            raise StopHereError
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.stop(trainer, "after a batch")
+
+    def on_before_backward(self, trainer: L.Trainer, *_: Any) -> None:
+        self.stop(trainer, "in a step")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.stop(trainer, "after an epoch")
+
+
+def run(recorder: Recorder, num_workers: int, *callbacks: L.Callback, checkpoint: Path | None = None) -> None:
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=3,
@@ -136,8 +161,48 @@ def test_a_trainer_sets_the_epoch(num_workers: int) -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        callbacks=list(callbacks),
     )
-    trainer.fit(recorder, datamodule(num_workers=num_workers))
+    trainer.fit(recorder, datamodule(num_workers=num_workers), ckpt_path=checkpoint, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "place", "steps"),
+    [
+        *((0, "after a batch", steps) for steps in (1, 2, 3, 4, 6, 8)),
+        *((0, "in a step", steps) for steps in (0, 2, 3, 4)),
+        *((0, "after an epoch", steps) for steps in (3, 6)),
+        # Workers fetch ahead; one place of each kind, in the second epoch.
+        *((2, place, steps) for place, steps in (("after a batch", 4), ("in a step", 5), ("after an epoch", 6))),
+    ],
+)
+def test_an_interrupted_run_goes_on_with_the_next_batch(
+    num_workers: int, place: str, steps: int, tmp_path: Path
+) -> None:
+    whole, first, second = Recorder(), Recorder(), Recorder()
+    run(whole, 0)
+    assert len(whole.seen) == 9  # three epochs of three batches
+    with pytest.raises(StopHereError):
+        run(first, num_workers, Stopper(place, steps, tmp_path))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not resumable.*")
+        run(second, num_workers, checkpoint=tmp_path / "last.ckpt")
+    assert first.seen == whole.seen[: steps + (place == "in a step")]
+    assert second.seen == whole.seen[steps:]
+    assert torch.equal(second.weight, whole.weight)
+
+
+def test_another_number_of_devices_goes_on_at_the_same_lesion() -> None:
+    loader = datamodule(batch_size=2).train_dataloader()
+    loader.load_state_dict({"epoch": 0, "batch": 2, "lesions_per_batch": 4})
+    whole = datamodule(batch_size=2).train_dataloader()
+    assert list(loader.lesions) == list(whole.lesions)[8:]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_trainer_sets_the_epoch(num_workers: int) -> None:
+    recorder = Recorder()
+    run(recorder, num_workers)
     expected = []
     sampler = EpochSampler(13, 4, seed=3)
     for epoch in range(3):

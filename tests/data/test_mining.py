@@ -1,91 +1,230 @@
-"""Where negatives come from, against brute force."""
+"""Where negatives come from, against brute force and the distribution that is promised."""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import chisquare
 
-from fmcib_ssl.data.geometry import PatchGrid, ScanGeometry
-from fmcib_ssl.data.mining import LegalCenters, background_centers, body_mask, coarse_grid
+from fmcib_ssl.data import mining
+from fmcib_ssl.data.coarse_map import CoarseMap, build_coarse_map
+from fmcib_ssl.data.mining import (
+    Background,
+    Hard,
+    MiningStrategy,
+    Near,
+    NegativeMiner,
+    NegativeQuery,
+    Uniform,
+    mining_strategy,
+)
 from fmcib_ssl.data.scans import crop_patch, read_scan
+from fmcib_ssl.data.volumes import covering_grid
+from fmcib_ssl.types import SampleKey
+
+LESIONS = np.array([[40, 45, 60], [70, 60, 30], [5, 5, 5]])
+PATCH = (24, 16, 20)
 
 
-def chest(shape_zyx: tuple[int, int, int] = (60, 70, 90)) -> tuple[np.ndarray, np.ndarray]:
-    """An elliptic trunk with two lungs and a windpipe that opens to the top, on a table; and the trunk."""
+def trunk(shape_zyx: tuple[int, int, int] = (90, 102, 121), spacing_mm: float = 1.0) -> CoarseMap:
+    """A noisy elliptic cylinder in air, denser towards the top; the last cells of y and x are cut off."""
     z, y, x = np.indices(shape_zyx)
-    cz, cy, cx = (n / 2 for n in shape_zyx)
-    trunk = ((y - cy) / (0.3 * cy * 2)) ** 2 + ((x - cx) / (0.4 * cx * 2)) ** 2 < 1
-    hu = np.where(trunk, 40, -1000)
-    for side in (-1, 1):
-        lung = ((y - cy) / (0.18 * cy * 2)) ** 2 + ((x - cx - side * 0.2 * cx * 2) / (0.13 * cx * 2)) ** 2
-        hu[(lung + ((z - cz) / (0.4 * cz * 2)) ** 2) < 1] = -850
-    hu[(np.abs(x - cx) < 2) & (np.abs(y - cy) < 2) & (z > cz)] = -1000
-    hu[:, shape_zyx[1] - 4 : shape_zyx[1] - 2, 5:-5] = 100
-    return hu.astype(np.int16), trunk
+    inside = ((y / shape_zyx[1] - 0.5) / 0.4) ** 2 + ((x / shape_zyx[2] - 0.5) / 0.45) ** 2 < 1
+    noise = np.random.default_rng(0).integers(-30, 30, shape_zyx)
+    return build_coarse_map(np.where(inside, 4 * z - 100 + noise, -1000).astype(np.int16), spacing_mm)
 
 
-def test_body_is_the_trunk_with_lungs_and_without_table() -> None:
-    hu, trunk = chest()
-    body = body_mask(hu)
-    union, common = (body | trunk).sum(), (body & trunk).sum()
-    assert common / union > 0.97
-    assert not body[:, -4:].any()
-    assert body_mask(np.full((4, 5, 6), -1000, np.int16)).sum() == 0
+def query(coarse: CoarseMap, lesions: np.ndarray = LESIONS, patch: tuple[int, ...] = PATCH) -> NegativeQuery:
+    return NegativeQuery(coarse, patch, lesions, lesions[0], coarse.tissue_at(lesions[0]))
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_coarse_grid_covers_the_scan(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    direction, _ = np.linalg.qr(rng.normal(size=(3, 3)))
-    geometry = ScanGeometry((31, 22, 13), (1.1, 0.7, 5.0), (-10.0, 20.0, 30.0), tuple(map(tuple, direction.tolist())))
-    grid = coarse_grid(geometry)
-    lowest, highest = geometry.bounds_lps_mm()
-    first = np.array(grid.origin_lps_mm) - grid.spacing_mm / 2
-    np.testing.assert_allclose(first, lowest)
-    beyond = first + np.array(grid.size_xyz) * grid.spacing_mm - highest
-    assert (beyond >= -1e-9).all()
-    assert (beyond < grid.spacing_mm).all()
+def legal_by_brute_force(asked: NegativeQuery, inner_mm: float = 0, outer_mm: float = np.inf) -> set[tuple[int, ...]]:
+    """Cells in the body with a half-body window, none of whose voxels centres a patch that meets a lesion's."""
+    coarse, size = asked.coarse, np.array(asked.patch_size_zyx)
+    edge = coarse.voxels_per_cell
+    forbidden = np.zeros(np.array(coarse.cells.shape) * edge, bool)  # centres of overlapping patches; all cells whole
+    for lesion in asked.lesions_zyx:
+        forbidden[tuple(slice(max(0, c - n + 1), max(0, c + n)) for c, n in zip(lesion, size, strict=True))] = True
+    half = [max(0, round((n / edge - 1) / 2)) for n in size.tolist()]
+    padded = np.pad(coarse.body, [(h, h) for h in half])
+    legal = set()
+    for cell in np.ndindex(coarse.cells.shape):
+        window = padded[tuple(slice(c, c + 2 * h + 1) for c, h in zip(cell, half, strict=True))]
+        voxels = tuple(slice(c * edge, (c + 1) * edge) for c in cell)
+        middle = np.array(cell) * edge + (edge - 1) / 2
+        distance = np.linalg.norm(middle - asked.lesion_zyx) * coarse.spacing_mm
+        if (
+            coarse.body[cell]
+            and window.mean() > 0.5
+            and not forbidden[voxels].any()
+            and inner_mm <= distance <= outer_mm
+        ):
+            legal.add(cell)
+    return legal
 
 
-@pytest.mark.parametrize("extent", [(50.0, 50.0, 50.0), (30.0, 60.0, 18.0)])
-def test_legal_cells_by_brute_force(extent: tuple[float, float, float]) -> None:
-    """Every cell of a small map: in the body, half the patch in the body, clear of lesions from any place within."""
-    hu, _ = chest((40, 36, 44))
-    grid = PatchGrid((7.0, -3.0, 12.0), hu.shape, 4.0)
-    lesions = np.array([[10.0, 0.0, 40.0], [-60.0, 20.0, -50.0], [500.0, 0.0, 0.0]])
-    legal = background_centers(hu, grid, lesions, extent)
-    found = np.zeros(hu.shape, bool)
-    found.ravel()[legal.cells] = True
-    body = body_mask(hu)
-    half = [max(0, round((e / 4.0 - 1) / 2)) for e in extent[::-1]]  # cells on each side, z, y, x
-    padded = np.pad(body, [(h, h) for h in half])
-    for z, y, x in np.ndindex(hu.shape):
-        box = padded[z : z + 2 * half[0] + 1, y : y + 2 * half[1] + 1, x : x + 2 * half[2] + 1]
-        center = np.array(grid.origin_lps_mm) + 4.0 * np.array([x, y, z])
-        clear = all((np.abs(center - lesion) - 2.0 >= extent).any() for lesion in lesions)
-        if abs(box.mean() - 0.5) > 1e-4:
-            assert found[z, y, x] == (body[z, y, x] and box.mean() > 0.5 and clear)
-    assert found.any()
-    assert found.sum() < body.sum()
+@pytest.mark.parametrize("patch", [PATCH, (36, 50, 50), (4, 60, 4)])
+@pytest.mark.parametrize("spacing_mm", [1.0, 1.4])
+def test_legal_cells_by_brute_force(patch: tuple[int, ...], spacing_mm: float) -> None:
+    asked = query(trunk(spacing_mm=spacing_mm), patch=patch)
+    legal = Background().legal_cells(asked)
+    expected = legal_by_brute_force(asked)
+    assert {tuple(cell) for cell in legal.tolist()} == expected
+    assert all(asked.is_half_body(cell) for cell in legal)
+    assert 0 < len(expected) < asked.coarse.body.sum()
+    near = Near(inner_mm=25, outer_mm=60)
+    assert {tuple(cell) for cell in near.legal_cells(asked).tolist()} == legal_by_brute_force(asked, 25, 60)
 
 
-def test_draws_are_uniform_over_cells_and_within_them() -> None:
-    grid = PatchGrid((0.0, 0.0, 0.0), (3, 3, 3), 4.0)
-    legal = LegalCenters(grid, np.array([0, 13, 26], np.int32))  # one corner, the middle, the other corner
+@pytest.mark.parametrize("strategy", [Background(), Near(20, 45)])
+@pytest.mark.parametrize("proposals", [64, 0], ids=["few cells", "whole map"])
+def test_draws_are_uniform_over_legal_cells_and_within_them(
+    strategy: Background, proposals: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mining, "PROPOSALS_PER_NEGATIVE", proposals)
+    asked = query(trunk((60, 50, 54)), np.array([[30, 25, 27]]), (12, 12, 12))
+    legal = strategy.legal_cells(asked)
+    assert len(legal) > 200
+    rng = np.random.default_rng(1)
+    searches = []
+    search = Background.legal_cells
+    monkeypatch.setattr(Background, "legal_cells", lambda *a: [searches.append(1), search(*a)][1])
+    num_draws = len(legal) * 2
+    draws = np.concatenate([strategy.draw(asked, 10, rng) for _ in range(num_draws)])
+    assert len(searches) < 0.02 * num_draws if proposals else len(searches) == num_draws
+    counts = Counter(map(tuple, (draws // 4).tolist()))
+    assert set(counts) <= {tuple(cell) for cell in legal.tolist()}
+    observed = [counts[tuple(cell)] for cell in legal.tolist()]
+    assert chisquare(observed).pvalue > 1e-3
+    inner = draws[(draws < 48).all(1)]  # in cells that are whole
+    assert chisquare(np.bincount((inner % 4) @ [16, 4, 1], minlength=64)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("strategy", [Background(), Near(), Hard()])
+def test_no_voxel_is_shared_with_a_lesions_patch(strategy: MiningStrategy) -> None:
+    coarse = trunk()
+    asked = query(coarse)
+    lesion_voxels = np.zeros(coarse.shape_zyx, bool)
+
+    def box(center: np.ndarray) -> tuple[slice, ...]:
+        return tuple(
+            slice(max(0, c - n // 2), max(0, c - n // 2 + n)) for c, n in zip(center.tolist(), PATCH, strict=True)
+        )
+
+    for lesion in LESIONS:
+        lesion_voxels[box(lesion)] = True
     rng = np.random.default_rng(0)
-    draws = np.array([legal.draw(rng) for _ in range(3000)])
-    cell = np.rint(draws / 4.0)
-    counts = [int((cell == k).all(1).sum()) for k in (-1, 0, 1)]
-    assert sum(counts) == 3000
-    assert min(counts) > 900
-    offsets = draws / 4.0 - cell
-    assert np.abs(offsets).max() <= 0.5
-    np.testing.assert_allclose(offsets.mean(0), 0, atol=0.03)
-    np.testing.assert_allclose(offsets.std(0), 1 / np.sqrt(12), atol=0.02)
-    with pytest.raises(ValueError, match="no legal cell"):
-        LegalCenters(grid, np.array([], np.int32)).draw(rng)
+    centers = np.concatenate([strategy.draw(asked, 5, rng) for _ in range(100)])
+    assert centers.shape == (500, 3)
+    assert ((centers >= 0) & (centers < coarse.shape_zyx)).all()
+    assert not any(lesion_voxels[box(center)].any() for center in centers)
+
+
+def test_a_place_is_found_if_there_is_one_cell() -> None:
+    coarse = trunk()
+    asked = query(coarse, np.concatenate([LESIONS, [[80, 20, 20], [80, 80, 90]]]), (36, 50, 50))
+    legal = {tuple(cell) for cell in Background().legal_cells(asked).tolist()}
+    assert 0 < len(legal) < 100  # of 17,000: proposals fail, the search does not
+    rng = np.random.default_rng(0)
+    for strategy in (Background(), Hard()):
+        for _ in range(20):
+            assert tuple((strategy.draw(asked, 1, rng)[0] // 4).tolist()) in legal
+    crowded = query(coarse, np.array([[45, 50, 60]]), (90, 102, 121))
+    assert Background().draw(crowded, 1, rng) is None
+    assert Near(300, 400).draw(asked, 1, rng) is None
+
+
+def test_near_in_a_scan_without_the_lesion_is_background() -> None:
+    coarse = trunk()
+    elsewhere = NegativeQuery(coarse, PATCH, LESIONS, None, np.array([0.0, 0.0]))
+    for seed in range(5):
+        drawn = [s.draw(elsewhere, 3, np.random.default_rng(seed)) for s in (Near(300, 400), Background())]
+        np.testing.assert_array_equal(drawn[0], drawn[1])
+
+
+def test_hard_is_the_most_similar_of_its_candidates() -> None:
+    asked = query(trunk())
+    legal = Background().legal_cells(asked)
+    cells = asked.coarse.cells[tuple(legal.T)]
+    mean, spread = asked.tissue_hu
+    distance = np.sqrt((cells["mean_hu"] - mean) ** 2.0 + (cells["spread_hu"] - spread) ** 2.0)
+
+    def median_distance(num_candidates: int) -> float:
+        drawn = Hard(num_candidates).draw(asked, 1, np.random.default_rng(0))
+        draws = np.concatenate([Hard(num_candidates).draw(asked, 1, np.random.default_rng(s)) for s in range(60)])
+        np.testing.assert_array_equal(drawn, draws[:1])
+        found = asked.coarse.cells[tuple((draws // 4).T)]
+        return float(np.median(np.hypot(found["mean_hu"] - mean, found["spread_hu"] - spread)))
+
+    medians = [median_distance(n) for n in (1, 16, 256, 4096)]
+    assert sorted(medians, reverse=True) == medians
+    assert abs(medians[0] - np.median(distance)) < 0.3 * np.median(distance)  # of one, none is chosen
+    assert medians[3] <= np.quantile(distance, 0.01)
+    best = Hard(30_000).draw(asked, 1, np.random.default_rng(0))[0] // 4  # every cell is among them, many times over
+    assert distance[(legal == best).all(1)] == distance.min()
+
+
+def test_uniform_is_anywhere_with_the_patch_inside() -> None:
+    coarse = trunk((30, 18, 20))
+    asked = query(coarse, np.array([[15, 9, 10]]), (28, 16, 19))
+    draws = Uniform().draw(asked, 4000, np.random.default_rng(0))
+    starts = draws - np.array([14, 8, 9])
+    assert starts.min(0).tolist() == [0, 0, 0]
+    assert starts.max(0).tolist() == [30 - 28, 18 - 16, 20 - 19]
+    assert chisquare(np.bincount(starts @ [6, 2, 1], minlength=18)).pvalue > 1e-3
+    short = Uniform().draw(query(coarse, patch=(31, 5, 40)), 500, np.random.default_rng(0))
+    assert short[:, 0].min() == 0
+    assert short[:, 0].max() == 29  # longer than the scan: centred anywhere in it
+
+
+def test_a_miner_turns_to_other_scans_and_is_a_function_of_the_key() -> None:
+    full, room = trunk((20, 20, 20)), trunk()
+    asked = []
+
+    def ask(scan: int) -> NegativeQuery | None:
+        asked.append(scan)
+        if scan == 3:
+            return None  # broken
+        return query(room if scan in (5, 6) else full, np.array([[10, 10, 10]]), (18, 18, 18))
+
+    keys = [SampleKey(epoch, index) for epoch in range(4) for index in range(7)]
+    miner = NegativeMiner(Background(), 7, seed=3)
+    drawn = {key: miner.draw(key, key.index, ask) for key in keys}
+    for key, (scan, centers) in drawn.items():
+        assert scan == key.index if key.index in (5, 6) else scan in (5, 6)
+        assert centers.shape == (1, 3)
+        fresh = NegativeMiner(Background(), 7, seed=3).draw(key, key.index, ask)
+        assert fresh[0] == scan
+        np.testing.assert_array_equal(fresh[1], centers)
+    assert {drawn[key][0] for key in keys if key.index == 0} == {5, 6}
+    assert len({tuple(centers[0].tolist()) for _, centers in drawn.values()}) == len(keys)
+    asked.clear()
+    for key in keys:
+        miner.draw(key, 0, ask)
+    assert set(asked) == {0, 3, 5, 6}  # those known to have no place are not asked again
+
+    assert NegativeMiner(Background(), 2).draw(SampleKey(0, 0), 0, lambda _: ask(0)) is None
+    assert NegativeMiner(Background(), 2, per_lesion=0).draw(SampleKey(0, 0), 1, ask)[1].shape == (0, 3)
+    several = NegativeMiner(Background(), 7, per_lesion=4).draw(SampleKey(0, 5), 5, ask)[1]
+    assert len({tuple(center) for center in several.tolist()}) == 4
+
+
+def test_names_and_numbers() -> None:
+    assert mining_strategy("hard") == Hard()
+    assert mining_strategy(Near(10, 20)) == Near(10, 20)
+    with pytest.raises(ValueError, match="mining='easy' is not one of 'uniform', 'background', 'near', 'hard'"):
+        mining_strategy("easy")
+    with pytest.raises(ValueError, match="inner_mm=50, outer_mm=50"):
+        Near(50, 50)
+    with pytest.raises(ValueError, match="num_candidates=0"):
+        Hard(0)
+    with pytest.raises(ValueError, match="per_lesion=-1"):
+        NegativeMiner(Background(), 1, per_lesion=-1)
+    with pytest.raises(ValueError, match="seed=-1"):
+        NegativeMiner(Background(), 1, seed=-1)
 
 
 def test_real_negatives_overlap_no_lesion_and_lie_in_the_body(real_data: Path) -> None:
@@ -94,32 +233,32 @@ def test_real_negatives_overlap_no_lesion_and_lie_in_the_body(real_data: Path) -
         ("lung2_image.nrrd", (52.609, -95.868, -256.495)),
     ]:
         scan = read_scan(real_data / "ct" / "lung_tumours" / name)
-        grid = coarse_grid(scan.geometry)
-        coarse = crop_patch(scan.thinned(4.0), grid)
-        others = np.array([lesion, (lesion[0] + 60, lesion[1], lesion[2] - 40)])
-        legal = background_centers(coarse, grid, others, (50.0, 50.0, 50.0))
-        assert len(legal) > 1000
+        grid = covering_grid(scan.geometry, 2.0)
+        coarse = build_coarse_map(crop_patch(scan.thinned(2.0), grid), 2.0)
+        origin = np.array(grid.origin_lps_mm)
+        others_lps = np.array([lesion, (lesion[0] + 60, lesion[1], lesion[2] - 40)])
+        others = ((others_lps - origin) / 2.0)[:, ::-1]
+        asked = NegativeQuery(coarse, (25, 25, 25), others, others[0], coarse.tissue_at(others[0]))
         # The hull of what is denser than -500 HU, row by row and column by column, in the full scan: not our mask.
         dense = scan.hu[:, ::4, ::4] > -500
         rows = np.maximum.accumulate(dense, 2) & np.maximum.accumulate(dense[:, :, ::-1], 2)[:, :, ::-1]
         columns = np.maximum.accumulate(dense, 1) & np.maximum.accumulate(dense[:, ::-1], 1)[:, ::-1]
         hull = rows & columns
-        rng = np.random.default_rng(0)
-        for _ in range(500):
-            center = np.array(legal.draw(rng))
-            box = PatchGrid(tuple(center.tolist()), (50, 50, 50), 1.0)
-            first = np.array(box.origin_lps_mm) - 0.5
-            for other in others:
-                other_first = np.array(PatchGrid(tuple(other.tolist()), (50, 50, 50), 1.0).origin_lps_mm) - 0.5
-                assert (np.abs(first - other_first) >= 50).any()
-            x, y, z = np.clip(
-                np.rint(scan.geometry.to_index_xyz(center)), 0, np.array(scan.geometry.size_xyz) - 1
-            ).astype(int)
-            near = hull[max(z - 1, 0) : z + 2, max(y // 4 - 2, 0) : y // 4 + 3, max(x // 4 - 2, 0) : x // 4 + 3]
-            assert near.any()
-            lo = np.clip(scan.geometry.to_index_xyz(first), 0, None).astype(int) // (4, 4, 1)
-            hi = np.clip(scan.geometry.to_index_xyz(first + 50), 0, None).astype(int) // (4, 4, 1)
-            inside = hull[lo[2] : hi[2] + 1, lo[1] : hi[1] + 1, lo[0] : hi[0] + 1].sum() * np.prod(
-                np.array(scan.geometry.spacing_mm_xyz) * (4, 4, 1)
-            )
-            assert inside / 50**3 > 0.42  # half, to within a cell
+        for strategy in (Background(), Near(), Hard()):
+            for seed in range(150):
+                drawn = strategy.draw(asked, 1, np.random.default_rng(seed))[0]
+                center = drawn[::-1] * 2.0 + origin
+                assert (np.abs(center - others_lps) >= 50).any(axis=1).all()
+                x, y, z = np.clip(
+                    np.rint(scan.geometry.to_index_xyz(center)), 0, np.array(scan.geometry.size_xyz) - 1
+                ).astype(int)
+                near = hull[max(z - 1, 0) : z + 2, max(y // 4 - 2, 0) : y // 4 + 3, max(x // 4 - 2, 0) : x // 4 + 3]
+                assert near.any()
+                lo = np.clip(scan.geometry.to_index_xyz(center - 25), 0, None).astype(int) // (4, 4, 1)
+                hi = np.clip(scan.geometry.to_index_xyz(center + 25), 0, None).astype(int) // (4, 4, 1)
+                inside = hull[lo[2] : hi[2] + 1, lo[1] : hi[1] + 1, lo[0] : hi[0] + 1].sum() * np.prod(
+                    np.array(scan.geometry.spacing_mm_xyz) * (4, 4, 1)
+                )
+                assert inside / 50**3 > 0.42  # half, to within a cell
+                if isinstance(strategy, Near):
+                    assert 46 <= np.linalg.norm(center - others_lps[0]) <= 104  # to within half a cell

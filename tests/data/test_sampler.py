@@ -54,6 +54,21 @@ def test_unshuffled_is_the_order_of_the_table() -> None:
     assert [key.index for key in keys(7, shuffle=False)] == list(range(20))
 
 
+@pytest.mark.parametrize("batch", [0, 1, 4, 5])
+def test_an_epoch_goes_on_at_a_batch(batch: int) -> None:
+    for rank in range(2):
+        whole = keys(3, batch_size=2, world_size=2, rank=rank, seed=1)
+        sampler = EpochSampler(23, 2, world_size=2, rank=rank, seed=1)
+        sampler.resume_at(*divmod(3 * 5 + batch, 5))  # five batches an epoch: fifteen and some taken
+        sampler.set_epoch(3 + batch // 5)
+        resumed = list(sampler)
+        expected = whole[batch * 2 :] if batch < 5 else keys(4, batch_size=2, world_size=2, rank=rank, seed=1)
+        assert resumed == expected
+        assert len(sampler) == 10  # of a whole epoch
+        sampler.set_epoch(6)
+        assert list(sampler) == keys(6, batch_size=2, world_size=2, rank=rank, seed=1)
+
+
 def test_too_few_lesions_are_an_error_with_the_numbers_and_the_way_out() -> None:
     with pytest.raises(ValueError, match=r"23 lesions .* batch of 16 on 2 .* takes 32: .* at most 11"):
         EpochSampler(23, 16, world_size=2)

@@ -14,7 +14,8 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from fmcib_ssl.data.geometry import PatchGrid, ScanGeometry, ras_to_lps
-from fmcib_ssl.data.scans import Scan, ScanError, crop_patch, read_header, read_scan
+from fmcib_ssl.data.scans import Scan, crop_patch, read_header, read_scan
+from fmcib_ssl.data.tables import ScanError
 
 AXIS_ORIENTATIONS = [
     np.eye(3)[:, list(order)] * signs

@@ -63,3 +63,35 @@ def test_patches_go_to_their_views_and_the_rest_is_passed_on() -> None:
 def test_a_number_is_a_lesion_in_epoch_0() -> None:
     dataset = ViewPairDataset(Constants(), show_seed, 0)
     assert torch.equal(dataset[5]["positive"][0], dataset[SampleKey(0, 5)]["positive"][0])
+
+
+class Several(Constants):
+    """Three negatives a lesion, or none; each shows which it is."""
+
+    def __init__(self, num: int) -> None:
+        self.num = num
+
+    def __getitem__(self, key: SampleKey) -> PatchPair:
+        pair = super().__getitem__(key)
+        negatives = [pair["negative"] - 1000 * n for n in range(self.num)]
+        pair["negative"] = torch.stack(negatives) if negatives else pair["negative"][None][:0]
+        return pair
+
+
+def test_several_negatives_have_views_each() -> None:
+    def see(patch: Tensor, seed: int) -> Tensor:
+        return torch.full(patch.shape, float(patch.flatten()[0])) + seed / 2**33
+
+    views = ViewPairDataset(Several(3), see, 0)[SampleKey(2, 3)]
+    one = ViewPairDataset(Constants(), see, 0)[SampleKey(2, 3)]
+    for number in range(2):
+        several = views["negative"][number]
+        assert several.shape == (3, 1, 2, 3, 4)
+        assert several[:, 0, 0, 0, 0].round().tolist() == [-203, -1203, -2203]
+        assert torch.equal(several[0], one["negative"][number])  # the first is what it would be alone
+    fractions = torch.stack([*views["negative"]])[:, :, 0, 0, 0, 0] % 1
+    assert len(set(fractions.flatten().tolist())) == 6
+
+    dataset = ViewPairDataset(Several(0), see, 0)
+    batch = torch.utils.data.default_collate([dataset[n] for n in range(4)])
+    assert [tuple(view.shape) for view in batch["negative"]] == [(4, 0, 1, 2, 3, 4)] * 2

@@ -14,9 +14,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from fmcib_ssl.data.annotations import LesionTable, check_annotations, read_annotations
-from fmcib_ssl.data.geometry import PatchGrid
-from fmcib_ssl.data.scans import ScanError, ScanSource
-from fmcib_ssl.data.volumes import VolumePatches
+from fmcib_ssl.data.geometry import PatchGrid, ScanGeometry
+from fmcib_ssl.data.mining import Near
+from fmcib_ssl.data.scans import ScanSource
+from fmcib_ssl.data.tables import ScanError
+from fmcib_ssl.data.volumes import VolumePatches, covering_grid
 from fmcib_ssl.types import Preprocessing, SampleKey
 
 PATCH = Preprocessing(patch_size_zyx=(16, 18, 20))
@@ -98,14 +100,43 @@ def test_the_same_in_another_process(lesions: LesionTable, tmp_path: Path) -> No
 def test_negatives_overlap_no_lesion_of_the_scan(lesions: LesionTable) -> None:
     split = lesions.select([0])  # the other lesion of the scan belongs to another split, and is a lesion still
     dataset = VolumePatches(split, PATCH)
-    legal = dataset.legal_centers(split.scan_of(0))
-    rng = np.random.default_rng(0)
     extent = np.array(PatchGrid((0, 0, 0), PATCH.patch_size_zyx).extent_mm_xyz)
-    for _ in range(500):
-        center = np.array(legal.draw(rng))
+    centers: list[np.ndarray] = []
+    cut = dataset.patch_at
+    dataset.patch_at = lambda scan, center: [centers.append(np.array(center)), cut(scan, center)][1]  # type: ignore[method-assign]
+    for epoch in range(200):
+        sample = dataset[SampleKey(epoch, 0)]
+        negative = centers[-1]
         for lesion in lesions.centers_lps_mm[[0, 2]]:
-            assert (np.abs(center - lesion) >= extent).any()
-    assert all(dataset[SampleKey(e, 0)]["negative"].float().mean() > -520 for e in range(30))  # half in the body
+            assert (np.abs(negative - lesion) >= extent).any()
+        assert sample["negative"].float().mean() > -520  # half in the body
+    assert len({tuple(center) for center in centers}) > 150
+
+
+@pytest.mark.parametrize("mining", ["uniform", "near", "hard", Near(20, 40)])
+def test_strategies_draw_in_the_scan(lesions: LesionTable, mining: str | Near) -> None:
+    dataset = VolumePatches(lesions, PATCH, mining=mining, per_lesion=3)
+    negative = dataset[1]["negative"]
+    assert negative.shape == (3, 1, 16, 18, 20)
+    assert negative.dtype == torch.int16
+    assert not torch.equal(negative[0], negative[1])
+    assert equal(dataset[1], VolumePatches(lesions, PATCH, mining=mining, per_lesion=3)[1])
+    assert VolumePatches(lesions, PATCH, mining=mining, per_lesion=0)[1]["negative"].shape == (0, 1, 16, 18, 20)
+    assert dataset.title(1) == "b.nrrd, row 2"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_map_covers_the_scan(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    direction, _ = np.linalg.qr(rng.normal(size=(3, 3)))
+    geometry = ScanGeometry((31, 22, 13), (1.1, 0.7, 5.0), (-10.0, 20.0, 30.0), tuple(map(tuple, direction.tolist())))
+    grid = covering_grid(geometry, 2.0)
+    lowest, highest = geometry.bounds_lps_mm()
+    first = np.array(grid.origin_lps_mm) - grid.spacing_mm / 2
+    np.testing.assert_allclose(first, lowest)
+    beyond = first + np.array(grid.size_xyz) * grid.spacing_mm - highest
+    assert (beyond >= -2e-3).all()
+    assert (beyond < grid.spacing_mm).all()
 
 
 def test_the_cache_is_bounded(lesions: LesionTable) -> None:

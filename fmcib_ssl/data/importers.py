@@ -1,0 +1,219 @@
+"""Published lesion tables, brought to the one form that this package reads: `image_path`, a point in LPS mm, labels.
+
+Paths become relative to the folder of the data set (`image_root`). Columns that number the authors' rows or repeat the
+geometry are dropped, all others are kept.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from fmcib_ssl.data.annotations import COORDINATE_COLUMNS, CROPPED_COLUMN, MASK_COLUMN, PATH_COLUMN
+from fmcib_ssl.data.tables import AnnotationsError, read_table, require_columns
+
+logger = logging.getLogger(__name__)
+
+#: A crop is suspect if its mask, as a ball, is this many times as wide as the nodule is said to be.
+SUSPECT_DIAMETER_RATIO = 2.0
+
+_DEEPLESION_SPLITS = {1: "train", 2: "val", 3: "test"}
+_DEEPLESION_RAW = ("File_name", "Key_slice_index", "Slice_range", "Measurement_coordinates", "Spacing_mm_px_")
+_DEEPLESION_DERIVED = ("Volume_fn", *(f"{what}_{axis}" for what in ("centroid", "spacing") for axis in "xyz"))
+
+
+def deeplesion(path: Path | str) -> pd.DataFrame:
+    """DeepLesion, for the NIfTI files that its authors' `DL_save_nifti.py` writes.
+
+    Takes `DL_info.csv`, or a table derived from it by the foundation-cancer-image-biomarker project (`pretrain.csv`,
+    `task1_*.csv`), whose `coordX, coordY, coordZ` are *not* used: they are the point `(row, column, slice counted from
+    the other end)`, and fit only a loader that computes the index before it reorients the scan.
+
+    Both tables count pixels from 1 and name the key slice by its number in the series. The files hold
+    `array[row, column, slice]` with an affine that puts it at LPS `(s * column, s * row, -s_z * slice)`, so the point
+    is `(s (column - 1), s (row - 1), -s_z (key - first))`. The files' origin is made up: the point is of no use for
+    volumes made from the original DICOM.
+
+    Added are `PatientID`, `split` (the authors') and `diameter_mm` (RECIST's long axis).
+
+    Source:
+        Yan et al., DeepLesion, Journal of Medical Imaging 2018, and the DL_save_nifti.py published with it.
+    """
+    rows = read_table(path)
+    if "File_name" in rows:
+        require_columns(path, rows, _DEEPLESION_RAW)
+        diameters = _numbers(rows, "Measurement_coordinates", 8, path)
+        column, row = recist_center(diameters.reshape(-1, 4, 2)).T
+        first, last = _numbers(rows, "Slice_range", 2, path).astype(int).T
+        series = rows["File_name"].str.rsplit("_", n=1).str[0]
+        # The converter gives every file of a series the spacing of the series' first row.
+        spacings = pd.DataFrame(_numbers(rows, "Spacing_mm_px_", 3, path), rows.index)
+        spacing = spacings.groupby(series).transform("first").to_numpy(dtype=np.float64)
+        files = [f"{name}_{a:03d}-{b:03d}.nii.gz" for name, a, b in zip(series, first, last, strict=True)]
+        slices = _number(rows, "Key_slice_index", path).astype(int) - first
+        axes = np.linalg.norm(np.diff(diameters.reshape(-1, 2, 2, 2), axis=2)[:, :, 0], axis=-1)
+        long_axis_mm = axes.max(axis=1) * spacing[:, 0]
+    else:
+        require_columns(path, rows, _DEEPLESION_DERIVED)
+        column, row, from_end = (_number(rows, f"centroid_{axis}", path) for axis in "xyz")
+        spacing = np.stack([_number(rows, f"spacing_{axis}", path) for axis in "xyz"], axis=1)
+        files = rows["Volume_fn"].tolist()
+        ranges = rows["Volume_fn"].str.extract(r"_(\d+)-(\d+)\.nii\.gz$")
+        _refuse(path, rows["Volume_fn"], ranges.isna().any(axis=1), "<series>_<first>-<last>.nii.gz")
+        first, last = ranges.to_numpy(dtype=int).T
+        slices = last - first + 1 - from_end.astype(int)  # `centroid_z` is last - key + 1
+        long_axis_mm = rows[["lesion_diameters_x", "lesion_diameters_y"]].max(axis=1).to_numpy(float)
+    _refuse(path, pd.Series(files, rows.index), (slices < 0) | (slices > last - first), "a key slice within the file")
+    points = np.stack([spacing[:, 1] * (column - 1), spacing[:, 0] * (row - 1), -spacing[:, 2] * slices], axis=1)
+    dropped = {*_DEEPLESION_RAW, *_DEEPLESION_DERIVED, *(f"lesion_diameters_{axis}" for axis in "xyz")}
+    dropped |= {"bbox", "Bounding_boxes", "Lesion_diameters_Pixel_", "Image_size", "Train_Val_Test"}
+    table = _plain(rows, files, points, dropped)
+    table["PatientID"] = [name.split("_")[0] for name in files]
+    if "Train_Val_Test" in rows:
+        table["split"] = rows["Train_Val_Test"].map(_DEEPLESION_SPLITS)
+    table["diameter_mm"] = long_axis_mm
+    return table
+
+
+def recist_center(ends: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Where the two diameters of a lesion cross; the mean of their ends if they do not.
+
+    Args:
+        ends: `(lesions, 4, 2)`: both ends of the long axis, then both of the short one.
+
+    Returns:
+        `(lesions, 2)`.
+    """
+    p, q, r, s = np.moveaxis(np.asarray(ends, dtype=np.float64), 1, 0)
+    along, across, between = q - p, s - r, r - p
+    area = _cross(along, across)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t, u = _cross(between, across) / area, _cross(between, along) / area
+    crosses = (area != 0) & (t >= 0) & (t <= 1) & (u >= 0) & (u <= 1)
+    centers: npt.NDArray[np.float64] = np.where(
+        crosses[:, None], p + np.where(crosses, t, 0)[:, None] * along, (p + q + r + s) / 4
+    )
+    return centers
+
+
+def luna16(path: Path | str, image_root: Path | str | None = None) -> pd.DataFrame:
+    """LUNA16's `annotations.csv`, and the tables of the malignancy task made from LUNA16 and LIDC-IDRI.
+
+    The points are LPS mm, the world coordinates of the `.mhd` files.
+
+    Args:
+        path: a table with `seriesuid`, or with `image_path` ending in `<seriesuid>.mhd`.
+        image_root: the folder with `subset0` to `subset9`; finds each series in them. Without it files are named as if
+            they all lay in one folder.
+    """
+    rows = read_table(path)
+    require_columns(path, rows, ("seriesuid" if PATH_COLUMN not in rows else PATH_COLUMN, *COORDINATE_COLUMNS))
+    if PATH_COLUMN in rows:
+        names = [PurePosixPath(p).name for p in rows[PATH_COLUMN].astype(str)]
+    else:
+        names = [f"{uid}.mhd" for uid in rows["seriesuid"]]
+    files = names
+    if image_root is not None:
+        root = Path(image_root)
+        where = {file.name: file.relative_to(root).as_posix() for file in sorted(root.rglob("*.mhd"))}
+        files = [where.get(name, name) for name in names]
+        if absent := len(set(names) - set(where)):
+            logger.warning("%s: %d of %d series are not under %s", path, absent, len(set(names)), root)
+    table = _plain(rows, files, _points(rows, COORDINATE_COLUMNS, path))
+    table["seriesuid"] = [name.removesuffix(".mhd") for name in names]
+    return table
+
+
+def lung1(path: Path | str) -> pd.DataFrame:
+    """NSCLC-Radiomics (LUNG1) as the foundation-cancer-image-biomarker project lists it: a tumour a patient.
+
+    The points are LPS mm. Scans are named `LUNG1-001/CT.nrrd`, ..., from the folder that holds the patients' folders.
+    """
+    rows = read_table(path)
+    require_columns(path, rows, (PATH_COLUMN, "PatientID", *COORDINATE_COLUMNS))
+    files = [str(PurePosixPath(*PurePosixPath(p).parts[-2:])) for p in rows[PATH_COLUMN].astype(str)]
+    return _plain(rows, files, _points(rows, COORDINATE_COLUMNS, path))
+
+
+def lidc_crops(path: Path | str) -> pd.DataFrame:
+    """Nodules of LIDC-IDRI, each cropped to a file of its own, as `voi_index.csv` lists them.
+
+    The points are the centroids of the masks, LPS mm. Every file has a row; `suspect` is true where the mask is far
+    from the size that the table gives the nodule, which the log names too.
+    """
+    rows = read_table(path)
+    required = ("file", "patient_id", "lps_x", "lps_y", "lps_z", "mask_voxels", "sx", "sy", "sz", "diameter_mm")
+    require_columns(path, rows, required)
+    files = [f"image/{file}" for file in rows["file"]]
+    geometry = ("file", "lps_x", "lps_y", "lps_z", "nx", "ny", "nz", "sx", "sy", "sz", "dir_xx")
+    table = _plain(rows, files, _points(rows, ("lps_x", "lps_y", "lps_z"), path), set(geometry))
+    table = table.rename(columns={"patient_id": "PatientID"})
+    table[MASK_COLUMN] = [f"nodule_mask/{file}" for file in rows["file"]]
+    table[CROPPED_COLUMN] = True
+    volume_mm3 = rows["mask_voxels"] * rows["sx"] * rows["sy"] * rows["sz"]
+    ratio = (6 * volume_mm3 / np.pi) ** (1 / 3) / rows["diameter_mm"]
+    table["suspect"] = (ratio > SUSPECT_DIAMETER_RATIO) | (ratio < 1 / SUSPECT_DIAMETER_RATIO)
+    for number in table.index[table["suspect"]]:
+        logger.warning(
+            "%s: row %d, %s: the mask is %.1f times as wide as the nodule's diameter_mm=%g says",
+            path,
+            number,
+            rows["file"][number],
+            ratio[number],
+            rows["diameter_mm"][number],
+        )
+    return table
+
+
+def _plain(
+    rows: pd.DataFrame, files: list[str], points_lps_mm: npt.NDArray[np.float64], dropped: set[str] | None = None
+) -> pd.DataFrame:
+    """Path and point first, then every column that is kept."""
+    head = {PATH_COLUMN: files, **dict(zip(COORDINATE_COLUMNS, points_lps_mm.T, strict=True))}
+    gone = {*head, *(dropped or ()), *(name for name in rows if str(name).startswith("Unnamed: "))}
+    return pd.DataFrame(head, index=rows.index).join(rows[[name for name in rows if name not in gone]])
+
+
+def _points(rows: pd.DataFrame, columns: tuple[str, str, str], path: Path | str) -> npt.NDArray[np.float64]:
+    return np.stack([_number(rows, column, path) for column in columns], axis=1)
+
+
+def _number(rows: pd.DataFrame, column: str, path: Path | str) -> npt.NDArray[np.float64]:
+    numbers = pd.to_numeric(rows[column], errors="coerce").to_numpy(dtype=np.float64)
+    _refuse(path, rows[column], ~np.isfinite(numbers), "a number")
+    return np.asarray(numbers)
+
+
+def _numbers(rows: pd.DataFrame, column: str, count: int, path: Path | str) -> npt.NDArray[np.float64]:
+    """A column whose cells hold several numbers, `(rows, count)`."""
+    parts = rows[column].astype(str).str.split(",", expand=True).apply(pd.to_numeric, errors="coerce")
+    bad = parts.isna().any(axis=1) if parts.shape[1] == count else pd.Series(True, rows.index)
+    _refuse(path, rows[column], bad, f"{count} numbers with commas between them")
+    return np.asarray(parts, dtype=np.float64)
+
+
+def _refuse(path: Path | str, values: pd.Series[str], bad: npt.ArrayLike, expected: str) -> None:
+    if places := np.flatnonzero(np.asarray(bad)).tolist():
+        raise AnnotationsError(
+            f"{path}: row {values.index[places[0]]}: {values.name or 'the file'} is {values.iloc[places[0]]!r}; "
+            f"expected {expected} ({len(places)} such rows)"
+        )
+
+
+def _cross(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    product: npt.NDArray[np.float64] = a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
+    return product
+
+
+#: Importers of tables alone, by the name that the command line gives them; `luna16` also looks for files.
+IMPORTERS: dict[str, Callable[[Path], pd.DataFrame]] = {
+    "deeplesion": deeplesion,
+    "luna16": luna16,
+    "lung1": lung1,
+    "lidc_crops": lidc_crops,
+}

@@ -1,0 +1,247 @@
+"""Lesions from masks: a point, a volume and a diameter for every connected piece of a mask.
+
+A mask is a file of whole numbers (NIfTI, NRRD, MetaImage), or a DICOM SEG or RTSTRUCT file (`dicom_masks`). A region is
+what a mask gives one name: a label value, a DICOM segment, an ROI. A region of two pieces is two lesions.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import SimpleITK as sitk
+from scipy import ndimage
+from tqdm import tqdm
+
+from fmcib_ssl.data.annotations import COORDINATE_COLUMNS, MASK_COLUMN, PATH_COLUMN, SERIES_COLUMN, resolve_path
+from fmcib_ssl.data.geometry import ScanGeometry
+from fmcib_ssl.data.scans import ScanSource, read_header
+from fmcib_ssl.data.tables import REJECTED_COLUMNS, OnBadRow, ScanError, read_table, refuse_or_skip, require_columns
+
+logger = logging.getLogger(__name__)
+
+#: On the scan's own grid, part of it, or flipped; or wherever the mask's own header puts it.
+MaskGrid = Literal["scan", "own"]
+
+#: A mask's voxel centre may be this part of a voxel away from the scan's: rounding in the headers.
+MAX_GRID_SHIFT = 0.1
+_TOUCHING = ndimage.generate_binary_structure(3, 3)  # pieces that share a corner are one lesion
+
+
+class Region(NamedTuple):
+    """What a mask gives one name."""
+
+    name: str
+    mask_zyx: npt.NDArray[np.bool_]
+    geometry: ScanGeometry
+
+
+class MaskLesion(NamedTuple):
+    """A connected piece of a region.
+
+    The diameter is that of the ball of equal volume. RECIST's, the longest in a slice, is larger for all other shapes.
+    """
+
+    region: str
+    center_lps_mm: tuple[float, float, float]  # mean of its voxels; of a curved lesion it may lie outside
+    volume_mm3: float
+    diameter_mm: float
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file is read as DICOM: by its name, or by its first bytes, since archives often leave names bare."""
+    if path.suffix.lower() in (".dcm", ".dicom") or not path.is_file():
+        return path.suffix.lower() in (".dcm", ".dicom")
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def read_regions(path: Path | str, scan: ScanSource) -> list[Region]:
+    """The regions of a mask file, in the order of their label, segment or ROI number.
+
+    Args:
+        path: a mask file; a DICOM file must be a SEG or an RTSTRUCT.
+        scan: the scan that it belongs to.
+
+    Raises:
+        ScanError: the mask cannot be read, is empty, or holds values that are no labels.
+        ImportError: a DICOM file, and the libraries for it are not installed.
+    """
+    path = Path(path)
+    if is_dicom(path):
+        from fmcib_ssl.data.dicom_masks import read_dicom_regions  # noqa: PLC0415  # needs an optional library
+
+        return read_dicom_regions(path, scan)
+    if path.is_dir():
+        raise ScanError(path, "is a folder; name the mask file itself")
+    geometry = read_header(path)
+    try:
+        labels = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+    except RuntimeError as error:
+        raise ScanError(path, f"cannot be decoded: {str(error).strip().splitlines()[-1]}") from error
+    values = np.unique(labels[labels != 0])  # most are 0: leaving them out first saves the sorting
+    if values.size == 0:
+        raise ScanError(path, "is an empty mask: every voxel is 0")
+    if not (np.isfinite(values).all() and (values == np.rint(values)).all() and values[0] > 0):
+        raise ScanError(
+            path,
+            f"is no mask: values from {values[0]:g} to {values[-1]:g}, not labels 0, 1, 2, ...; threshold it first",
+        )
+    return [Region(f"{value:g}", labels == value, geometry) for value in values]
+
+
+def find_lesions(region: Region) -> list[MaskLesion]:
+    """Every connected piece of a region, the largest first. Voxels that touch by a corner are connected."""
+    if not region.mask_zyx.any():
+        return []
+    voxel_mm3 = float(np.prod(region.geometry.spacing_mm_xyz))
+    (box,) = ndimage.find_objects(region.mask_zyx.astype(np.uint8))
+    pieces, num_pieces = ndimage.label(region.mask_zyx[box], _TOUCHING)
+    numbers = np.arange(1, num_pieces + 1)
+    counts = np.bincount(pieces.ravel())[1:]
+    centers_zyx = np.array(ndimage.center_of_mass(pieces > 0, pieces, numbers)) + [s.start for s in box]
+    centers = region.geometry.to_lps_mm(centers_zyx[:, ::-1]).tolist()
+    lesions = []
+    for i in np.argsort(-counts, kind="stable").tolist():
+        volume = float(counts[i]) * voxel_mm3
+        x, y, z = centers[i]
+        lesions.append(MaskLesion(region.name, (x, y, z), volume, (6 * volume / np.pi) ** (1 / 3)))
+    return lesions
+
+
+def check_grid(mask: ScanGeometry, scan: ScanGeometry, path: Path | str) -> None:
+    """Refuse a mask whose voxels are not voxels of its scan. Being a part of the scan or stored flipped is in order.
+
+    Raises:
+        ScanError: says how both grids differ.
+    """
+    corners = np.stack(np.meshgrid(*([0, n - 1] for n in mask.size_xyz)), -1).reshape(-1, 3)
+    index = scan.to_index_xyz(mask.to_lps_mm(corners))
+    steps = scan.to_index_xyz(mask.to_lps_mm(np.eye(3))) - scan.to_index_xyz(mask.to_lps_mm(np.zeros(3)))
+    on_voxels = np.abs(index - np.rint(index)).max() <= MAX_GRID_SHIFT
+    one_by_one = np.allclose(np.sort(np.abs(steps), axis=1), [0, 0, 1], atol=MAX_GRID_SHIFT)
+    inside = (index >= -MAX_GRID_SHIFT).all() and (index <= np.array(scan.size_xyz) - 1 + MAX_GRID_SHIFT).all()
+    if not (on_voxels and one_by_one and inside):
+        first = ", ".join(f"{v:.1f}" for v in scan.to_index_xyz(mask.origin_lps_mm))
+        raise ScanError(
+            path,
+            f"is on another grid than its scan: {_size_and_spacing(mask)}, the scan {_size_and_spacing(scan)}; "
+            f"its first voxel lies at ({first}) of the scan's. Save it with the scan's geometry; if its own header is "
+            "right, mask_grid=own takes the point from that",
+        )
+
+
+def _size_and_spacing(geometry: ScanGeometry) -> str:
+    size = " x ".join(map(str, geometry.size_xyz))
+    return f"{size} voxels of {' x '.join(f'{s:.3f}' for s in geometry.spacing_mm_xyz)} mm"
+
+
+def lesions_from_masks(
+    path: Path | str,
+    image_root: Path | str | None = None,
+    *,
+    path_prefix: str | None = None,
+    names: str | None = None,
+    min_volume_mm3: float = 0.0,
+    mask_grid: MaskGrid = "scan",
+    on_bad_row: OnBadRow = "refuse",
+    rejected_csv: Path | str | None = None,
+    num_threads: int | None = None,
+) -> pd.DataFrame:
+    """One row for each lesion of the masks that a table names, with its point in LPS mm.
+
+    The table has `image_path, mask_path`, optionally `series_uid`; further columns are repeated for each lesion of the
+    row. Added are `coordX, coordY, coordZ` (in place of what stood there), `region`, `volume_mm3`, `diameter_mm`.
+
+    Args:
+        path: the CSV file.
+        image_root: where relative paths of images and masks start; the folder of the CSV file by default.
+        path_prefix: beginning of the paths in the table, to be replaced by `image_root`.
+        names: regular expression that the whole name of a region must match, upper or lower case; the name is the
+            label value, the DICOM segment's label or the ROI's name. All regions by default; a DICOM file with several
+            (organs, mostly) is refused without it.
+        min_volume_mm3: smaller pieces are left out, and counted in the log.
+        mask_grid: "scan" refuses a mask whose voxels are not the scan's; "own" trusts its own header.
+        on_bad_row: "refuse" raises if there is any row without a lesion; "skip" goes on without it.
+        rejected_csv: where to write such rows.
+        num_threads: masks read at a time.
+
+    Raises:
+        AnnotationsError: a table that cannot be used.
+        BadRowsError: rows that give no lesion and `on_bad_row="refuse"`, or no row that can be used.
+    """
+    path = Path(path)
+    rows = read_table(path, text=(PATH_COLUMN, SERIES_COLUMN, MASK_COLUMN))
+    require_columns(path, rows, (PATH_COLUMN, MASK_COLUMN))
+    root = Path(image_root) if image_root is not None else path.parent
+    choice = _Choice(names, min_volume_mm3, mask_grid)
+
+    def of_row(row: dict[str, Any]) -> list[MaskLesion] | ScanError:
+        image, mask = (resolve_path(row[column], root, path_prefix) for column in (PATH_COLUMN, MASK_COLUMN))
+        uid = row.get(SERIES_COLUMN)
+        try:
+            if image is None or mask is None:
+                raise ScanError(PATH_COLUMN if image is None else MASK_COLUMN, "is empty; fill it in")
+            return choice.lesions(mask, ScanSource(image, None if uid is None or pd.isna(uid) else str(uid).strip()))
+        except ScanError as error:
+            return error
+
+    records = rows.to_dict("records")
+    with ThreadPoolExecutor(num_threads or min(os.cpu_count() or 1, 4)) as pool:
+        found = list(
+            tqdm(pool.map(of_row, records), total=len(records), desc="Reading masks", unit="mask", disable=None)
+        )
+    lesions: list[dict[str, Any]] = []
+    problems = []
+    for number, row, outcome in zip(rows.index, records, found, strict=True):
+        if isinstance(outcome, ScanError):
+            remedy = "correct the mask or its path, or leave out the row"
+            problems.append((number, row[PATH_COLUMN], outcome.path, outcome.reason, remedy))
+            continue
+        for lesion in outcome:
+            point = dict(zip(COORDINATE_COLUMNS, lesion.center_lps_mm, strict=True))
+            lesions.append(row | point | {k: v for k, v in lesion._asdict().items() if k != "center_lps_mm"})
+    rejected = pd.DataFrame(problems, columns=list(REJECTED_COLUMNS))
+    refuse_or_skip(rejected, path, len(rows), on_bad_row, rejected_csv)
+    return pd.DataFrame(lesions)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Which regions and pieces of a mask are lesions."""
+
+    names: str | None
+    min_volume_mm3: float
+    mask_grid: MaskGrid
+
+    def lesions(self, mask: Path, scan: ScanSource) -> list[MaskLesion]:
+        geometry = read_header(*scan)
+        regions = read_regions(mask, scan)
+        known = ", ".join(region.name for region in regions)
+        if self.names is not None:
+            regions = [r for r in regions if re.fullmatch(self.names, r.name, re.IGNORECASE)]
+            if not regions:
+                raise ScanError(mask, f"has no region of the name {self.names!r}; it has {known}")
+        elif len(regions) > 1 and is_dicom(mask):
+            raise ScanError(mask, f"has {len(regions)} regions ({known}); say which with names=")
+        lesions = []
+        for region in regions:
+            if self.mask_grid == "scan":
+                check_grid(region.geometry, geometry, mask)
+            pieces = find_lesions(region)
+            kept = [piece for piece in pieces if piece.volume_mm3 >= self.min_volume_mm3]
+            if len(kept) < len(pieces):
+                dropped = len(pieces) - len(kept)
+                logger.info("%s: %d pieces below %g mm3 left out", mask, dropped, self.min_volume_mm3)
+            lesions += kept
+        if not lesions:
+            raise ScanError(mask, f"holds no lesion of {self.min_volume_mm3:g} mm3 or more")
+        return lesions

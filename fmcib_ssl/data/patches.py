@@ -1,0 +1,140 @@
+"""Patches from a store: a lesion and the negatives mined for it, in about a millisecond."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Int16
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fmcib_ssl.data.mining import MiningStrategy, NegativeMiner, NegativeQuery, mining_strategy, no_place
+from fmcib_ssl.data.store import Store, StoreError
+from fmcib_ssl.types import PADDING_HU, PatchPair, SampleKey
+
+
+class LesionPatches(Dataset[PatchPair]):
+    """A lesion's patch and negatives for it, int16 HU, canonical LPS, read from a store.
+
+    `dataset[SampleKey(epoch, index)]` is a function of `(seed, epoch, index)` and of the store, of nothing else: not of
+    the worker, nor of what was asked before. `dataset[index]` is epoch 0. `positive` is `(1, z, y, x)`, with the voxel
+    that holds the lesion's point at `size // 2` of each axis; the point is at most half a voxel from that voxel's
+    centre. `negative` has the same shape; with `per_lesion=K`, K other than 1, it is `(K, 1, z, y, x)`.
+
+    Where a lesion's scan has no place for negatives, another scan gives them, and `negative_from_other_scan` says so.
+
+    Holds arrays of the lesions' places and nothing that it reads; safe to fork and to spawn.
+
+    Args:
+        store: a finished store or its folder.
+        patch_size: voxels along z, y, x.
+        seed: not negative.
+        mining: `"background"`, `"near"`, `"hard"` or `"uniform"`, or a strategy of `fmcib_ssl.data.mining`.
+        per_lesion: negatives of each lesion. 0 for none: `negative` is then `(0, 1, z, y, x)`.
+        select: places in, or a Boolean mask over, `store.lesions`: the lesions to serve, in that order. What is
+            annotated in their scans stays forbidden to negatives all the same.
+        padding_hu: what stands outside a scan.
+
+    Attributes:
+        lesions: the rows of `store.lesions` that are served; `lesion` of a sample is the place in it.
+
+    Raises:
+        StoreError: no finished store, or no lesion selected.
+        ValueError: a number that makes no sense, or a strategy that does not exist.
+    """
+
+    def __init__(
+        self,
+        store: Store | Path | str,
+        patch_size: Sequence[int] = (50, 50, 50),
+        *,
+        seed: int = 0,
+        mining: str | MiningStrategy = "background",
+        per_lesion: int = 1,
+        select: npt.ArrayLike | None = None,
+        padding_hu: int = PADDING_HU,
+    ) -> None:
+        self.store = store if isinstance(store, Store) else Store(store)
+        if len(patch_size) != 3 or min(patch_size) < 1:
+            raise ValueError(f"patch_size={tuple(patch_size)}: need three positive numbers, z, y, x")
+        self.patch_size = np.array(patch_size, dtype=np.int64)
+        self.padding_hu = padding_hu
+        lesions = self.store.lesions
+        kept = np.arange(len(lesions)) if select is None else np.arange(len(lesions))[np.asarray(select)]
+        if len(kept) == 0:
+            raise StoreError(f"{self.store.path}: no lesion is selected of the {len(lesions)} it has")
+        self.lesions = lesions.iloc[kept].reset_index(drop=True)
+
+        # Arrays, not lists of objects: reading them touches no reference count, so forked workers share the pages.
+        scan_ids, scans = np.unique(lesions["scan_id"].to_numpy(dtype=str), return_inverse=True)
+        centers = np.floor(lesions[["center_z", "center_y", "center_x"]].to_numpy(dtype=np.float64) + 0.5)
+        by_scan = np.argsort(scans, kind="stable")
+        self._scan_ids = scan_ids
+        self._annotated_zyx = centers[by_scan].astype(np.int64)
+        self._first_of_scan = np.searchsorted(scans[by_scan], np.arange(len(scan_ids) + 1))
+        self._scans, self._centers_zyx = scans[kept], centers[kept].astype(np.int64)
+        self._miner = NegativeMiner(mining_strategy(mining), len(scan_ids), per_lesion, seed)
+
+    def __len__(self) -> int:
+        return len(self._scans)
+
+    def __getitem__(self, key: SampleKey | int) -> PatchPair:
+        key = key if isinstance(key, SampleKey) else SampleKey(0, key)
+        own = self._scan_of(key.index)
+        drawn = self._miner.draw(key, own, lambda scan: self.negative_query(scan, key.index))
+        if drawn is None:
+            extent = (self.patch_size * self.store.settings.spacing_mm).tolist()
+            raise StoreError(f"{self.store.path}: {no_place(extent)}")
+        scan, centers = drawn
+        negatives = [self.patch_at(scan, center) for center in centers]
+        return PatchPair(
+            positive=self.positive(key.index),
+            negative=negatives[0] if self._miner.per_lesion == 1 else self._stacked(negatives),
+            lesion=key.index,
+            negative_from_other_scan=scan != own,
+        )
+
+    def positive(self, index: int) -> Int16[Tensor, "1 z y x"]:
+        """The patch round a lesion; nothing is mined."""
+        return self.patch_at(self._scan_of(index), self._centers_zyx[index])
+
+    def patch_at(self, scan: int, center_zyx: npt.NDArray[np.int64]) -> Int16[Tensor, "1 z y x"]:
+        """The patch whose voxel `size // 2` is a given voxel of a scan.
+
+        Args:
+            scan: number of the scan, in the sorted order of the scan ids that lesions have.
+            center_zyx: the voxel.
+        """
+        start = (center_zyx - self.patch_size // 2).tolist()
+        hu = self.store.read_patch(str(self._scan_ids[scan]), start, self.patch_size.tolist(), self.padding_hu)
+        return torch.from_numpy(hu)[None]
+
+    def negative_query(self, scan: int, index: int) -> NegativeQuery:
+        """What the mining strategy is asked for a lesion, in its own scan or another."""
+        own = self._scan_of(index)
+        center = self._centers_zyx[index]
+        coarse = self.store.coarse_map(str(self._scan_ids[scan]))
+        own_coarse = coarse if scan == own else self.store.coarse_map(str(self._scan_ids[own]))
+        annotated = self._annotated_zyx[self._first_of_scan[scan] : self._first_of_scan[scan + 1]]
+        return NegativeQuery(
+            coarse, self.patch_size, annotated, center if scan == own else None, own_coarse.tissue_at(center)
+        )
+
+    def title(self, index: int) -> str:
+        """A lesion's name for people: its scan, and its row in the table."""
+        row = self.lesions.iloc[index]
+        return f"{row['scan_id']}, row {row['row']}" if "row" in row else str(row["scan_id"])
+
+    def _scan_of(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(f"lesion {index} of {len(self)}")
+        return int(self._scans[index])
+
+    def _stacked(self, patches: list[Tensor]) -> Int16[Tensor, "per_lesion 1 z y x"]:
+        if patches:
+            return torch.stack(patches)
+        return torch.empty((0, 1, *self.patch_size.tolist()), dtype=torch.int16)

@@ -1,0 +1,199 @@
+"""What there is to do: the scans of a table, what a store has of each already, and which rows can be used.
+
+What is finished is known from the files alone: a scan's JSON file is written last. A scan that cannot be used has a
+file `<scan_id>.rejected.json` instead, with its rows and the reasons.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import unicodedata
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from fmcib_ssl.data.annotations import PATH_COLUMN, BadRowsError, LesionTable, OnBadRow, check_annotations
+from fmcib_ssl.data.prepare_scan import checksum, source_files, source_listing
+from fmcib_ssl.data.scans import ScanSource
+from fmcib_ssl.data.store import (
+    SCANS_FOLDER,
+    STORE_VERSION,
+    StoreSettings,
+    is_whole,
+    remove_file,
+    sidecar_file,
+    write_json,
+)
+from fmcib_ssl.types import Preprocessing
+
+logger = logging.getLogger(__name__)
+
+REJECTED_FILE = "rejected.csv"
+REJECTED_COLUMNS = ("row", PATH_COLUMN, "value", "reason", "remedy")
+#: Threads that ask the file system for times and sizes: they wait for it, they do not compute.
+_NUM_IO_THREADS = 16
+
+State = Literal["finished", "set aside", "rows changed", "not prepared", "its files have changed"]
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TableScan:
+    """A scan of a table.
+
+    Attributes:
+        scan_id: its name in the store.
+        source: where it is.
+        places: of its rows in the table.
+        rows: digest of all that they say.
+    """
+
+    scan_id: str
+    source: ScanSource
+    places: tuple[int, ...]
+    rows: str
+
+
+class JudgedRows(NamedTuple):
+    """Rows by `scan_id`: those that can be used, as far as headers tell, and the others."""
+
+    lesions: dict[str, list[Record]]  # row, center_lps_mm, columns
+    rejected: dict[str, list[Record]]  # row, image_path, value, reason, remedy
+
+
+def scan_id_of(source: ScanSource, root: Path) -> str:
+    """Name of a scan in the store: its own for people, and ten digits that tell it from others of that name.
+
+    A function of the path below `root` and of the series, so that a moved archive keeps its names.
+    """
+    # Not `resolve`: a link is a name that the user gave.
+    path, root = (Path(os.path.abspath(p)) for p in (source.path, root))  # noqa: PTH100
+    place = path.relative_to(root) if path.is_relative_to(root) else path
+    name = re.sub(r"(\.(nii|img|hdr|nrrd|nhdr|mha|mhd))?(\.gz)?$", "", path.name, flags=re.IGNORECASE)
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    readable = re.sub(r"[^A-Za-z0-9_.-]+", "_", plain).strip("._-")[:40] or "scan"
+    digits = hashlib.sha256(f"{place.as_posix()}\n{source.series_uid or ''}".encode()).hexdigest()[:10]
+    return f"{readable}-{digits}"
+
+
+def scans_of(table: LesionTable, image_root: Path | str | None) -> list[TableScan]:
+    """The scans of a table in the order of their names, on which alone shards depend."""
+    root = Path(image_root) if image_root is not None else table.source.parent
+    names = {source: scan_id_of(source, root) for source in set(table.scans) if source is not None}
+    places: dict[str, list[int]] = {}
+    for place, source in enumerate(table.scans):
+        if source is not None:
+            places.setdefault(names[source], []).append(place)
+    rows = records_of(table.rows)
+    scans = []
+    for scan_id, own in sorted(places.items()):
+        said = json.dumps([table.coordinates, *([int(table.rows.index[i]), rows[i]] for i in own)], default=str)
+        digest = hashlib.sha256(said.encode()).hexdigest()[:16]
+        scans.append(TableScan(scan_id, table.scan_of(own[0]), tuple(own), digest))
+    return scans
+
+
+def scan_states(folder: Path, settings: StoreSettings, scans: Sequence[TableScan]) -> dict[str, State]:
+    """What a store has of each scan, by `scan_id`.
+
+    A scan whose files are gone from their place stays as it is: raw archives are moved to tape.
+    """
+
+    def state(scan: TableScan) -> State:
+        sidecar = read_json(sidecar_file(folder, scan.scan_id))
+        if not sidecar:
+            return "set aside" if read_json(aside_file(folder, scan)).get("rows") == scan.rows else "not prepared"
+        known = (sidecar["version"], sidecar["settings"]) == (STORE_VERSION, asdict(settings))
+        if not known or not is_whole(folder, scan.scan_id, sidecar):
+            return "not prepared"
+        try:
+            listing = source_listing(scan.source.path)
+        except OSError:
+            listing = sidecar["source"]["listing"]
+        if listing != sidecar["source"]["listing"]:
+            if checksum(source_files(scan.source)) != sidecar["source"]["sha256"]:
+                return "its files have changed"
+            sidecar["source"]["listing"] = listing  # copied, or touched
+            write_json(sidecar_file(folder, scan.scan_id), sidecar)
+        return "finished" if sidecar["rows"] == scan.rows else "rows changed"
+
+    with ThreadPoolExecutor(_NUM_IO_THREADS) as pool:
+        return dict(zip((scan.scan_id for scan in scans), pool.map(state, scans), strict=True))
+
+
+def judge_rows(table: LesionTable, scans: Sequence[TableScan], on_bad_row: OnBadRow, folder: Path) -> JudgedRows:
+    """Tell the rows of some scans that can be used from those that cannot, as far as headers tell.
+
+    Raises:
+        BadRowsError: bad rows and `on_bad_row="refuse"`; they are in `rejected.csv` then.
+    """
+    places = sorted(place for scan in scans for place in scan.places)
+    if on_bad_row == "refuse":
+        places += nameless_rows(table)
+    if not places:
+        return JudgedRows({}, {})
+    try:
+        usable, rejected = check_annotations(
+            table.select(places),
+            Preprocessing(),  # what the patch will be is not known yet, and does not matter to a store
+            on_bad_row=on_bad_row,
+            allow_short_scans=True,
+            rejected_csv=folder / REJECTED_FILE if on_bad_row == "refuse" else None,
+        )
+    except BadRowsError as error:
+        if on_bad_row == "refuse" or error.rejected is None:
+            raise
+        logger.warning("%s", error)  # of these rows none is left; the store may have others
+        usable, rejected = table.select(np.zeros(len(table), dtype=bool)), error.rejected
+    scan_of_row = {table.rows.index[place]: scan.scan_id for scan in scans for place in scan.places}
+    judged = JudgedRows({}, {})
+    for columns, row, center in zip(records_of(usable.rows), usable.rows.index, usable.centers_lps_mm, strict=True):
+        lesion = {"row": int(row), "center_lps_mm": center.tolist(), "columns": columns}
+        judged.lesions.setdefault(scan_of_row[row], []).append(lesion)
+    for record in records_of(rejected):
+        judged.rejected.setdefault(scan_of_row[record["row"]], []).append(record)
+    return judged
+
+
+def nameless_rows(table: LesionTable) -> list[int]:
+    """Places of rows that name no scan."""
+    return [place for place, source in enumerate(table.scans) if source is None]
+
+
+def aside_file(folder: Path, scan: TableScan) -> Path:
+    """What stands in the store for a scan that cannot be used."""
+    return folder / SCANS_FOLDER / f"{scan.scan_id}.rejected.json"
+
+
+def set_aside(folder: Path, scan: TableScan, rejected: list[Record]) -> None:
+    """Leave a scan out of the store, with what is wrong with its rows."""
+    for suffix in ("json", "cells", "b2nd"):  # of an earlier version of its files
+        remove_file(folder / SCANS_FOLDER / f"{scan.scan_id}.{suffix}")
+    write_json(aside_file(folder, scan), {"rows": scan.rows, "rejected": rejected})
+
+
+def read_json(path: Path) -> Record:
+    """What a JSON file says; nothing if there is none that can be read."""
+    try:
+        values: Record = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return values
+
+
+def records_of(rows: pd.DataFrame) -> list[Record]:
+    """Rows as plain values, None where there is none."""
+    plain = rows.astype(object)
+    return [
+        {str(key): value.item() if isinstance(value, np.generic) else value for key, value in record.items()}
+        for record in plain.where(plain.notna(), None).to_dict("records")
+    ]

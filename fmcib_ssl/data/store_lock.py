@@ -1,0 +1,97 @@
+"""Who may write a store: one run at a time, or shards beside each other."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from fmcib_ssl.data.store import (
+    SCANS_FOLDER,
+    SETTINGS_FILE,
+    StoreError,
+    StoreSettings,
+    cannot_write,
+    read_settings_file,
+    write_settings_file,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def claim_store(folder: Path, settings: StoreSettings, shard: tuple[int, int] | None) -> Iterator[None]:
+    """Hold a store for writing; it is made if there is none.
+
+    The locks are the kernel's: they end with the process, however it ends.
+
+    Args:
+        folder: of the store.
+        settings: that it has, or gets.
+        shard: number and total; None claims the store as a whole.
+
+    Raises:
+        StoreError: another run has it; it has other settings; the folder is something else, or cannot be written.
+    """
+    with ExitStack() as locks:
+        try:
+            (folder / SCANS_FOLDER).mkdir(parents=True, exist_ok=True)
+            _lock(folder, "", locks, shared=shard is not None)
+            if shard is None:
+                for leftover in (*folder.glob(".*.tmp"), *(folder / SCANS_FOLDER).glob(".*.tmp")):
+                    leftover.unlink(missing_ok=True)  # of a run that was killed: nobody else is writing
+            else:
+                _lock(folder, f"-{shard[0]}-of-{shard[1]}", locks, shared=False)
+        except OSError as error:
+            raise StoreError(cannot_write(folder, error)) from error
+        _agree_on_settings(folder, settings)
+        yield
+
+
+def _lock(folder: Path, suffix: str, locks: ExitStack, *, shared: bool) -> None:
+    file = locks.enter_context((folder / f".lock{suffix}").open("a+"))
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        holder = file.read().strip()
+        raise StoreError(
+            f"{folder} is being written by another run ({holder or 'a shard'}): wait for it or stop it. "
+            "Two may write one store only as different shards of one table (shard=1/2, shard=2/2)"
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        logger.warning("%s: this file system knows no locks; see to it that no other run writes there", folder)
+    if not shared:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+
+
+def _agree_on_settings(folder: Path, settings: StoreSettings) -> None:
+    found = read_settings_file(folder)
+    if found is None:
+        foreign = [p.name for p in folder.iterdir() if not p.name.startswith((".lock", SCANS_FOLDER, SETTINGS_FILE))]
+        if foreign:
+            raise StoreError(
+                f"{folder} is not a store and not empty (it has {sorted(foreign)[0]!r}): choose another store=DIR"
+            )
+        write_settings_file(folder, settings, complete=False)
+        return
+    differences = [
+        f"{key}={there} there, {asked} asked for"
+        for key, asked in asdict(settings).items()
+        if (there := found["settings"].get(key)) != asked
+    ]
+    if differences:
+        raise StoreError(
+            f"{folder} was made with other settings ({'; '.join(differences)}): "
+            "ask for the same, or choose another store=DIR"
+        )

@@ -1,0 +1,165 @@
+"""Read a CSV table as people have them, and say what is wrong with it in terms of its rows and columns.
+
+Rows are numbered as in the file, 1 being the first below the header.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import logging
+from collections.abc import Collection
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+
+logger = logging.getLogger(__name__)
+
+OnBadRow = Literal["refuse", "skip"]
+
+REJECTED_COLUMNS = ("row", "image_path", "value", "reason", "remedy")
+#: Rows that an error message shows; the file has them all.
+NUM_ROWS_SHOWN = 20
+
+
+class AnnotationsError(ValueError):
+    """A table as a whole cannot be used."""
+
+
+class ScanError(Exception):
+    """A scan that cannot be used: which file, why, and what to do.
+
+    With `path` alone it is the message as a whole, as a worker of a `DataLoader` rebuilds it.
+    """
+
+    def __init__(self, path: object, reason: str = "") -> None:
+        self.path = str(path)
+        self.reason = reason
+        super().__init__(f"{path}: {reason}" if reason else str(path))
+
+
+class BadRowsError(AnnotationsError):
+    """Rows that cannot be used; `rejected` has them all: row, image_path, value, reason, remedy."""
+
+    def __init__(self, message: str, rejected: pd.DataFrame | None = None) -> None:
+        super().__init__(message)
+        self.rejected = rejected
+
+
+def read_table(path: Path | str, text: Collection[str] = ()) -> pd.DataFrame:
+    """Read a CSV file in UTF-8, separated by commas, semicolons or tabs.
+
+    A byte-order mark and blanks round column names are dropped. The index is the row number in the file; blank lines
+    count, so that row + 1 is the line in an editor.
+
+    Args:
+        path: the file.
+        text: columns to read as text, whatever they look like.
+
+    Raises:
+        AnnotationsError: no file, no text, rows of unequal length, a column there twice.
+    """
+    path = Path(path)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            header_line = file.readline()
+            separator = max(",;\t", key=header_line.count)
+            names = next(csv.reader([header_line], delimiter=separator), [])
+            header = [name.strip() or f"Unnamed: {i}" for i, name in enumerate(names)]
+            lengths = [len(row) for row in csv.reader(file, delimiter=separator)]
+    except OSError as error:
+        raise AnnotationsError(f"{path}: cannot be opened: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise AnnotationsError(f"{path}: is not a CSV file in UTF-8 ({error}); save it as one") from error
+    if doubled := sorted({name for name in header if header.count(name) > 1}):
+        raise AnnotationsError(f"{path}: has these columns twice: {', '.join(map(repr, doubled))}")
+    for row, length in enumerate(lengths, start=1):
+        if length not in (0, len(header)):
+            raise AnnotationsError(
+                f"{path}: row {row} (row 1 is the first below the header) has {length} fields, the header has "
+                f"{len(header)}; put values that hold a {separator!r} in double quotes"
+            )
+    if not header:
+        return pd.DataFrame()
+    rows = pd.read_csv(
+        path,
+        sep=separator,
+        encoding="utf-8-sig",
+        header=0,
+        names=header,
+        index_col=False,
+        skip_blank_lines=False,
+        dtype={name: str for name in text if name in header},
+    )
+    rows.index = pd.RangeIndex(1, len(rows) + 1, name="row")
+    return rows.dropna(how="all")
+
+
+def require_columns(path: Path | str, rows: pd.DataFrame, required: Collection[str], hint: str = "") -> None:
+    """Refuse a table that lacks a column, or has no rows.
+
+    Args:
+        path: the file, for the message.
+        rows: what `read_table` gave.
+        required: columns that must be there.
+        hint: what to add to the message.
+
+    Raises:
+        AnnotationsError: names what is missing, and the columns that were perhaps meant.
+    """
+    by_lower = {str(name).lower(): name for name in rows}
+    missing = []
+    for name in required:
+        if name not in rows:
+            close = difflib.get_close_matches(name.lower(), by_lower, 1)
+            missing.append(f"{name!r} (rename {by_lower[close[0]]!r}?)" if close else repr(name))
+    if missing:
+        has = ", ".join(map(repr, rows))
+        raise AnnotationsError(f"{path}: lacks the columns {', '.join(missing)}; it has {has}{hint}")
+    if rows.empty:
+        raise AnnotationsError(f"{path}: has a header and no rows")
+
+
+def refuse_or_skip(
+    rejected: pd.DataFrame,
+    source: Path | str,
+    num_rows: int,
+    on_bad_row: OnBadRow,
+    rejected_csv: Path | str | None = None,
+) -> None:
+    """Say which rows cannot be used, if there are any, and stop or go on without them.
+
+    Args:
+        rejected: `REJECTED_COLUMNS`, a row for each row that cannot be used.
+        source: the table's file, for the message.
+        num_rows: rows that were looked at.
+        on_bad_row: "refuse" stops; "skip" goes on and logs what it leaves out.
+        rejected_csv: where to write them.
+
+    Raises:
+        BadRowsError: bad rows and `on_bad_row="refuse"`, or no row that can be used.
+    """
+    if rejected.empty:
+        return
+    if rejected_csv is not None:
+        rejected.to_csv(rejected_csv, index=False)
+    message = _message(rejected, source, num_rows, rejected_csv)
+    if on_bad_row == "refuse":
+        raise BadRowsError(f"{message}\nOr go on without these rows: on_bad_row=skip.", rejected)
+    if len(rejected) == num_rows:
+        raise BadRowsError(f"{message}\nNo row is left.", rejected)
+    logger.warning("%s\nGoing on with the other %d rows.", message, num_rows - len(rejected))
+
+
+def _message(rejected: pd.DataFrame, source: Path | str, num_rows: int, rejected_csv: Path | str | None) -> str:
+    shown = rejected.head(NUM_ROWS_SHOWN)
+    lines = [f"{source}: {len(rejected)} of {num_rows} rows cannot be used (row 1 is the first below the header)"]
+    for row, image_path, value, reason, _ in shown.astype(str).to_numpy().tolist():
+        shown_value = f"{value}: " if value not in ("", image_path) else ""
+        lines.append(f"  row {row}: {image_path}: {shown_value}{reason}")
+    if len(rejected) > len(shown):
+        where = f"; all are in {rejected_csv}" if rejected_csv is not None else ""
+        lines.append(f"  ... and {len(rejected) - len(shown)} more{where}")
+    lines += ["What to do:", *(f"  {remedy} ({n} rows)" for remedy, n in rejected["remedy"].value_counts().items())]
+    return "\n".join(lines)

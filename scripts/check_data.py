@@ -1,0 +1,142 @@
+"""Look at a table of lesions and its scans before preparing them or training on them; writes no store.
+
+`python scripts/check_data.py --help` shows what can be set.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat
+
+from fmcib_ssl.command import Command, parse_command
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fmcib_ssl.data.annotations import LesionTable
+    from fmcib_ssl.evaluation.lesion_sheet import SheetLesion
+
+#: Width of what the contact sheet shows of each lesion.
+SHEET_MM = 64
+
+
+class CheckData(Command):
+    """Show what prepare.py would make of a table: rows it would reject, where points fall, and how lesions look.
+
+    python scripts/check_data.py annotations=lesions.csv image_root=/data/ct output=checked
+    """
+
+    annotations: Path = Field(description="CSV with image_path, coordX, coordY, coordZ; one row a lesion")
+    output: Path = Field(description="folder for rejected.csv, coordinates.csv, contact_sheet.png and .html")
+    image_root: Path | None = Field(default=None, description="folder of relative paths; null: the table's own")
+    path_prefix: str | None = Field(default=None, description="beginning of the paths that image_root replaces")
+    coordinates: Literal["lps", "ras", "voxel"] = Field(default="lps", description="frame of the points")
+    spacing_mm: PositiveFloat = Field(default=1.0, description="edge of the store's cubic voxels")
+    check: Literal["headers", "full"] = Field(default="full", description="full decodes every scan; headers is quick")
+    sheet_lesions: NonNegativeInt = Field(default=24, description="lesions on the contact sheet; 0: no sheet")
+
+
+def main(arguments: list[str]) -> None:
+    """Check, print a summary, draw the contact sheet."""
+    command = parse_command(CheckData, arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    logging.getLogger("numexpr").setLevel(logging.WARNING)
+    from fmcib_ssl.data.annotations import (  # noqa: PLC0415  # the help is quick
+        AnnotationsError,
+        check_annotations,
+        read_annotations,
+    )
+    from fmcib_ssl.types import Preprocessing  # noqa: PLC0415
+
+    command.output.mkdir(parents=True, exist_ok=True)
+    try:
+        table = read_annotations(command.annotations, command.image_root, command.coordinates, command.path_prefix)
+        usable, rejected = check_annotations(
+            table,
+            Preprocessing(),
+            on_bad_row="skip",
+            check=command.check,
+            allow_short_scans=True,  # of the patch nothing is known yet
+            rejected_csv=command.output / "rejected.csv",
+        )
+        rejected.to_csv(command.output / "rejected.csv", index=False)  # also if there is none: there may be an old one
+    except AnnotationsError as error:
+        sys.exit(f"error: {error}")
+    points = round_trips(usable, command.spacing_mm)
+    points.to_csv(command.output / "coordinates.csv", index=False)
+    print(f"rows      {len(usable)} of {len(table)} can be used, in {points['image_path'].nunique()} scans")
+    print(f"rejected  {len(rejected)} rows: {command.output / 'rejected.csv'}")
+    print(f"points    LPS to store voxel and back: at most {points['error_mm'].max():.1e} mm apart;")
+    print(
+        f"          from the centre of the voxel that holds them: at most {points['to_voxel_center_mm'].max():.2f} mm"
+    )
+    if command.sheet_lesions:
+        from fmcib_ssl.evaluation.lesion_sheet import lesion_sheet  # noqa: PLC0415
+        from fmcib_ssl.evaluation.report import ReportFigure, Section, write_report  # noqa: PLC0415
+
+        lesions = sample(usable, command.sheet_lesions, command.spacing_mm)
+        picture = lesion_sheet(lesions, command.output / "contact_sheet.png", command.spacing_mm)
+        sheet = Section("Are the points where they should be?", figures=[ReportFigure(picture, "Annotated points")])
+        bad = Section("Rows that cannot be used", table=rejected.head(100).to_dict("records"))  # type: ignore[arg-type]
+        page = write_report(
+            command.output / "contact_sheet.html",
+            f"Lesions of {command.annotations.name}",
+            [sheet, bad],
+            subtitle=f"{len(usable)} of {len(table)} rows can be used",
+        )
+        print(f"look at   {page}")
+
+
+def round_trips(table: LesionTable, spacing_mm: float) -> pd.DataFrame:
+    """Where each lesion's point falls: voxel of its file, voxel of a store, and the way back to LPS mm."""
+    import numpy as np  # noqa: PLC0415
+    import pandas as pd  # noqa: PLC0415
+
+    from fmcib_ssl.data.annotations import PATH_COLUMN  # noqa: PLC0415
+    from fmcib_ssl.data.scans import read_header  # noqa: PLC0415
+    from fmcib_ssl.data.store import StoreGrid  # noqa: PLC0415
+
+    geometries = {scan: read_header(*scan) for scan in set(table.scans) if scan is not None}
+    rows = []
+    for i, point in enumerate(table.centers_lps_mm):
+        geometry = geometries[table.scan_of(i)]
+        grid = StoreGrid.of(geometry, spacing_mm)
+        ijk, zyx = geometry.to_index_xyz(point), grid.to_zyx(point)
+        rows.append(
+            {
+                "row": table.rows.index[i],
+                PATH_COLUMN: table.rows[PATH_COLUMN].iloc[i],
+                **dict(zip(("x_lps_mm", "y_lps_mm", "z_lps_mm"), point.round(3).tolist(), strict=True)),
+                **dict(zip(("file_i", "file_j", "file_k"), ijk.round(2).tolist(), strict=True)),
+                **dict(zip(("store_z", "store_y", "store_x"), zyx.round(2).tolist(), strict=True)),
+                "error_mm": float(np.linalg.norm(grid.to_lps_mm(zyx) - point)),
+                "to_voxel_center_mm": float(np.linalg.norm(grid.to_lps_mm(np.floor(zyx + 0.5)) - point)),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def sample(table: LesionTable, num_lesions: int, spacing_mm: float) -> list[SheetLesion]:
+    """Lesions spread over the table, cut from their scans."""
+    import numpy as np  # noqa: PLC0415
+
+    from fmcib_ssl.data.geometry import PatchGrid  # noqa: PLC0415
+    from fmcib_ssl.data.scans import crop_patch, read_scan  # noqa: PLC0415
+    from fmcib_ssl.evaluation.lesion_sheet import SheetLesion  # noqa: PLC0415
+
+    size = (max(2, round(SHEET_MM / spacing_mm)),) * 3
+    lesions = []
+    for i in np.unique(np.linspace(0, len(table) - 1, num_lesions).round().astype(int)):
+        source = table.scan_of(i)
+        x, y, z = table.centers_lps_mm[i].tolist()
+        patch = crop_patch(read_scan(*source), PatchGrid((x, y, z), size, spacing_mm))
+        lesions.append(SheetLesion(f"{source.path.name}, row {table.rows.index[i]}", patch))
+    return lesions
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,43 @@
+"""Make an archive of synthetic chest CTs with lesions of two classes: `python scripts/phantom.py --help`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from fmcib_ssl.command import Command, parse_command
+
+
+class Phantom(Command):
+    """Make an archive of synthetic chest CTs, written as real files, with a table of their lesions.
+
+    python scripts/phantom.py folder=data/phantom num_scans=140
+
+    Stopped or killed, the same command goes on where it was.
+    """
+
+    folder: Path = Field(description="where scans/ and annotations.csv go; made if it is not there")
+    num_scans: PositiveInt = Field(default=140, description="one scan a patient, each with one to three lesions")
+    seed: NonNegativeInt = Field(default=0, description="everything that is drawn follows from it")
+    num_workers: PositiveInt = Field(default=os.cpu_count() or 1, description="processes")
+
+
+def main(arguments: list[str]) -> None:
+    """Make the archive and name its table."""
+    command = parse_command(Phantom, arguments)
+    from fmcib_ssl.data.phantom import make_archive  # noqa: PLC0415  (--help needs no SimpleITK)
+
+    try:
+        table = make_archive(
+            command.folder, command.num_scans, seed=command.seed, num_workers=command.num_workers, progress=True
+        )
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(f"lesions   {table}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

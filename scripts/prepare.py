@@ -1,0 +1,131 @@
+"""Bring the scans of a table of lesions into a store, from which patches are read in a millisecond.
+
+`python scripts/prepare.py --help` shows what can be set; docs/prepare.md says more.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
+
+from fmcib_ssl.command import Command, parse_command
+
+if TYPE_CHECKING:
+    from fmcib_ssl.data.prepare import Summary
+
+#: Width of what the contact sheet shows of each lesion.
+SHEET_MM = 64
+
+
+class Prepare(Command):
+    """Bring the scans of a table of lesions into a store: one grid, compressed, with an index.
+
+    python scripts/prepare.py annotations=lesions.csv store=/data/store image_root=/data/ct
+
+    Stopped or killed, the same command goes on where it was. For job arrays give shard=1/8 to 8/8, then merge=true.
+    """
+
+    annotations: Path = Field(description="CSV with image_path, coordX, coordY, coordZ; one row a lesion")
+    store: Path = Field(description="folder of the store; made if it is not there")
+    image_root: Path | None = Field(default=None, description="folder of relative paths; null: the table's own")
+    path_prefix: str | None = Field(default=None, description="beginning of the paths that image_root replaces")
+    coordinates: Literal["lps", "ras", "voxel"] = Field(default="lps", description="frame of the points")
+    spacing_mm: PositiveFloat = Field(default=1.0, description="edge of the store's cubic voxels")
+    interpolation: Literal["linear", "nearest", "bspline"] = Field(
+        default="linear", description="between the scan's voxels: linear, nearest, or bspline (10 times as slow)"
+    )
+    num_workers: NonNegativeInt | None = Field(default=None, description="processes; null: as many as cores")
+    shard: str | None = Field(default=None, pattern=r"^\d+/\d+$", description="part of the scans, such as 1/8")
+    merge: bool = Field(default=False, description="true: make the index after all shards have run")
+    on_bad_row: Literal["skip", "refuse"] = Field(
+        default="skip", description="rows that cannot be used: skip lists them, refuse stops before reading scans"
+    )
+    sheet_lesions: NonNegativeInt = Field(default=24, description="lesions on the contact sheet; 0: no sheet")
+
+    @model_validator(mode="after")
+    def _shard_or_merge(self) -> Prepare:
+        if self.shard and self.merge:
+            raise ValueError("shard and merge: run all shards first, then once merge=true without shard")
+        return self
+
+
+def main(arguments: list[str]) -> None:
+    """Prepare, print a summary, draw the contact sheet."""
+    command = parse_command(Prepare, arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    logging.getLogger("numexpr").setLevel(logging.WARNING)
+    from fmcib_ssl.data.annotations import AnnotationsError, read_annotations  # noqa: PLC0415  # the help is quick
+    from fmcib_ssl.data.prepare import Shard, merge, prepare  # noqa: PLC0415
+    from fmcib_ssl.data.store import StoreError, StoreSettings  # noqa: PLC0415
+
+    root = command.image_root
+    try:
+        table = read_annotations(command.annotations, root, command.coordinates, command.path_prefix)
+        settings = StoreSettings(command.spacing_mm, command.interpolation)
+        if command.merge:
+            summary = merge(table, command.store, settings, image_root=root)
+        else:
+            summary = prepare(
+                table,
+                command.store,
+                settings,
+                image_root=root,
+                num_workers=command.num_workers,
+                shard=Shard(*map(int, command.shard.split("/"))) if command.shard else None,
+                on_bad_row=command.on_bad_row,
+            )
+    except (AnnotationsError, StoreError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    print(summary)
+    if summary.shard is None and command.sheet_lesions:
+        print(f"look at   {write_page(summary, command.sheet_lesions)}")
+
+
+def write_page(summary: Summary, num_lesions: int) -> Path:
+    """Draw a sample of the lesions, spread over the table, and put it on a page with what was rejected."""
+    import numpy as np  # noqa: PLC0415  # and torch, which the workers would import with this file
+
+    from fmcib_ssl.data.store import Store, patch_start  # noqa: PLC0415
+    from fmcib_ssl.evaluation.lesion_sheet import SheetLesion, lesion_sheet  # noqa: PLC0415
+    from fmcib_ssl.evaluation.report import ReportFigure, Section, write_report  # noqa: PLC0415
+
+    store = Store(summary.store)
+    spacing_mm = store.settings.spacing_mm
+    size = (max(2, round(SHEET_MM / spacing_mm)),) * 3
+    places = np.unique(np.linspace(0, len(store.lesions) - 1, num_lesions).round().astype(int))
+    rows = store.lesions.iloc[places].to_dict("records")
+    starts = [patch_start((row["center_z"], row["center_y"], row["center_x"]), size) for row in rows]
+    lesions = [
+        SheetLesion(f"{row['scan_id']}, row {row['row']}", store.read_patch(row["scan_id"], start, size))
+        for row, start in zip(rows, starts, strict=True)
+    ]
+    picture = lesion_sheet(lesions, summary.store / "contact_sheet.png", spacing_mm)
+    return write_report(
+        summary.store / "contact_sheet.html",
+        f"Lesions of {summary.store.name}",
+        [
+            Section(
+                "Are the points where they should be?",
+                f"{len(lesions)} of {len(store.lesions)} lesions, spread over the table. A lesion that is not under "
+                "the cross was annotated in another frame (coordinates=ras?) or in another scan.",
+                figures=[ReportFigure(picture, "Planes through the annotated points")],
+            ),
+            Section(
+                "Rows that the store has not",
+                f"{len(summary.rejected)} rows; all are in rejected.csv, the first 100 here.",
+                table=summary.rejected.head(100).to_dict("records"),  # type: ignore[arg-type]
+            ),
+        ],
+        subtitle=f"{summary.num_scans - summary.num_set_aside} scans, {len(store.lesions)} lesions, {spacing_mm:g} mm",
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,59 @@
+"""Nodules that come as a file each, into a store: every file accounted for, every point in its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk
+
+from fmcib_ssl.data import importers
+from fmcib_ssl.data.annotations import read_annotations
+from fmcib_ssl.data.prepare import prepare
+from fmcib_ssl.data.store import Store
+
+COORDINATES = ["coordX", "coordY", "coordZ"]
+
+
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 25])
+@pytest.mark.parametrize("given", ["point", "no point"])
+def test_crops_become_a_store(real_data: Path, tmp_path: Path, given: str, every: int) -> None:
+    root = real_data / "lidc_crops"
+    rows = importers.lidc_crops(root / "voi_index.csv").iloc[::every]
+    rows = rows if given == "point" else rows.drop(columns=COORDINATES)
+    rows.to_csv(tmp_path / "lesions.csv", index=False)
+    prepare(read_annotations(tmp_path / "lesions.csv", root), tmp_path / "store", image_root=root, num_workers=0)
+    store = Store(tmp_path / "store")
+    assert len(store.lesions) == len(store.scans) == len(rows) == -(-994 // every)
+    assert sorted(store.lesions["image_path"]) == sorted(rows["image_path"])
+    assert store.lesions["suspect"].sum() == rows["suspect"].sum()
+    for lesion in store.lesions.to_dict("records"):
+        image = sitk.ReadImage(str(root / lesion["image_path"]))
+        if given == "point":
+            point = [lesion[column] for column in COORDINATES]
+        else:
+            point = image.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in image.GetSize()])
+        center = np.array([lesion[f"center_{axis}"] for axis in "zyx"])
+        grid = store.grid(lesion["scan_id"])
+        np.testing.assert_allclose(grid.to_lps_mm(center), point, atol=1e-3)
+        voxel = np.rint(center).astype(int)
+        x, y, z = grid.to_lps_mm(voxel).tolist()
+        expected = sitk.Cast(image, sitk.sitkFloat32).EvaluateAtPhysicalPoint((x, y, z), sitk.sitkLinear)
+        assert store.read_patch(lesion["scan_id"], voxel, (1, 1, 1)).item() == pytest.approx(
+            max(expected, -1024), abs=2
+        )
+
+
+def test_crops_and_whole_scans_in_one_table(real_data: Path, tmp_path: Path) -> None:
+    """Whole scans are the pool from which the crops' negatives come."""
+    crops = importers.lidc_crops(real_data / "lidc_crops" / "voi_index.csv").iloc[:3]
+    crops["image_path"] = "lidc_crops/" + crops["image_path"]
+    whole = pd.read_csv(real_data / "ct" / "annotations.csv").iloc[:1]
+    pd.concat([crops, whole]).to_csv(tmp_path / "lesions.csv", index=False)
+    table = read_annotations(tmp_path / "lesions.csv", real_data)
+    prepare(table, tmp_path / "store", image_root=real_data, num_workers=0)
+    patches = pytest.importorskip("fmcib_ssl.data.patches").LesionPatches(Store(tmp_path / "store"))
+    from_other = [patches[i]["negative_from_other_scan"] for i in range(len(patches))]
+    assert sorted(from_other) == [False, True, True, True]

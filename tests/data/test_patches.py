@@ -1,0 +1,193 @@
+"""Patches from a store against slices of the arrays that went into it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from stores import body, make_store
+from torch.utils.data import DataLoader
+
+import fmcib_ssl.data
+from fmcib_ssl.data.mining import Near
+from fmcib_ssl.data.patches import LesionPatches
+from fmcib_ssl.data.store import Store, StoreError
+from fmcib_ssl.types import PatchPair, SampleKey
+
+SIZE = (16, 18, 20)
+SCANS = {"a": body((60, 90, 100), 1), "b": body((70, 80, 90), 2), "ü ö": body((50, 70, 80), 3)}
+LESIONS = [("a", 20.4, 30.5, 60.0), ("b", 3.0, 20.0, 20.0), ("a", 40.6, 70.2, 30.0), ("ü ö", 25.0, 30.0, 40.0)]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return make_store(tmp_path_factory.mktemp("stores") / "store", SCANS, LESIONS)
+
+
+def cut(hu: np.ndarray, voxel: tuple[int, ...]) -> np.ndarray:
+    """The patch by padding the whole scan."""
+    padded = np.pad(hu, [(n, n) for n in SIZE], constant_values=-1024)
+    return padded[tuple(slice(v - n // 2 + n, v - n // 2 + 2 * n) for v, n in zip(voxel, SIZE, strict=True))]
+
+
+def equal(a: PatchPair, b: PatchPair) -> bool:
+    return all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)  # type: ignore[literal-required]
+
+
+def find(hu: np.ndarray, patch: np.ndarray) -> list[tuple[int, ...]]:
+    """Where in a scan a patch was cut, by its middle voxels: all places of one value, then of its neighbours."""
+    middle = tuple(n // 2 for n in patch.shape)
+    padded = np.pad(hu, 1, constant_values=-1024)
+    places = np.argwhere(hu == patch[middle]) + 1
+    for offset in np.ndindex(3, 3, 3):
+        step = np.array(offset) - 1
+        places = places[padded[tuple((places + step).T)] == patch[tuple(middle + step)]]
+    return [tuple(place) for place in (places - 1).tolist()]
+
+
+def test_positives_are_the_voxels_round_the_lesion(store: Store) -> None:
+    dataset = LesionPatches(store, SIZE)
+    assert len(dataset) == 4
+    for index, (scan_id, *_) in enumerate(LESIONS):
+        voxel = [(20, 31, 60), (3, 20, 20), (41, 70, 30), (25, 30, 40)][index]
+        expected = cut(SCANS[scan_id], voxel)
+        sample = dataset[SampleKey(3, index)]
+        assert sample["positive"].dtype == sample["negative"].dtype == torch.int16
+        assert sample["positive"].shape == sample["negative"].shape == (1, *SIZE)
+        np.testing.assert_array_equal(sample["positive"][0], expected)
+        np.testing.assert_array_equal(dataset.positive(index)[0], expected)
+        assert sample["lesion"] == index
+        assert dataset.title(index) == f"{scan_id}, row {index + 1}"
+    assert (dataset.positive(1)[0, :5] == -1024).all()  # five slices below the scan
+    assert (LesionPatches(store, SIZE, padding_hu=-2000).positive(1)[0, :5] == -2000).all()
+
+
+@pytest.mark.parametrize("mining", ["background", "near", "hard", "uniform", Near(20, 45)])
+def test_negatives_are_places_of_the_scan_that_share_no_voxel_with_a_lesion(store: Store, mining: str) -> None:
+    # One lesion of scan "a" is not selected, and is a lesion still.
+    dataset = LesionPatches(store, SIZE, mining=Near(20, 60) if mining == "near" else mining, select=[0], seed=2)
+    assert len(dataset) == 1
+    voxels = set()
+    for epoch in range(60):
+        sample = dataset[SampleKey(epoch, 0)]
+        negative = sample["negative"][0].numpy()
+        assert not sample["negative_from_other_scan"]
+        [voxel] = find(SCANS["a"], negative)
+        np.testing.assert_array_equal(negative, cut(SCANS["a"], voxel))
+        voxels.add(voxel)
+        apart = [(np.abs(np.subtract(voxel, lesion)) >= SIZE).any() for lesion in [(20, 31, 60), (41, 70, 30)]]
+        assert all(apart) or mining == "uniform"
+        if isinstance(mining, Near):
+            assert 17 < np.linalg.norm(np.subtract(voxel, (20, 31, 60))) < 48
+    assert len(voxels) > 50
+
+
+def test_a_sample_depends_on_its_key_alone(store: Store) -> None:
+    keys = [SampleKey(epoch, index) for epoch in range(3) for index in range(4)]
+    dataset = LesionPatches(store, SIZE, seed=7)
+    samples = {key: dataset[key] for key in keys}
+    again = pickle.loads(pickle.dumps(dataset))
+    for key in keys[::-1]:
+        assert equal(samples[key], again[key])
+    assert equal(dataset[2], samples[SampleKey(0, 2)])
+    negatives = [sample["negative"] for sample in samples.values()]
+    assert not any(torch.equal(a, b) for i, a in enumerate(negatives) for b in negatives[:i])
+    assert not torch.equal(samples[SampleKey(0, 1)]["negative"], LesionPatches(store, SIZE, seed=8)[1]["negative"])
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_give_the_same_samples(store: Store, context: str) -> None:
+    dataset = LesionPatches(store, SIZE, seed=7)
+    keys = [SampleKey(epoch, index) for epoch in range(3) for index in range(4)]
+    expected = [dataset[key] for key in keys]
+    loader = DataLoader(dataset, batch_size=None, sampler=keys, num_workers=2, multiprocessing_context=context)  # type: ignore[arg-type]
+    assert all(equal(a, b) for a, b in zip(expected, loader, strict=True))
+
+
+def test_several_negatives_and_none(store: Store) -> None:
+    three = LesionPatches(store, SIZE, per_lesion=3)[0]["negative"]
+    assert three.shape == (3, 1, *SIZE)
+    assert len({find(SCANS["a"], patch[0].numpy())[0] for patch in three}) == 3
+    none = LesionPatches(store, SIZE, per_lesion=0)[0]["negative"]
+    assert none.shape == (0, 1, *SIZE)
+    assert none.dtype == torch.int16
+
+
+def test_a_scan_without_room_borrows_from_another_and_says_so(tmp_path: Path) -> None:
+    scans = {"crop": body((16, 24, 24)), "room": SCANS["a"], "crop 2": body((16, 24, 24))}
+    lesions = [("crop", 8.0, 12.0, 12.0), ("room", 20.0, 30.0, 60.0), ("crop 2", 8.0, 12.0, 12.0)]
+    store = make_store(tmp_path / "store", scans, lesions)
+    dataset = LesionPatches(store, SIZE)
+    samples = [dataset[SampleKey(epoch, index)] for index in range(3) for epoch in range(4)]
+    assert [sample["negative_from_other_scan"] for sample in samples] == [True] * 4 + [False] * 4 + [True] * 4
+    for sample in samples:
+        assert find(SCANS["a"], sample["negative"][0].numpy())
+    assert equal(samples[3], LesionPatches(store, SIZE)[SampleKey(3, 0)])
+    near = LesionPatches(store, SIZE, mining=Near(1, 30))  # in the other scan there is nothing to be near to
+    far = [find(SCANS["a"], near[SampleKey(epoch, 0)]["negative"][0].numpy())[0] for epoch in range(8)]
+    assert max(np.linalg.norm(np.subtract(voxel, (8, 12, 12))) for voxel in far) > 50
+    with pytest.raises(StoreError, match=r"no scan has room.*16 x 18 x 20 mm.*smaller patch.*per_lesion=0"):
+        LesionPatches(make_store(tmp_path / "full", {"crop": scans["crop"]}, lesions[:1]), SIZE)[0]
+
+
+def test_what_cannot_be(store: Store) -> None:
+    with pytest.raises(IndexError, match="lesion 4 of 4"):
+        LesionPatches(store, SIZE)[4]
+    with pytest.raises(ValueError, match=r"patch_size=\(16, 18\)"):
+        LesionPatches(store, (16, 18))
+    with pytest.raises(StoreError, match="no lesion is selected of the 4"):
+        LesionPatches(store, SIZE, select=np.zeros(4, bool))
+    with pytest.raises(ValueError, match="mining='easy'"):
+        LesionPatches(store, SIZE, mining="easy")
+    assert fmcib_ssl.data.LesionPatches is LesionPatches
+    assert LesionPatches(store.path, SIZE, select=LESIONS_OF_A).lesions["scan_id"].tolist() == ["a", "a"]
+
+
+LESIONS_OF_A = np.array([lesion[0] == "a" for lesion in LESIONS])
+
+
+def test_training_from_a_store_needs_no_reader_of_scans(store: Store) -> None:
+    code = (
+        "import sys\n"
+        "from fmcib_ssl.augment import PublishedViews\n"
+        "from fmcib_ssl.data import LesionPatches\n"
+        "from fmcib_ssl.data.datamodule import LesionDataModule\n"
+        "data = LesionDataModule(LesionPatches(sys.argv[1], (16, 18, 20)), PublishedViews((16, 18, 20)))\n"
+        "assert len(next(iter(data.train_dataloader()))['lesion']) == 4\n"
+        "assert 'SimpleITK' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(store.path)], check=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="private memory is counted on Linux only")
+def test_memory_does_not_grow_with_the_scans_that_are_read(tmp_path: Path) -> None:
+    first = make_store(tmp_path / "store", {"0": SCANS["a"]}, [("0", 20.0, 30.0, 60.0)])
+    num_scans = 600
+    for file in list((first.path / "scans").iterdir()):
+        for number in range(1, num_scans):
+            os.link(file, file.with_name(f"{number}{file.suffix}"))  # as many files, of one content
+    index = first.scans.reset_index()
+    index.loc[index.index.repeat(num_scans)].assign(scan_id=[str(n) for n in range(num_scans)]).to_parquet(
+        first.path / "scans.parquet"
+    )
+    lesions = first.lesions.loc[[0] * num_scans].assign(scan_id=[str(n) for n in range(num_scans)])
+    lesions.to_parquet(first.path / "lesions.parquet")
+    code = (
+        "import sys; from fmcib_ssl.data import LesionPatches\n"
+        "def private_kb():\n"
+        "    lines = open('/proc/self/smaps_rollup').read().splitlines()\n"
+        "    return sum(int(line.split()[1]) for line in lines if line.startswith('Private'))\n"
+        "dataset = LesionPatches(sys.argv[1], (16, 18, 20)); assert len(dataset) == 600\n"
+        "for i in range(100): dataset[i]\n"
+        "before = private_kb()\n"
+        "for i in range(100, 600): dataset[i]\n"
+        "print(private_kb() - before)"
+    )
+    grown = subprocess.run([sys.executable, "-c", code, first.path], check=True, capture_output=True, text=True).stdout
+    assert int(grown) < 1500  # kB, for 500 scans of 540 kB

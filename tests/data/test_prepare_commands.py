@@ -1,0 +1,183 @@
+"""The commands as they are typed, and as they are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk
+
+from fmcib_ssl.data.store import Store
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def command(script: str, *arguments: object) -> list[str]:
+    return [sys.executable, str(REPO / "scripts" / script), *map(str, arguments)]
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(script, *arguments), capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six scans of some size, a row that is bad, all under a path with blanks and umlauts."""
+    folder = tmp_path_factory.mktemp("scans") / "Ärchive of scans"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        hu = rng.integers(-1000, 400, (60, 120, 120)).astype(np.int16)
+        image = sitk.GetImageFromArray(hu)
+        image.SetSpacing((1.5, 1.5, 3.0))
+        sitk.WriteImage(image, str(folder / f"scan {number}.nii.gz"))
+    rows = [f"scan {number}.nii.gz,90,90,{30 * number}" for number in range(6)] + ["scan 9.nii.gz,1,1,1"]
+    (folder / "lesions.csv").write_text("\n".join(["image_path,coordX,coordY,coordZ", *rows]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A store made without interruption, and what was printed."""
+    store = tmp_path_factory.mktemp("stores") / "störe 1"
+    return store, run("prepare.py", f"annotations={archive / 'lesions.csv'}", f"store={store}", "num_workers=2")
+
+
+def finished(store: Path) -> list[Path]:
+    return [p for p in store.glob("scans/*.json") if not p.name.endswith(".rejected.json")]
+
+
+def content(store: Path) -> dict[str, bytes]:
+    files = (p for p in sorted(store.rglob("*")) if p.is_file() and p.suffix not in (".png", ".html"))
+    return {p.relative_to(store).as_posix(): p.read_bytes() for p in files if not p.name.startswith(".lock")}
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    until = time.monotonic() + 60
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.002)
+    assert condition()
+
+
+def test_prepare_with_its_page(prepared: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    store, ended = prepared
+    assert ended.returncode == 0, ended.stderr
+    assert "scans     6 of 7 finished, 6 of them now" in ended.stdout
+    assert "rejected  1 rows; scans set aside as a whole: 1" in ended.stdout
+    assert "Preparing: 100%" in ended.stderr
+    assert len(Store(store).lesions) == 6
+    page = (store / "contact_sheet.html").read_text(encoding="utf-8")
+    assert "data:image/png;base64," in page
+    assert "scan 9.nii.gz" in page
+    assert (store / "contact_sheet.png").stat().st_size > 20_000
+    assert pd.read_csv(store / "rejected.csv")["row"].tolist() == [7]
+
+
+@pytest.mark.parametrize("num_finished", [0, 2])
+def test_killed_at_any_moment_the_same_command_goes_on(
+    archive: Path, tmp_path: Path, prepared: tuple[Path, object], num_finished: int
+) -> None:
+    store = tmp_path / "store"
+    arguments = (f"annotations={archive / 'lesions.csv'}", f"store={store}", "sheet_lesions=0", "num_workers=1")
+    process = subprocess.Popen(command("prepare.py", *arguments), stderr=subprocess.DEVNULL)
+    wait_for(lambda: (store / "store.json").exists() and len(finished(store)) >= num_finished)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL  # it was in the middle
+    before = len(finished(store))
+    ended = run("prepare.py", *arguments)
+    assert ended.returncode == 0, ended.stderr
+    assert f"6 of 7 finished, {6 - before} of them now" in ended.stdout
+    assert content(store) == content(prepared[0])
+
+
+def test_ctrl_c_ends_it_quietly(archive: Path, tmp_path: Path) -> None:
+    arguments = (f"annotations={archive / 'lesions.csv'}", f"store={tmp_path / 'store'}", "num_workers=1")
+    process = subprocess.Popen(
+        command("prepare.py", *arguments), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_for(lambda: finished(tmp_path / "store"))
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does: to the workers as well
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "stopped; the same command goes on from here" in errors
+    assert "Traceback" not in errors
+
+
+def test_two_processes_on_one_store(archive: Path, tmp_path: Path) -> None:
+    arguments = (f"annotations={archive / 'lesions.csv'}", f"store={tmp_path / 'store'}", "sheet_lesions=0")
+    first = subprocess.Popen(command("prepare.py", *arguments), stderr=subprocess.DEVNULL)
+    wait_for((tmp_path / "store" / "store.json").exists)
+    second = run("prepare.py", *arguments)
+    assert first.wait(timeout=60) == 0
+    assert second.returncode == 1
+    assert f"being written by another run (process {first.pid} on" in second.stderr
+    assert "Traceback" not in second.stderr
+
+
+def test_a_disk_that_is_full(archive: Path, tmp_path: Path) -> None:
+    """A real one: a file system in memory that is too small; root alone may make it."""
+    disk = tmp_path / "small disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("may not mount a file system")
+    try:
+        arguments = (f"annotations={archive / 'lesions.csv'}", f"store={disk / 'store'}", "num_workers=1")
+        ended = run("prepare.py", *arguments)
+        assert ended.returncode == 1
+        assert "cannot be written: No space left on device; make room, then run the same command" in ended.stderr
+        assert "Traceback" not in ended.stderr
+        assert 1 <= len(finished(disk / "store")) < 6
+        subprocess.run(["mount", "-o", "remount,size=199m", str(disk)], check=True)
+        assert run("prepare.py", *arguments, "sheet_lesions=0").returncode == 0
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert len(Store(disk / "store").lesions) == 6  # reading needs no leave to write
+        ended = run("prepare.py", *arguments)
+        assert "cannot be written: Read-only file system; make it writable, or choose another store=DIR" in ended.stderr
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_check_data_shows_the_same_without_a_store(archive: Path, tmp_path: Path) -> None:
+    out = tmp_path / "checked"
+    ended = run("check_data.py", f"annotations={archive / 'lesions.csv'}", f"output={out}", "sheet_lesions=2")
+    assert ended.returncode == 0, ended.stderr
+    assert "rows      6 of 7 can be used, in 6 scans" in ended.stdout
+    points = pd.read_csv(out / "coordinates.csv")
+    assert points["error_mm"].max() < 1e-9
+    assert points["to_voxel_center_mm"].max() <= np.sqrt(3) / 2 + 1e-9
+    np.testing.assert_allclose(points[["file_i", "file_j", "file_k"]].to_numpy() * (1.5, 1.5, 3.0),
+                               points[["x_lps_mm", "y_lps_mm", "z_lps_mm"]], atol=0.02)  # fmt: skip
+    assert pd.read_csv(out / "rejected.csv")["row"].tolist() == [7]
+    assert {p.name for p in out.iterdir()} == {
+        "rejected.csv", "coordinates.csv", "contact_sheet.png", "contact_sheet.html",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["store=s"], "annotations is missing"),
+        (["annotation=a.csv", "store=s"], "do you mean 'annotations'"),
+        (["annotations=a.csv", "store=s", "shard=2"], "shard is '2'"),
+        (["annotations=a.csv", "store=s", "shard=1/2", "merge=true"], "run all shards first"),
+        (["annotations=a.csv", "store=s", "spacing_mm=-1"], "spacing_mm is '-1'"),
+        (["annotations=no such table.csv", "store=s"], "no such table.csv: cannot be opened"),
+    ],
+)
+def test_what_is_typed_wrong_is_said(tmp_path: Path, arguments: list[str], message: str) -> None:
+    ended = subprocess.run(
+        command("prepare.py", *arguments), capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False
+    )
+    assert ended.returncode in (1, 2)
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not list(tmp_path.iterdir())

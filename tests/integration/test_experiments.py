@@ -1,0 +1,97 @@
+"""Every shipped experiment takes two steps and leaves what it promises."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+import yaml
+from tiny_runs import CONFIGS, WATCH, Watch, metrics_of, tiny_settings
+
+import fmcib_ssl
+from fmcib_ssl.config import Settings
+from fmcib_ssl.losses import InfoNCELoss
+from fmcib_ssl.run import train
+
+EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+COLUMNS = {
+    "step",
+    "epoch",
+    "lr",
+    "train/loss",
+    "train/positive_cosine",
+    "train/negative_cosine",
+    "train/lesion_cosine",
+    "train/alignment",
+    "train/uniformity",
+    "train/grad_norm",
+    "perf/samples_per_s",
+    "perf/data_wait_share",
+    "data/negative_from_other_scan",
+}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_two_steps(experiment: str, phantom_table: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    overrides = [f"+experiment={experiment}", "trainer.max_steps=2", "contact_sheet_rows=2", WATCH]
+    settings = tiny_settings(phantom_table, run, *overrides)
+    if settings.encoder.get("widen_factor", 1) > 1:
+        # The published trunk has 184 million weights. A quarter of the width has the same layers.
+        settings = tiny_settings(phantom_table, run, *overrides, "encoder.widen_factor=0.25")
+    loss = train(settings)
+
+    assert Settings.model_validate(yaml.safe_load((run / "config.yaml").read_text())) == settings
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["packages"]["lightning"] == lightning.__version__
+
+    metrics = metrics_of(run)
+    assert set(metrics) == COLUMNS
+    assert metrics["step"].tolist() == [0, 1]
+    assert np.isfinite(metrics.to_numpy()).all()
+    assert loss == pytest.approx(metrics["train/loss"].iloc[-1])
+    assert (metrics["train/grad_norm"] > 0).all() and (metrics["lr"] > 0).all()
+
+    for figure in ("contact_sheet.png", "curves.png"):
+        pixels = matplotlib.image.imread(run / figure)
+        assert min(pixels.shape[:2]) > 200 and pixels[..., :3].std() > 0.01, f"{figure} is empty"
+
+    from_checkpoint = fmcib_ssl.load_encoder(run / "checkpoints" / "last.ckpt")
+    exported: Any = fmcib_ssl.load_encoder(run / "encoder.safetensors")
+    patches = torch.randn(3, 1, *settings.data.patch_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = exported(patches)
+        assert torch.equal(features, from_checkpoint(patches))
+    assert features.shape == (3, exported.feature_dim) and features.std() > 0
+    assert exported.preprocessing.patch_size_zyx == settings.data.patch_size
+
+    watch = Watch.latest
+    weights = dict(watch.module.named_parameters())
+    # The same weights as in the files, and none of them still what it was drawn as.
+    for name, value in exported.state_dict().items():
+        assert torch.equal(value, watch.module.state_dict()[f"encoder.{name}"]), name
+    assert not [n for n, w in weights.items() if w.ndim > 1 and torch.equal(w, watch.first_weights[n])]
+    (run / "checkpoints" / "last.ckpt").unlink()  # hundreds of megabytes for the larger encoders
+
+
+def test_the_loss_chosen_on_the_command_line_is_the_one_trained(phantom_table: Path, tmp_path: Path) -> None:
+    overrides = ["encoder=small", "loss=infonce", "loss.temperature=0.2", "loss.margin=0", "trainer.max_steps=1", WATCH]
+    infonce = train(tiny_settings(phantom_table, tmp_path / "infonce", "+experiment=ct_ntxent_mined", *overrides))
+    loss: Any = Watch.latest.module.loss
+    assert isinstance(loss, InfoNCELoss) and float(loss.temperature) == pytest.approx(0.2)
+    assert loss.negatives == "mined_and_lesions"  # what the experiment says of its loss holds for the other one too
+    # Without the margin it is NT-Xent at that temperature, and is not at the default one.
+    overrides[1:4] = ["loss.temperature=0.2"]
+    assert infonce == pytest.approx(
+        train(tiny_settings(phantom_table, tmp_path / "ntxent", "+experiment=ct_ntxent_mined", *overrides)), rel=1e-5
+    )
+    overrides[1] = "loss.temperature=0.1"
+    assert infonce != pytest.approx(
+        train(tiny_settings(phantom_table, tmp_path / "default", "+experiment=ct_ntxent_mined", *overrides)), rel=1e-2
+    )

@@ -1,0 +1,83 @@
+"""Command lines of key=value, and the two commands that make tables."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import pytest
+from pydantic import Field, PositiveInt
+
+from fmcib_ssl.command import Command, parse_command
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+class Example(Command):
+    """An example."""
+
+    table: Path = Field(description="a table")
+    kind: Literal["a", "b"] = Field(default="a", description="which")
+    count: PositiveInt | None = Field(default=None, description="how many")
+
+
+def test_values_get_their_types() -> None:
+    command = parse_command(Example, ["table=with blank=and equals.csv", "count=3"])
+    assert command == Example(table=Path("with blank=and equals.csv"), kind="a", count=3)
+    assert parse_command(Example, ["table=a", "count=null"]).count is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tabel=a"], "there is no 'tabel': do you mean 'table'?"),
+        (["table"], "'table' is not of the form key=value"),
+        (["table=a", "table=b"], "'table' is given twice"),
+        ([], "table is missing"),
+        (["table=a", "kind=c"], "kind is 'c': Input should be 'a' or 'b'"),
+        (["table=a", "count=0"], "count is '0': Input should be greater than 0"),
+    ],
+)
+def test_mistakes_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        parse_command(Example, arguments)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        parse_command(Example, ["--help"])
+    assert error.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("An example.")
+    assert "count  how many [null]" in shown
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(REPO / "scripts" / script), *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_import_then_split(tmp_path: Path) -> None:
+    lines = [f"/mnt/LUNG1-{i:03d}/CT.nrrd,LUNG1-{i:03d},00{i},{i},1,2.50" for i in range(1, 13)]
+    (tmp_path / "lung1.csv").write_text("\n".join(["image_path,PatientID,code,coordX,coordY,coordZ", *lines]) + "\n")
+    table, split = tmp_path / "lesions.csv", tmp_path / "split.csv"
+    arguments = ["source=lung1", f"table={tmp_path / 'lung1.csv'}", f"output={table}"]
+    assert "12 lesions in 12 scans" in run("import_annotations.py", *arguments).stdout
+    assert "exists; take another name" in run("import_annotations.py", *arguments).stderr
+    done = run("split.py", f"annotations={table}", f"output={split}", "shares=train:2,val:1", "seed=3")
+    assert done.returncode == 0, done.stderr
+    before, after = (pd.read_csv(path, dtype=str) for path in (table, split))
+    pd.testing.assert_frame_equal(after.drop(columns="split"), before)
+    assert after["split"].value_counts().to_dict() == {"train": 8, "val": 4}
+    again = run("split.py", f"annotations={split}", f"output={split}")
+    assert "has a column 'split' already" in again.stderr
+    assert again.returncode == 1
+    assert run("split.py", f"annotations={split}", f"output={split}", "folds=3").returncode == 0
+    assert pd.read_csv(split)["fold"].value_counts().to_dict() == {0: 4, 1: 4, 2: 4}
+    assert "write train:0.7,val:0.15" in run("split.py", f"annotations={table}", "output=x", "shares=train").stderr

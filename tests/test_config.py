@@ -1,0 +1,291 @@
+"""The configuration: what is refused, with which words, before anything heavy is imported; and what is declared."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from fmcib_ssl.config import ConfigError, check_command_line, read_settings
+
+REPO = Path(__file__).resolve().parents[1]
+CONFIGS = REPO / "configs"
+TABLE = "data.annotations=my.csv"
+
+#: Every option of every group, found on disk so that a new one cannot be forgotten.
+OPTIONS = sorted(
+    (path.parent.relative_to(CONFIGS).as_posix(), path.stem)
+    for path in CONFIGS.glob("*/*.yaml")
+    if path.parent.name != "hydra"
+)
+
+
+def check(*arguments: str) -> None:
+    check_command_line(arguments, CONFIGS)
+
+
+def refusal(*arguments: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check(*arguments)
+    return str(caught.value)
+
+
+def choosing(group: str, option: str) -> str:
+    return f"{'+' * (group == 'experiment')}{group}={option}"
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_shipped_option_is_accepted(group: str, option: str) -> None:
+    check(choosing(group, option), TABLE)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param([TABLE, "+trainer.profiler=simple"], id="an argument of Lightning's"),
+        pytest.param([TABLE, "+data.select.fold=1"], id="a column of the user's"),
+        pytest.param([TABLE, "data.select={fold: [1, 2]}"], id="columns as a dictionary"),
+        pytest.param(["data=phantom", "data.select.split=test"], id="another split"),
+        pytest.param([TABLE, "~schedule", "~logger", "~callbacks"], id="without what is optional"),
+        pytest.param([TABLE, "logger=[csv,tensorboard]", "logger.tensorboard.name=t"], id="two options of a group"),
+        pytest.param([TABLE, "name=2024"], id="a name of digits"),
+        pytest.param([TABLE, "~encoder", "+encoder={_target_: my.Net, width: 3}"], id="an encoder of one's own"),
+        pytest.param([TABLE, "-m", "loss=ntxent_mined,infonce", "seed=range(3)"], id="a sweep"),
+        pytest.param([TABLE, "hydra.run.dir=here"], id="a folder of one's own"),
+    ],
+)
+def test_accepted(arguments: list[str]) -> None:
+    check(*arguments)
+
+
+REFUSED = [
+    # Names.
+    (["+experiment=ct_ntxent_mind"], ["experiment=ct_ntxent_mind", "Did you mean ct_ntxent_mined?", "phantom_infonce"]),
+    (["experiment=ct_infonce"], ["+experiment=ct_infonce"]),
+    (["+experimnt=ct_infonce"], ["+experimnt", "Did you mean experiment?"]),
+    (["los=infonce"], ["los:", "Did you mean loss?"]),
+    (["loss=infonc"], ["loss=infonc", "Did you mean infonce?", "ntxent_mined"]),
+    (["loss.temprature=0.2"], ["loss.temprature", "Did you mean loss.temperature?"]),
+    (["temperature=0.2"], ["Did you mean loss.temperature?"]),
+    (["loss.margin=0.1"], ["loss.margin", "loss has: temperature, negatives"]),
+    (["optimizer.lr=0.1"], ["optimizer.lr", "Did you mean optimizer.base_lr?"]),
+    (["data.batchsize=4"], ["data.batchsize", "Did you mean data.batch_size?"]),
+    (["+data.batchsize=4"], ["data.batchsize=4", "no such key"]),
+    (["logger.wandb.project=mine"], ["logger.wandb.project", "logger has: csv"]),
+    (["trainer.profiler=simple"], ["trainer.profiler", "+trainer.profiler=..."]),
+    (["data.select.fold=1"], ["data.select.fold", "+data.select.fold=..."]),
+    (["~loss.temprature"], ["loss.temprature", "Did you mean loss.temperature?"]),
+    (["~loss"], ["loss: has no value"]),
+    (["schedule=null"], ["schedule=null", "warmup_cosine", "~schedule"]),
+    (["encoder={_target_: my.Net}"], ["mixed", "~encoder '+encoder={_target_: my.Net, ...}'"]),
+    # Values.
+    (["data.batch_size=0"], ["data.batch_size=0", "greater than 0", "'auto'"]),
+    (["data.batch_size=big"], ["data.batch_size=big", "valid integer", "'auto'"]),
+    (["data.patch_size=50"], ["data.patch_size=50", "[50, 50, 50]"]),
+    (["data.patch_size=[50,50,0]"], ["data.patch_size.2=0", "greater than 0"]),
+    (["data.spacing_mm=-1"], ["data.spacing_mm=-1"]),
+    (["data.coordinates=LPS"], ["data.coordinates=LPS", "'lps', 'ras' or 'voxel'"]),
+    (["data.on_bad_row=ignore"], ["data.on_bad_row=ignore", "'refuse' or 'skip'"]),
+    (["hardware.devices=two"], ["hardware.devices=two", "valid integer"]),
+    (["hardware.accelerator=tpu"], ["hardware.accelerator=tpu", "'gpu'"]),
+    (["method.forwards=both"], ["method.forwards=both", "'joint' or 'separate'"]),
+    (["seed=-1"], ["seed=-1"]),
+    (["seed=-1", "data.spacing_mm=0"], ["seed=-1", "data.spacing_mm=0"]),
+    (["name=${nosuch}"], ["nosuch"]),
+    (["data.image_root"], ["data.image_root"]),
+    # Contradictions.
+    (["trainer.max_epochs=-1"], ["never end", "trainer.max_steps"]),
+    (["trainer.max_epochs=null"], ["never end", "trainer.max_epochs"]),
+    (["trainer.max_steps=0"], ["no step", "trainer.max_steps"]),
+    (["hardware.sync_batchnorm=true"], ["hardware.sync_batchnorm=true", "Set it to false"]),
+    (["hardware=ddp", "hardware.accelerator=cpu"], ["hardware.sync_batchnorm=true", "Set it to false"]),
+    (["loss.negatives=lesions", "data.batch_size=1"], ["loss.negatives=lesions", "data.batch_size=1", "raise"]),
+    # Sweeps: a wrong value anywhere in one.
+    (["-m", "loss.temperature=0.1,0.2", "data.batch_size=2,zero"], ["data.batch_size=zero"]),
+    (["-m", "loss=ntxent_mined,infonc"], ["loss=infonc", "Did you mean infonce?"]),
+    (["-m", "+experiment=ct_infonce,ct_infonec"], ["ct_infonec", "Did you mean ct_infonce?"]),
+    (["-m", "loss=infonce,ntxent_mined", "loss.margin=0.1"], ["loss.margin"]),
+    # Folders.
+    (["--config-dir", "no_such_folder"], ["--config-dir no_such_folder", "no such folder"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "fragments"), REFUSED, ids=lambda value: " ".join(value)[:60])
+def test_refused_with_the_key_and_the_remedy(arguments: list[str], fragments: list[str]) -> None:
+    message = refusal(*arguments, TABLE)
+    assert not [fragment for fragment in fragments if fragment not in message], message
+
+
+def test_a_missing_table_is_named() -> None:
+    message = refusal("+experiment=ct_ntxent_mined")
+    assert "data.annotations=FILE.csv" in message
+    assert "data.store=DIR" in message
+
+
+@pytest.fixture
+def own_configs(tmp_path: Path) -> Path:
+    """A user's folder of experiments and options, for `--config-dir`."""
+    ct = "# @package _global_\ndefaults:\n  - ct_ntxent_mined\n"
+    files = {
+        "experiment/good.yaml": f"{ct}data: {{annotations: a.csv}}\ntrainer: {{profiler: simple}}\n",
+        "experiment/misspelt.yaml": f"{ct}loss: {{temprature: 0.3}}\n",
+        "experiment/misspelt_section.yaml": f"{ct}los: {{temperature: 0.3}}\n",
+        "experiment/misspelt_group.yaml": "# @package _global_\ndefaults:\n  - override /los: infonce\n",
+        "experiment/without_package.yaml": "loss: {temperature: 0.3}\n",
+        "experiment/unclosed.yaml": "# @package _global_\nloss: {temperature: 0.3\n",
+        "experiment/unscheduled.yaml": "# @package _global_\ndefaults:\n  - override /schedule: null\n",
+        "loss/mine.yaml": "_target_: my_package.MyLoss\nsharpness: 3\n",
+    }
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "arguments", [["+experiment=good"], ["+experiment=unscheduled", TABLE], ["loss=mine", "loss.sharpness=4", TABLE]]
+)
+def test_a_users_own_files_are_accepted(own_configs: Path, arguments: list[str]) -> None:
+    check("--config-dir", str(own_configs), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("argument", "fragments"),
+    [
+        ("+experiment=misspelt", ["experiment misspelt", "loss.temprature", "Did you mean loss.temperature?"]),
+        ("+experiment=[good,misspelt]", ["loss.temprature", "Did you mean loss.temperature?"]),
+        ("+experiment=misspelt_section", ["experiment misspelt_section", "los", "Did you mean loss?"]),
+        ("+experiment=misspelt_group", ["experiment/misspelt_group", "'los'"]),
+        ("+experiment=without_package", ["experiment without_package", "# @package _global_"]),
+        ("+experiment=unclosed", ["unclosed.yaml", "line 2"]),
+        ("+experiment=goood", ["experiment=goood", "Did you mean good?"]),
+        ("loss=mien", ["loss=mien", "Did you mean mine?"]),
+    ],
+)
+def test_a_users_own_files_are_checked(own_configs: Path, argument: str, fragments: list[str]) -> None:
+    message = refusal("--config-dir", str(own_configs), argument, TABLE)
+    assert not [fragment for fragment in fragments if fragment not in message], message
+
+
+def test_the_check_leaves_no_hydra_behind(own_configs: Path) -> None:
+    check("--config-dir", str(own_configs), "+experiment=good")
+    assert not GlobalHydra.instance().is_initialized()
+    refusal("--config-dir", str(own_configs), "+experiment=misspelt", TABLE)
+    assert not GlobalHydra.instance().is_initialized()
+
+
+# The command line as a user sees it.
+
+
+def run_python(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+@pytest.mark.parametrize("arguments", [["+experiment=phantom_infonce"], ["loss=infonc"]])
+def test_the_check_needs_no_torch(tmp_path: Path, arguments: list[str]) -> None:
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from fmcib_ssl.config import ConfigError, check_command_line\n"
+        f"try: check_command_line({arguments}, Path({str(CONFIGS)!r}))\n"
+        "except ConfigError: print('refused')\n"
+        "print(sorted({'torch', 'lightning', 'monai', 'pandas', 'SimpleITK'} & set(sys.modules)))\n"
+    )
+    result = run_python(tmp_path, code)
+    assert result.stdout.splitlines()[-1] == "[]", result.stderr
+    assert ("refused" in result.stdout) == (arguments == ["loss=infonc"])
+
+
+def test_help_names_every_option_and_needs_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['train.py', '--help']\n"
+        f"try: runpy.run_path({str(REPO / 'train.py')!r}, run_name='__main__')\n"
+        "finally: print('torch' in sys.modules, file=sys.stderr)\n"
+    )
+    result = run_python(tmp_path, code)
+    assert (result.returncode, result.stderr.split()) == (0, ["False"])
+    listed = {
+        group: options.split(", ")
+        for group, _, options in (line.partition(": ") for line in result.stdout.splitlines())
+    }
+    for group, option in OPTIONS:
+        assert option in listed[group]
+    assert not list(tmp_path.iterdir()), "--help wrote something"
+
+
+def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, str(REPO / "train.py"), "+experiment=ct_infonce", TABLE, "loss.temprature=0.2"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "error: loss.temprature: there is no such key. Did you mean loss.temperature?\n"
+    assert not list(tmp_path.iterdir())
+
+
+# What the files declare, against what the code takes.
+
+#: Arguments that the run fills in by itself, not the user.
+FILLED_IN = {
+    "augment": {"preprocessing"},
+    "head": {"in_dim"},
+    "loss": {"gather_distributed"},
+    "optimizer": {"named_parameters", "lr"},
+    "schedule": {"optimizer", "total_steps"},
+}
+#: Keys that the run takes out and works with itself.
+TAKEN_OUT = {"optimizer": {"base_lr", "reference_batch"}}
+
+
+def composed(group: str, option: str) -> DictConfig:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+        return compose("train", [choosing(group, option), "data.annotations=my.csv", "paths.run=here"])
+
+
+def components(config: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(config, dict):
+        if "_target_" in config:
+            yield config
+        for value in config.values():
+            yield from components(value)
+
+
+@pytest.mark.parametrize(("group", "option"), [found for found in OPTIONS if found[0] != "experiment"])
+def test_what_is_declared_is_what_the_code_takes(group: str, option: str) -> None:
+    from hydra.utils import get_object
+
+    section = OmegaConf.to_container(composed(group, option)[group], resolve=True)
+    for component in components(section):
+        target = component["_target_"]
+        declared = {key for key in component if not key.startswith("_")} - TAKEN_OUT.get(group, set())
+        filled_in = FILLED_IN.get(group, set())
+        parameters = inspect.signature(get_object(target)).parameters
+        assert not declared & filled_in, f"{target}: the run fills these in"
+        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+            assert declared <= set(parameters), f"{target} does not take these"
+        if target.startswith("fmcib_ssl."):
+            assert set(parameters) - filled_in == declared, f"configs/{group}/{option}.yaml leaves these out"
+
+
+def test_an_experiment_reads_into_typed_settings() -> None:
+    settings = read_settings(composed("experiment", "deeplesion_ntxent_mined"))
+    published = {
+        "temperature": 0.1,
+        "patch_size": (50, 50, 50),
+        "spacing_mm": 1.0,
+        "max_epochs": 100,
+        "forwards": "separate",
+    }
+    values = {**settings.loss, **dict(settings.data), **dict(settings.trainer), **dict(settings.method)}
+    assert {key: values[key] for key in published} == published
+    assert settings.encoder["widen_factor"] == 2 and settings.optimizer["_target_"].endswith(".lars")
+    assert settings.world_size == 2
