@@ -6,7 +6,8 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from fmcib_ssl.config import CONFIG_NAME, ConfigError, check_command_line, read_settings
+from fmcib_ssl.config import CONFIG_NAME, check_command_line, read_settings
+from fmcib_ssl.settings import ConfigError
 
 CONFIG_DIR = Path(__file__).resolve().parent / "configs"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from fmcib_ssl.config import ConfigError, Data, Settings
+from fmcib_ssl.settings import ConfigError, Data, Settings
 from fmcib_ssl.types import Preprocessing
 
 

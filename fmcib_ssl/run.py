@@ -22,7 +22,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 import fmcib_ssl
-from fmcib_ssl.config import Component, ConfigError, Settings
 from fmcib_ssl.data.datamodule import LesionDataModule
 from fmcib_ssl.data.store import StoreError
 from fmcib_ssl.data.tables import AnnotationsError, ScanError
@@ -31,6 +30,7 @@ from fmcib_ssl.lesion_source import LesionSource, open_lesions
 from fmcib_ssl.methods import MinedContrast
 from fmcib_ssl.models.encoders import feature_dim
 from fmcib_ssl.models.export import encoder_metadata, export_encoder
+from fmcib_ssl.settings import Component, ConfigError, Settings
 from fmcib_ssl.training.optimizers import scaled_learning_rate
 from fmcib_ssl.training.provenance import environment, write_json
 from fmcib_ssl.types import Preprocessing, SampleKey

@@ -74,7 +74,7 @@ def test_one_run_folder_with_everything_once(processes: str, request: pytest.Fix
     assert metrics_of(run)["step"].tolist() == [0, 1]
     log = (run / "train.log").read_text()
     assert "6 in 4 scans" in log and "2 in all, 1 an epoch" in log
-    assert f"batch     {GLOBAL_BATCH if processes == 'one' else 2} lesions on each of" in log
+    assert f" {GLOBAL_BATCH if processes == 'one' else 2} lesions on each of" in log
     for text in (log, printed):
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         assert len(lines) == len(set(lines)), lines

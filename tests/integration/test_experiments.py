@@ -15,9 +15,9 @@ import yaml
 from tiny_runs import CONFIGS, WATCH, Watch, metrics_of, tiny_settings
 
 import fmcib_ssl
-from fmcib_ssl.config import Settings
 from fmcib_ssl.losses import InfoNCELoss
 from fmcib_ssl.run import train
+from fmcib_ssl.settings import Settings
 
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
 COLUMNS = {

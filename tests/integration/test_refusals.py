@@ -13,9 +13,10 @@ import pytest
 import torch
 from tiny_runs import NUM_SCANS, REPO, composed, metrics_of, tiny_settings
 
-from fmcib_ssl.config import ConfigError, read_settings
+from fmcib_ssl.config import read_settings
 from fmcib_ssl.data.annotations import BadRowsError
 from fmcib_ssl.run import train
+from fmcib_ssl.settings import ConfigError
 
 TORCH = "torch.nn"
 #: An encoder that takes no patch below nine voxels.

@@ -10,11 +10,11 @@ import pytest
 from tiny_runs import REPO, metrics_of, tiny_settings
 
 import fmcib_ssl
-from fmcib_ssl.config import ConfigError
 from fmcib_ssl.data.annotations import read_annotations
 from fmcib_ssl.data.prepare import prepare
 from fmcib_ssl.data.store import StoreSettings
 from fmcib_ssl.run import train
+from fmcib_ssl.settings import ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,185 @@
+"""The settings of a run, typed: what every value may be.
+
+Sections with a `_target_` (encoder, loss, ...) stay dictionaries; their constructors check them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+#: A section with a `_target_` and its arguments.
+Component = dict[str, Any]
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message says which key, why, and what would do."""
+
+
+class _Section(BaseModel):
+    # A name such as 2024 is read as a number.
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+
+
+class Phantom(_Section):
+    """The synthetic archive of `data=phantom`."""
+
+    folder: Path
+    num_scans: PositiveInt
+    seed: int = Field(ge=0)
+
+
+class Data(_Section):
+    """Where lesions come from and how they become batches; see `configs/data/`."""
+
+    store: Path | None
+    annotations: Path | None
+    image_root: Path | None
+    path_prefix: str | None
+    coordinates: Literal["lps", "ras", "voxel"]
+    select: dict[str, Any] | None
+    on_bad_row: Literal["refuse", "skip"]
+    check: Literal["headers", "full"]
+    allow_short_scans: bool
+    patch_size: tuple[PositiveInt, PositiveInt, PositiveInt]
+    spacing_mm: PositiveFloat | None
+    mining: Literal["background", "near", "hard", "uniform"]
+    per_lesion: int = Field(ge=0)
+    batch_size: PositiveInt | Literal["auto"]
+    max_batch_size: PositiveInt
+    cache_scans: PositiveInt
+    phantom: Phantom | None
+
+    @model_validator(mode="after")
+    def _has_lesions(self) -> Data:
+        if self.store is None and self.annotations is None:
+            raise ValueError(
+                "no lesions are named: set data.annotations=FILE.csv to read scans directly, or data.store=DIR for a "
+                "store that scripts/prepare.py made"
+            )
+        return self
+
+
+class Hardware(_Section):
+    """The machine; see `configs/hardware/`."""
+
+    accelerator: Literal["cpu", "gpu", "mps", "auto"]
+    devices: PositiveInt
+    num_nodes: PositiveInt
+    strategy: str
+    precision: str
+    sync_batchnorm: bool
+    num_workers: int = Field(ge=0)
+    num_threads: PositiveInt | None
+    pin_memory: bool
+
+
+class Trainer(BaseModel):
+    """How long and how carefully to train. Any other argument of Lightning's Trainer is passed on to it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    max_epochs: int | None = Field(ge=-1)
+    max_steps: int = Field(ge=-1)
+    accumulate_grad_batches: PositiveInt
+    gradient_clip_val: PositiveFloat | None
+    log_every_n_steps: PositiveInt
+    deterministic: bool | Literal["warn"]
+
+    @model_validator(mode="after")
+    def _ends(self) -> Trainer:
+        if self.max_epochs in (None, -1) and self.max_steps == -1:
+            raise ValueError("training would never end: set trainer.max_epochs or trainer.max_steps")
+        if 0 in (self.max_epochs, self.max_steps):
+            raise ValueError("training would take no step: trainer.max_epochs and trainer.max_steps must not be 0")
+        return self
+
+
+class Paths(_Section):
+    """Folders; `run` is this run's own."""
+
+    runs: Path
+    data: Path
+    run: Path
+
+
+class Method(_Section):
+    """What `MinedContrast` does with the views."""
+
+    forwards: Literal["joint", "separate"]
+
+
+class Settings(_Section):
+    """The whole configuration of a run, typed."""
+
+    name: str = Field(min_length=1)
+    seed: int = Field(ge=0, lt=2**32)
+    contact_sheet_rows: int = Field(ge=0)
+    data: Data
+    hardware: Hardware
+    trainer: Trainer
+    paths: Paths
+    method: Method
+    augment: Component
+    encoder: Component
+    head: Component
+    loss: Component
+    optimizer: Component
+    schedule: Component | None = None
+    logger: dict[str, Component] | None = None
+    callbacks: dict[str, Component] | None = None
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> Settings:
+        if self.hardware.sync_batchnorm and self.hardware.accelerator == "cpu":
+            raise ValueError("hardware.sync_batchnorm=true needs GPUs: torch has none on the CPU. Set it to false")
+        if self.data.per_lesion == 0 and self.loss.get("negatives") != "lesions":
+            raise ValueError(
+                "data.per_lesion=0 mines no negatives, and the loss wants some: set loss.negatives=lesions, or "
+                "data.per_lesion=1"
+            )
+        if self.loss.get("negatives") == "lesions" and self.data.batch_size == 1 and self.world_size == 1:
+            raise ValueError(
+                "loss.negatives=lesions contrasts the lesions of a batch with each other, and data.batch_size=1 "
+                "leaves none: raise the batch size or choose loss.negatives=mined"
+            )
+        return self
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes, each with one device."""
+        return self.hardware.devices * self.hardware.num_nodes
+
+
+def settings_of(values: dict[str, Any]) -> Settings:
+    """Check plain values and give them types.
+
+    Raises:
+        ConfigError: naming every key whose value is not allowed.
+    """
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("the configuration has values that are not allowed:\n" + _describe(error)) from error
+
+
+#: What pydantic says in words of Python.
+_PLAIN_WORDS = {
+    "extra_forbidden": "there is no such key",
+    "missing": "has no value",
+    "tuple_type": "should be a list such as [50, 50, 50]",
+}
+
+
+def _describe(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        # Of a union every member complains; its own name at the end of the location is noise to a user.
+        union_members = ("literal[", "constrained-", "function-")
+        key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(union_members))
+        message = _PLAIN_WORDS.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
+        value = "" if isinstance(problem["input"], dict) or problem["type"] == "missing" else f"={problem['input']}"
+        lines.append(f"  {key}{value}: {message}" if key else f"  {message}")
+    return "\n".join(dict.fromkeys(lines))
