@@ -15,7 +15,8 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 
-from fmcib_ssl.data.store import Store
+from fmcib_ssl.data.store import Store, StoreSettings
+from fmcib_ssl.data.store_lock import claim_store
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -101,7 +102,12 @@ def test_killed_at_any_moment_the_same_command_goes_on(
 def test_ctrl_c_ends_it_quietly(archive: Path, tmp_path: Path) -> None:
     arguments = (f"annotations={archive / 'lesions.csv'}", f"store={tmp_path / 'store'}", "num_workers=1")
     process = subprocess.Popen(
-        command("prepare.py", *arguments), stderr=subprocess.PIPE, text=True, start_new_session=True
+        command("prepare.py", *arguments),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A shell starts what it runs in the background deaf to Ctrl-C, and the tests may run there.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_for(lambda: finished(tmp_path / "store"))
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does: to the workers as well
@@ -112,13 +118,11 @@ def test_ctrl_c_ends_it_quietly(archive: Path, tmp_path: Path) -> None:
 
 
 def test_two_processes_on_one_store(archive: Path, tmp_path: Path) -> None:
-    arguments = (f"annotations={archive / 'lesions.csv'}", f"store={tmp_path / 'store'}", "sheet_lesions=0")
-    first = subprocess.Popen(command("prepare.py", *arguments), stderr=subprocess.DEVNULL)
-    wait_for((tmp_path / "store" / "store.json").exists)
-    second = run("prepare.py", *arguments)
-    assert first.wait(timeout=60) == 0
+    store = tmp_path / "store"
+    with claim_store(store, StoreSettings(), None):
+        second = run("prepare.py", f"annotations={archive / 'lesions.csv'}", f"store={store}", "sheet_lesions=0")
     assert second.returncode == 1
-    assert f"being written by another run (process {first.pid} on" in second.stderr
+    assert f"being written by another run (process {os.getpid()} on" in second.stderr
     assert "Traceback" not in second.stderr
 
 
