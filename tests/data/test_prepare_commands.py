@@ -107,7 +107,7 @@ def test_ctrl_c_ends_it_quietly(archive: Path, tmp_path: Path) -> None:
         text=True,
         start_new_session=True,
         # A shell starts what it runs in the background deaf to Ctrl-C, and the tests may run there.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     wait_for(lambda: finished(tmp_path / "store"))
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does: to the workers as well
