@@ -23,7 +23,6 @@ from tqdm import tqdm
 from fmcib_ssl.data.annotations import PATH_COLUMN, BadRowsError, LesionTable, OnBadRow, check_annotations
 from fmcib_ssl.data.jobs import run_jobs
 from fmcib_ssl.data.prepare_plan import (
-    REJECTED_COLUMNS,
     REJECTED_FILE,
     Record,
     TableScan,
@@ -49,6 +48,7 @@ from fmcib_ssl.data.store import (
     write_settings_file,
 )
 from fmcib_ssl.data.store_lock import claim_store
+from fmcib_ssl.data.tables import REJECTED_COLUMNS
 from fmcib_ssl.types import Preprocessing
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from fmcib_ssl.data.annotations import PATH_COLUMN, BadRowsError, LesionTable, OnBadRow, check_annotations
+from fmcib_ssl.data.annotations import BadRowsError, LesionTable, OnBadRow, check_annotations
 from fmcib_ssl.data.prepare_scan import checksum, source_files, source_listing
 from fmcib_ssl.data.scans import ScanSource
 from fmcib_ssl.data.store import (
@@ -38,7 +38,6 @@ from fmcib_ssl.types import Preprocessing
 logger = logging.getLogger(__name__)
 
 REJECTED_FILE = "rejected.csv"
-REJECTED_COLUMNS = ("row", PATH_COLUMN, "value", "reason", "remedy")
 #: Threads that ask the file system for times and sizes: they wait for it, they do not compute.
 _NUM_IO_THREADS = 16
 

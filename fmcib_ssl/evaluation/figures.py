@@ -81,7 +81,7 @@ def contact_sheet(rows: Sequence[ContactRow], path: Path | str, preprocessing: P
             axes.imshow(image, cmap="gray", vmin=limits[0], vmax=limits[1], interpolation="nearest")
             axes.set_axis_off()
             if column < 3:
-                _mark_center(axes, image.shape, head_up=column > 0)
+                mark_center(axes, image.shape, head_up=column > 0)
             if number == 0:
                 axes.set_title(columns[column], fontsize=8, color=MUTED, pad=3)
             if column == 0:
@@ -104,7 +104,7 @@ def contact_sheet(rows: Sequence[ContactRow], path: Path | str, preprocessing: P
         "Cross: the annotated point. Views: axial plane through the middle."
     )
     figure.text(0.015, 0.14 / figure.get_figheight(), note, fontsize=7.5, color=MUTED)
-    return _save(figure, path, dpi=130)
+    return save_figure(figure, path, dpi=130)
 
 
 #: Panels of the training curves: title, unit of the vertical axis, and the columns drawn with their labels.
@@ -166,7 +166,7 @@ def training_curves(metrics_csv: Path | str, path: Path | str) -> Path:
         _tidy(axes, title, "step", unit)
         if len(columns) > 1:
             axes.legend(frameon=False, fontsize=7.5, labelcolor=INK)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def embedding_map(
@@ -205,7 +205,7 @@ def embedding_map(
     share = 100 * pca.explained_variance_ratio_
     _tidy(axes, title, f"component 1 ({share[0]:.0f} % of variance)", f"component 2 ({share[1]:.0f} % of variance)")
     figure.legend(frameon=False, fontsize=8, labelcolor=INK, loc="outside lower left", ncols=2)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def roc_curves(labels: npt.ArrayLike, scores: Mapping[str, npt.ArrayLike], path: Path | str, title: str = "") -> Path:
@@ -225,7 +225,7 @@ def roc_curves(labels: npt.ArrayLike, scores: Mapping[str, npt.ArrayLike], path:
         axes.plot(false_positives, true_positives, color=color, lw=1.6, label=name)
     _tidy(axes, title, "false positive rate", "true positive rate")
     axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _planes(patch: Tensor) -> list[npt.NDArray[np.float32]]:
@@ -235,7 +235,7 @@ def _planes(patch: Tensor) -> list[npt.NDArray[np.float32]]:
     return [volume[z], volume[::-1, y], volume[::-1, :, x]]
 
 
-def _mark_center(axes: Axes, shape: tuple[int, ...], *, head_up: bool) -> None:
+def mark_center(axes: Axes, shape: tuple[int, ...], *, head_up: bool) -> None:
     """Four short lines that point at the centre voxel and leave it free."""
     row, column = shape[0] // 2, shape[1] // 2
     if head_up:
@@ -260,7 +260,7 @@ def _tidy(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     axes.spines[["left", "bottom"]].set_color("#cbd2d9")
 
 
-def _save(figure: Figure, path: Path | str, dpi: int = 150) -> Path:
+def save_figure(figure: Figure, path: Path | str, dpi: int = 150) -> Path:
     """Write a PNG; the folder is made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int16
 from matplotlib.figure import Figure
 
-from fmcib_ssl.evaluation.figures import INK, LUNG_WINDOW_HU, MUTED, _mark_center, _save
+from fmcib_ssl.evaluation.figures import INK, LUNG_WINDOW_HU, MUTED, mark_center, save_figure
 
 SOFT_TISSUE_WINDOW_HU = (-160.0, 240.0)
 _PANELS = (
@@ -63,7 +63,7 @@ def lesion_sheet(lesions: Sequence[SheetLesion], path: Path | str, spacing_mm: f
             axes = figure.add_subplot(grid[number // 2, column + 5 * (number % 2)])
             axes.imshow(plane, cmap="gray", vmin=low, vmax=high, interpolation="nearest")
             axes.set_axis_off()
-            _mark_center(axes, plane.shape, head_up=column > 1)
+            mark_center(axes, plane.shape, head_up=column > 1)
             if number < 2:
                 axes.set_title(name, fontsize=7.5, color=MUTED, pad=3)
             if column == 0:
@@ -74,4 +74,4 @@ def lesion_sheet(lesions: Sequence[SheetLesion], path: Path | str, spacing_mm: f
         f"Planes through the annotated point (cross), {edge_mm:g} mm wide; windows {windows} HU. Right is on the left."
     )
     figure.text(0.015, 0.12 / height, note, fontsize=7.5, color=MUTED)
-    return _save(figure, path, dpi=130)
+    return save_figure(figure, path, dpi=130)

@@ -31,13 +31,13 @@ from fmcib_ssl.types import Preprocessing
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that were saved, to look into their axes."""
     saved: list[Figure] = []
-    save = figures._save
+    save = figures.save_figure
 
     def keep(figure: Figure, *args: object, **kwargs: object) -> Path:
         saved.append(figure)
         return save(figure, *args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(figures, "_save", keep)
+    monkeypatch.setattr(figures, "save_figure", keep)
     return saved
 
 

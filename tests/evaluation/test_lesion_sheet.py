@@ -15,7 +15,7 @@ from fmcib_ssl.evaluation.lesion_sheet import SheetLesion, lesion_sheet
 def test_planes_meet_in_the_point_with_the_head_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hu = np.random.default_rng(0).integers(-1000, 400, (31, 20, 25)).astype(np.int16)
     figures = []
-    monkeypatch.setattr(module, "_save", lambda figure, path, dpi: figures.append(figure) or Path(path))
+    monkeypatch.setattr(module, "save_figure", lambda figure, path, dpi: figures.append(figure) or Path(path))
     lesion_sheet([SheetLesion("one", hu), SheetLesion("two", hu[::-1])], tmp_path / "sheet.png", 1.0)
     drawn = [axes.images[0].get_array() for axes in figures[0].axes]
     assert len(drawn) == 8
