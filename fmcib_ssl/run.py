@@ -7,31 +7,24 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
 import yaml
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor, nn
+from torch import Tensor
 
 import fmcib_ssl
+from fmcib_ssl.components import blame, build, build_module, learning_rate
 from fmcib_ssl.data.datamodule import LesionDataModule
 from fmcib_ssl.data.store import StoreError
 from fmcib_ssl.data.tables import AnnotationsError, ScanError
 from fmcib_ssl.evaluation.figures import ContactRow, contact_sheet, training_curves
 from fmcib_ssl.lesion_source import LesionSource, open_lesions
-from fmcib_ssl.methods import MinedContrast
-from fmcib_ssl.models.encoders import feature_dim
-from fmcib_ssl.models.export import encoder_metadata, export_encoder
+from fmcib_ssl.methods.pretraining import Pretraining
+from fmcib_ssl.models.export import export_encoder
 from fmcib_ssl.settings import Component, ConfigError, Settings
-from fmcib_ssl.training.optimizers import scaled_learning_rate
 from fmcib_ssl.training.provenance import environment, write_json
 from fmcib_ssl.types import Preprocessing, SampleKey
 
@@ -72,7 +65,7 @@ def train(settings: Settings) -> float:
     source = open_lesions(settings, main_process=main_process)
     data = LesionDataModule(
         source.patches,
-        _build("augment", settings.augment),
+        build("augment", settings.augment),
         batch_size=settings.data.batch_size,
         max_batch_size=settings.data.max_batch_size,
         num_workers=settings.hardware.num_workers,
@@ -82,11 +75,11 @@ def train(settings: Settings) -> float:
     num_lesions = len(source.patches)
     batch_size = _batch_size(settings, data, num_lesions)
     _, num_steps = _num_steps(settings, num_lesions // (batch_size * settings.world_size))
-    module, learning_rate = _module(settings, source.preprocessing, batch_size, num_steps)
+    module = build_module(settings, source.preprocessing, batch_size, num_steps)
     trainer = _trainer(settings)
 
     if main_process:
-        logger.info("%s", _summary(settings, source, batch_size, learning_rate, module))
+        logger.info("%s", _summary(settings, source, batch_size, module))
         if settings.contact_sheet_rows:
             sheet = draw_contact_sheet(
                 data, source.preprocessing, run / "contact_sheet.png", settings.contact_sheet_rows
@@ -147,7 +140,7 @@ def _batch_size(settings: Settings, data: LesionDataModule, num_lesions: int) ->
             "loss.negatives=lesions contrasts the lesions of a batch with each other, and there is one lesion a step: "
             "add lesions, or choose loss.negatives=mined"
         )
-    if settings.method.forwards == "separate" and settings.head.get("batch_norm") and batch_size == 1:
+    if settings.method.get("forwards") == "separate" and settings.head.get("batch_norm") and batch_size == 1:
         raise ConfigError(
             "method.forwards=separate sends one view at a time, and batch norm in the head needs more than one: "
             "set method.forwards=joint or head.batch_norm=false"
@@ -167,68 +160,14 @@ def _num_steps(settings: Settings, batches_per_epoch: int) -> tuple[int, int]:
     return steps_per_epoch, min(limits)
 
 
-def _module(
-    settings: Settings, preprocessing: Preprocessing, batch_size: int, num_steps: int
-) -> tuple[MinedContrast, float]:
-    encoder: nn.Module = _build("encoder", settings.encoder)
-    try:
-        num_features = feature_dim(encoder, preprocessing.patch_size_zyx)
-    except ValueError as error:
-        raise ConfigError(f"encoder and data.patch_size do not fit: {error}") from error
-    head: nn.Module = _build("head", settings.head, in_dim=num_features)
-
-    arguments = dict(settings.optimizer)
-    global_batch = batch_size * settings.world_size * settings.trainer.accumulate_grad_batches
-    with _blame("optimizer"):
-        base_lr, reference_batch = arguments.pop("base_lr"), arguments.pop("reference_batch")
-        learning_rate = scaled_learning_rate(base_lr, global_batch, reference_batch)
-    optimizer = _build("optimizer", arguments, lr=learning_rate)
-    schedule = None if settings.schedule is None else _build("schedule", settings.schedule)
-    # Lightning builds both once training has begun; what they refuse is to be known now.
-    with _blame("optimizer"):
-        trial = optimizer(nn.ModuleList([encoder, head]).named_parameters())
-    if schedule is not None:
-        with _blame("schedule"):
-            schedule(trial, total_steps=num_steps)
-    module = MinedContrast(
-        encoder,
-        head,
-        _build("loss", settings.loss),
-        optimizer,
-        schedule,
-        forwards=settings.method.forwards,
-        metadata=encoder_metadata(encoder, settings.encoder, preprocessing, extra={"run": settings.name}),
-    )
-    return module, learning_rate
-
-
-def _build(section: str, component: Component, **arguments: Any) -> Any:
-    """Build what a section's `_target_` names, and say which section it was if that fails."""
-    try:
-        return instantiate(component, **arguments, _convert_="object")
-    except InstantiationException as error:
-        raise ConfigError(f"section {section} of the configuration: {error.__cause__ or error}") from error
-
-
-@contextmanager
-def _blame(section: str) -> Iterator[None]:
-    """Say which section of the configuration was wrong when something made of it fails."""
-    try:
-        yield
-    except KeyError as error:
-        raise ConfigError(f"section {section} of the configuration lacks {error}") from error
-    except (TypeError, ValueError, MisconfigurationException) as error:
-        raise ConfigError(f"section {section} of the configuration: {error}") from error
-
-
 def _trainer(settings: Settings) -> L.Trainer:
     hardware = settings.hardware
     strategy = hardware.strategy
     if strategy == "auto" and settings.world_size > 1:
         strategy = "ddp"
-    loggers = [_build("logger", component) for component in (settings.logger or {}).values()]
-    callbacks = [_build("callbacks", component) for component in (settings.callbacks or {}).values()]
-    with _blame("hardware or trainer"):
+    loggers = [build("logger", component) for component in (settings.logger or {}).values()]
+    callbacks = [build("callbacks", component) for component in (settings.callbacks or {}).values()]
+    with blame("hardware or trainer"):
         return L.Trainer(
             accelerator=hardware.accelerator,
             devices=hardware.devices,
@@ -264,7 +203,7 @@ def _write_provenance(settings: Settings) -> None:
     write_json(environment(), run / "environment.json")
 
 
-def _write_results(module: MinedContrast, settings: Settings, preprocessing: Preprocessing, run: Path) -> None:
+def _write_results(module: Pretraining, settings: Settings, preprocessing: Preprocessing, run: Path) -> None:
     trainer = module.trainer
     extra = {"run": settings.name, "step": trainer.global_step, "epoch": trainer.current_epoch, "seed": settings.seed}
     weights = run / "encoder.safetensors"
@@ -275,17 +214,19 @@ def _write_results(module: MinedContrast, settings: Settings, preprocessing: Pre
     logger.info("%s", "\n".join(lines))
 
 
-def _summary(
-    settings: Settings, source: LesionSource, batch_size: int, learning_rate: float, module: MinedContrast
-) -> str:
+def _summary(settings: Settings, source: LesionSource, batch_size: int, module: Pretraining) -> str:
     """What is about to happen, in numbers a user can check against what was meant."""
     hardware, trainer, data = settings.hardware, settings.trainer, settings.data
     global_batch = batch_size * settings.world_size
     steps_per_epoch, num_steps = _num_steps(settings, len(source.patches) // global_batch)
     parameters = sum(p.numel() for p in module.encoder.parameters()) / 1e6
     accumulated = f", {trainer.accumulate_grad_batches} accumulated" if trainer.accumulate_grad_batches > 1 else ""
-    loss_arguments = ", ".join(f"{key} {value}" for key, value in settings.loss.items() if key != "_target_")
+    loss = ""
+    if (of_module := getattr(module, "loss", None)) is not None:
+        loss_arguments = ", ".join(f"{key} {value}" for key, value in settings.loss.items() if key != "_target_")
+        loss = f", {type(of_module).__name__}: {loss_arguments}"
     schedule = _last_name(settings.schedule) if settings.schedule else "constant"
+    rate = learning_rate(settings, batch_size)
     base_lr, reference_batch = settings.optimizer["base_lr"], settings.optimizer["reference_batch"]
     times = f" x {trainer.accumulate_grad_batches}" if accumulated else ""
     rows = {
@@ -297,8 +238,8 @@ def _summary(
         "steps": f"{num_steps} in all, {steps_per_epoch} an epoch",
         "encoder": f"{_last_name(settings.encoder)}, {parameters:.2f} M weights, "
         f"{module.metadata['feature_dim']} features",
-        "loss": f"{type(module.loss).__name__}: {loss_arguments}",
-        "rate": f"{learning_rate:.3g} at its highest = {base_lr:g} x {global_batch}{times} / {reference_batch}, "
+        "method": f"{type(module).__name__}{loss}",
+        "rate": f"{rate:.3g} at its highest = {base_lr:g} x {global_batch}{times} / {reference_batch}, "
         f"{_last_name(settings.optimizer)}, {schedule}",
     }
     return "\n".join(f"{name:<9}  {text}" for name, text in rows.items())

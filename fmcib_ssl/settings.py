@@ -105,12 +105,6 @@ class Paths(_Section):
     run: Path
 
 
-class Method(_Section):
-    """What `MinedContrast` does with the views."""
-
-    forwards: Literal["joint", "separate"]
-
-
 class Settings(_Section):
     """The whole configuration of a run, typed."""
 
@@ -121,7 +115,7 @@ class Settings(_Section):
     hardware: Hardware
     trainer: Trainer
     paths: Paths
-    method: Method
+    method: Component
     augment: Component
     encoder: Component
     head: Component

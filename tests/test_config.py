@@ -97,7 +97,6 @@ REFUSED = [
     (["data.on_bad_row=ignore"], ["data.on_bad_row=ignore", "'refuse' or 'skip'"]),
     (["hardware.devices=two"], ["hardware.devices=two", "valid integer"]),
     (["hardware.accelerator=tpu"], ["hardware.accelerator=tpu", "'gpu'"]),
-    (["method.forwards=both"], ["method.forwards=both", "'joint' or 'separate'"]),
     (["seed=-1"], ["seed=-1"]),
     (["seed=-1", "data.spacing_mm=0"], ["seed=-1", "data.spacing_mm=0"]),
     (["name=${nosuch}"], ["nosuch"]),
@@ -241,6 +240,7 @@ FILLED_IN = {
     "augment": {"preprocessing"},
     "head": {"in_dim"},
     "loss": {"gather_distributed"},
+    "method": {"encoder", "head", "loss", "optimizer", "schedule", "metadata"},
     "optimizer": {"named_parameters", "lr"},
     "schedule": {"optimizer", "total_steps"},
 }

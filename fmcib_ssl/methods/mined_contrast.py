@@ -7,23 +7,20 @@ Lightning's own `all_gather`; and the schedule counts the steps it is stepped in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
-import lightning as L
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fmcib_ssl.methods.monitors import contrast_monitors
+from fmcib_ssl.methods.pretraining import NamedParameters, Pretraining, detached
 from fmcib_ssl.types import ViewPairs
 
-NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
-
-class MinedContrast(L.LightningModule):
+class MinedContrast(Pretraining):
     """Encoder and head, trained so that a lesion's two views agree against its negatives.
 
     Args:
@@ -55,18 +52,14 @@ class MinedContrast(L.LightningModule):
         forwards: Literal["joint", "separate"] = "joint",
         metadata: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(encoder, optimizer, schedule, metadata=metadata)
         if forwards not in ("joint", "separate"):
             raise ValueError(f"forwards must be 'joint' or 'separate', got {forwards!r}")
         if getattr(loss, "gather_distributed", False):
             raise ValueError("MinedContrast gathers by itself: build the loss with gather_distributed=False")
-        self.encoder = encoder
         self.head = head
         self.loss = loss
         self.forwards = forwards
-        self.metadata = metadata or {}
-        self._make_optimizer = optimizer
-        self._make_schedule = schedule
 
     def forward(self, views: Tensor) -> Tensor:
         """Embed views: `(batch, 1, z, y, x)` to `(batch, dim)`."""
@@ -128,7 +121,7 @@ class MinedContrast(L.LightningModule):
                 "must be equal: drop the incomplete last batch, as LesionDataModule does, or give every rank as many."
             )
 
-    def training_step(self, batch: ViewPairs, batch_idx: int) -> Tensor:
+    def training_step(self, batch: ViewPairs, batch_idx: int) -> dict[str, Any]:
         """One step on one device's batch of views."""
         out = self.embed(batch)
         loss = self.contrast(out)
@@ -140,23 +133,4 @@ class MinedContrast(L.LightningModule):
         if getattr(self.loss, "trainable_temperature", False):
             figures["train/temperature"] = cast(Tensor, self.loss.temperature).detach()
         self.log_dict(figures, batch_size=num_lesions)
-        return loss
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the norm of the whole gradient, before it is clipped, and the rate this step is taken with."""
-        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
-        self.log("lr", optimizer.param_groups[0]["lr"])
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer over encoder, head and loss, and a schedule stepped once per optimizer step."""
-        optimizer = self._make_optimizer(self.named_parameters())
-        if self._make_schedule is None:
-            return optimizer
-        total_steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = self._make_schedule(optimizer, total_steps=total_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "frequency": 1}}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let every checkpoint say how its encoder is rebuilt."""
-        checkpoint["fmcib_ssl"] = {**self.metadata, "step": self.global_step, "epoch": self.current_epoch}
+        return {"loss": loss, "embeddings": detached(*out["positive"]), "negatives": detached(*out["negative"])}

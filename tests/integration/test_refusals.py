@@ -39,6 +39,7 @@ CONTRADICTIONS = [
         ["loss.negatives=lesions", "data.batch_size=auto", "data.select={PatientID: phantom_0001}"],
         ["loss.negatives=lesions", "one lesion a step", "loss.negatives=mined"],
     ),
+    (["method.forwards=both"], ["section method", "'joint' or 'separate'"]),
     (["method.forwards=separate", "data.batch_size=1"], ["method.forwards=separate", "head.batch_norm=false"]),
     (["data.select={split: trian}"], ["data.select", "trian"]),
     (["data.select={splt: train}"], ["data.select", "'splt'", "label, split"]),

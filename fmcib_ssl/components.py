@@ -1,0 +1,92 @@
+"""Objects from the sections of the configuration, and errors that name the section that was wrong."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import get_class, instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from fmcib_ssl.methods.pretraining import Pretraining
+from fmcib_ssl.models.encoders import feature_dim
+from fmcib_ssl.models.export import encoder_metadata
+from fmcib_ssl.settings import Component, ConfigError, Settings
+from fmcib_ssl.training.optimizers import scaled_learning_rate
+from fmcib_ssl.types import Preprocessing
+
+
+def build(section: str, component: Component, **arguments: Any) -> Any:
+    """Build what a section's `_target_` names, and say which section it was if that fails."""
+    try:
+        return instantiate(component, **arguments, _convert_="object")
+    except InstantiationException as error:
+        raise ConfigError(f"section {section} of the configuration: {error.__cause__ or error}") from error
+
+
+@contextmanager
+def blame(section: str) -> Iterator[None]:
+    """Say which section of the configuration was wrong when something made of it fails."""
+    try:
+        yield
+    except KeyError as error:
+        raise ConfigError(f"section {section} of the configuration lacks {error}") from error
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise ConfigError(f"section {section} of the configuration: {error}") from error
+
+
+def learning_rate(settings: Settings, batch_size: int) -> float:
+    """The highest rate of the run: the configured one, scaled by the global batch."""
+    global_batch = batch_size * settings.world_size * settings.trainer.accumulate_grad_batches
+    with blame("optimizer"):
+        return scaled_learning_rate(settings.optimizer["base_lr"], global_batch, settings.optimizer["reference_batch"])
+
+
+def build_module(settings: Settings, preprocessing: Preprocessing, batch_size: int, num_steps: int) -> Pretraining:
+    """Encoder, optimizer, schedule and the method that trains them; head and loss where the method takes them.
+
+    Args:
+        settings: of the run.
+        preprocessing: of its patches.
+        batch_size: lesions a step on each device.
+        num_steps: optimizer steps of the whole run.
+
+    Raises:
+        ConfigError: naming the section that cannot be used.
+    """
+    encoder: nn.Module = build("encoder", settings.encoder)
+    try:
+        num_features = feature_dim(encoder, preprocessing.patch_size_zyx)
+    except ValueError as error:
+        raise ConfigError(f"encoder and data.patch_size do not fit: {error}") from error
+    arguments = {key: value for key, value in settings.optimizer.items() if key not in ("base_lr", "reference_batch")}
+    optimizer = build("optimizer", arguments, lr=learning_rate(settings, batch_size))
+    schedule = None if settings.schedule is None else build("schedule", settings.schedule)
+    # A method names what it wants: mined contrast a head and a loss, others bring their own.
+    with blame("method"):
+        wanted = inspect.signature(get_class(settings.method["_target_"])).parameters
+    parts: dict[str, Any] = {}
+    if "head" in wanted:
+        parts["head"] = build("head", settings.head, in_dim=num_features)
+    if "loss" in wanted:
+        parts["loss"] = build("loss", settings.loss)
+    module: Pretraining = build(
+        "method",
+        settings.method,
+        encoder=encoder,
+        optimizer=optimizer,
+        schedule=schedule,
+        metadata=encoder_metadata(encoder, settings.encoder, preprocessing, extra={"run": settings.name}),
+        **parts,
+    )
+    # Lightning builds both once training has begun; what they refuse is to be known now.
+    with blame("optimizer"):
+        trial = optimizer(module.named_parameters())
+    if schedule is not None:
+        with blame("schedule"):
+            schedule(trial, total_steps=num_steps)
+    return module
