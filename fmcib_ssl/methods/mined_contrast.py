@@ -2,7 +2,8 @@
 
 Differs from the published module in three ways: all views go through the encoder in one batch (`forwards="separate"`
 restores four passes, which batch norm can tell apart); on several devices only what the loss needs is gathered, by
-Lightning's own `all_gather`; and the schedule counts the steps it is stepped in.
+Lightning's own `all_gather` or round a ring; and the schedule counts the steps it is stepped in. Large batches are
+explained in `docs/large_batches.md`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from fmcib_ssl.methods.gradient_cache import embed_in_chunks
 from fmcib_ssl.methods.monitors import contrast_monitors
 from fmcib_ssl.methods.pretraining import NamedParameters, Pretraining, detached
 from fmcib_ssl.types import ViewPairs
@@ -35,6 +37,11 @@ class MinedContrast(Pretraining):
         forwards: `"joint"` sends all four sets of views through the encoder in one batch; `"separate"` sends them one
             by one, as published. They differ where batch norm is in training mode: its statistics are then those of
             one set.
+        gather: how negatives of other devices are met. `"all"` gathers them at once; `"ring"` takes one device's after
+            the other, in a loss that can (the losses of this package), and never holds those of more than two.
+        chunk_size: the most lesions whose activations are held at a time. A larger batch is embedded in chunks, each
+            twice (gradient caching); its views stay where the loader put them, and each chunk comes to the device when
+            it is its turn. `None` embeds the batch at once.
         metadata: stored in every checkpoint under `"fmcib_ssl"`, so that the encoder can be rebuilt from it.
 
     On `W` devices with `B` lesions each, the loss is the mean over all `W * B` lesions and the parameter gradients
@@ -50,16 +57,33 @@ class MinedContrast(Pretraining):
         schedule: Callable[..., LRScheduler] | None = None,
         *,
         forwards: Literal["joint", "separate"] = "joint",
+        gather: Literal["all", "ring"] = "all",
+        chunk_size: int | None = None,
         metadata: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(encoder, optimizer, schedule, metadata=metadata)
         if forwards not in ("joint", "separate"):
             raise ValueError(f"forwards must be 'joint' or 'separate', got {forwards!r}")
-        if getattr(loss, "gather_distributed", False):
+        if gather not in ("all", "ring"):
+            raise ValueError(f"gather must be 'all' or 'ring', got {gather!r}")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(
+                f"chunk_size must be at least 1 lesion, or null to embed a batch at once; got {chunk_size}"
+            )
+        if gather == "ring":
+            if not hasattr(loss, "gather_distributed"):
+                raise ValueError(
+                    f"gather='ring' needs a loss that goes round the ring when its gather_distributed is 'ring', and "
+                    f"{type(loss).__name__} has no such attribute: set gather='all'"
+                )
+            cast(Any, loss).gather_distributed = "ring"
+        elif getattr(loss, "gather_distributed", False):
             raise ValueError("MinedContrast gathers by itself: build the loss with gather_distributed=False")
         self.head = head
         self.loss = loss
         self.forwards = forwards
+        self.gather = gather
+        self.chunk_size = chunk_size
 
     def forward(self, views: Tensor) -> Tensor:
         """Embed views: `(batch, 1, z, y, x)` to `(batch, dim)`."""
@@ -70,13 +94,21 @@ class MinedContrast(Pretraining):
 
         With `K` negatives a lesion, `(batch, K, 1, z, y, x)`, their embeddings are `(batch * K, dim)`.
         """
-        views = [*batch["positive"], *(view.flatten(0, view.ndim - 5) for view in batch["negative"])]
-        if self.forwards == "joint":
-            embeddings = self(torch.cat(views)).split([len(view) for view in views])
+        views = [*batch["positive"], *batch["negative"]]
+        if self.chunk_size is None:
+            embeddings = self._embed_views(*views)
         else:
-            embeddings = tuple(self(view) for view in views)
+            embeddings = embed_in_chunks(self._embed_views, views, self.chunk_size, networks=self, device=self.device)
         pos0, pos1, neg0, neg1 = embeddings
         return {"positive": (pos0, pos1), "negative": (neg0, neg1)}
+
+    def _embed_views(self, *views: Tensor) -> tuple[Tensor, ...]:
+        """Embeddings of each of the sets of views, `(..., 1, z, y, x)`, one row a view."""
+        views = tuple(view.flatten(0, view.ndim - 5) for view in views)
+        if self.forwards == "joint":
+            embeddings: Tensor = self(torch.cat(views))
+            return torch.split(embeddings, [len(view) for view in views])
+        return tuple(self(view) for view in views)
 
     def contrast(self, out: ViewPairs) -> Tensor:
         """The loss of this device's lesions against the negatives of all devices.
@@ -90,14 +122,15 @@ class MinedContrast(Pretraining):
         world_size = self.trainer.world_size
         if world_size == 1:
             return cast(Tensor, self.loss(out))
-        self._check_equal_batches(out)
-        negatives = getattr(self.loss, "negatives", "mined")
         options: dict[str, Any] = {}
-        if negatives != "lesions":
-            out = {"positive": out["positive"], "negative": self._gather_views(out["negative"])}
-        if negatives != "mined":
-            options["lesions"] = self._gather_views(out["positive"])
-            options["first_lesion"] = self.global_rank * len(out["positive"][0])
+        if self.gather == "all":  # else the loss compares the sizes and meets the others by itself
+            self._check_equal_batches(out)
+            negatives = getattr(self.loss, "negatives", "mined")
+            if negatives != "lesions":
+                out = {"positive": out["positive"], "negative": self._gather_views(out["negative"])}
+            if negatives != "mined":
+                options["lesions"] = self._gather_views(out["positive"])
+                options["first_lesion"] = self.global_rank * len(out["positive"][0])
         loss = cast(Tensor, self.loss(out, **options))
         # DDP averages the gradients over devices: right for a mean, but a sum over devices has to be made up for.
         return loss * world_size if getattr(self.loss, "reduction", "mean") == "sum" else loss
@@ -121,6 +154,17 @@ class MinedContrast(Pretraining):
                 "must be equal: drop the incomplete last batch, as LesionDataModule does, or give every rank as many."
             )
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Bring a batch to the device; where it is embedded in chunks, all but its views.
+
+        Patches whose views are still to be made there are no pair of views, and go.
+        """
+        views = {key: batch[key] for key in ("positive", "negative") if not isinstance(batch[key], Tensor)}
+        if self.chunk_size is None or not views:
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        others = {key: value for key, value in batch.items() if key not in views}
+        return {**views, **super().transfer_batch_to_device(others, device, dataloader_idx)}
+
     def training_step(self, batch: ViewPairs, batch_idx: int) -> dict[str, Any]:
         """One step on one device's batch of views."""
         out = self.embed(batch)
@@ -130,7 +174,7 @@ class MinedContrast(Pretraining):
         figures = {f"train/{name}": value for name, value in contrast_monitors(out).items()}
         if "negative_from_other_scan" in batch:
             figures["data/negative_from_other_scan"] = batch["negative_from_other_scan"].float().mean()
-        if getattr(self.loss, "trainable_temperature", False):
-            figures["train/temperature"] = cast(Tensor, self.loss.temperature).detach()
+        if isinstance(temperature := getattr(self.loss, "temperature", None), Tensor):  # else it is not trained
+            figures["train/temperature"] = temperature.detach()
         self.log_dict(figures, batch_size=num_lesions)
         return {"loss": loss, "embeddings": detached(*out["positive"]), "negatives": detached(*out["negative"])}

@@ -1,64 +1,22 @@
-"""The module: what it sends where, and that devices add up to one larger batch."""
+"""The module on one device: what it sends where, what it logs, and what it refuses."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from tiny_contrast import FixedViews, a_batch, make_module, make_trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from fmcib_ssl.losses import InfoNCELoss, NTXentNegativeMinedLoss
 from fmcib_ssl.methods import MinedContrast
 from fmcib_ssl.types import ViewPairs
-
-SIDE = 6
-
-
-def sgd(named_parameters: Any, lr: float = 1.0) -> torch.optim.Optimizer:
-    return torch.optim.SGD([parameter for _, parameter in named_parameters], lr=lr)
-
-
-def make_module(loss: nn.Module, norm: bool = False, **options: Any) -> MinedContrast:
-    torch.manual_seed(0)
-    norm_layer = nn.BatchNorm3d(4) if norm else nn.GroupNorm(2, 4)
-    encoder = nn.Sequential(nn.Conv3d(1, 4, 3), norm_layer, nn.ReLU(), nn.AdaptiveAvgPool3d(2), nn.Flatten())
-    return MinedContrast(encoder, nn.Linear(32, 8), loss, sgd, **options)
-
-
-class FixedViews(Dataset[dict[str, Any]]):
-    """Lesions whose views are random but always the same."""
-
-    def __init__(self, num_lesions: int) -> None:
-        self.views = torch.randn(num_lesions, 4, 1, SIDE, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
-
-    def __len__(self) -> int:
-        return len(self.views)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        pos0, pos1, neg0, neg1 = self.views[index]
-        return {"positive": (pos0, pos1), "negative": (neg0, neg1)}
-
-
-def make_trainer(folder: Path, **options: Any) -> L.Trainer:
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return L.Trainer(default_root_dir=folder, accelerator="cpu", max_epochs=1, **{**quiet, **options})
-
-
-def a_batch(num_lesions: int = 3) -> ViewPairs:
-    batch: ViewPairs = next(iter(DataLoader(FixedViews(num_lesions), batch_size=num_lesions)))
-    return batch
 
 
 @pytest.mark.parametrize("forwards", ["joint", "separate"])
@@ -92,6 +50,24 @@ def test_a_loss_that_gathers_too_is_refused() -> None:
         make_module(NTXentNegativeMinedLoss(gather_distributed=True))
 
 
+class Mse(nn.Module):
+    def forward(self, out: ViewPairs) -> Tensor:
+        return (out["positive"][0] - out["positive"][1]).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "message"),
+    [
+        (NTXentNegativeMinedLoss(), {"gather": "none"}, "gather must be 'all' or 'ring', got 'none'"),
+        (Mse(), {"gather": "ring"}, "Mse has no such attribute: set gather='all'"),
+        (NTXentNegativeMinedLoss(), {"chunk_size": 0}, "at least 1 lesion, or null .* got 0"),
+    ],
+)
+def test_impossible_ways_to_large_batches_are_refused(loss: nn.Module, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_module(loss, **options)
+
+
 class Recorder(L.Callback):
     def __init__(self) -> None:
         self.metrics: list[dict[str, float]] = []
@@ -120,6 +96,13 @@ def test_every_step_is_logged_with_the_true_gradient_norm(tmp_path: Path) -> Non
     assert 0 <= logged["perf/data_wait_share"] <= 1
 
 
+def test_a_trained_temperature_is_logged(tmp_path: Path) -> None:
+    module = make_module(InfoNCELoss.from_temperature(0.2, trainable_temperature=True))
+    trainer = make_trainer(tmp_path)
+    trainer.fit(module, DataLoader(FixedViews(4), batch_size=4))
+    assert float(trainer.callback_metrics["train/temperature"]) == pytest.approx(0.2)
+
+
 def test_the_schedule_is_stepped_per_step(tmp_path: Path) -> None:
     rates: list[float] = []
 
@@ -134,38 +117,6 @@ def test_the_schedule_is_stepped_per_step(tmp_path: Path) -> None:
     module = make_module(NTXentNegativeMinedLoss(), schedule=schedule)
     make_trainer(tmp_path, callbacks=[Rates()]).fit(module, DataLoader(FixedViews(6), batch_size=2))
     assert rates == pytest.approx([1.0, 1 / 2, 1 / 3])
-
-
-LOSSES = [
-    pytest.param(partial(loss, **options, negatives=negatives), id=f"{name}-{negatives}")
-    for name, loss, options in [
-        ("ntxent", NTXentNegativeMinedLoss, {"temperature": 0.2}),
-        ("infonce", InfoNCELoss, {"trainable_temperature": True}),
-        ("infonce_sum", InfoNCELoss, {"reduction": "sum"}),
-    ]
-    for negatives in ("mined", "mined_and_lesions", "lesions")
-    if name != "infonce_sum" or negatives == "mined_and_lesions"
-]
-
-
-@pytest.mark.parametrize("make_loss", LOSSES)
-def test_two_processes_equal_one_with_the_doubled_batch(make_loss: Any, tmp_path: Path) -> None:
-    """One step of plain SGD at rate 1: the change of each parameter is its gradient."""
-    data = FixedViews(6)
-    one, two = make_module(make_loss()).double(), make_module(make_loss()).double()
-    before = copy.deepcopy(one.state_dict())
-    # In double precision, so that before - after is the gradient to many digits.
-    trainer_one = make_trainer(tmp_path, precision="64-true")
-    trainer_one.fit(one, DataLoader(data, batch_size=6))
-    trainer_two = make_trainer(tmp_path, devices=2, strategy="ddp_fork", precision="64-true")
-    trainer_two.fit(two, DataLoader(data, batch_size=3))
-    loss_one, loss_two = (float(t.callback_metrics["train/loss"]) for t in (trainer_one, trainer_two))
-    assert loss_two == pytest.approx(loss_one, rel=1e-6)
-    for name, value in one.state_dict().items():
-        gradient = before[name] - value
-        scale = float(gradient.abs().max())
-        torch.testing.assert_close(before[name] - two.state_dict()[name], gradient, rtol=1e-6, atol=1e-8 * scale)
-        assert scale > 0, f"{name} had no gradient: nothing was compared"
 
 
 class UnequalViews(IterableDataset[dict[str, Tensor]]):
@@ -187,23 +138,33 @@ class WritesItsError(MinedContrast):
             raise
 
 
-def test_unequal_batches_are_an_error_on_every_process(tmp_path: Path) -> None:
-    module = make_module(NTXentNegativeMinedLoss())
+@pytest.mark.parametrize(
+    ("gather", "sizes"),
+    [
+        ("all", "rank 0: 3 lesions and 3 negatives, rank 1: 2 lesions and 2 negatives"),
+        ("ring", "rank 0: 3 lesions, 3 mined, dim 8; rank 1: 2 lesions, 2 mined, dim 8"),
+    ],
+)
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_unequal_batches_are_an_error_on_every_process(
+    gather: Any, sizes: str, chunk_size: int | None, tmp_path: Path
+) -> None:
+    module = make_module(NTXentNegativeMinedLoss(), gather=gather, chunk_size=chunk_size)
     module.__class__ = WritesItsError
     module.folder = str(tmp_path)
-    with pytest.raises(Exception, match="different sizes"):
+    with pytest.raises(Exception, match=r"different sizes|the same size"):
         make_trainer(tmp_path, devices=2, strategy="ddp_fork").fit(module, DataLoader(UnequalViews(), batch_size=3))
     for rank in range(2):
-        message = (tmp_path / f"rank{rank}").read_text()
-        assert "rank 0: 3 lesions and 3 negatives, rank 1: 2 lesions and 2 negatives" in message
+        assert sizes in (tmp_path / f"rank{rank}").read_text()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="SyncBatchNorm needs two GPUs; torch has none on the CPU")
-def test_synchronised_batch_norm_equals_the_doubled_batch(tmp_path: Path) -> None:
-    data = FixedViews(6)
-    one, two = (make_module(NTXentNegativeMinedLoss(), norm=True) for _ in range(2))
-    make_trainer(tmp_path, accelerator="gpu", devices=1).fit(one, DataLoader(data, batch_size=6))
+@pytest.mark.parametrize("chunk_sizes", [(None, None), (4, 2)])  # of one device with both batches, of each of two
+def test_synchronised_batch_norm_equals_the_doubled_batch(chunk_sizes: Any, tmp_path: Path) -> None:
+    data = FixedViews(8)
+    one, two = (make_module(NTXentNegativeMinedLoss(), norm=True, chunk_size=size) for size in chunk_sizes)
+    make_trainer(tmp_path, accelerator="gpu", devices=1).fit(one, DataLoader(data, batch_size=8))
     trainer = make_trainer(tmp_path, accelerator="gpu", devices=2, strategy="ddp_spawn", sync_batchnorm=True)
-    trainer.fit(two, DataLoader(data, batch_size=3))
+    trainer.fit(two, DataLoader(data, batch_size=4))
     for name, value in one.state_dict().items():
         torch.testing.assert_close(two.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)

@@ -1,0 +1,311 @@
+"""A batch embedded in chunks: the direct step's gradients, in the memory of a chunk, all else as before."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+from tiny_contrast import LOSSES, FixedViews, a_batch, assert_same_gradients, make_module, make_trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from fmcib_ssl.losses import InfoNCELoss, NTXentNegativeMinedLoss
+from fmcib_ssl.methods import MinedContrast
+from fmcib_ssl.methods.gradient_cache import embed_in_chunks
+from fmcib_ssl.training.throughput import Throughput
+from fmcib_ssl.types import ViewPairs
+
+VIEWS = ("positive", "negative")
+
+
+def double(batch: ViewPairs) -> ViewPairs:
+    return {key: tuple(view.double() for view in batch[key]) for key in VIEWS}  # type: ignore[return-value, literal-required]
+
+
+def chunks_of(batch: ViewPairs, num_chunks: int) -> list[Tensor]:
+    """The views of each chunk in one batch: the oracle of what a chunk is."""
+    split = [view.tensor_split(num_chunks) for key in VIEWS for view in batch[key]]  # type: ignore[literal-required]
+    return [torch.cat([view.flatten(0, view.ndim - 5) for view in views]) for views in zip(*split, strict=True)]
+
+
+def step(module: MinedContrast, batch: ViewPairs) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = module.loss(module.embed(batch))
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("forwards", ["joint", "separate"])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("norm", ["group", "batch in eval mode"])
+def test_every_gradient_is_that_of_the_direct_step(loss: str, norm: str, forwards: Any) -> None:
+    def made(**options: Any) -> MinedContrast:
+        module = make_module(LOSSES[loss](), norm=norm != "group", forwards=forwards, **options).double()
+        if norm != "group":
+            module.encoder[1].running_var.fill_(0.3)
+            module.encoder.eval()
+        return module
+
+    batch = double(a_batch(10))
+    expected_loss, expected = step(made(), batch)
+    for chunk_size in (1, 3, 5, 9, 10, 64):
+        value, gradients = step(made(chunk_size=chunk_size), batch)
+        torch.testing.assert_close(value, expected_loss, rtol=1e-12, atol=0)
+        assert_same_gradients(gradients, expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("per_lesion", [0, 3])
+def test_several_negatives_a_lesion_or_none(per_lesion: int) -> None:
+    batch = double(a_batch(5))
+    batch["negative"] = tuple(torch.randn(5, per_lesion, 1, 6, 6, 6).double() for _ in range(2))  # type: ignore[typeddict-item]
+    loss = partial(NTXentNegativeMinedLoss, negatives="mined_and_lesions" if per_lesion else "lesions")
+    expected_loss, expected = step(make_module(loss()).double(), batch)
+    value, gradients = step(make_module(loss(), chunk_size=2).double(), batch)
+    torch.testing.assert_close(value, expected_loss, rtol=1e-12, atol=0)
+    assert_same_gradients(gradients, expected, rtol=1e-10)
+
+
+def test_chunks_are_even_and_a_batch_of_one_chunk_is_embedded_once() -> None:
+    sizes: list[int] = []
+
+    def embed(views: Tensor) -> tuple[Tensor, ...]:
+        sizes.append(len(views))
+        return (views * scale,)
+
+    scale = torch.ones(2, requires_grad=True)
+    options = {"networks": nn.Identity(), "device": torch.device("cpu")}
+    views = torch.randn(20, 2)
+    (embedded,) = embed_in_chunks(embed, [views], 8, **options)
+    torch.testing.assert_close(embedded, views)
+    embedded.sum().backward()
+    assert sizes == [7, 7, 6, 6, 7, 7]  # the last chunk's gradient first
+    sizes.clear()
+    embed_in_chunks(embed, [views], 20, **options)[0].sum().backward()
+    assert sizes == [20]
+
+
+class Activations:
+    """The most elements of outputs of a network's layers that are alive at once."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.alive = self.peak = 0
+        for layer in network.modules():
+            if not list(layer.children()):
+                layer.register_forward_hook(self.count)
+
+    def count(self, layer: nn.Module, inputs: Any, output: Tensor) -> None:
+        size = output.numel()
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(output.untyped_storage(), self.drop, size)
+
+    def drop(self, size: int) -> None:
+        self.alive -= size
+
+
+def activations_of(num_lesions: int, chunk_size: int | None, forwards: Any) -> int:
+    module = make_module(NTXentNegativeMinedLoss(), chunk_size=chunk_size, forwards=forwards)
+    activations = Activations(module.encoder)
+    step(module, a_batch(num_lesions))
+    assert activations.alive == 0
+    return activations.peak
+
+
+@pytest.mark.parametrize("forwards", ["joint", "separate"])
+def test_activations_are_those_of_one_chunk(forwards: Any) -> None:
+    of_four, of_sixteen = (activations_of(num_lesions, None, forwards) for num_lesions in (4, 16))
+    assert of_sixteen == 4 * of_four  # what is counted grows with the batch
+    num_features = 32
+    embedded = 4 * 16 * num_features  # the encoder's last output of the chunk before may still be alive
+    assert of_four <= activations_of(16, 4, forwards) <= of_four + embedded
+    assert of_four <= activations_of(64, 4, forwards) <= of_four + embedded
+
+
+@pytest.mark.parametrize("forwards", ["joint", "separate"])
+def test_batch_norm_sees_each_chunk_once(forwards: Any) -> None:
+    """Statistics of a chunk, in both passes; running ones updated by each chunk, in order, as if it were a batch."""
+    batch = double(a_batch(10))
+    options = {"norm": True, "forwards": forwards}
+    cached = make_module(NTXentNegativeMinedLoss(), chunk_size=4, **options).double()
+    oracle = make_module(NTXentNegativeMinedLoss(), **options).double()
+    value, gradients = step(cached, batch)
+
+    parts = []
+    for start, stop in ((0, 4), (4, 7), (7, 10)):
+        part = {key: tuple(view[start:stop] for view in batch[key]) for key in VIEWS}  # type: ignore[literal-required]
+        parts.append(oracle.embed(part))  # type: ignore[arg-type]
+    out = {key: tuple(torch.cat([part[key][view] for part in parts]) for view in (0, 1)) for key in VIEWS}  # type: ignore[literal-required]
+    loss = oracle.loss(out)
+    loss.backward()
+    torch.testing.assert_close(value, loss.detach(), rtol=1e-12, atol=0)
+    gradients.pop("encoder.0.bias"), oracle.encoder[0].bias.requires_grad_(False)  # zero before batch norm
+    expected = {name: p.grad for name, p in oracle.named_parameters() if p.requires_grad}
+    assert_same_gradients(gradients, expected, rtol=1e-9)
+    assert cached.encoder[1].num_batches_tracked == (3 if forwards == "joint" else 12)
+    for name, buffer in oracle.named_buffers():
+        torch.testing.assert_close(dict(cached.named_buffers())[name], buffer, msg=name)
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_second_forward_draws_the_random_numbers_of_the_first(device: str) -> None:
+    """The oracle embeds the same chunks once, with a graph; views stay on the host."""
+    batch = double(a_batch(7))
+
+    def made(chunk_size: int | None) -> MinedContrast:
+        module = make_module(NTXentNegativeMinedLoss(), chunk_size=chunk_size)
+        module.head = nn.Sequential(nn.Dropout(0.5), module.head)
+        return module.double().to(device)
+
+    cached, oracle = made(3), made(None)
+    torch.manual_seed(5)
+    value, gradients = step(cached, batch)
+    drawn_after = torch.rand(3, device=device)
+    torch.manual_seed(5)
+    rows = [oracle(chunk.to(device)).chunk(4) for chunk in chunks_of(batch, 3)]  # 3, 2 and 2 lesions
+    pos0, pos1, neg0, neg1 = (torch.cat(view) for view in zip(*rows, strict=True))
+    loss = oracle.loss({"positive": (pos0, pos1), "negative": (neg0, neg1)})
+    loss.backward()
+    torch.testing.assert_close(value, loss.detach(), rtol=1e-12, atol=0)
+    assert_same_gradients(gradients, {name: p.grad for name, p in oracle.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(drawn_after, torch.rand(3, device=device), rtol=0, atol=0)
+
+
+def test_views_stay_where_they_are_and_chunks_come_to_the_device() -> None:
+    """The device is torch's meta device, which holds no values: whatever meets a tensor of the host there fails."""
+    seen: list[tuple[str, int]] = []
+    module = make_module(NTXentNegativeMinedLoss(), chunk_size=2).to("meta")
+    module.encoder.register_forward_pre_hook(lambda _, views: seen.append((views[0].device.type, len(views[0]))))
+    host: Any = {**a_batch(6), "lesion": torch.arange(6), "negative_from_other_scan": torch.zeros(6)}
+    batch = module.transfer_batch_to_device(host, torch.device("meta"), 0)
+    assert {batch["lesion"].device.type, batch["negative_from_other_scan"].device.type} == {"meta"}
+    assert {view.device.type for key in VIEWS for view in batch[key]} == {"cpu"}
+    out = module.embed(batch)
+    assert seen == [("meta", 8)] * 3  # 2 lesions with 4 views each
+    assert out["positive"][0].shape == (6, 8)
+    patches: Any = {"positive": torch.zeros(6, 1, 6, 6, 6), "negative": torch.zeros(6, 1, 6, 6, 6)}
+    patches["view_seeds"] = torch.zeros(6, 4)  # views of these are made on the device
+    assert {tensor.device.type for tensor in module.transfer_batch_to_device(patches, "meta", 0).values()} == {"meta"}
+    module.chunk_size = None
+    assert module.transfer_batch_to_device(host, torch.device("meta"), 0)["positive"][0].device.type == "meta"
+
+
+class Watch(L.Callback):
+    """What a callback can see of a run."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        self.seen.append({name: p.grad.clone() for name, p in module.named_parameters()})
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any) -> None:
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if "perf/" not in key}
+        shapes = [[tuple(z.shape) for z in outputs[key]] for key in ("embeddings", "negatives")]
+        self.seen.append((trainer.global_step, metrics, shapes))
+
+
+def schedule(optimizer: torch.optim.Optimizer, total_steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (total_steps + 1))
+
+
+def train(folder: Path, chunk_size: int | None, checkpoint: Path | None = None, **options: Any) -> tuple[Any, Watch]:
+    """Two epochs of three batches of four lesions, with whatever a run may want."""
+    loss = InfoNCELoss(trainable_temperature=True, negatives="mined_and_lesions")
+    module, watch = make_module(loss, chunk_size=chunk_size, schedule=schedule), Watch()
+    module._make_optimizer = lambda named: torch.optim.AdamW([p for _, p in named], 1e-2)
+    saves = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1, save_last=True)
+    callbacks = [watch, saves, Throughput()]
+    defaults = {"max_epochs": 2, "callbacks": callbacks, "enable_checkpointing": True, "precision": "64-true"}
+    trainer = make_trainer(folder, **{**defaults, **options})
+    trainer.fit(module, DataLoader(FixedViews(12), batch_size=4), ckpt_path=checkpoint)
+    assert trainer.callback_metrics["perf/samples_per_s"] > 0
+    return trainer, watch
+
+
+OPTIONS = [
+    {},
+    {"gradient_clip_val": 0.05},
+    {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+    {"accumulate_grad_batches": 2},
+    {"accumulate_grad_batches": 3, "gradient_clip_val": 0.05},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_run_is_the_direct_run(options: dict[str, Any], tmp_path: Path) -> None:
+    """Gradients before clipping, losses, rates, steps, checkpoints and weights of every step."""
+    (direct, seen_directly), (cached, seen) = (train(tmp_path / str(c), c, **options) for c in (None, 3))
+    per_step = options.get("accumulate_grad_batches", 1)
+    assert cached.global_step == direct.global_step == 2 * -(-3 // per_step)
+    assert len(seen.seen) == len(seen_directly.seen)
+    for found, expected in zip(seen.seen, seen_directly.seen, strict=True):
+        if isinstance(expected, dict):
+            assert_same_gradients(found, expected, rtol=1e-8)
+        else:
+            assert (found[0], found[2]) == (expected[0], expected[2])
+            assert found[1] == pytest.approx(expected[1], rel=1e-5)  # metrics are float32
+    assert {"train/loss", "train/grad_norm", "lr", "train/temperature"} <= set(seen.seen[-1][1])
+    names = {path.name for path in (tmp_path / "None").iterdir()}
+    assert names == {path.name for path in (tmp_path / "3").iterdir()} and len(names) > 1
+    for name, value in direct.model.state_dict().items():
+        torch.testing.assert_close(cached.model.state_dict()[name], value, rtol=1e-8, atol=1e-10, msg=name)
+    if "gradient_clip_val" in options:
+        norms = [entry[1].get("train/grad_norm", 0) for entry in seen.seen if isinstance(entry, tuple)]
+        assert max(norms) > 0.05  # the limit had an effect
+
+
+@pytest.mark.parametrize("changed", [3, None], ids=["as before", "directly"])
+def test_a_run_goes_on_from_its_checkpoint(changed: int | None, tmp_path: Path) -> None:
+    # Not in double precision: Lightning restores it through float32.
+    whole, _ = train(tmp_path / "whole", 3, precision="32-true")
+    checkpoint = tmp_path / "whole" / "step=3.ckpt"
+    resumed, _ = train(tmp_path / "resumed", changed, checkpoint, precision="32-true")
+    assert resumed.global_step == whole.global_step == 6
+    tolerance = {"rtol": 0, "atol": 0} if changed else {"rtol": 1e-4, "atol": 1e-5}
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], value, msg=name, **tolerance)
+    rates = [trainer.lr_scheduler_configs[0].scheduler.get_last_lr() for trainer in (whole, resumed)]
+    assert rates[0] == rates[1]
+
+
+def half_precision(name: str, initial_scale: float = 2.0**10) -> Any:
+    scaler = torch.amp.GradScaler("cpu", init_scale=initial_scale) if name == "16-mixed" else None
+    return MixedPrecision(name, "cpu", scaler)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_mixed_precision(precision: str, tmp_path: Path) -> None:
+    """Within rounding of the direct run; the loss scale is divided out of what is clipped."""
+    runs = {}
+    for chunk_size in (None, 3):
+        plugins = half_precision(precision)
+        options = {"plugins": plugins, "precision": None, "gradient_clip_val": 0.05}
+        _, watch = train(tmp_path / str(chunk_size), chunk_size, **options)
+        runs[chunk_size] = [entry for entry in watch.seen if isinstance(entry, dict)]
+    exact = [entry for entry in train(tmp_path / "exact", 3)[1].seen if isinstance(entry, dict)]
+    assert len(runs[3]) == len(runs[None]) == 6
+    for name, expected in exact[0].items():
+        tolerance = float(expected.abs().max()) / 16  # eight roundings of bf16
+        for found in (runs[None][0][name], runs[3][0][name]):
+            torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance, msg=name)
+        assert runs[3][0][name].dtype == torch.float32
+
+
+def test_a_step_whose_gradients_overflow_is_left_out_and_the_scale_lowered(tmp_path: Path) -> None:
+    plugin = half_precision("16-mixed", initial_scale=2.0**40)
+    module = make_module(NTXentNegativeMinedLoss(), chunk_size=2)
+    before = copy.deepcopy(module.state_dict())
+    make_trainer(tmp_path, plugins=plugin).fit(module, DataLoader(FixedViews(4), batch_size=4))
+    assert plugin.scaler.get_scale() == 2.0**39
+    for name, value in before.items():
+        torch.testing.assert_close(module.state_dict()[name], value, rtol=0, atol=0)
