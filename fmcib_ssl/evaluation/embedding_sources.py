@@ -1,0 +1,187 @@
+"""The lesions to embed, wherever they lie: a store, scans as they are, or files of one cropped lesion each.
+
+A source is a dictionary of plain values, so that a table of features can say where its lesions were and they can be
+opened again:
+
+- `{"kind": "store", "path": DIR}`
+- `{"kind": "scans", "annotations": FILE.csv, "image_root": DIR, "path_prefix": None, "coordinates": "lps",
+  "on_bad_row": "skip"}`; all but the first two may be left out. Rows whose `cropped` is true name files that hold one
+  lesion and little else: see `fmcib_ssl.data.annotations`.
+
+Both take `select`, `{column: value or values}`, and may hold `preprocessing`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from jaxtyping import Int16
+from torch import Tensor
+
+from fmcib_ssl.data.tables import REJECTED_COLUMNS
+from fmcib_ssl.evaluation.feature_table import FEATURES_COLUMN, ID_COLUMN, FeatureTableError
+from fmcib_ssl.types import Preprocessing
+
+#: Scans are read in the order of this column, so that each is decoded once.
+SCAN_COLUMN = "scan_id"
+
+
+@dataclass(frozen=True)
+class SourcePatches:
+    """The patch round each lesion of a source, int16 HU `(1, z, y, x)`: `patches[i]` is of `lesions.iloc[i]`.
+
+    Attributes:
+        lesions: one row a lesion; `lesion_id` and `scan_id` are the same from a store and from its scans.
+        read: gives a patch by its place.
+        rejected: rows of the table that cannot be used, known before any patch is read: `REJECTED_COLUMNS`.
+        fingerprint: SHA-256 of the table, or of a store's index of lesions and scans, and of how it is read.
+    """
+
+    lesions: pd.DataFrame
+    read: Callable[[int], Int16[Tensor, "1 z y x"]]
+    rejected: pd.DataFrame
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.lesions)
+
+    def __getitem__(self, index: int) -> Int16[Tensor, "1 z y x"]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"lesion {index} of {len(self)}")
+        return self.read(index)
+
+
+def open_patches(
+    source: Mapping[str, Any], preprocessing: Preprocessing | None = None
+) -> tuple[pd.DataFrame, SourcePatches, Preprocessing]:
+    """Open the lesions of a source.
+
+    Args:
+        source: see the module.
+        preprocessing: the patch to cut, as the weights say. By default what `source` holds under `preprocessing`, else
+            50 voxels of 1 mm, or of the store's spacing.
+
+    Returns:
+        The lesions, their patches, and how these are cut.
+
+    Raises:
+        FeatureTableError: a source that is none, a selection that leaves nothing, or a store whose voxels are not
+            those of `preprocessing`.
+        fmcib_ssl.data.store.StoreError: no store that can be read.
+        fmcib_ssl.data.tables.AnnotationsError: no table that can be read, or no row that can be used.
+    """
+    if preprocessing is None and source.get("preprocessing"):
+        preprocessing = Preprocessing.from_dict(source["preprocessing"])
+    kinds = {"store": _open_store, "scans": _open_scans}
+    if source.get("kind") not in kinds:
+        raise FeatureTableError(f"a source is of kind 'store' or 'scans', not {source.get('kind')!r}")
+    patches, preprocessing = kinds[source["kind"]](source, preprocessing)
+    return patches.lesions, patches, preprocessing
+
+
+def _open_store(source: Mapping[str, Any], preprocessing: Preprocessing | None) -> tuple[SourcePatches, Preprocessing]:
+    from fmcib_ssl.data.patches import LesionPatches  # noqa: PLC0415  # a table of features is read without Blosc2
+    from fmcib_ssl.data.store import LESIONS_INDEX, SCANS_INDEX, Store  # noqa: PLC0415
+
+    store = Store(source["path"])
+    there = store.settings
+    wanted = preprocessing or Preprocessing(spacing_mm=there.spacing_mm, padding_hu=there.padding_hu)
+    if (wanted.spacing_mm, wanted.padding_hu) != (there.spacing_mm, there.padding_hu):
+        raise FeatureTableError(
+            f"{store.path} has voxels of {there.spacing_mm:g} mm and {there.padding_hu} HU outside the scans; the "
+            f"encoder was trained on {wanted.spacing_mm:g} mm and {wanted.padding_hu} HU: prepare a store with "
+            f"spacing_mm={wanted.spacing_mm:g}, or read the scans directly (annotations=TABLE.csv)"
+        )
+    keep = _selected(source, store.lesions, store.path)
+    patches = LesionPatches(
+        store, wanted.patch_size_zyx, per_lesion=0, select=keep, padding_hu=wanted.padding_hu
+    )  # no negative is asked for
+    lesions = _ready(patches.lesions)
+    indices = [(store.path / name).read_bytes() for name in (LESIONS_INDEX, SCANS_INDEX)]
+    none = pd.DataFrame(columns=[*REJECTED_COLUMNS])
+    return SourcePatches(lesions, patches.positive, none, _fingerprint(indices, source)), wanted
+
+
+def _open_scans(source: Mapping[str, Any], preprocessing: Preprocessing | None) -> tuple[SourcePatches, Preprocessing]:
+    from fmcib_ssl.data.annotations import check_annotations, read_annotations  # noqa: PLC0415  # needs SimpleITK
+    from fmcib_ssl.data.prepare_plan import scan_id_of  # noqa: PLC0415
+    from fmcib_ssl.data.volumes import VolumePatches  # noqa: PLC0415
+
+    wanted = preprocessing or Preprocessing()
+    file, root = Path(source["annotations"]), source.get("image_root")
+    table = read_annotations(file, root, source.get("coordinates", "lps"), source.get("path_prefix"))
+    usable, rejected = check_annotations(
+        table.select(_selected(source, table.rows, file)),
+        wanted,
+        on_bad_row=source.get("on_bad_row", "skip"),
+        allow_short_scans=True,  # as from a store
+    )
+    patches = VolumePatches(usable, wanted, per_lesion=0)
+    named_from = Path(root) if root is not None else file.parent
+    scan_ids = [scan_id_of(usable.scan_of(i), named_from) for i in range(len(usable))]
+    centers = usable.centers_lps_mm
+    ours: dict[str, Any] = {
+        ID_COLUMN: [_lesion_id(scan, center) for scan, center in zip(scan_ids, centers, strict=True)],
+        SCAN_COLUMN: scan_ids,
+        **{f"center_{axis}_lps_mm": centers[:, column] for column, axis in enumerate("xyz")},
+        "row": usable.rows.index.to_numpy(),
+    }
+    lesions = pd.DataFrame(ours)
+    lesions = lesions.join(_kept_beside(usable.rows.reset_index(drop=True), set(ours)))
+    lesions = _ready(lesions)
+    return SourcePatches(lesions, patches.positive, rejected, _fingerprint([file.read_bytes()], source)), wanted
+
+
+def _lesion_id(scan_id: str, center_lps_mm: npt.NDArray[np.float64]) -> str:
+    """The name that a store gives the same lesion, so that features from both can be joined."""
+    place = f"{scan_id} {' '.join(f'{v:.3f}' for v in center_lps_mm)}"
+    return hashlib.sha256(place.encode()).hexdigest()[:12]
+
+
+def _selected(source: Mapping[str, Any], rows: pd.DataFrame, where: Path) -> npt.NDArray[np.bool_]:
+    keep = np.ones(len(rows), dtype=bool)
+    for column, value in (source.get("select") or {}).items():
+        if column not in rows:
+            raise FeatureTableError(f"select names the column {column!r}; {where} has {', '.join(map(str, rows))}")
+        # As text, so that {fold: 1} finds the 1 of a column that was read as numbers or as text alike.
+        wanted = [str(v) for v in (value if isinstance(value, list) else [value])]
+        keep &= rows[column].astype(str).isin(wanted).to_numpy(bool)
+    if not keep.any():
+        raise FeatureTableError(f"no row of {where} has select={source.get('select')}")
+    return keep
+
+
+def _ready(lesions: pd.DataFrame) -> pd.DataFrame:
+    """The lesions as a table of features takes them: ids are text, Parquet can hold every column."""
+    lesions = lesions.assign(**{ID_COLUMN: lesions[ID_COLUMN].astype(str)})
+    lesions = _kept_beside(lesions, {FEATURES_COLUMN})
+    mixed = [
+        str(name)
+        for name in lesions
+        if lesions[name].dtype == object
+        and pd.api.types.infer_dtype(lesions[name], skipna=True).startswith("mixed")
+        and lesions[name].dropna().map(type).isin((str, int, float, bool)).all()
+    ]  # of a long CSV file, whose beginning looks like numbers
+    return lesions.assign(**{name: lesions[name].map(str, na_action="ignore") for name in mixed})
+
+
+def _kept_beside(rows: pd.DataFrame, taken: set[str]) -> pd.DataFrame:
+    """Columns whose names are taken by ours keep their values as `table_...`, as in a store."""
+    return rows.rename(columns={name: f"table_{name}" for name in rows if name in taken})
+
+
+def _fingerprint(contents: list[bytes], source: Mapping[str, Any]) -> str:
+    """Of what was asked for, not of what can be read of it: a scan may come back before the work is gone on with."""
+    how = [source.get(key) for key in ("select", "coordinates", "path_prefix")]
+    digest = hashlib.sha256(json.dumps(how, default=str).encode())
+    for content in contents:
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()

@@ -1,0 +1,162 @@
+"""Features of lesions as one Parquet file, with every column of the lesions' table and where the features came from.
+
+Whoever reads such a file with pandas or polars finds the lesions' columns and a column `features`, a list of numbers.
+What made them is JSON in the schema's metadata, under `fmcib_ssl`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+FEATURES_COLUMN = "features"
+ID_COLUMN = "lesion_id"
+#: Key of the origin in the metadata of the Parquet schema.
+METADATA_KEY = b"fmcib_ssl"
+
+_NUM_IDS_SHOWN = 5
+_LARGEST_HALF = float(np.finfo(np.float16).max)
+
+
+class FeatureTableError(ValueError):
+    """A table of features that cannot be made, read, written or joined; the message says what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureTable:
+    """Features of lesions, one row a lesion.
+
+    Attributes:
+        lesions: every column of the lesions' table. `lesion_id`, unique text, is what rows are joined by.
+        features: `(lesions, dim)` float32; row i belongs to `lesions.iloc[i]`.
+        origin: where the features came from; plain values, for JSON. `name` for people; `kind`, one of "encoder",
+            "random_weights", "raw_voxels" and "columns"; `weights` and `sha256`, the file; `encoder`, the `_target_`
+            and arguments that build it; `preprocessing`; `source`, which `open_patches` takes to open the same lesions
+            again; `views`, `precision`, `versions`. What does not apply is None.
+
+    Raises:
+        FeatureTableError: rows that do not fit together, ids that are missing or there twice, or an origin that is
+            not plain values.
+    """
+
+    lesions: pd.DataFrame
+    features: npt.NDArray[np.float32]
+    origin: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.features.ndim != 2 or self.features.dtype != np.float32 or len(self.features) != len(self.lesions):
+            raise FeatureTableError(
+                f"features should be float32 ({len(self.lesions)}, dim), a row a lesion; they are "
+                f"{self.features.dtype} {self.features.shape}"
+            )
+        for column, what in ((ID_COLUMN, "has no"), (FEATURES_COLUMN, "already has a")):
+            if (column in self.lesions) != (column == ID_COLUMN):
+                raise FeatureTableError(f"the table of lesions {what} column {column!r}")
+        ids = self.lesions[ID_COLUMN]
+        if wrong := [value for value in ids if not isinstance(value, str)]:
+            raise FeatureTableError(f"{ID_COLUMN} should be text in every row; it is {_some(wrong)}")
+        if ids.duplicated().any():
+            raise FeatureTableError(f"{ID_COLUMN} is there twice: {_some(ids[ids.duplicated()].unique())}")
+        try:
+            json.dumps(self.origin, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise FeatureTableError(f"the origin may hold only plain values: {error}") from error
+
+    def __len__(self) -> int:
+        return len(self.lesions)
+
+    def aligned(self, lesion_ids: Iterable[str]) -> FeatureTable:
+        """The rows of these lesions, in this order; joined by `lesion_id`, never by position.
+
+        Raises:
+            FeatureTableError: a lesion that this table has not, or one that is asked for twice.
+        """
+        wanted = pd.Index(lesion_ids)
+        if wanted.has_duplicates:
+            raise FeatureTableError(f"lesions asked for twice: {_some(wanted[wanted.duplicated()].unique())}")
+        places = pd.Index(self.lesions[ID_COLUMN]).get_indexer(wanted)
+        if (places < 0).any():
+            absent = wanted[places < 0]
+            raise FeatureTableError(
+                f"{self.origin.get('name', 'this table')!r} has no features of {len(absent)} of {len(wanted)} lesions: "
+                f"{_some(absent)}"
+            )
+        return FeatureTable(self.lesions.iloc[places].reset_index(drop=True), self.features[places], self.origin)
+
+    def write(self, path: Path | str, *, half: bool = False) -> Path:
+        """Write one Parquet file, whole or not at all; one that was there is replaced.
+
+        Args:
+            path: of the file; its folder is made.
+            half: keep the features as float16, unless one is too large for it.
+
+        Raises:
+            FeatureTableError: a column that Parquet cannot hold, or a file that cannot be written.
+        """
+        path = Path(path)
+        half = half and (self.features.size == 0 or float(np.abs(self.features).max()) <= _LARGEST_HALF)
+        values = pa.array(np.ascontiguousarray(self.features, dtype=np.float16 if half else np.float32).ravel())
+        try:
+            table = pa.Table.from_pandas(self.lesions, preserve_index=False)
+        except pa.ArrowException as error:
+            raise FeatureTableError(f"{path}: a column of the lesions cannot be written: {error}") from error
+        column = pa.FixedSizeListArray.from_arrays(values, self.features.shape[1])
+        table = table.append_column(FEATURES_COLUMN, column)
+        origin = json.dumps(self.origin).encode()
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), METADATA_KEY: origin})
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with unfinished.open("wb") as file:
+                # Features are noise to a dictionary and to a compressor; the lesions' columns are not.
+                names = [str(name) for name in self.lesions]
+                pq.write_table(table, file, use_dictionary=names, compression=dict.fromkeys(names, "zstd"))
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        except OSError as error:
+            raise FeatureTableError(f"{path} cannot be written: {error.strerror or error}") from error
+        finally:
+            unfinished.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def read(cls, path: Path | str) -> FeatureTable:
+        """Read what `write` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            FeatureTableError: not such a file, or a damaged one.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: there is no such file; scripts/embed.py makes one")
+        try:
+            table = pq.read_table(path)
+            origin = json.loads(table.schema.metadata[METADATA_KEY])
+            column = table[FEATURES_COLUMN].combine_chunks()
+            values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+            features = values.reshape(len(table), column.type.list_size)
+            lesions = table.drop_columns([FEATURES_COLUMN]).to_pandas()
+        except (pa.ArrowException, OSError, TypeError, KeyError, ValueError, AttributeError) as error:
+            raise FeatureTableError(
+                f"{path}: not a whole table of features of fmcib_ssl ({type(error).__name__}: {error}); make it again "
+                "with scripts/embed.py"
+            ) from error
+        return cls(lesions, features, origin)
+
+
+def _some(values: Iterable[object]) -> str:
+    shown = [repr(value) for value in values]
+    more = len(shown) - _NUM_IDS_SHOWN
+    return ", ".join(shown[:_NUM_IDS_SHOWN]) + (f" and {more} more" if more > 0 else "")

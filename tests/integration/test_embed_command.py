@@ -1,0 +1,220 @@
+"""`scripts/embed.py` as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk
+import torch
+from tiny_runs import NUM_SCANS, REPO, tiny_settings
+
+import fmcib_ssl
+from fmcib_ssl.data import LesionPatches, importers
+from fmcib_ssl.data.annotations import read_annotations
+from fmcib_ssl.data.prepare import prepare
+from fmcib_ssl.evaluation.feature_table import FeatureTable
+from fmcib_ssl.models import export_encoder, small_resnet
+from fmcib_ssl.run import train
+from fmcib_ssl.types import Preprocessing
+
+SMALL = {"_target_": "fmcib_ssl.models.encoders.small_resnet"}
+
+
+SCRIPT = REPO / "scripts" / "embed.py"
+
+
+class Result(NamedTuple):
+    """How a command ended."""
+
+    status: int | str | None
+    out: str
+    err: str
+
+
+Embed = Callable[..., Result]
+
+
+@pytest.fixture
+def embed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Embed:
+    """The command in this process, in an empty folder; `environment` is what a launcher sets."""
+    main = runpy.run_path(str(SCRIPT))["main"]
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str, environment: dict[str, str] | None = None) -> Result:
+        status: int | str | None = 0
+        with monkeypatch.context() as patch:
+            for name, value in (environment or {}).items():
+                patch.setenv(name, value)
+            try:
+                main([*arguments, "device=cpu"])
+            except SystemExit as end:
+                status = end.code
+        captured = capsys.readouterr()
+        return Result(status, captured.out, captured.err)
+
+    return run
+
+
+def embed_apart(folder: Path, *arguments: str, start: tuple[str, ...] = (str(SCRIPT),)) -> str:
+    """The command in a process of its own; gives what it prints."""
+    result = subprocess.run(
+        [sys.executable, *start, *arguments, "device=cpu"],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def store(phantom_table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("phantom") / "store"
+    prepare(read_annotations(phantom_table), folder, num_workers=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("weights") / "encoder.safetensors"
+    export_encoder(small_resnet(), SMALL, Preprocessing((16, 16, 16)), file)
+    return file
+
+
+def test_a_run_its_checkpoint_and_its_export(embed: Embed, phantom_table: Path, store: Path, tmp_path: Path) -> None:
+    """Training, then embedding from both files; the names of the published command line."""
+    train(tiny_settings(phantom_table, tmp_path / "run", "encoder=small", "trainer.max_steps=1", "data.batch_size=2"))
+    for name, file in (("export", "encoder.safetensors"), ("checkpoint", "checkpoints/last.ckpt")):
+        result = embed(f"checkpoint=run/{file}", f"store={store}", f"output={name}.parquet")
+        assert result.status == 0, result.status
+        assert f"{name}.parquet" in result.out and "a second" in result.out
+    export, checkpoint = (FeatureTable.read(tmp_path / f"{name}.parquet") for name in ("export", "checkpoint"))
+    np.testing.assert_array_equal(export.features, checkpoint.features)
+    patches = LesionPatches(store, (16, 16, 16))
+    encoder = fmcib_ssl.load_encoder(tmp_path / "run" / "encoder.safetensors")
+    hu = torch.stack([patches.positive(i) for i in range(len(patches))])
+    with torch.no_grad():
+        expected = encoder(encoder.preprocessing.normalize(hu)).numpy()  # type: ignore[operator, union-attr]
+    np.testing.assert_allclose(export.features, expected, rtol=1e-4, atol=1e-6)
+    assert export.lesions["PatientID"].nunique() == NUM_SCANS
+    assert set(pd.read_csv(phantom_table)) <= set(export.lesions)
+
+
+@pytest.mark.parametrize(
+    "environments",
+    [
+        [{"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}],
+        [{"SLURM_PROCID": str(k), "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"} for k in range(2)],
+    ],
+    ids=["torchrun", "srun"],
+)
+def test_processes_of_a_launcher(
+    embed: Embed, store: Path, weights: Path, tmp_path: Path, environments: list[dict[str, str]]
+) -> None:
+    """One shard is all that so small a table has; a process without one says so, and spoils nothing."""
+    one = [f"weights={weights}", f"store={store}"]
+    assert embed(*one, "out=one.parquet").status == 0
+    last, first = (embed(*one, "out=two.parquet", environment=e) for e in reversed(environments))
+    assert last.status == first.status == 0
+    assert "are with other processes" in last.out and "features  two.parquet" in first.out
+    assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
+
+
+def test_two_processes_share_an_archive(tmp_path: Path, weights: Path) -> None:
+    """More lesions than a shard holds: files of one cropped lesion each, no point given, one of them damaged."""
+    rng = np.random.default_rng(0)
+    for number in range(300):
+        image = sitk.GetImageFromArray(rng.integers(-900, 300, (6, 9, 8)).astype(np.int16))
+        sitk.WriteImage(image, str(tmp_path / f"{number}.nrrd"))
+    (tmp_path / "7.nrrd").write_bytes((tmp_path / "7.nrrd").read_bytes()[:-100])
+    names = [f"{number}.nrrd" for number in range(300)]
+    pd.DataFrame({"image_path": names, "cropped": True}).to_csv(tmp_path / "crops.csv", index=False)
+    embed_apart(tmp_path, f"weights={weights}", "annotations=crops.csv", "out=one.parquet", "num_workers=0")
+    said = embed_apart(tmp_path, f"weights={weights}", "annotations=crops.csv", "out=two.parquet", "devices=2")
+    assert "process 1 of 2" in said and "features  two.parquet" in said
+    assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
+    assert not list(tmp_path.glob("*.parts"))
+    assert len(FeatureTable.read(tmp_path / "one.parquet")) == 299
+    assert pd.read_csv(tmp_path / "two.rejected.csv")["image_path"].tolist() == ["7.nrrd"]
+
+
+def test_baselines_by_name(embed: Embed, store: Path, weights: Path, tmp_path: Path) -> None:
+    shared = (f"store={store}", "select={PatientID: [phantom_0000, phantom_0001]}")
+    commands = {
+        "random": ("weights=random", f"like={weights}", "seed=3"),
+        "voxels": ("weights=raw_voxels", "patch_size=4,8,8"),
+    }
+    for name, arguments in commands.items():
+        result = embed(*arguments, *shared, f"out={name}.parquet")
+        assert result.status == 0, result.status
+    random, voxels = (FeatureTable.read(tmp_path / f"{name}.parquet") for name in commands)
+    assert set(random.lesions["PatientID"]) == {"phantom_0000", "phantom_0001"}
+    assert random.origin["kind"] == "random_weights" and voxels.origin["kind"] == "raw_voxels"
+    assert voxels.features.shape == (len(random), 256)
+    assert random.origin["seed"] == 3
+
+
+def test_a_store_needs_no_reader_of_scans(store: Path, weights: Path, tmp_path: Path) -> None:
+    without = (
+        f"import sys, runpy; sys.modules['SimpleITK'] = None; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    )
+    embed_apart(tmp_path, f"weights={weights}", f"store={store}", "out=f.parquet", start=("-c", without))
+
+
+REFUSED = [
+    ("out=f.parquet store=s", 2, "checkpoint is missing"),
+    ("weights=w.safetensors out=f.parquet", 2, "store=DIR or annotations=FILE.csv"),
+    ("weights=w.safetensors out=f.parquet store=s annotations=t.csv", 2, "store=DIR or annotations=FILE.csv"),
+    ("weights=random store=s out=f.parquet", 2, "like="),
+    ("weights=raw_voxels store=s out=f.parquet", 2, "patch_size=z,y,x"),
+    ("weights=w.safetensors store=s out=f.parquet views=3", 2, "views"),
+    ("weights=w.safetensors checkpoint=w.ckpt store=s out=f.parquet", 2, "given twice"),
+    ("weights=w.safetensors store=s out=f.parquet precison=bf16", 2, "do you mean 'precision'"),
+    ("weights=absent.safetensors store=s out=f.parquet", 1, "there is no such file"),
+]
+
+
+@pytest.mark.parametrize(("line", "status", "message"), REFUSED, ids=[message for _, _, message in REFUSED])
+def test_what_cannot_be_is_refused(embed: Embed, line: str, status: int, message: str, tmp_path: Path) -> None:
+    result = embed(*line.split())
+    said = result.err + str(result.status)
+    assert message in said
+    assert result.status == 2 if status == 2 else said.endswith(str(result.status)) and "error: " in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_real_nodules_as_a_user_would(embed: Embed, real_data: Path, weights: Path, tmp_path: Path) -> None:
+    """Two whole CTs read directly, and nodules that come as a file each from their files and from a store."""
+    crops = real_data / "lidc_crops"
+    importers.lidc_crops(crops / "voi_index.csv").iloc[:8].to_csv(tmp_path / "lidc.csv", index=False)
+    prepare(read_annotations(tmp_path / "lidc.csv", crops), tmp_path / "store", image_root=crops, num_workers=0)
+    sources = {
+        "store": ("store=store",),
+        "files": ("annotations=lidc.csv", f"image_root={crops}"),
+        "scans": (f"annotations={real_data / 'ct' / 'annotations.csv'}", f"image_root={real_data}"),
+    }
+    tables = {}
+    for name, arguments in sources.items():
+        result = embed(f"weights={weights}", *arguments, f"out={name}.parquet")
+        assert result.status == 0, result.status
+        tables[name] = FeatureTable.read(tmp_path / f"{name}.parquet")
+    assert [len(table) for table in tables.values()] == [8, 8, 2]
+    stored = tables["store"].aligned(tables["files"].lesions["lesion_id"])
+    # A store's patch is at most half a voxel from the point; another lesion's is nothing like it.
+    own = np.linalg.norm(stored.features - tables["files"].features, axis=1)
+    other = np.linalg.norm(stored.features - np.roll(tables["files"].features, 1, axis=0), axis=1)
+    assert (own < other).all()
+    assert stored.lesions["malignancy"].tolist() == pd.read_csv(tmp_path / "lidc.csv")["malignancy"].tolist()
