@@ -25,7 +25,7 @@ TABLE = "data.annotations=my.csv"
 OPTIONS = sorted(
     (path.parent.relative_to(CONFIGS).as_posix(), path.stem)
     for path in CONFIGS.glob("*/*.yaml")
-    if path.parent.name != "hydra"
+    if path.parent.name not in ("hydra", "task")  # tasks are read by scripts/evaluate.py
 )
 
 
@@ -240,7 +240,7 @@ FILLED_IN = {
     "augment": {"preprocessing"},
     "head": {"in_dim"},
     "loss": {"gather_distributed"},
-    "method": {"encoder", "head", "loss", "optimizer", "schedule", "metadata"},
+    "method": {"encoder", "head", "loss", "optimizer", "schedule", "metadata", "num_features"},
     "optimizer": {"named_parameters", "lr"},
     "schedule": {"optimizer", "total_steps"},
 }

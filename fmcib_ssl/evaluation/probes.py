@@ -14,33 +14,26 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from jaxtyping import Int16
-from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import StratifiedGroupKFold
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
+from fmcib_ssl.evaluation.bootstrap import Estimate, interval, patient_weights
+from fmcib_ssl.evaluation.frozen_probes import C_GRID, PROBES, Inputs, choose_setting, preparation
+from fmcib_ssl.evaluation.metrics import auc
 from fmcib_ssl.types import Preprocessing
 
+__all__ = [
+    "C_GRID",
+    "Estimate",
+    "ProbeResult",
+    "embed",
+    "linear_probe",
+    "paired_auc_difference",
+    "raw_voxel_features",
+    "roc_auc",
+]
+
 Array = npt.NDArray[Any]
-
-#: Inverse strengths of the ridge penalty among which the training folds choose.
-C_GRID = tuple(float(c) for c in np.logspace(-5, 2, 15))
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number and its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        """As it stands in a table: `0.81 (0.74 to 0.88)`."""
-        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
 @dataclass(frozen=True)
@@ -104,18 +97,13 @@ def linear_probe(
             f"{num_folds} folds need {num_folds} patients of each class in the training set, got "
             f"{num_patients[0]} with label 0 and {num_patients[1]} with label 1: give more data or fewer folds"
         )
-    fold_aucs = []
-    folds = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
-    for fit, check in folds.split(x, y, groups):
-        prepare = _preparation(x[fit], num_components, seed)
-        inside, outside = prepare.transform(x[fit]), prepare.transform(x[check])
-        models = (_classifier(c).fit(inside, y[fit]) for c in C_GRID)
-        fold_aucs.append([roc_auc_score(y[check], model.decision_function(outside)) for model in models])
-    c = C_GRID[int(np.argmax(np.mean(fold_aucs, axis=0)))]
-    prepare = _preparation(x, num_components, seed)
-    scores = np.asarray(_classifier(c).fit(prepare.transform(x), y).decision_function(prepare.transform(x_test)))
-    auc = roc_auc(y_test, scores, groups_test, num_bootstrap=num_bootstrap, seed=seed)
-    return ProbeResult(auc, scores, c)
+    inputs = Inputs("features", x, num_components)
+    c = choose_setting(PROBES["logistic"], "binary", inputs, y, groups, num_classes=2, num_folds=num_folds, seed=seed)
+    prepare = preparation(x, num_components, seed)
+    model = LogisticRegression(C=c, max_iter=5000).fit(prepare.transform(x), y)
+    scores = np.asarray(model.decision_function(prepare.transform(x_test)))
+    estimate = roc_auc(y_test, scores, groups_test, num_bootstrap=num_bootstrap, seed=seed)
+    return ProbeResult(estimate, scores, c)
 
 
 def roc_auc(
@@ -139,9 +127,8 @@ def roc_auc(
         ValueError: lengths differ, a score is not finite, or labels are not 0 and 1.
     """
     column, y, patients = _checked(np.reshape(scores, (-1, 1)), labels, groups, "scores")
-    return _estimate(
-        float(roc_auc_score(y, column[:, 0])), _bootstrap_aucs(y, column[:, 0], patients, num_bootstrap, seed)
-    )
+    value = auc(y, column[:, 0], np.ones((1, len(y))))[0]
+    return interval(value, auc(y, column[:, 0], patient_weights(patients, num_bootstrap, seed)))
 
 
 def paired_auc_difference(
@@ -159,10 +146,9 @@ def paired_auc_difference(
     Arguments and errors are those of `roc_auc`.
     """
     both, y, patients = _checked(np.column_stack([scores, baseline_scores]), labels, groups, "scores")
-    value = roc_auc_score(y, both[:, 0]) - roc_auc_score(y, both[:, 1])
-    # one seed, so that resample k holds the same patients for both
-    aucs = [_bootstrap_aucs(y, column, patients, num_bootstrap, seed) for column in both.T]
-    return _estimate(float(value), aucs[0] - aucs[1])
+    weights = np.concatenate([np.ones((1, len(y))), patient_weights(patients, num_bootstrap, seed)])
+    ahead = auc(y, both[:, 0], weights) - auc(y, both[:, 1], weights)
+    return interval(ahead[0], ahead[1:])
 
 
 def embed(
@@ -221,43 +207,6 @@ def raw_voxel_features(patches: Iterable[Int16[Tensor, "1 z y x"]], preprocessin
     Give `linear_probe` a `num_components` with it, 64 say.
     """
     return np.stack([preprocessing.normalize(patch).flatten().numpy() for patch in patches])
-
-
-def _preparation(x: Array, num_components: int | None, seed: int) -> Pipeline:
-    """Standardise, for voxels after a PCA: they share a unit, scaling them would only raise quiet ones' noise."""
-    steps: list[Any] = [StandardScaler()]
-    if num_components is not None:
-        pca = PCA(min(num_components, *x.shape), svd_solver="randomized", random_state=seed)
-        steps = [pca, *steps]
-    return make_pipeline(*steps).fit(x)
-
-
-def _classifier(c: float) -> LogisticRegression:
-    return LogisticRegression(C=c, max_iter=5000)
-
-
-def _bootstrap_aucs(y: Array, scores: Array, groups: Array, num_bootstrap: int, seed: int) -> Array:
-    """The AUC of every resample of the groups, NaN where it lacks a class.
-
-    A row drawn k times has weight k; with the rows sorted once, an AUC is a cumulative sum (ties count half).
-    """
-    names, member_of = np.unique(groups, return_inverse=True)
-    levels = np.unique(scores, return_inverse=True)[1]
-    rng = np.random.default_rng(seed)
-    aucs = np.full(num_bootstrap, np.nan)
-    for k in range(num_bootstrap):
-        weight = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))[member_of]
-        ones, zeros = np.bincount(levels, weight * y), np.bincount(levels, weight * (1 - y))
-        if ones.any() and zeros.any():
-            aucs[k] = ones @ (np.cumsum(zeros) - zeros / 2) / (ones.sum() * zeros.sum())
-    return aucs
-
-
-def _estimate(value: float, resampled: Array) -> Estimate:
-    if np.isnan(resampled).all():
-        raise ValueError("no bootstrap resample holds both classes: there are too few patients for an interval")
-    low, high = np.nanpercentile(resampled, [2.5, 97.5])
-    return Estimate(value, float(low), float(high))
 
 
 def _checked(

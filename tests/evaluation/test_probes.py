@@ -16,7 +16,6 @@ from torch import nn
 from fmcib_ssl.evaluation.probes import (
     C_GRID,
     Estimate,
-    _bootstrap_aucs,
     embed,
     linear_probe,
     paired_auc_difference,
@@ -83,23 +82,6 @@ def test_the_penalty_is_the_one_of_a_grid_search_over_folds_of_patients() -> Non
     assert linear_probe(x, y, x, y, train_groups=patients).c == chosen(patients)
     assert linear_probe(x, y, x, y).c == chosen(np.arange(200))
     assert chosen(patients) != chosen(np.arange(200))  # or this test would not see the groups
-
-
-@pytest.mark.parametrize("ties", [False, True])
-def test_every_resample_has_scikit_learns_auc(ties: bool) -> None:
-    rng = np.random.default_rng(3)
-    y = rng.integers(0, 2, 50)
-    scores = rng.normal(y, 1.0)
-    if ties:
-        scores = np.round(scores)
-    groups = rng.integers(0, 20, 50)
-    aucs = _bootstrap_aucs(y, scores, groups, 50, seed=4)
-    draws = np.random.default_rng(4)
-    names = np.unique(groups)
-    for auc in aucs:
-        drawn = draws.integers(len(names), size=len(names))
-        rows = np.concatenate([np.flatnonzero(groups == names[k]) for k in drawn])
-        assert auc == pytest.approx(roc_auc_score(y[rows], scores[rows]), abs=1e-12)
 
 
 def test_the_interval_covers_the_true_auc() -> None:

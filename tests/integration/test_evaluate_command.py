@@ -1,0 +1,135 @@
+"""`scripts/evaluate.py` as it is typed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fmcib_ssl.evaluation.feature_table import FeatureTable
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "evaluate.py"
+NUM = 120
+
+
+class Done(NamedTuple):
+    returncode: object
+    stdout: str
+    stderr: str
+
+
+def evaluate(capsys: pytest.CaptureFixture[str], *arguments: object) -> Done:
+    """The command in this process; what ends it is its return code, or its message."""
+    spec = importlib.util.spec_from_file_location("evaluate_command", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # for the annotations of its class
+    spec.loader.exec_module(module)
+    code: object = 0
+    try:
+        module.main([str(argument) for argument in arguments])
+    except SystemExit as ended:
+        code = ended.code
+    out, err = capsys.readouterr()
+    return Done(code, out, err + str(code))
+
+
+def test_the_help_needs_nothing_heavy() -> None:
+    check = "import sys; assert not {'torch', 'sklearn', 'pandas'} & set(sys.modules)"
+    code = f"import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='x'); {check}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_help_says_what_can_be_set(capsys: pytest.CaptureFixture[str]) -> None:
+    done = evaluate(capsys, "--help")
+    assert done.returncode == 0
+    assert "allow_leakage" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, NUM)
+    lesions = pd.DataFrame(
+        {
+            "lesion_id": [f"l{k}" for k in range(NUM)],
+            "PatientID": [f"p{k // 2}" for k in range(NUM)],
+            "texture": np.where(y == 1, 3, 5),
+            "diameter_mm": rng.normal(8, 2, NUM),
+            "side": np.where(np.arange(NUM) < 81, "train", "test"),  # p40 has a lesion on each
+        }
+    )
+    origin = {"name": "made", "kind": "encoder", "source": None, "preprocessing": None, "encoder": None}
+    x = (rng.normal(size=(NUM, 20)) + 0.7 * y[:, None]).astype(np.float32)
+    return FeatureTable(lesions, x, origin).write(tmp_path_factory.mktemp("features") / "made.parquet")
+
+
+def test_results_predictions_and_what_is_missing(
+    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "results"
+    done = evaluate(
+        capsys, f"features={features}", "label=texture", "threshold=<5", "folds=3", "fractions=1,0.5",
+        "num_bootstrap=100", f"out={out}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "random weights of made" in done.stdout  # there is no source to open: said, not dropped
+    assert "made + size" in done.stdout
+    told = json.loads((out / "results.json").read_text())
+    assert {"rows", "differences", "leakage", "missing", "provenance"} <= told.keys()
+    keys = {"features", "task", "probe", "metric", "value", "low", "high", "num_train", "num_test", "fraction", "split"}
+    assert all(keys <= row.keys() for row in told["rows"])
+    (row,) = [r for r in told["rows"] if (r["features"], r["metric"], r["fraction"]) == ("made", "AUC", 1.0)]
+    assert (row["task"], row["num_test"], row["split"]) == ("texture<5", NUM, "3 folds by PatientID")
+    assert row["value"] > 0.85
+    assert told["provenance"]["features"]["made"]["kind"] == "encoder"
+    assert [finding["check"] for finding in told["leakage"]] == ["patients", "duplicates", "padding"]
+    scores = pd.read_parquet(out / "predictions.parquet")
+    assert {"lesion_id", "fold", "features", "probe", "label", "score", "predicted"} <= set(scores)
+    assert (scores.groupby(["features", "probe", "fraction"])["lesion_id"].nunique() == NUM).all()
+
+
+def test_a_shared_patient_refuses_unless_it_is_allowed_and_then_there_are_both_numbers(
+    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        f"features={features}", "label=texture", "threshold=<5", "split=side", "num_bootstrap=50", "baselines=false",
+        f"output={tmp_path / 'results'}",
+    ]  # fmt: skip
+    refused = evaluate(capsys, *arguments)
+    assert "1 patients stand on two sides, such as p40" in refused.stdout
+    assert "allow_leakage=patients" in refused.stderr
+    assert not (tmp_path / "results").exists()
+    allowed = evaluate(capsys, *arguments, "allow_leakage=patients")
+    assert allowed.returncode == 0, allowed.stderr
+    told = json.loads((tmp_path / "results" / "results.json").read_text())
+    sizes = {(row["split"], row["num_train"], row["num_test"]) for row in told["rows"]}
+    assert sizes == {("column side", 81, 39), ("column side, without shared patients", 80, 39)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["label=textur"], "label=textur: there is no such column"),
+        (["label=texture", "group=patient"], "group=patient: there is no such column"),
+        (["label=texture", "task=lung2"], "task=lung2: there is no such kind of label and no such task"),
+        (["task=luna16_malignancy"], "needs tables="),
+        (["label=texture", "allow_leakage=all"], "the checks are patients, duplicates, padding"),
+        (["label=texture", "probe=cox"], "probe=cox cannot learn binary labels; logistic, knn can"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_in_a_sentence(
+    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    done = evaluate(capsys, f"features={features}", f"out={tmp_path}", "folds=2", "baselines=false", *arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
