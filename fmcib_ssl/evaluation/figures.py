@@ -25,6 +25,8 @@ from fmcib_ssl.types import Preprocessing
 LUNG_WINDOW_HU = (-1350.0, 150.0)
 INK, MUTED = "#1f2933", "#7b8794"
 COLORS = ("#2f6fb3", "#d9622b", "#3c8d5a", "#8a5fbf", "#b3892f", "#c2456b", "#3a9ea5", "#5f6b7a")
+#: One for each colour, so that classes can be told apart without them.
+MARKERS = "osD^vPX*"
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,17 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
             "train/lesion_cosine": "two lesions",
         },
     ),
+    (
+        "Held-out lesions, online",
+        "AUC",
+        {"online/linear_auc": "linear probe", "online/knn_auc": "nearest neighbours"},
+    ),
+    (
+        "What is left to learn",
+        "share of the softmax",
+        {"train/mined_share": "on mined negatives", "train/lesion_share": "on other lesions"},
+    ),
+    ("Effective rank", "directions", {"train/rank": "embeddings", "online/rank": "features, held out"}),
     ("Alignment", "mean squared distance", {"train/alignment": "two views of a lesion"}),
     ("Uniformity", "log mean potential", {"train/uniformity": "lesions"}),
     ("Learning rate", "learning rate", {"lr": "rate"}),
@@ -128,28 +141,47 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
 )
 
 
-def training_curves(metrics_csv: Path | str, path: Path | str) -> Path:
-    """Draw how a run went, from the CSV that Lightning's logger writes; panels without data are left out.
-
-    Faint: each step. Strong: the running mean over a twentieth of the run.
+def read_metrics(*metrics_csv: Path | str) -> pd.DataFrame:
+    """The tables that Lightning's logger wrote, as one, by step; where a restart did a step again, the later counts.
 
     Args:
-        metrics_csv: a column `step` and any of those in `PANELS`; empty cells are skipped.
+        metrics_csv: one file, or in order of time those of a run that was gone on with.
+
+    Raises:
+        ValueError: a table has no column `step`.
+    """
+    parts: list[pd.DataFrame] = []
+    for file in metrics_csv:
+        table = pd.read_csv(file)
+        if "step" not in table:
+            raise ValueError(f"{file} has no column 'step'; it has {', '.join(table.columns)}")
+        began = table["step"].min()
+        parts = [part[part["step"] < began] for part in parts] + [table]
+    return pd.concat(parts, ignore_index=True).sort_values("step", kind="stable")
+
+
+def training_curves(metrics_csv: Path | str | Sequence[Path | str], path: Path | str) -> Path:
+    """Draw how a run went, from the CSV that Lightning's logger writes; panels without data are left out.
+
+    Faint: each step. Strong: the running mean over a twentieth of the run. A dotted line: the run was gone on with.
+
+    Args:
+        metrics_csv: a column `step` and any of those in `PANELS`; empty cells are skipped. Several files, in order of
+            time, are those of a run that was gone on with.
         path: of the PNG.
 
     Raises:
-        ValueError: the table has no column `step`, or none of the columns holds a number.
+        ValueError: a table has no column `step`, or none of the columns holds a number.
     """
-    table = pd.read_csv(metrics_csv)
-    if "step" not in table:
-        raise ValueError(f"{metrics_csv} has no column 'step'; it has {', '.join(table.columns)}")
-    table = table.sort_values("step", kind="stable")
+    files = [metrics_csv] if isinstance(metrics_csv, str | Path) else list(metrics_csv)
+    table = read_metrics(*files)
+    restarts = [pd.read_csv(file, usecols=["step"])["step"].min() for file in files[1:]]
     filled = {name for name in table.select_dtypes("number") if table[name].notna().any()}
     panels = [panel for panel in PANELS if filled & panel[2].keys()]
     if not panels:
         wanted = ", ".join(name for _, _, columns in PANELS for name in columns)
-        raise ValueError(f"{metrics_csv} holds no numbers to draw; wanted any of {wanted}")
-    num_columns = min(len(panels), 4 if len(panels) > 6 else 3)
+        raise ValueError(f"{files[-1]} holds no numbers to draw; wanted any of {wanted}")
+    num_columns = min(len(panels), 3)
     num_rows = -(-len(panels) // num_columns)
     figure = Figure(figsize=(3.7 * num_columns, 2.6 * num_rows + 0.2), facecolor="white", layout="constrained")
     for place, (title, unit, columns) in enumerate(panels, start=1):
@@ -163,8 +195,10 @@ def training_curves(metrics_csv: Path | str, path: Path | str) -> Path:
             axes.plot(series.index, series, color=color, alpha=0.25 if window > 1 else 1, lw=1, marker=marker, ms=3)
             smooth = series.rolling(window, min_periods=1, center=True).mean()
             axes.plot(series.index, smooth, color=color, lw=1.6, label=label)
-        _tidy(axes, title, "step", unit)
-        if len(columns) > 1:
+        for step in restarts:
+            axes.axvline(step, color=MUTED, lw=0.8, ls=":")
+        tidy(axes, title, "step", unit)
+        if len(filled & columns.keys()) > 1:
             axes.legend(frameon=False, fontsize=7.5, labelcolor=INK)
     return save_figure(figure, path)
 
@@ -196,14 +230,14 @@ def embedding_map(
     where = pca.transform(scaled)
     figure = Figure(figsize=(4.6, 4.2), facecolor="white", layout="constrained")
     axes = figure.add_subplot()
-    for color, marker, kind in zip(COLORS, "osD^vPX*", kinds, strict=False):
+    for color, marker, kind in zip(COLORS, MARKERS, kinds, strict=False):
         x, y = where[names == kind].T
         label = f"{kind} (n = {len(x)})"
         axes.plot(
             x, y, marker, ms=5, color=color, alpha=0.75, markeredgewidth=0.4, markeredgecolor="white", label=label
         )
     share = 100 * pca.explained_variance_ratio_
-    _tidy(axes, title, f"component 1 ({share[0]:.0f} % of variance)", f"component 2 ({share[1]:.0f} % of variance)")
+    tidy(axes, title, f"component 1 ({share[0]:.0f} % of variance)", f"component 2 ({share[1]:.0f} % of variance)")
     figure.legend(frameon=False, fontsize=8, labelcolor=INK, loc="outside lower left", ncols=2)
     return save_figure(figure, path)
 
@@ -223,7 +257,7 @@ def roc_curves(labels: npt.ArrayLike, scores: Mapping[str, npt.ArrayLike], path:
     for color, (name, values) in zip(COLORS, scores.items(), strict=False):
         false_positives, true_positives, _ = roc_curve(labels, values)
         axes.plot(false_positives, true_positives, color=color, lw=1.6, label=name)
-    _tidy(axes, title, "false positive rate", "true positive rate")
+    tidy(axes, title, "false positive rate", "true positive rate")
     axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
     return save_figure(figure, path)
 
@@ -249,7 +283,8 @@ def mark_center(axes: Axes, shape: tuple[int, ...], *, head_up: bool) -> None:
             axes.plot(*line, color="#ffd23f", lw=1.1, solid_capstyle="butt")
 
 
-def _tidy(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+def tidy(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+    """Title, labels and quiet axes, alike in all pictures."""
     axes.set_title(title, loc="left", fontsize=9.5, color=INK, weight="bold")
     axes.set_xlabel(x_label, fontsize=8, color=INK)
     axes.set_ylabel(y_label, fontsize=8, color=INK)

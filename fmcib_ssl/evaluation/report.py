@@ -19,10 +19,12 @@ class ReportFigure:
     Attributes:
         path: of a PNG; its bytes go into the page.
         caption: what it shows; also read out where the picture cannot be seen.
+        wide: on a narrow screen it is scrolled, not shrunk until nothing can be read.
     """
 
     path: Path
     caption: str
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Section:
 
 
 def write_report(path: Path | str, title: str, sections: Sequence[Section], subtitle: str = "") -> Path:
-    """Write one HTML page that holds all it shows: it opens offline and can be mailed.
+    """Write one HTML page that holds all it shows: it opens offline and can be mailed. A long one begins with contents.
 
     Args:
         path: of the page; its folder is made.
@@ -69,7 +71,11 @@ def write_report(path: Path | str, title: str, sections: Sequence[Section], subt
             "columns": _columns(section.table),
             "rows": [[_cell(value) for value in row.values()] for row in section.table],
             "figures": [
-                {"caption": figure.caption, "png": base64.b64encode(figure.path.read_bytes()).decode()}
+                {
+                    "caption": figure.caption,
+                    "wide": figure.wide,
+                    "png": base64.b64encode(figure.path.read_bytes()).decode(),
+                }
                 for figure in section.figures
             ],
         }

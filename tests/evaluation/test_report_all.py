@@ -1,0 +1,273 @@
+"""The whole page, from a run folder, a table of features and an evaluation, read back by a parser that is not ours."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from matplotlib.image import imsave
+
+from fmcib_ssl.data.coarse_map import build_coarse_map
+from fmcib_ssl.data.patches import LesionPatches
+from fmcib_ssl.data.store import SCANS_FOLDER, StoreSettings, write_index, write_scan, write_settings_file
+from fmcib_ssl.evaluation import embedding_maps, report_features
+from fmcib_ssl.evaluation.feature_table import FeatureTable, FeatureTableError
+from fmcib_ssl.evaluation.report_all import report_all
+from fmcib_ssl.evaluation.report_features import FeatureOptions
+from fmcib_ssl.models.encoders import small_resnet
+from fmcib_ssl.models.export import export_encoder
+from fmcib_ssl.types import Preprocessing
+
+REPO = Path(__file__).resolve().parents[2]
+SIZE = (8, 8, 8)
+ENCODER = {"_target_": "fmcib_ssl.models.encoders.small_resnet", "widths": [4, 8, 8, 8]}
+NUM_SCANS = 12
+
+
+class Page(HTMLParser):
+    """Collects addresses, headings and text, and checks that tags are closed in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.headings: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("script", "link", "iframe", "object")
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+
+def parse(path: Path) -> Page:
+    page = Page()
+    text = path.read_text(encoding="utf-8")
+    page.feed(text)
+    page.close()
+    assert page.open == []
+    assert not re.search(r"@import|url\(", text)
+    for address in page.addresses:
+        assert address.startswith("data:image/png;base64,") or address.removeprefix("#") in page.ids, address[:80]
+    return page
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, a store with its features, and an evaluation, each in a folder."""
+    folder = tmp_path_factory.mktemp("report")
+    _write_store(folder / "store")
+    (folder / "run").mkdir()
+    encoder = small_resnet(widths=[4, 8, 8, 8])
+    pre = Preprocessing(SIZE)
+    export_encoder(encoder, ENCODER, pre, folder / "run" / "encoder.safetensors")
+    patches = LesionPatches(folder / "store", SIZE)
+    with torch.no_grad():
+        hu = torch.stack([patches.positive(i) for i in range(len(patches))])
+        features = encoder.eval()(pre.normalize(hu)).numpy()
+    lesions = patches.lesions.assign(lesion_id=patches.lesions["lesion_id"].astype(str))
+    order = np.random.default_rng(0).permutation(len(lesions))  # not the order of the store: rows are joined by id
+    origin = {
+        "name": "ours",
+        "kind": "encoder",
+        "weights": str(folder / "run" / "encoder.safetensors"),
+        "preprocessing": pre.to_dict(),
+        "source": {"kind": "store", "path": str(folder / "store")},
+    }
+    table = FeatureTable(lesions.iloc[order].reset_index(drop=True), features[order], origin)
+    table.write(folder / "features.parquet")
+    _write_run(folder / "run")
+    _write_results(folder / "evaluated", table)
+    return folder
+
+
+def _write_store(folder: Path) -> None:
+    (folder / SCANS_FOLDER).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    for scan in range(NUM_SCANS):
+        hu = rng.integers(-20, 20, (20, 40, 40)).astype(np.int16)
+        for lesion in range(3):
+            rough = (scan + lesion) % 2
+            hu[6:14, 6:14, 4 + 12 * lesion : 12 + 12 * lesion] = rng.normal(100, 150 if rough else 10, SIZE)
+            place = {"center_z": 10, "center_y": 10, "center_x": 8 + 12 * lesion}
+            rows.append(
+                {"scan_id": f"s{scan}", **place, "rough": rough, "size": rng.uniform(), "PatientID": f"p{scan}"}
+            )
+        write_scan(folder, f"s{scan}", hu, build_coarse_map(hu, 1.0), {})
+    scans = [{"scan_id": f"s{k}", "origin_lps_mm": [0.0] * 3, "shape_zyx": [20, 40, 40]} for k in range(NUM_SCANS)]
+    table = pd.DataFrame(rows)
+    ids = [f"lesion-{k}" for k in range(len(table))]
+    write_index(folder, pd.DataFrame(scans), table.assign(lesion_id=ids, row=range(1, len(table) + 1)))
+    write_settings_file(folder, StoreSettings(), complete=True)
+
+
+def _write_run(folder: Path) -> None:
+    for name, first in (("metrics.before-restart-1.csv", 0), ("metrics.csv", 30)):
+        steps = np.arange(first, first + 40)
+        metrics = pd.DataFrame({"step": steps, "train/loss": 3 - steps / 100, "signals/negatives_solved": np.nan})
+        metrics["signals/collapsed"] = np.nan
+        metrics.loc[steps == first + 20, ["signals/negatives_solved", "signals/collapsed"]] = [float(first > 0), 0.0]
+        metrics.loc[steps % 10 == 0, "online/linear_auc"] = 0.5 + first / 100
+        metrics.to_csv(folder / name, index=False)
+    config = {"name": "mine", "seed": 3, "loss": {"_target_": "fmcib_ssl.losses.InfoNCELoss", "negatives": "mined"}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    environment = {"command": ["train.py", "<seed>"], "packages": {"torch": "2.9"}, "git": {"commit": "abc123"}}
+    (folder / "environment.json").write_text(json.dumps(environment))
+    imsave(folder / "contact_sheet.png", np.zeros((4, 4)))
+
+
+def _write_results(folder: Path, table: FeatureTable) -> None:
+    folder.mkdir()
+    about = {"task": "rough", "probe": "logistic", "split": "5 folds"}
+    rows = [
+        {"features": name, **about, "metric": metric, "value": value, "low": value - 0.1, "high": value + 0.1,
+         "num_train": 30, "num_test": 36, "fraction": fraction}
+        for name, value in (("ours", 0.81), ("random <weights>", 0.62))
+        for metric in ("AUC", "balanced accuracy")
+        for fraction in (1.0, 0.5)
+    ]  # fmt: skip
+    rows.append({**rows[0], "features": "size", "value": None, "low": None, "high": None})
+    ahead = {"features": "ours", "against": "random <weights>", **about, "metric": "AUC", "fraction": 1.0}
+    halves = [
+        {"name": f"{side} risk", "num": 9, "num_events": 4, "times": [0.0, 5.0], "survival": [1.0, 0.6]}
+        for side in ("low", "high")
+    ]
+    found = {
+        "rows": rows,
+        "differences": [{**ahead, "value": 0.19, "low": 0.05, "high": 0.3}],
+        "leakage": [
+            {"check": "patients", "found": False, "refuses": True, "message": "all is well"},
+            {"check": "extent", "found": True, "refuses": False, "message": "the extent predicts the label"},
+        ],
+        "survival": [{"features": "ours", "probe": "cox", "log_rank_p": 0.03, "halves": halves}],
+        "missing": [{"features": "raw voxels", "reason": "no patches"}],
+    }
+    (folder / "results.json").write_text(json.dumps(found))
+    rng = np.random.default_rng(1)
+    predictions = table.lesions[["lesion_id"]].assign(
+        fold=[str(k % 3) for k in range(len(table))], probe="logistic", fraction=1.0, split="5 folds",
+        label=table.lesions["rough"].astype(float),
+    )  # fmt: skip
+    pd.concat(
+        [predictions.assign(features=name, score=rng.uniform(size=len(table))) for name in ("ours", "random <weights>")]
+    ).to_parquet(folder / "predictions.parquet")
+
+
+@pytest.fixture(autouse=True)
+def _no_umap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numba takes long to compile it; the map has a test of its own."""
+    monkeypatch.setattr(report_features, "has_umap", lambda: False)
+
+
+def test_the_page_holds_all_and_needs_nothing(given: Path, tmp_path: Path) -> None:
+    pytest.importorskip("captum")
+    path = report_all(
+        tmp_path / "new" / "report.html",
+        run=given / "run",
+        features=[given / "features.parquet"],
+        results=[given / "evaluated"],
+        introduction="First words.",
+        options=FeatureOptions(label="rough", num_queries=4, num_salient=2),
+    )
+    pictures = list(path.with_name("report_pictures").rglob("*.png"))
+    assert len(pictures) >= 9
+    shutil.rmtree(path.with_name("report_pictures"))
+    page = parse(path)
+    assert sum(address.startswith("data:") for address in page.addresses) == len(pictures) + 1  # and the contact sheet
+    assert page.headings == [
+        "About", "Did it learn?", "Results: rough", "ROC and calibration: evaluated", "Survival: evaluated",
+        "Leakage checks, evaluated", "Map: ours", "Nearest neighbours: ours", "What the answer rests on: ours",
+        "Training", "What the encoder saw", "How it was made",
+    ]  # fmt: skip
+    for text in (
+        "First words.",
+        "The negatives were solved",
+        "first at step 50",
+        "0.81 (0.71 to 0.91)",
+        "random <weights>",
+        "30 / 36",
+        "Not computed: raw voxels: no patches",
+        "the extent predicts the label",
+        "log-rank p = 0.03",
+        "gone on from a checkpoint (1 times)",
+        "InfoNCELoss: negatives mined",
+        "train.py <seed>",
+        "abc123",
+        "pip install 'fmcib_ssl[report]'",
+        "Over all 36 lesions",
+    ):
+        assert text in page.text, text
+    assert "all is well" not in page.text
+    assert "collapsed" not in page.text
+
+
+def test_patches_belong_to_their_rows(given: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The table's order is not the store's: the patch that is shown for a row is that of its id."""
+    table = FeatureTable.read(given / "features.parquet")
+    read, preprocessing = report_features._patches(table)
+    store = LesionPatches(given / "store", preprocessing.patch_size_zyx)
+    ids = store.lesions["lesion_id"].tolist()
+    for row in (0, 7, 35):
+        expected = store.positive(ids.index(table.lesions["lesion_id"].iloc[row]))
+        assert torch.equal(read(row), expected)
+
+
+def test_features_whose_scans_are_gone_are_mapped_all_the_same(given: Path, tmp_path: Path) -> None:
+    table = FeatureTable.read(given / "features.parquet")
+    gone = FeatureTable(table.lesions, table.features, {**table.origin, "source": {"kind": "store", "path": "gone"}})
+    page = parse(report_all(tmp_path / "report.html", features=[gone]))
+    assert page.headings == ["Map: ours", "Patches: ours"]
+    assert "gone is not a store" in page.text
+
+
+def test_what_is_not_there_is_named(given: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report.html"
+    with pytest.raises(ValueError, match="nothing to report on"):
+        report_all(out)
+    with pytest.raises(FileNotFoundError, match="no such run folder"):
+        report_all(out, run=tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match=r"scripts/evaluate\.py"):
+        report_all(out, results=[given])
+    with pytest.raises(FeatureTableError, match=r"ours has no column 'texture'; it has .*rough"):
+        report_all(out, features=[given / "features.parquet"], options=FeatureOptions(label="texture"))
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_the_command(given: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(REPO / "scripts" / "report.py"), f"out={tmp_path / 'page.html'}"]
+    done = subprocess.run([*command, f"run={given / 'run'}"], capture_output=True, text=True, check=True, timeout=300)
+    assert "page.html" in done.stdout
+    assert "Training" in parse(tmp_path / "page.html").headings
+    failed = subprocess.run(
+        [*command, "features=absent.parquet"], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert (failed.returncode, "Traceback" in failed.stderr) == (1, False)
+    assert "absent.parquet: there is no such file" in failed.stderr
+
+
+def test_maps_choose_columns_by_themselves(given: Path) -> None:
+    assert embedding_maps.columns_to_color(FeatureTable.read(given / "features.parquet").lesions) == ["rough", "size"]

@@ -1,0 +1,195 @@
+"""The probe in short runs on a small store: what it sees, that it changes nothing, and that devices agree."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fmcib_ssl.data.coarse_map import build_coarse_map
+from fmcib_ssl.data.patches import LesionPatches
+from fmcib_ssl.data.store import SCANS_FOLDER, StoreSettings, write_index, write_scan, write_settings_file
+from fmcib_ssl.training.online_probe import OnlineProbe
+from fmcib_ssl.training.quick_probes import knn_scores, linear_scores, macro_auc
+from fmcib_ssl.types import Preprocessing
+
+SIZE = (6, 6, 6)
+NUM_SCANS, LESIONS_EACH = 9, 3
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noisy scans; a lesion of class 1 is rougher. The last scan has no label, the one before it is `train`."""
+    folder = tmp_path_factory.mktemp("probe") / "store"
+    (folder / SCANS_FOLDER).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    rows = []
+    for scan in range(NUM_SCANS):
+        hu = rng.integers(-20, 20, (16, 40, 40)).astype(np.int16)
+        for lesion in range(LESIONS_EACH):
+            center, label = (8, 8, 8 + 10 * lesion), (scan + lesion) % 2
+            block = tuple(slice(c - 3, c + 3) for c in center)
+            hu[block] = rng.normal(100, 150 if label else 20, SIZE)
+            rows.append(
+                {
+                    "scan_id": f"s{scan}",
+                    "center_z": center[0],
+                    "center_y": center[1],
+                    "center_x": center[2],
+                    "rough": None if scan == NUM_SCANS - 1 else f"{label}",
+                    "split": "train" if scan == NUM_SCANS - 2 else "val",
+                    "size": 0.1 * len(rows),
+                    "PatientID": f"p{scan}",
+                }
+            )
+        write_scan(folder, f"s{scan}", hu, build_coarse_map(hu, 1.0), {})
+    scans = [
+        {"scan_id": f"s{scan}", "origin_lps_mm": [0.0] * 3, "shape_zyx": [16, 40, 40]} for scan in range(NUM_SCANS)
+    ]
+    table = pd.DataFrame(rows)
+    write_index(folder, pd.DataFrame(scans), table.assign(lesion_id=range(len(table)), row=range(1, len(table) + 1)))
+    write_settings_file(folder, StoreSettings(), complete=True)
+    return folder
+
+
+class Toy(L.LightningModule):
+    """An encoder with batch norm and dropout; a training step moves its weights, unless `lr` is 0."""
+
+    def __init__(self, lr: float = 0.1) -> None:
+        super().__init__()
+        self.lr = lr
+        self.encoder = nn.Sequential(
+            nn.Conv3d(1, 4, 3), nn.BatchNorm3d(4), nn.ReLU(), nn.Dropout(0.5), nn.AdaptiveMaxPool3d(2), nn.Flatten()
+        )
+        self.encoder[1].eval()  # a frozen part stays as it is
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.encoder(batch[0]).square().mean()  # type: ignore[no-any-return]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+def probe(store: Path, **options: Any) -> OnlineProbe:
+    return OnlineProbe(store, "rough", **{"patch_size": SIZE, "select": {"split": ["val"]}, **options})
+
+
+def fit(folder: Path, callbacks: list[Any], lr: float = 0.1, **options: Any) -> tuple[Toy, L.Trainer]:
+    torch.manual_seed(0)
+    module = Toy(lr)
+    trainer = L.Trainer(default_root_dir=folder, callbacks=callbacks, **{**QUIET, "logger": False, **options})
+    data = TensorDataset(torch.randn(8, 1, *SIZE, generator=torch.Generator().manual_seed(0)))
+    trainer.fit(module, DataLoader(data, batch_size=2))
+    return module, trainer
+
+
+def test_it_judges_features_of_the_lesions_that_are_selected(store: Path, tmp_path: Path) -> None:
+    module, trainer = fit(tmp_path, [probe(store, every_n_epochs=1, batch_size=5)], max_epochs=2)
+    patches = LesionPatches(store, SIZE)
+    chosen = (patches.lesions["split"] == "val") & patches.lesions["rough"].notna()
+    rows = patches.lesions[chosen]
+    assert len(rows) == (NUM_SCANS - 2) * LESIONS_EACH
+    module.eval()
+    with torch.no_grad():
+        hu = torch.stack([patches.positive(i) for i in np.flatnonzero(chosen)])
+        features = module.encoder(Preprocessing(SIZE).normalize(hu)).numpy()
+    labels, patients = rows["rough"].astype(int).to_numpy(), rows["PatientID"].to_numpy()
+    for name, scores in (
+        ("knn", knn_scores(features, labels, patients, 20)),
+        ("linear", linear_scores(features, labels, patients, 5)),
+    ):
+        assert trainer.callback_metrics[f"online/{name}_auc"] == pytest.approx(macro_auc(labels, scores))
+    assert {"online/rank", "online/uniformity", "online/spread_0", "online/spread_1"} <= trainer.callback_metrics.keys()
+
+
+def test_training_is_the_same_with_and_without_it(store: Path, tmp_path: Path) -> None:
+    with_probe, _ = fit(tmp_path, [probe(store, every_n_epochs=1)], max_epochs=2)
+    without, _ = fit(tmp_path, [], max_epochs=2)
+    assert [part.training for part in with_probe.modules()] == [part.training for part in without.modules()]
+    for name, value in without.state_dict().items():
+        torch.testing.assert_close(with_probe.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_the_weights_that_training_begins_with_are_judged_first(
+    store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="fmcib_ssl.training.online_probe")
+    logger = L.pytorch.loggers.CSVLogger(tmp_path, name="", version="")
+    fit(tmp_path, [probe(store, every_n_epochs=2)], max_epochs=3, logger=logger, lr=0.0)
+    metrics = pd.read_csv(tmp_path / "metrics.csv").dropna(subset="online/linear_auc")
+    assert metrics["step"].tolist() == [0, 7, 11]  # before training, after epochs 2 and 3 of 4 steps
+    assert metrics["online/linear_auc"].nunique() == 1  # nothing was learned at a rate of 0 (nor batch norm's averages)
+    messages = [record.getMessage() for record in caplog.records if record.name.endswith("online_probe")]
+    assert messages[0].startswith("online probe of rough, before training: linear AUC ")
+    assert "epoch 2: linear AUC " in messages[1] and "before training)" in messages[1]
+
+
+def test_auto_keeps_to_its_share_of_the_passes(store: Path, tmp_path: Path) -> None:
+    """21 lesions; an epoch takes 8 patches 3 times: 2 % of that is less than half a lesion, so once in 44 epochs."""
+    watch = probe(store)
+    fit(tmp_path, [watch], max_epochs=1)
+    assert watch.every_n_epochs is not None
+    assert 21 / watch.every_n_epochs <= max(1, 0.02 * 3 * 8)
+
+
+def test_two_devices_get_the_figures_of_one(store: Path, tmp_path: Path) -> None:
+    """21 lesions do not split evenly over two."""
+    _, one = fit(tmp_path, [probe(store, every_n_epochs=1)], max_epochs=1, lr=0.0)
+    _, two = fit(tmp_path, [probe(store, every_n_epochs=1)], max_epochs=1, lr=0.0, devices=2, strategy="ddp_fork")
+    keys = [key for key in one.callback_metrics if key.startswith("online/")]
+    assert len(keys) == 8
+    for key in keys:
+        assert float(two.callback_metrics[key]) == pytest.approx(float(one.callback_metrics[key]), abs=1e-5)
+
+
+def test_lesions_that_are_trained_on_are_told(store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Data(L.LightningDataModule):
+        dataset = type("Views", (), {"patches": LesionPatches(store, SIZE)})
+
+        def train_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(TensorDataset(torch.randn(4, 1, *SIZE)), batch_size=2)
+
+    trainer = L.Trainer(default_root_dir=tmp_path, callbacks=[probe(store)], max_epochs=1, logger=False, **QUIET)
+    trainer.fit(Toy(), datamodule=Data())
+    assert f"{NUM_SCANS - 2} of its {NUM_SCANS - 2} patients are trained on" in caplog.text
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"store": None}, "set callbacks.online_probe.store=DIR"),
+    ({"label": None}, "label=None: callbacks.online_probe.label should be a column"),
+    ({"label": "texture"}, "label=texture: .* which has .*rough"),
+    ({"select": {"fold": 1}}, "select names the column 'fold'"),
+    ({"select": {"split": "test"}}, "no lesion of .* has a rough and select={'split': 'test'}"),
+    ({"select": {"rough": 1}}, "holds 1 different values"),
+    ({"label": "size"}, "'size' holds 24 different values in 24 lesions; a probe needs 2 to 20 classes"),
+    ({"label": "scan_id"}, "has the value 's0' in one patient only"),
+    ({"group": "hospital"}, "no column 'hospital'"),
+    ({"every_n_epochs": 0}, "every_n_epochs=0"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=lambda value: str(value)[:40])
+def test_refused_before_training(store: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OnlineProbe(**{"store": store, "label": "rough", "patch_size": SIZE, "select": {"split": "val"}, **options})
+
+
+def test_more_lesions_than_wanted_are_cut_down_alike_in_every_run(store: Path) -> None:
+    few = [probe(store, max_lesions=12).patches.lesions["lesion_id"].tolist() for _ in range(2)]
+    assert few[0] == few[1] == sorted(few[0])
+    assert len(few[0]) == 12
