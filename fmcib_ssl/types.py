@@ -7,7 +7,7 @@ Importing it costs nothing: torch is needed only by a type checker.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, Protocol, TypedDict, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +50,15 @@ class ViewTransform(Protocol):
 
     def __call__(self, patch: Tensor, seed: int) -> Tensor:
         """Turn an int16 HU patch `(1, z, y, x)` into a float32 view of the same shape."""
+        ...
+
+
+@runtime_checkable
+class BatchViewTransform(ViewTransform, Protocol):
+    """Makes the views of many patches at once, on their device; one by one they are the same to rounding."""
+
+    def views(self, patches: Tensor, seeds: Tensor) -> Tensor:
+        """Turn int16 HU patches `(n, 1, z, y, x)` into float32 views, with one int64 seed each, on any device."""
         ...
 
 

@@ -9,17 +9,19 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from fmcib_ssl import signals
 from fmcib_ssl.data.sampler import EpochSampler
-from fmcib_ssl.data.views import LesionViews, PatchPairs, ViewPairDataset
-from fmcib_ssl.types import ViewTransform
+from fmcib_ssl.data.views import PatchPairs, SeededPairDataset, ViewCollation, ViewPairDataset, batch_of_views
+from fmcib_ssl.types import BatchViewTransform, ViewTransform
 
 
-def _use_one_thread(_worker: int) -> None:
-    """A worker is one core; torch's own threads would fight over the others."""
+def _start_worker(_worker: int) -> None:
+    """A worker is one core, where torch's own threads would fight over the others; signals are for its parent."""
+    signals.shield_worker()
     torch.set_num_threads(1)
 
 
-class ResumableLoader(DataLoader[LesionViews]):
+class ResumableLoader(DataLoader[Any]):
     """A loader that a `Trainer` stores in its checkpoints and sets going again in the middle of an epoch.
 
     Workers fetch ahead, so how many batches were trained on is asked of the trainer and not counted here.
@@ -35,13 +37,15 @@ class ResumableLoader(DataLoader[LesionViews]):
         self.lesions = lesions
         self._num_trained = num_trained
 
-    def __iter__(self) -> Iterator[LesionViews]:  # type: ignore[override]  # torch names a class of its own
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names a class of its own
         """Deal out the epoch that is set when the first batch is asked for.
 
         A trainer that goes on from a checkpoint makes the iterator before it sets the epoch, and workers would begin
         with epoch 0 at once.
         """
-        yield from super().__iter__()
+        with signals.held():
+            batches = super().__iter__()  # starts the workers
+        yield from batches
 
     def state_dict(self) -> dict[str, int]:
         """Epoch, batch and size of the global batch."""
@@ -60,9 +64,12 @@ class LesionDataModule(LightningDataModule):
     Needs `Trainer(use_distributed_sampler=False)`: the sampler here already knows ranks. A checkpoint of the trainer
     holds the place in the epoch, and training goes on from it with the batches that were still to come.
 
+    A `BatchViewTransform` makes the views of a whole batch at once: on the device where that is not the CPU, in which
+    case the workers send int16 patches, else in the workers. The views are the same wherever they are made.
+
     Args:
         patches: one pair of patches a lesion.
-        view_transform: makes one view of one patch.
+        view_transform: makes one view of one patch, or those of a batch.
         batch_size: lesions per device; `"auto"` takes as many as there are for each device, up to
             `max_batch_size`.
         max_batch_size: bound of `"auto"`.
@@ -72,6 +79,10 @@ class LesionDataModule(LightningDataModule):
         pin_memory: for a CUDA device.
         prefetch_factor: batches each worker prepares ahead.
         multiprocessing_context: how workers start, `"fork"`, `"forkserver"` or `"spawn"`; None is Python's own.
+        views_on: where a `BatchViewTransform` works: `"workers"`, `"device"`, or `"auto"`, as said above.
+
+    Raises:
+        ValueError: another place, or `"device"` for a transform that makes one view at a time.
     """
 
     def __init__(
@@ -87,8 +98,16 @@ class LesionDataModule(LightningDataModule):
         pin_memory: bool = False,
         prefetch_factor: int = 2,
         multiprocessing_context: str | None = None,
+        views_on: Literal["auto", "workers", "device"] = "auto",
     ) -> None:
         super().__init__()
+        if views_on not in ("auto", "workers", "device"):
+            raise ValueError(f"views_on is {views_on!r}; it must be 'auto', 'workers' or 'device'.")
+        if views_on == "device" and not isinstance(view_transform, BatchViewTransform):
+            raise ValueError(
+                f"views_on='device', and {type(view_transform).__name__} makes one view at a time: choose an "
+                "augmentation for batches, such as batched_published."
+            )
         self.dataset = ViewPairDataset(patches, view_transform, seed)
         self.num_workers = num_workers
         self.seed = seed
@@ -96,6 +115,7 @@ class LesionDataModule(LightningDataModule):
         self.pin_memory = pin_memory
         self.prefetch_factor = prefetch_factor
         self.multiprocessing_context = multiprocessing_context
+        self._views_on = views_on
         self._batch_size = batch_size
         self._max_batch_size = max_batch_size
 
@@ -124,18 +144,41 @@ class LesionDataModule(LightningDataModule):
         lesions = EpochSampler(
             len(self.dataset), batch_size, rank=rank, world_size=world_size, seed=self.seed, shuffle=self.shuffle
         )
+        view_transform = self.dataset.view_transform
+        views: dict[str, Any] = {"dataset": self.dataset}
+        if isinstance(view_transform, BatchViewTransform):
+            collate = None if self._views_on_device() else ViewCollation(view_transform)
+            views = {"dataset": SeededPairDataset(self.dataset.patches, self.seed), "collate_fn": collate}
         return ResumableLoader(
             lesions,
             self._num_trained,
-            dataset=self.dataset,
+            **views,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
-            worker_init_fn=_use_one_thread if in_workers else None,
+            worker_init_fn=_start_worker if in_workers else None,
             persistent_workers=in_workers,
             prefetch_factor=self.prefetch_factor if in_workers else None,
             multiprocessing_context=self.multiprocessing_context if in_workers else None,
             generator=torch.Generator().manual_seed(self.seed),  # a loader draws a seed, else from the global one
         )
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Keep the seeds of views on the CPU: they are drawn from there, and the device need not be waited for."""
+        return {**batch, "view_seeds": batch["view_seeds"].numpy()} if "view_seeds" in batch else batch
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Make the views of a batch of patches that has reached its device; leave a batch of views alone."""
+        view_transform = self.dataset.view_transform
+        if "view_seeds" not in batch or not isinstance(view_transform, BatchViewTransform):
+            return batch
+        views = batch_of_views(batch, view_transform)
+        # A trainer whose precision is half throughout has cast the batch before there were views in it.
+        return self.trainer.precision_plugin.convert_input(views) if self.trainer else views
+
+    def _views_on_device(self) -> bool:
+        if self._views_on == "auto":
+            return self.trainer is not None and self.trainer.strategy.root_device.type != "cpu"
+        return self._views_on == "device"
 
     def _num_trained(self) -> int:
         """Batches of this epoch whose optimizer step is done; that of one which an error interrupts is not."""

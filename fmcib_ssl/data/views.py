@@ -1,6 +1,7 @@
-"""From a lesion's patches to the views that are contrasted, in the data loader's workers.
+"""From a lesion's patches to the views that are contrasted.
 
-This is all there is between patches and views: to augment on the device, leave it out and send the int16 patches.
+One by one in the data loader's workers (`ViewPairDataset`), or a batch at a time, in the workers or on the device
+(`SeededPatches`, then `batch_of_views`). Both draw from the same seeds, so a transform that can do both gives the same.
 """
 
 from __future__ import annotations
@@ -8,11 +9,12 @@ from __future__ import annotations
 from typing import Protocol, TypedDict
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
-from fmcib_ssl.types import PatchPair, SampleKey, ViewTransform
+from fmcib_ssl.types import BatchViewTransform, PatchPair, SampleKey, ViewPairs, ViewTransform
 
 
 class PatchPairs(Protocol):
@@ -43,6 +45,15 @@ class LesionViews(TypedDict):
     negative_from_other_scan: bool
 
 
+def view_seeds(seed: int, key: SampleKey, num_negatives: int) -> list[int]:
+    """Seeds of the views that `key` names: two of the lesion's patch, then two of each negative."""
+    # A spawn key, unlike a longer list of entropy, is distinct by its length too: SeedSequence([1, 2]) and
+    # SeedSequence([1, 2, 0]) are the same stream.
+    state = np.random.SeedSequence(seed, spawn_key=key).generate_state(2 + 2 * num_negatives)
+    seeds: list[int] = state.tolist()
+    return seeds
+
+
 class ViewPairDataset(Dataset[LesionViews]):
     """Two views of each lesion's patch and two of its mined negative.
 
@@ -69,9 +80,7 @@ class ViewPairDataset(Dataset[LesionViews]):
         pair = self.patches[key]
         several = pair["negative"].ndim == 5
         negatives = pair["negative"] if several else pair["negative"][None]
-        # A spawn key, unlike a longer list of entropy, is distinct by its length too: SeedSequence([1, 2]) and
-        # SeedSequence([1, 2, 0]) are the same stream.
-        seeds = np.random.SeedSequence(self.seed, spawn_key=key).generate_state(2 + 2 * len(negatives)).tolist()
+        seeds = view_seeds(self.seed, key, len(negatives))
         views = [
             self.view_transform(patch, seed)
             for patch, seed in zip((p for p in (pair["positive"], *negatives) for _ in range(2)), seeds, strict=True)
@@ -85,6 +94,79 @@ class ViewPairDataset(Dataset[LesionViews]):
             lesion=pair["lesion"],
             negative_from_other_scan=pair["negative_from_other_scan"],
         )
+
+
+class SeededPair(PatchPair):
+    """The patches of one lesion, and the seeds of the views that are to be made of them; collated, `SeededPatches`."""
+
+    view_seeds: Tensor  # int64 (2 + 2 * num_negatives,)
+
+
+class SeededPatches(TypedDict):
+    """A batch of patches whose views are still to be made."""
+
+    positive: Tensor  # int16 (batch, 1, z, y, x), HU
+    negative: Tensor  # the same, or (batch, per_lesion, 1, z, y, x)
+    view_seeds: Tensor | npt.NDArray[np.int64]  # (batch, 2 + 2 * per_lesion); an array stays on the CPU
+    lesion: Tensor
+    negative_from_other_scan: Tensor
+
+
+class SeededPairDataset(Dataset[SeededPair]):
+    """The patches of each lesion as they are, with the seeds that `ViewPairDataset` makes their views from.
+
+    Args:
+        patches: where the patches come from.
+        seed: non-negative; with epoch and index it decides every view.
+    """
+
+    def __init__(self, patches: PatchPairs, seed: int) -> None:
+        self.patches = patches
+        self.seed = seed
+
+    def __len__(self) -> int:
+        """Number of usable lesions."""
+        return len(self.patches)
+
+    def __getitem__(self, key: SampleKey | int) -> SeededPair:
+        """Cut the patches that `key` names; a plain number means that lesion in epoch 0."""
+        key = key if isinstance(key, SampleKey) else SampleKey(0, key)
+        pair = self.patches[key]
+        num_negatives = len(pair["negative"]) if pair["negative"].ndim == 5 else 1
+        return SeededPair(**pair, view_seeds=torch.tensor(view_seeds(self.seed, key, num_negatives)))
+
+
+def batch_of_views(batch: SeededPatches, view_transform: BatchViewTransform) -> ViewPairs:
+    """Make the views of a batch, on the device it is on; the same that `ViewPairDataset` makes lesion by lesion."""
+    negative, seeds = batch["negative"], torch.as_tensor(batch["view_seeds"])
+    several = negative.ndim == 6
+    patches = negative.flatten(0, 1) if several else negative
+    views = []
+    for number in range(2):
+        views.append(view_transform.views(batch["positive"], seeds[:, number]))
+        of_negatives = view_transform.views(patches, seeds[:, 2 + number :: 2].flatten())
+        views.append(of_negatives.view(*negative.shape[:2], *of_negatives.shape[1:]) if several else of_negatives)
+    return ViewPairs(
+        positive=(views[0], views[2]),
+        negative=(views[1], views[3]),
+        lesion=batch["lesion"],
+        negative_from_other_scan=batch["negative_from_other_scan"],
+    )
+
+
+class ViewCollation:
+    """Collates seeded patches and makes their views where that happens: in a data loader's worker.
+
+    Args:
+        view_transform: makes the views of a batch.
+    """
+
+    def __init__(self, view_transform: BatchViewTransform) -> None:
+        self.view_transform = view_transform
+
+    def __call__(self, pairs: list[SeededPair]) -> ViewPairs:
+        """Turn lesions into a batch."""
+        return batch_of_views(default_collate(pairs), self.view_transform)
 
 
 def _stacked(views: list[Tensor], patches: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fmcib_ssl.augment import PublishedViews
+from fmcib_ssl.augment import BatchedPublishedViews, PublishedViews
 from fmcib_ssl.data.datamodule import LesionDataModule
 from fmcib_ssl.data.sampler import EpochSampler
-from fmcib_ssl.types import PatchPair, SampleKey
+from fmcib_ssl.types import PatchPair, SampleKey, ViewTransform
 
 SIZE = (8, 8, 8)
 
@@ -36,8 +36,9 @@ class NoisePatches:
         return {"positive": positive, "negative": negative, "lesion": key.index, "negative_from_other_scan": False}
 
 
-def datamodule(**options: Any) -> LesionDataModule:
-    return LesionDataModule(NoisePatches(), PublishedViews(SIZE), **{"batch_size": 4, "seed": 3, **options})
+def datamodule(transform: ViewTransform | None = None, **options: Any) -> LesionDataModule:
+    views = transform or PublishedViews(SIZE)
+    return LesionDataModule(NoisePatches(), views, **{"batch_size": 4, "seed": 3, **options})
 
 
 def batches(module: LesionDataModule, epochs: tuple[int, ...] = (0, 1)) -> list[dict[str, Any]]:
@@ -104,6 +105,86 @@ def test_automatic_batch_size(world_size: int, expected: int) -> None:
     assert len(batches(module)[0]["lesion"]) == expected
 
 
+class RecordsViews(L.LightningModule):
+    """Keeps the batches that reach a training step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[dict[str, Any]] = []
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        self.batches.append(batch)
+        return self.weight * batch["positive"][0].float().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("views_on", ["auto", "workers", "device"])
+def test_views_of_batches_are_the_same_wherever_they_are_made(views_on: str, num_workers: int) -> None:
+    transform = BatchedPublishedViews(SIZE)
+    module = datamodule(transform, num_workers=num_workers, views_on=views_on)
+    first = next(iter(module.train_dataloader()))
+    # On a CPU `auto` is the workers: what the device sends on is made where the batch is collated.
+    assert ("view_seeds" in first) == (views_on == "device")
+    recorder = RecordsViews()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(recorder, module)
+    one_by_one = batches(LesionDataModule(NoisePatches(), OneByOne(transform), batch_size=4, seed=3))
+    assert len(recorder.batches) == len(one_by_one) == 6
+    for here, there in zip(recorder.batches, one_by_one, strict=True):
+        assert set(here) == set(there)
+        for a, b in zip(tensors(here), tensors(there), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    # The contact sheet asks the dataset for one lesion.
+    sheet = module.dataset[SampleKey(0, int(recorder.batches[0]["lesion"][1]))]
+    torch.testing.assert_close(sheet["positive"][1], recorder.batches[0]["positive"][1][1], atol=1e-6, rtol=0)
+
+
+class OneByOne:
+    """Hides that a transform can make batches."""
+
+    def __init__(self, transform: ViewTransform) -> None:
+        self.transform = transform
+
+    def __call__(self, patch: Tensor, seed: int) -> Tensor:
+        return self.transform(patch, seed)
+
+
+def test_half_precision_throughout_reaches_views_made_on_the_device() -> None:
+    recorder = RecordsViews()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        precision="bf16-true",
+        max_steps=1,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(recorder, datamodule(BatchedPublishedViews(SIZE), views_on="device"))
+    assert {view.dtype for view in tensors(recorder.batches[0])[:4]} == {torch.bfloat16}
+    assert recorder.batches[0]["lesion"].dtype == torch.int64
+
+
+def test_a_place_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="PublishedViews makes one view at a time"):
+        datamodule(views_on="device")
+    with pytest.raises(ValueError, match="views_on is 'gpu'"):
+        datamodule(views_on="gpu")
+
+
 def test_too_few_lesions_are_an_error() -> None:
     with pytest.raises(ValueError, match="13 lesions for 14 devices"):
         datamodule(batch_size="auto").batch_size_per_device(14)
@@ -152,7 +233,9 @@ class Stopper(L.Callback):
         self.stop(trainer, "after an epoch")
 
 
-def run(recorder: Recorder, num_workers: int, *callbacks: L.Callback, checkpoint: Path | None = None) -> None:
+def run(
+    recorder: Recorder, num_workers: int, *callbacks: L.Callback, checkpoint: Path | None = None, **options: Any
+) -> None:
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=3,
@@ -163,7 +246,7 @@ def run(recorder: Recorder, num_workers: int, *callbacks: L.Callback, checkpoint
         enable_model_summary=False,
         callbacks=list(callbacks),
     )
-    trainer.fit(recorder, datamodule(num_workers=num_workers), ckpt_path=checkpoint, weights_only=True)
+    trainer.fit(recorder, datamodule(num_workers=num_workers, **options), ckpt_path=checkpoint, weights_only=True)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +272,17 @@ def test_an_interrupted_run_goes_on_with_the_next_batch(
         run(second, num_workers, checkpoint=tmp_path / "last.ckpt")
     assert first.seen == whole.seen[: steps + (place == "in a step")]
     assert second.seen == whole.seen[steps:]
+    assert torch.equal(second.weight, whole.weight)
+
+
+def test_an_interrupted_run_goes_on_with_views_made_on_the_device(tmp_path: Path) -> None:
+    options = {"transform": BatchedPublishedViews(SIZE), "views_on": "device"}
+    whole, first, second = Recorder(), Recorder(), Recorder()
+    run(whole, 0, **options)
+    with pytest.raises(StopHereError):
+        run(first, 0, Stopper("after a batch", 4, tmp_path), **options)
+    run(second, 0, checkpoint=tmp_path / "last.ckpt", **options)
+    assert second.seen == whole.seen[4:]
     assert torch.equal(second.weight, whole.weight)
 
 

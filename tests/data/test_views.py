@@ -7,8 +7,9 @@ import itertools
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
-from fmcib_ssl.data.views import ViewPairDataset
+from fmcib_ssl.data.views import SeededPairDataset, ViewCollation, ViewPairDataset, batch_of_views
 from fmcib_ssl.types import PatchPair, SampleKey
 
 
@@ -95,3 +96,36 @@ def test_several_negatives_have_views_each() -> None:
     dataset = ViewPairDataset(Several(0), see, 0)
     batch = torch.utils.data.default_collate([dataset[n] for n in range(4)])
     assert [tuple(view.shape) for view in batch["negative"]] == [(4, 0, 1, 2, 3, 4)] * 2
+
+
+class ShowSeeds:
+    """A transform that makes views one by one and in batches: the patch, and its seed in the first voxel."""
+
+    def __call__(self, patch: Tensor, seed: int) -> Tensor:
+        return self.views(patch[None], torch.tensor([seed]))[0]
+
+    def views(self, patches: Tensor, seeds: Tensor) -> Tensor:
+        assert patches.dtype == torch.int16
+        assert seeds.shape == (len(patches),)
+        found = patches.double()
+        found[:, 0, 0, 0, 0] = seeds.double()
+        return found
+
+
+def test_a_batch_of_views_is_made_of_the_views_of_its_lesions() -> None:
+    for patches in (Constants(), Several(3), Several(0)):
+        keys = [SampleKey(2, index) for index in (3, 0, 6, 5)]
+        one_by_one, together = ViewPairDataset(patches, ShowSeeds(), 7), SeededPairDataset(patches, 7)
+        expected = default_collate([one_by_one[key] for key in keys])
+        sent = default_collate([together[key] for key in keys])
+        assert sent["positive"].dtype == sent["negative"].dtype == torch.int16
+        for batch in (batch_of_views(sent, ShowSeeds()), ViewCollation(ShowSeeds())([together[key] for key in keys])):
+            assert set(batch) == set(expected)
+            for name in ("positive", "negative"):
+                for view, wanted in zip(batch[name], expected[name], strict=True):
+                    assert view.shape == wanted.shape
+                    assert torch.equal(view, wanted)
+            assert torch.equal(batch["lesion"], expected["lesion"])
+            assert torch.equal(batch["negative_from_other_scan"], expected["negative_from_other_scan"])
+    assert len(together) == 7
+    assert torch.equal(together[5]["view_seeds"], together[SampleKey(0, 5)]["view_seeds"])

@@ -1,0 +1,257 @@
+"""Changes of intensity, voxel by voxel, in HU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from fmcib_ssl.augment.streams import derived_seeds, normals
+from fmcib_ssl.augment.transform import BatchedTransform, P, Size, active_rows, chosen, interval, within
+from fmcib_ssl.augment.work import Pointwise, Step
+
+
+class _VoxelTransform(BatchedTransform[P]):
+    """A transform that sees the voxels of whole views."""
+
+    def steps(self, params: P, size_zyx: Size, device: torch.device) -> Sequence[Step]:
+        """One step."""
+        own, rows = active_rows(params, device)
+        return [Pointwise(rows, lambda images, which: self._change(images, chosen(own, which)))]
+
+    def _change(self, images: Tensor, own: P) -> Tensor:
+        """Images `(m, 1, z, y, x)`, which may be written to, and their parameters to new images."""
+        raise NotImplementedError
+
+
+class HistogramShiftParams(NamedTuple):
+    """Drawn by `RandomHistogramShift`."""
+
+    active: Bool[Tensor, " n"]
+    mapped: Float[Tensor, "n points"]  # where evenly spaced points of a view's range go, 0 to 1, ascending
+
+
+class RandomHistogramShift(_VoxelTransform[HistogramShiftParams]):
+    """A piecewise linear, rising map of a view's range of intensities onto itself, as MONAI's `RandHistogramShift`.
+
+    Args:
+        prob: probability that a view is changed.
+        num_control_points: ends of the pieces; 3 or more.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    def __init__(self, prob: float, num_control_points: int = 10) -> None:
+        super().__init__(prob)
+        if num_control_points < 3:
+            raise ValueError(f"num_control_points is {num_control_points}; it must be 3 or more.")
+        self.num_control_points = num_control_points
+
+    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> HistogramShiftParams:
+        """Draw each point between the one before, which has moved, and the next one, which has not."""
+        num = self.num_control_points
+        active, drawn = self._draw(seeds, num)
+        even = torch.linspace(0, 1, num, dtype=torch.float64)
+        mapped = even.repeat(len(seeds), 1)
+        for point in range(1, num - 1):
+            mapped[:, point] = mapped[:, point - 1].lerp(mapped[:, point + 1], drawn[:, point])
+        return HistogramShiftParams(active, mapped.float())
+
+    def _change(self, images: Tensor, own: HistogramShiftParams) -> Tensor:
+        low, high = images.amin((1, 2, 3, 4)), images.amax((1, 2, 3, 4))
+        pieces = own.mapped.shape[1] - 1
+        span = high - low
+        even = torch.linspace(0, 1, pieces + 1, device=images.device)
+        before = low[:, None] + even * span[:, None]
+        after = low[:, None] + own.mapped * span[:, None]
+        # y = slope * x + offset in each piece; the highest intensity itself begins one more, equal to the last.
+        slope = after.diff(dim=1) / before.diff(dim=1)
+        flat = (span == 0)[:, None]  # a single intensity stays
+        slope = torch.where(flat, 1.0, slope)
+        offset = torch.where(flat, 0.0, after[:, :-1] - slope * before[:, :-1])
+        slope, offset = (torch.cat([table, table[:, -1:]], dim=1).flatten() for table in (slope, offset))
+        per_hu = torch.where(span == 0, 0.0, pieces / span)
+        shape = (-1, 1, 1, 1, 1)
+        # In float32 a row's number and its place in the row are exact together up to 2^24 table entries.
+        row = torch.arange(len(images), device=images.device) * (pieces + 1)
+        piece = torch.sub(images, low.view(shape)).mul_(per_hu.view(shape)).to(torch.int32)
+        if len(images) > 1:
+            piece += row.to(torch.int32).view(shape)
+        piece = piece.flatten()
+        found = slope.index_select(0, piece).view(images.shape)
+        return found.mul_(images).add_(offset.index_select(0, piece).view(images.shape))
+
+
+class GammaParams(NamedTuple):
+    """Drawn by `RandomGamma`."""
+
+    active: Bool[Tensor, " n"]
+    gamma: Float[Tensor, " n"]
+
+
+class RandomGamma(_VoxelTransform[GammaParams]):
+    """Contrast: a power of the intensity within a view's range, as MONAI's `AdjustContrast`.
+
+    Args:
+        prob: probability that a view is changed.
+        gamma: smallest and largest exponent.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    def __init__(self, prob: float, gamma: Sequence[float] = (0.8, 1.25)) -> None:
+        super().__init__(prob)
+        self.gamma = interval("gamma", gamma, 0.05, 20)
+
+    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> GammaParams:
+        """Draw the exponent."""
+        active, drawn = self._draw(seeds, 1)
+        return GammaParams(active, within(drawn[:, 0], self.gamma))
+
+    def _change(self, images: Tensor, own: GammaParams) -> Tensor:
+        low, high = images.amin((1, 2, 3, 4), keepdim=True), images.amax((1, 2, 3, 4), keepdim=True)
+        span = high - low
+        images.sub_(low).div_(span + 1e-7).pow_(own.gamma.view(-1, 1, 1, 1, 1))
+        return images.mul_(span).add_(low)
+
+
+class ScaleShiftParams(NamedTuple):
+    """Drawn by `RandomScaleShift`."""
+
+    active: Bool[Tensor, " n"]
+    scale: Float[Tensor, " n"]
+    shift_hu: Float[Tensor, " n"]
+
+
+class RandomScaleShift(_VoxelTransform[ScaleShiftParams]):
+    """A scanner that is calibrated a little otherwise: `(hu - pivot_hu) * scale + pivot_hu + shift_hu`.
+
+    Args:
+        prob: probability that a view is changed.
+        scale: smallest and largest factor.
+        shift_hu: smallest and largest shift, HU.
+        pivot_hu: what scaling leaves as it is, HU; -1000 is air.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    def __init__(
+        self,
+        prob: float,
+        scale: Sequence[float] = (0.95, 1.05),
+        shift_hu: Sequence[float] = (-20.0, 20.0),
+        pivot_hu: float = -1000.0,
+    ) -> None:
+        super().__init__(prob)
+        self.scale = interval("scale", scale, 0)
+        self.shift_hu = interval("shift_hu", shift_hu, -4096, 4096)
+        self.pivot_hu = pivot_hu
+
+    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> ScaleShiftParams:
+        """Draw factor and shift."""
+        active, drawn = self._draw(seeds, 2)
+        return ScaleShiftParams(active, within(drawn[:, 0], self.scale), within(drawn[:, 1], self.shift_hu))
+
+    def _change(self, images: Tensor, own: ScaleShiftParams) -> Tensor:
+        offset = self.pivot_hu * (1 - own.scale) + own.shift_hu
+        return images.mul_(own.scale.view(-1, 1, 1, 1, 1)).add_(offset.view(-1, 1, 1, 1, 1))
+
+
+class NoiseParams(NamedTuple):
+    """Drawn by `RandomNoise`."""
+
+    active: Bool[Tensor, " n"]
+    std_hu: Float[Tensor, " n"]
+    seed: Int64[Tensor, " n"]
+
+
+class RandomNoise(_VoxelTransform[NoiseParams]):
+    """White Gaussian noise, the same on every device.
+
+    Args:
+        prob: probability that a view is changed.
+        std_hu: smallest and largest standard deviation, HU.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    def __init__(self, prob: float, std_hu: Sequence[float] = (5.0, 40.0)) -> None:
+        super().__init__(prob)
+        self.std_hu = interval("std_hu", std_hu, 0)
+
+    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> NoiseParams:
+        """Draw the standard deviation, and the seed of the voxels' noise."""
+        active, drawn = self._draw(seeds, 1)
+        return NoiseParams(active, within(drawn[:, 0], self.std_hu), derived_seeds(seeds, "voxels"))
+
+    def _change(self, images: Tensor, own: NoiseParams) -> Tensor:
+        noise = normals(own.seed, images[0].numel()).mul_(own.std_hu[:, None])
+        return images.add_(noise.view(images.shape))
+
+
+class CutoutParams(NamedTuple):
+    """Drawn by `RandomCutout`."""
+
+    active: Bool[Tensor, " n"]
+    start: Int64[Tensor, "n holes 3"]
+    size: Int64[Tensor, "n holes 3"]  # 0 for a hole that a view does not have
+
+
+class RandomCutout(_VoxelTransform[CutoutParams]):
+    """Boxes of one intensity, at random places within the view.
+
+    Args:
+        prob: probability that a view is changed.
+        num_holes: smallest and largest number of boxes.
+        edge: smallest and largest edge of a box over the view's; each edge is drawn by itself.
+        fill_hu: intensity of the boxes; None is the view's mean.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    def __init__(
+        self,
+        prob: float,
+        num_holes: Sequence[int] = (1, 3),
+        edge: Sequence[float] = (0.1, 0.3),
+        fill_hu: float | None = None,
+    ) -> None:
+        super().__init__(prob)
+        self.num_holes = interval("num_holes", num_holes, 1)
+        self.edge = interval("edge", edge, 0, 1)
+        self.fill_hu = fill_hu
+
+    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> CutoutParams:
+        """Draw how many boxes there are, and their places and edges."""
+        low, high = (int(n) for n in self.num_holes)
+        active, drawn = self._draw(seeds, 1 + 6 * high)
+        num = low + (drawn[:, :1] * (high - low + 1)).long()
+        place, edge = drawn[:, 1:].view(-1, high, 2, 3).unbind(2)
+        edges = torch.tensor(size_zyx)
+        size = (within(edge, self.edge) * edges).round().clamp_min(1).long()
+        start = (place * (edges - size + 1)).long()
+        return CutoutParams(active, start, size * (torch.arange(high) < num)[..., None])
+
+    def _change(self, images: Tensor, own: CutoutParams) -> Tensor:
+        fill = images.mean((1, 2, 3, 4), keepdim=True) if self.fill_hu is None else self.fill_hu
+        hole = torch.zeros_like(images, dtype=torch.bool)
+        for number in range(own.start.shape[1]):
+            z, y, x = (
+                self._inside(own.start[:, number, axis], own.size[:, number, axis], size)
+                for axis, size in enumerate(images.shape[2:])
+            )
+            hole |= (z[:, :, None, None] & y[:, None, :, None] & x[:, None, None, :])[:, None]
+        return torch.where(hole, fill, images)
+
+    @staticmethod
+    def _inside(start: Tensor, length: Tensor, size: int) -> Bool[Tensor, "m size"]:
+        line = torch.arange(size, device=start.device)
+        return (line >= start[:, None]) & (line < (start + length)[:, None])

@@ -1,0 +1,157 @@
+"""Intensities against MONAI's transforms with the same parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from given import patches_hu
+from monai.transforms import AdjustContrast, RandCoarseDropout, RandHistogramShift, ScaleIntensity, ShiftIntensity
+from scipy import stats
+from torch import Tensor
+
+from fmcib_ssl.augment import RandomCutout, RandomGamma, RandomHistogramShift, RandomNoise, RandomScaleShift
+from fmcib_ssl.augment.intensity import ScaleShiftParams
+
+SIZE = (10, 17, 13)
+
+
+def plain(image: object) -> Tensor:
+    return torch.as_tensor(image).as_subclass(Tensor)
+
+
+def monai_shift(mapped: Tensor) -> RandHistogramShift:
+    shift = RandHistogramShift(prob=1.0)
+    shift.randomize()
+    shift.reference_control_points = np.linspace(0, 1, len(mapped))
+    shift.floating_control_points = mapped.double().numpy()
+    return shift
+
+
+def test_histogram_shift_is_monais() -> None:
+    transform, patches = RandomHistogramShift(0.7), patches_hu(24, SIZE)
+    params = transform.draw(torch.arange(24), SIZE)
+    shifted = transform.apply(patches, params)
+    assert 10 < params.active.sum() < 24
+    for patch, view, active, mapped in zip(patches.float(), shifted, *params, strict=True):
+        expected = plain(monai_shift(mapped)(patch, randomize=False)) if active else patch
+        torch.testing.assert_close(view, expected, atol=0.05, rtol=0)  # of 6000 HU; slopes reach 10
+
+
+def test_control_points_are_drawn_as_monai_draws_them() -> None:
+    mapped = RandomHistogramShift(1.0).draw(torch.arange(2000), SIZE).mapped.numpy()
+    monai = RandHistogramShift(prob=1.0).set_random_state(seed=0)
+    drawn = []
+    for _ in range(2000):
+        monai.randomize()
+        drawn.append(monai.floating_control_points)
+    assert (np.diff(mapped) >= 0).all()
+    for point in range(1, 9):
+        assert stats.ks_2samp(mapped[:, point], np.stack(drawn)[:, point]).pvalue > 1e-4
+    assert (mapped[:, [0, 9]] == [0, 1]).all()
+
+
+@pytest.mark.parametrize("hu", [-3024.0, 0.0, 37.0])
+def test_a_single_intensity_stays(hu: float) -> None:
+    uniform = torch.full((6, 1, *SIZE), hu)
+    for transform in (RandomHistogramShift(1.0), RandomGamma(1.0)):
+        assert torch.equal(transform.apply(uniform, transform.draw(torch.arange(6), SIZE)), uniform)  # type: ignore[attr-defined]
+    nearly = uniform.clone()
+    nearly[:, :, 3, 3, 3] += 1
+    shifted = RandomHistogramShift(1.0)
+    view = shifted.apply(nearly, shifted.draw(torch.arange(6), SIZE))
+    torch.testing.assert_close(torch.stack(view.aminmax()), torch.tensor([hu, hu + 1]), atol=1e-3, rtol=0)
+
+
+def test_gamma_is_monais() -> None:
+    transform, patches = RandomGamma(0.8, (0.4, 2.5)), patches_hu(12, SIZE)
+    params = transform.draw(torch.arange(12), SIZE)
+    for patch, view, active, gamma in zip(patches.float(), transform.apply(patches, params), *params, strict=True):
+        expected = plain(AdjustContrast(gamma.item())(patch)) if active else patch
+        torch.testing.assert_close(view, expected, atol=0.02, rtol=0)
+
+
+def test_scale_and_shift_are_monais() -> None:
+    transform, patches = RandomScaleShift(0.8, (0.5, 1.5), (-100.0, 100.0), pivot_hu=0.0), patches_hu(12, SIZE)
+    params = transform.draw(torch.arange(12), SIZE)
+    for patch, view, *drawn in zip(patches.float(), transform.apply(patches, params), *params, strict=True):
+        active, scale, shift = (value.item() for value in drawn)
+        scaled = ScaleIntensity(minv=None, maxv=None, factor=scale - 1)(patch)
+        expected = plain(ShiftIntensity(shift)(scaled)) if active else patch
+        torch.testing.assert_close(view, expected, atol=2e-3, rtol=0)
+    air = torch.full((1, 1, 2, 2, 2), -1000.0)
+    twice = ScaleShiftParams(torch.tensor([True]), torch.tensor([2.0]), torch.tensor([5.0]))
+    assert torch.equal(RandomScaleShift(1.0).apply(air, twice), air + 5)
+
+
+def test_noise_has_the_width_that_was_drawn() -> None:
+    transform = RandomNoise(0.8, (5.0, 50.0))
+    params = transform.draw(torch.arange(20), (20, 20, 20))
+    noise = transform.apply(torch.zeros(20, 1, 20, 20, 20), params)
+    for view, active, std in zip(noise, params.active, params.std_hu.tolist(), strict=True):
+        if not active:
+            assert not view.any()
+            continue
+        standard = view.flatten().double().numpy() / std
+        assert stats.kstest(standard, "norm").pvalue > 1e-4
+    assert 5 <= params.std_hu.min() < 15 and 40 < params.std_hu.max() <= 50
+
+
+def test_cutout_is_monais_with_the_same_holes() -> None:
+    patches = patches_hu(30, SIZE)
+    for fill in (-1024.0, None):
+        transform = RandomCutout(0.8, (1, 3), (0.1, 0.5), fill)
+        params = transform.draw(torch.arange(30), SIZE)
+        views = transform.apply(patches, params)
+        numbers = set()
+        for patch, view, active, start, size in zip(patches.float(), views, *params, strict=True):
+            monai = RandCoarseDropout(
+                holes=1, spatial_size=2, fill_value=patch.mean().item() if fill is None else fill, prob=1.0
+            )
+            holes = [
+                (slice(None), *(slice(a, a + n) for a, n in zip(s, length, strict=True)))
+                for s, length in zip(start.tolist(), size.tolist(), strict=True)
+                if min(length) > 0
+            ]
+            numbers.add(len(holes))
+            monai.randomize((10, 17, 13))
+            monai.hole_coords = holes
+            expected = plain(monai(patch.clone(), randomize=False)) if active else patch
+            torch.testing.assert_close(view, expected, atol=1e-3, rtol=0)
+        assert numbers == {1, 2, 3}
+        assert (params.start + params.size <= torch.tensor(SIZE)).all() and (params.start >= 0).all()
+        assert params.size.amax((0, 1)).tolist() == [5, 8, 6]
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [RandomHistogramShift(0.3), RandomGamma(0.3), RandomScaleShift(0.3), RandomNoise(0.3), RandomCutout(0.3)],
+    ids=lambda transform: type(transform).__name__,
+)
+def test_a_share_of_the_views_is_changed_and_no_patch(transform: RandomGamma) -> None:
+    images = patches_hu(500, (4, 5, 6)).float()
+    before = images.clone()
+    params = transform.draw(torch.arange(500), (4, 5, 6))
+    changed = (transform.apply(images, params) != images).flatten(1).any(1)
+    assert torch.equal(changed, params.active)
+    assert 0.19 < changed.float().mean() < 0.41  # five standard deviations
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize(
+    ("build", "named"),
+    [
+        (lambda: RandomHistogramShift(0.5, 2), "num_control_points is 2"),
+        (lambda: RandomGamma(0.5, (0, 1)), "gamma"),
+        (lambda: RandomScaleShift(0.5, (1.1, 0.9)), "scale"),
+        (lambda: RandomNoise(-0.1), "prob is -0.1"),
+        (lambda: RandomNoise(0.5, (-3, 5)), "std_hu"),
+        (lambda: RandomCutout(0.5, (0, 2)), "num_holes"),
+        (lambda: RandomCutout(0.5, edge=(0.1, 1.2)), "edge"),
+    ],
+)
+def test_impossible_numbers_are_refused(build: Callable[[], object], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        build()
