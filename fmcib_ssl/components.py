@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from fmcib_ssl.methods.pretraining import Pretraining
+from fmcib_ssl.methods.two_views import TwoViews
 from fmcib_ssl.models.encoders import feature_dim
 from fmcib_ssl.models.export import encoder_metadata
 from fmcib_ssl.settings import Component, ConfigError, Settings
 from fmcib_ssl.training.optimizers import scaled_learning_rate
 from fmcib_ssl.types import Preprocessing
+
+logger = logging.getLogger(__name__)
 
 
 def build(section: str, component: Component, **arguments: Any) -> Any:
@@ -35,7 +40,7 @@ def blame(section: str) -> Iterator[None]:
         yield
     except KeyError as error:
         raise ConfigError(f"section {section} of the configuration lacks {error}") from error
-    except (TypeError, ValueError, MisconfigurationException) as error:
+    except (TypeError, ValueError, ImportError, MisconfigurationException) as error:
         raise ConfigError(f"section {section} of the configuration: {error}") from error
 
 
@@ -68,21 +73,26 @@ def build_module(settings: Settings, preprocessing: Preprocessing, batch_size: i
     schedule = None if settings.schedule is None else build("schedule", settings.schedule)
     # A method names what it wants: mined contrast a head and a loss, others bring their own.
     with blame("method"):
-        wanted = inspect.signature(get_class(settings.method["_target_"])).parameters
+        method = get_class(settings.method["_target_"])
+    wanted = inspect.signature(method).parameters
+    unused = {"loss": settings.loss, "head": settings.head}
     parts: dict[str, Any] = {}
     if "head" in wanted:
-        parts["head"] = build("head", settings.head, in_dim=num_features)
+        parts["head"] = build("head", unused.pop("head"), in_dim=num_features)
     if "loss" in wanted:
-        parts["loss"] = build("loss", settings.loss)
-    module: Pretraining = build(
-        "method",
-        settings.method,
-        encoder=encoder,
-        optimizer=optimizer,
-        schedule=schedule,
-        metadata=encoder_metadata(encoder, settings.encoder, preprocessing, extra={"run": settings.name}),
-        **parts,
-    )
+        parts["loss"] = build("loss", unused.pop("loss"))
+    if "num_features" in wanted:
+        parts["num_features"] = num_features
+    refuse_unused(unused, method.__name__, "method", settings.method)
+    if issubclass(method, TwoViews):
+        _check_two_views(method, settings, batch_size)
+    # Objects and metadata are handed over outside Hydra, which would build the encoder that the metadata describes.
+    make_module = build("method", {**settings.method, "_partial_": True})
+    metadata = encoder_metadata(encoder, settings.encoder, preprocessing, extra={"run": settings.name})
+    with blame("method"):
+        module: Pretraining = make_module(
+            encoder=encoder, optimizer=optimizer, schedule=schedule, metadata=metadata, **parts
+        )
     # Lightning builds both once training has begun; what they refuse is to be known now.
     with blame("optimizer"):
         trial = optimizer(module.named_parameters())
@@ -90,3 +100,38 @@ def build_module(settings: Settings, preprocessing: Preprocessing, batch_size: i
         with blame("schedule"):
             schedule(trial, total_steps=num_steps)
     return module
+
+
+def refuse_unused(unused: Iterable[str], user: str, name: str, section: Component) -> None:
+    """Say which sections nothing is built from, and refuse what the command line sets in them.
+
+    Args:
+        unused: names of sections.
+        user: what does without them, such as the method.
+        name: of the section that the user is built from.
+        section: that one.
+
+    Raises:
+        ConfigError: an override that would have no effect.
+    """
+    unused = list(unused)
+    if not unused:
+        return
+    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    own = ", ".join(f"{name}.{key}" for key in section if not key.startswith("_"))
+    for override in overrides:
+        if override.lstrip("+~").partition("=")[0].partition(".")[0] in unused:
+            raise ConfigError(f"{override} would have no effect: {user} does not use it. It has {own}")
+    logger.info("%s does not use the section%s %s", user, "s" * (len(unused) > 1), ", ".join(unused))
+
+
+def _check_two_views(method: type[TwoViews], settings: Settings, batch_size: int) -> None:
+    if method.compares_lesions and batch_size < 2:
+        raise ConfigError(
+            f"{method.__name__} compares the lesions of a batch with each other, and one lesion on each device leaves "
+            "none: set data.batch_size to 2 or more"
+        )
+    if settings.data.per_lesion:
+        logger.info(
+            "%s does not look at mined negatives: data.per_lesion=0 saves the time of making them", method.__name__
+        )

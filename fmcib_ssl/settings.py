@@ -105,6 +105,24 @@ class Paths(_Section):
     run: Path
 
 
+class FineTune(_Section):
+    """What `+experiment=finetune` trains for; see `configs/finetune/default.yaml`."""
+
+    weights: Path | None
+    label: str | None
+    task: Literal["binary", "multiclass", "ordinal", "continuous"]
+    threshold: str | None
+    split: str | None
+    group: str | None
+    folds: int = Field(ge=2)
+    val_share: float = Field(gt=0, lt=1)
+    train: Literal["head", "last_stage", "all"]
+    encoder_rate: PositiveFloat
+    class_weights: bool
+    patience: PositiveInt
+    num_bootstrap: PositiveInt
+
+
 class Settings(_Section):
     """The whole configuration of a run, typed."""
 
@@ -124,17 +142,20 @@ class Settings(_Section):
     schedule: Component | None = None
     logger: dict[str, Component] | None = None
     callbacks: dict[str, Component] | None = None
+    finetune: FineTune | None = None
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Settings:
         if self.hardware.sync_batchnorm and self.hardware.accelerator == "cpu":
             raise ValueError("hardware.sync_batchnorm=true needs GPUs: torch has none on the CPU. Set it to false")
-        if self.data.per_lesion == 0 and self.loss.get("negatives") != "lesions":
+        # Only this method is known to take the loss; others may bring their own.
+        contrasts = self.method.get("_target_") == "fmcib_ssl.methods.MinedContrast"
+        if contrasts and self.data.per_lesion == 0 and self.loss.get("negatives") != "lesions":
             raise ValueError(
                 "data.per_lesion=0 mines no negatives, and the loss wants some: set loss.negatives=lesions, or "
                 "data.per_lesion=1"
             )
-        if self.loss.get("negatives") == "lesions" and self.data.batch_size == 1 and self.world_size == 1:
+        if contrasts and self.loss.get("negatives") == "lesions" and self.data.batch_size == 1 and self.world_size == 1:
             raise ValueError(
                 "loss.negatives=lesions contrasts the lesions of a batch with each other, and data.batch_size=1 "
                 "leaves none: raise the batch size or choose loss.negatives=mined"
