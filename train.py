@@ -1,13 +1,20 @@
 """Pretrain an encoder: `python train.py +experiment=NAME [key=value ...]`; `--help` shows what can be chosen."""
 
+import os
 import sys
 from pathlib import Path
+from signal import SIGINT
 
-import hydra
-from omegaconf import DictConfig
+from fmcib_ssl import signals
 
-from fmcib_ssl.config import CONFIG_NAME, check_command_line, read_settings
-from fmcib_ssl.settings import ConfigError
+signals.listen()  # before anything slow is imported: a signal is never too early
+
+import hydra  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
+
+from fmcib_ssl.config import CONFIG_NAME, check_command_line, read_settings  # noqa: E402
+from fmcib_ssl.preflight import check_machine  # noqa: E402
+from fmcib_ssl.settings import ConfigError  # noqa: E402
 
 CONFIG_DIR = Path(__file__).resolve().parent / "configs"
 
@@ -15,10 +22,20 @@ CONFIG_DIR = Path(__file__).resolve().parent / "configs"
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=CONFIG_NAME)
 def main(config: DictConfig) -> float:
     """Train; the return value is the last loss, for sweepers."""
-    from fmcib_ssl.run import UserError, train  # noqa: PLC0415  (imports torch: the command line is checked before)
+    signals.listen()  # a launcher of sweeps may have taken them over
+    try:
+        settings = read_settings(config)
+        check_machine(settings, os.environ)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    from fmcib_ssl.run import UserError, train  # noqa: PLC0415  (imports torch: all that can be is checked before)
 
     try:
-        return train(read_settings(config))
+        if settings.finetune is not None:
+            from fmcib_ssl.finetune_run import finetune  # noqa: PLC0415
+
+            return finetune(settings)
+        return train(settings)
     except UserError as error:
         sys.exit(f"error: {error}")
 
@@ -26,6 +43,10 @@ def main(config: DictConfig) -> float:
 if __name__ == "__main__":
     try:
         check_command_line(sys.argv[1:], CONFIG_DIR)
+        main()
     except ConfigError as error:
         sys.exit(f"error: {error}")
-    main()
+    except signals.Stopped as stopped:
+        sys.exit(stopped.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(signals.EXIT_CODES[SIGINT])

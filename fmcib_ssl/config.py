@@ -8,6 +8,7 @@ values may be is said in `settings.py`.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +26,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fmcib_ssl.job import run_key
 from fmcib_ssl.settings import ConfigError, Settings, settings_of
 
 #: `train.py` composes this file.
@@ -32,6 +34,9 @@ CONFIG_NAME = "train"
 
 #: Sections whose keys are not ours to list: columns of the user's table, arguments of Lightning's Trainer.
 _FREE_SECTIONS = ("data.select.", "trainer.")
+
+# Known wherever a configuration is composed; asked once, so that what follows in a process is the same folder.
+OmegaConf.register_new_resolver("run_key", run_key, use_cache=True, replace=True)
 
 
 def read_settings(config: DictConfig) -> Settings:
@@ -64,24 +69,61 @@ def check_command_line(arguments: Sequence[str], config_dir: Path) -> None:
     options, _ = get_args_parser().parse_known_args(list(arguments))
     if options.help or options.hydra_help or options.info or options.cfg or options.shell_completion:
         return  # nothing will be trained
+    if options.config_path:
+        config_dir = _existing(Path(options.config_path), "--config-path")
     # Plugins (colours in the log, launchers) answer to the `hydra` key and are Hydra's to check.
-    overrides = [o for o in _parse(options.overrides) if not str(o.key_or_group).startswith("hydra")]
+    parsed = _parse(options.overrides)
+    overrides = [o for o in parsed if not str(o.key_or_group).startswith("hydra")]
+    hydras = {str(o.key_or_group): o for o in parsed if str(o.key_or_group).startswith("hydra.")}
     config_name = options.config_name or CONFIG_NAME
     with initialize_config_dir(version_base="1.3", config_dir=str(config_dir)):
+        if "hydra.searchpath" in hydras:
+            _search_also(_folders(hydras["hydra.searchpath"].value()))
         if options.config_dir:
-            _search_also(Path(options.config_dir))
+            _search_also([f"file://{_existing(Path(options.config_dir), '--config-dir')}"])
         for one_run in _single_runs(overrides):
             read_settings(_compose_checked(config_name, one_run))
+            if not options.multirun:
+                of_user = hydras.get("hydra.run.dir")
+                _check_run_folder(config_name, [*one_run, *([of_user.input_line or ""] if of_user else [])])
 
 
-def _search_also(folder: Path) -> None:
-    """Let the user's own options stand beside the shipped ones, as `hydra.main` does for `--config-dir`."""
+def _existing(folder: Path, option: str) -> Path:
     if not folder.is_dir():
-        raise ConfigError(f"--config-dir {folder}: there is no such folder")
+        raise ConfigError(f"{option} {folder}: there is no such folder")
+    return folder.resolve()
+
+
+def _folders(value: object) -> list[str]:
+    """The value of `hydra.searchpath` as Hydra takes it: a list of `file://`, `pkg://` or plain folders."""
+    folders = [str(folder) for folder in (value if isinstance(value, list) else [value])]
+    return [f if "://" in f else f"file://{_existing(Path(f), 'hydra.searchpath')}" for f in folders]
+
+
+def _search_also(folders: Sequence[str]) -> None:
+    """Let the user's own options stand beside the shipped ones, as `hydra.main` does for `--config-dir`."""
     search_path = GlobalHydra.instance().config_loader().get_search_path()
-    search_path.prepend("command-line", f"file://{folder.resolve()}", SearchPathQuery(provider="schema"))
+    for folder in folders:
+        search_path.prepend("command-line", folder, SearchPathQuery(provider="schema"))
     GlobalHydra.instance().clear()
     Hydra.create_main_hydra2("train", search_path)
+
+
+def _check_run_folder(config_name: str, overrides: list[str]) -> None:
+    """Refuse a run folder that cannot be made or written, before Hydra fails at it."""
+    config = _compose(config_name, overrides)
+    try:
+        folder = Path(str(config.hydra.run.dir)).expanduser().absolute()
+    except OmegaConfBaseException:
+        return  # made of what only Hydra knows by then
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not there.is_dir():
+        raise ConfigError(f"the run folder {folder} cannot be made: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"the run folder {folder} cannot be written: {there} does not allow it. Choose another with "
+            "hydra.run.dir=DIR, or all runs' with paths.runs=DIR"
+        )
 
 
 def _parse(overrides: Iterable[str]) -> list[Override]:

@@ -6,8 +6,11 @@ Read `train` from top to bottom; everything it calls takes plain values.
 from __future__ import annotations
 
 import logging
+import os
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -15,54 +18,63 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-import fmcib_ssl
-from fmcib_ssl.components import blame, build, build_module, learning_rate
+from fmcib_ssl import signals
+from fmcib_ssl.components import blame, build, build_module
 from fmcib_ssl.data.datamodule import LesionDataModule
 from fmcib_ssl.data.store import StoreError
 from fmcib_ssl.data.tables import AnnotationsError, ScanError
 from fmcib_ssl.evaluation.figures import ContactRow, contact_sheet, training_curves
-from fmcib_ssl.lesion_source import LesionSource, open_lesions
+from fmcib_ssl.lesion_source import open_lesions
 from fmcib_ssl.methods.pretraining import Pretraining
 from fmcib_ssl.models.export import export_encoder
-from fmcib_ssl.settings import Component, ConfigError, Settings
+from fmcib_ssl.preflight import check_disk
+from fmcib_ssl.settings import ConfigError, Settings
+from fmcib_ssl.summary import num_steps, summary
+from fmcib_ssl.training.checkpoints import RunCheckpoints, WholeFileIO, find_checkpoint, step_of
 from fmcib_ssl.training.provenance import environment, write_json
+from fmcib_ssl.training.run_folder import RunFolder, RunFolderError, check_same_run, checksum, write_whole
+from fmcib_ssl.training.tracking import Resumable, Start, WeightsAndBiases, read_metrics
 from fmcib_ssl.types import Preprocessing, SampleKey
 
 logger = logging.getLogger(__name__)
 
 #: Errors whose message is for the user; a traceback would add nothing.
-UserError = (ConfigError, AnnotationsError, ScanError, StoreError)
+UserError = (ConfigError, AnnotationsError, ScanError, StoreError, RunFolderError)
 
 
 def train(settings: Settings) -> float:
     """Pretrain an encoder and leave everything worth keeping in the run folder; gives the last loss.
 
-    Writes `config.yaml`, `environment.json`, `rejected.csv` (if rows were set aside), `contact_sheet.png` (before the
-    first step), `metrics.csv`, `checkpoints/last.ckpt`, `encoder.safetensors` and `curves.png`. A folder that
-    already holds `checkpoints/last.ckpt` is gone on with.
+    Writes `run.json`, `config.yaml`, `environment.json`, `rejected.csv` (if rows were set aside), `contact_sheet.png`
+    (before the first step), `metrics.csv`, `checkpoints/`, `encoder.safetensors` and `curves.png`. A run that was
+    stopped is gone on with, one that is finished is left as it is.
 
     Raises:
         ConfigError: settings that contradict each other, the data or the machine.
         AnnotationsError, ScanError, StoreError: data that cannot be used.
+        RunFolderError: a folder that holds another run, or no checkpoint that can be used.
+        fmcib_ssl.signals.Stopped: by a signal; what was learned is saved.
     """
-    run = settings.paths.run
-    run.mkdir(parents=True, exist_ok=True)
-    _check_devices(settings)
-    if settings.hardware.num_threads is not None:
-        torch.set_num_threads(settings.hardware.num_threads)
-    L.seed_everything(settings.seed, verbose=False)
     main_process = getattr(rank_zero_only, "rank", 0) == 0
-    for library in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(library).setLevel(logging.WARNING)  # our own summary says more
-    warnings.filterwarnings("ignore", message=".* directory .* exists and is not empty")  # it is the run's
-    for lightnings_own in (".*isinstance.treespec, LeafSpec.* is deprecated", ".*all_gather is deprecated"):
-        warnings.filterwarnings("ignore", message=lightnings_own)  # Lightning's to mend, nothing a user can do
+    _check_devices(settings)
+    folder = RunFolder(settings.paths.run, main_process=main_process)
+    try:
+        return _train(settings, folder, main_process)
+    finally:
+        folder.release()
+
+
+def _train(settings: Settings, folder: RunFolder, main_process: bool) -> float:
+    _prepare_process(settings, main_process)
+    checkpoint = _checkpoint_to_go_on_with(settings, folder, main_process)
+    if _is_finished(settings, folder):
+        return _last_loss(folder)
+    step = step_of(checkpoint) if checkpoint else 0
     if main_process:
-        _write_provenance(settings)
-    else:
-        logging.getLogger("fmcib_ssl").setLevel(logging.ERROR)  # what every process would say is said once
+        _write_provenance(settings, folder, step)
 
     source = open_lesions(settings, main_process=main_process)
+    folder.hold_to(checksum(_files_that_list_lesions(settings)), trained=checkpoint is not None)
     data = LesionDataModule(
         source.patches,
         build("augment", settings.augment),
@@ -74,23 +86,113 @@ def train(settings: Settings) -> float:
     )
     num_lesions = len(source.patches)
     batch_size = _batch_size(settings, data, num_lesions)
-    _, num_steps = _num_steps(settings, num_lesions // (batch_size * settings.world_size))
-    module = build_module(settings, source.preprocessing, batch_size, num_steps)
+    _, all_steps = num_steps(settings, num_lesions // (batch_size * settings.world_size))
+    module = build_module(settings, source.preprocessing, batch_size, all_steps)
+    module.metadata.setdefault("extra", {})["run_id"] = folder.run_id
     trainer = _trainer(settings)
+    trackers = [its for its in trainer.loggers if isinstance(its, WeightsAndBiases)]
 
     if main_process:
-        logger.info("%s", _summary(settings, source, batch_size, module))
-        if settings.contact_sheet_rows:
-            sheet = draw_contact_sheet(
-                data, source.preprocessing, run / "contact_sheet.png", settings.contact_sheet_rows
-            )
+        check_disk(folder.path, 3 * sum(p.numel() * p.element_size() for p in module.parameters()))
+        logger.info("%s", summary(settings, source, batch_size, module, step))
+        sheet = folder.path / "contact_sheet.png"
+        if settings.contact_sheet_rows and not (checkpoint and sheet.is_file()):
+            draw_contact_sheet(data, source.preprocessing, sheet, settings.contact_sheet_rows)
             logger.info("views to look at before anything is learned: %s", sheet)
-    trainer.fit(module, datamodule=data, ckpt_path=_checkpoint_to_go_on_with(run))
+        _begin_tracking(trainer, settings, folder, step)
+    asks = any(isinstance(callback, RunCheckpoints) for callback in trainer.checkpoint_callbacks)
+    with signals.deferred() if asks else nullcontext():
+        exit_code = 1
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+            exit_code = 0
+            loss = float(trainer.callback_metrics.get("train/loss", _last_loss(folder)))
+            if trainer.is_global_zero:
+                _write_results(module, settings, source.preprocessing, folder.path, trackers)
+                folder.finish(step=trainer.global_step, loss=loss, **_length(settings))
+        finally:
+            for tracker in trackers:
+                tracker.finish(exit_code)
+    return loss
 
-    loss = trainer.callback_metrics.get("train/loss", torch.tensor(float("nan")))
-    if trainer.is_global_zero:
-        _write_results(module, settings, source.preprocessing, run)
-    return float(loss)
+
+def _prepare_process(settings: Settings, main_process: bool) -> None:
+    if settings.hardware.num_threads is not None:
+        torch.set_num_threads(settings.hardware.num_threads)
+    L.seed_everything(settings.seed, verbose=False)
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)  # our own summary says more
+    warnings.filterwarnings("ignore", message=".* directory .* exists and is not empty")  # it is the run's
+    for of_no_use in (  # Lightning's to mend, or meant so; nothing a user can do
+        ".*isinstance.treespec, LeafSpec.* is deprecated",
+        ".*all_gather is deprecated",
+        ".*overridden `transfer_batch_to_device` in `LightningModule`",
+    ):
+        warnings.filterwarnings("ignore", message=of_no_use)
+    if not main_process:
+        logging.getLogger("fmcib_ssl").setLevel(logging.ERROR)  # what every process would say is said once
+
+
+def _checkpoint_to_go_on_with(settings: Settings, folder: RunFolder, main_process: bool) -> Path | None:
+    checkpoint = find_checkpoint(folder.checkpoints, folder.run_id, main_process=main_process)
+    if checkpoint is None:
+        return None
+    config = folder.path / "config.yaml"
+    if config.is_file() and main_process:  # rank 0 is about to write it anew
+        before = yaml.safe_load(config.read_text())
+        changes = check_same_run(before, settings.model_dump(mode="json"), folder.path)
+        if not _is_finished(settings, folder, quietly=True):
+            logger.info("going on from %s", checkpoint)
+            for change in changes:
+                logger.info("  with another %s", change)
+    return checkpoint
+
+
+def _length(settings: Settings) -> dict[str, int | None]:
+    return {"max_epochs": settings.trainer.max_epochs, "max_steps": settings.trainer.max_steps}
+
+
+def _is_finished(settings: Settings, folder: RunFolder, *, quietly: bool = False) -> bool:
+    """Whether the folder's run was trained as long as it is to be, and has left its results."""
+    done = folder.finished
+    finished = (
+        done is not None
+        and {key: done.get(key) for key in _length(settings)} == _length(settings)
+        and (folder.path / "encoder.safetensors").is_file()
+    )
+    if done and finished and not quietly:
+        logger.info(
+            "the run in %s is finished, after %d steps: nothing to do. To train it for longer raise "
+            "trainer.max_epochs; for a new run give another folder (hydra.run.dir=DIR)", folder.path, done["step"],
+        )  # fmt: skip
+    return finished
+
+
+def _last_loss(folder: RunFolder) -> float:
+    losses = [row["train/loss"] for row in read_metrics(folder.path / "metrics.csv")[1] if row.get("train/loss")]
+    return float(losses[-1]) if losses else float("nan")
+
+
+def _files_that_list_lesions(settings: Settings) -> list[Path]:
+    data = settings.data
+    if data.store is not None:
+        return sorted(path for path in data.store.iterdir() if path.suffix in (".json", ".parquet"))
+    assert data.annotations is not None
+    return [data.annotations]
+
+
+def _begin_tracking(trainer: L.Trainer, settings: Settings, folder: RunFolder, step: int) -> None:
+    record: dict[str, Any] = {
+        **settings.model_dump(mode="json"),
+        "environment": environment(),
+        "data_checksum": folder.state["data_checksum"],
+    }
+    start = Start(folder.run_id, step, folder.path / "metrics.csv", record)
+    for its in trainer.loggers:
+        if isinstance(its, Resumable):
+            its.go_on(start)
+        if isinstance(its, WeightsAndBiases):
+            its.show("contact_sheet", folder.path / "contact_sheet.png")
 
 
 def draw_contact_sheet(data: LesionDataModule, preprocessing: Preprocessing, path: Path, num_rows: int) -> Path:
@@ -140,24 +242,15 @@ def _batch_size(settings: Settings, data: LesionDataModule, num_lesions: int) ->
             "loss.negatives=lesions contrasts the lesions of a batch with each other, and there is one lesion a step: "
             "add lesions, or choose loss.negatives=mined"
         )
-    if settings.method.get("forwards") == "separate" and settings.head.get("batch_norm") and batch_size == 1:
+    num_chunks = -(-batch_size // (settings.method.get("chunk_size") or batch_size))
+    one_by_one = settings.method.get("forwards") == "separate" and batch_size // num_chunks == 1
+    if one_by_one and settings.head.get("batch_norm"):
         raise ConfigError(
             "method.forwards=separate sends one view at a time, and batch norm in the head needs more than one: "
             "set method.forwards=joint or head.batch_norm=false"
+            + (", or a larger method.chunk_size" if batch_size > 1 else "")
         )
     return batch_size
-
-
-def _num_steps(settings: Settings, batches_per_epoch: int) -> tuple[int, int]:
-    """Optimizer steps in an epoch and in all; an epoch's last step may accumulate fewer batches than the others."""
-    trainer = settings.trainer
-    steps_per_epoch = -(-batches_per_epoch // trainer.accumulate_grad_batches)
-    limits = []
-    if trainer.max_epochs not in (None, -1):
-        limits.append(trainer.max_epochs * steps_per_epoch)
-    if trainer.max_steps != -1:
-        limits.append(trainer.max_steps)
-    return steps_per_epoch, min(limits)
 
 
 def _trainer(settings: Settings) -> L.Trainer:
@@ -168,7 +261,7 @@ def _trainer(settings: Settings) -> L.Trainer:
     loggers = [build("logger", component) for component in (settings.logger or {}).values()]
     callbacks = [build("callbacks", component) for component in (settings.callbacks or {}).values()]
     with blame("hardware or trainer"):
-        return L.Trainer(
+        trainer = L.Trainer(
             accelerator=hardware.accelerator,
             devices=hardware.devices,
             num_nodes=hardware.num_nodes,
@@ -180,71 +273,32 @@ def _trainer(settings: Settings) -> L.Trainer:
             default_root_dir=settings.paths.run,
             logger=loggers,
             callbacks=callbacks,
+            plugins=[WholeFileIO()],
             **settings.trainer.model_dump(),
         )
+    # Its own handlers save in the midst of a step, or call a collective from within a signal handler.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
-def _checkpoint_to_go_on_with(run: Path) -> Path | None:
-    checkpoint = run / "checkpoints" / "last.ckpt"
-    if not checkpoint.is_file():
-        return None
-    logger.info("going on from %s", checkpoint)
-    metrics = run / "metrics.csv"
-    if metrics.is_file() and getattr(rank_zero_only, "rank", 0) == 0:
-        # The logger starts the file anew; what was measured so far is kept beside it.
-        earlier = len(list(run.glob("metrics.before-restart-*.csv"))) + 1
-        metrics.replace(run / f"metrics.before-restart-{earlier}.csv")
-    return checkpoint
+def _write_provenance(settings: Settings, folder: RunFolder, step: int) -> None:
+    write_whole(folder.path / "config.yaml", yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
+    facts = environment()
+    write_json(facts, folder.path / "environment.json")
+    folder.begin(step=step, commit=facts["git"]["commit"], job=os.environ.get("SLURM_JOB_ID"))
 
 
-def _write_provenance(settings: Settings) -> None:
-    run = settings.paths.run
-    (run / "config.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
-    write_json(environment(), run / "environment.json")
-
-
-def _write_results(module: Pretraining, settings: Settings, preprocessing: Preprocessing, run: Path) -> None:
+def _write_results(
+    module: Pretraining, settings: Settings, preprocessing: Preprocessing, run: Path, trackers: list[WeightsAndBiases]
+) -> None:
     trainer = module.trainer
     extra = {"run": settings.name, "step": trainer.global_step, "epoch": trainer.current_epoch, "seed": settings.seed}
     weights = run / "encoder.safetensors"
     export_encoder(module.encoder, settings.encoder, preprocessing, weights, extra=extra)
     lines = [f"encoder    {weights}   (fmcib_ssl.load_encoder reads it)"]
     if (run / "metrics.csv").is_file():
-        lines.append(f"curves     {training_curves(run / 'metrics.csv', run / 'curves.png')}")
+        curves = training_curves(run / "metrics.csv", run / "curves.png")
+        lines.append(f"curves     {curves}")
+        for tracker in trackers:
+            tracker.show("curves", curves)
     logger.info("%s", "\n".join(lines))
-
-
-def _summary(settings: Settings, source: LesionSource, batch_size: int, module: Pretraining) -> str:
-    """What is about to happen, in numbers a user can check against what was meant."""
-    hardware, trainer, data = settings.hardware, settings.trainer, settings.data
-    global_batch = batch_size * settings.world_size
-    steps_per_epoch, num_steps = _num_steps(settings, len(source.patches) // global_batch)
-    parameters = sum(p.numel() for p in module.encoder.parameters()) / 1e6
-    accumulated = f", {trainer.accumulate_grad_batches} accumulated" if trainer.accumulate_grad_batches > 1 else ""
-    loss = ""
-    if (of_module := getattr(module, "loss", None)) is not None:
-        loss_arguments = ", ".join(f"{key} {value}" for key, value in settings.loss.items() if key != "_target_")
-        loss = f", {type(of_module).__name__}: {loss_arguments}"
-    schedule = _last_name(settings.schedule) if settings.schedule else "constant"
-    rate = learning_rate(settings, batch_size)
-    base_lr, reference_batch = settings.optimizer["base_lr"], settings.optimizer["reference_batch"]
-    times = f" x {trainer.accumulate_grad_batches}" if accumulated else ""
-    rows = {
-        "run": f"{settings.name}, fmcib_ssl {fmcib_ssl.__version__}, in {settings.paths.run}",
-        "lesions": f"{len(source.patches)} in {source.num_scans} scans, from {source.origin}",
-        "negatives": f"{data.per_lesion} a lesion, {data.mining}" if data.per_lesion else "none mined",
-        "patch": f"{' x '.join(map(str, data.patch_size))} voxels (z, y, x) of {source.preprocessing.spacing_mm:g} mm",
-        "batch": f"{batch_size} lesions on each of {settings.world_size} {hardware.accelerator} devices{accumulated}",
-        "steps": f"{num_steps} in all, {steps_per_epoch} an epoch",
-        "encoder": f"{_last_name(settings.encoder)}, {parameters:.2f} M weights, "
-        f"{module.metadata['feature_dim']} features",
-        "method": f"{type(module).__name__}{loss}",
-        "rate": f"{rate:.3g} at its highest = {base_lr:g} x {global_batch}{times} / {reference_batch}, "
-        f"{_last_name(settings.optimizer)}, {schedule}",
-    }
-    return "\n".join(f"{name:<9}  {text}" for name, text in rows.items())
-
-
-def _last_name(component: Component) -> str:
-    name: str = component["_target_"].rsplit(".", 1)[-1]
-    return name

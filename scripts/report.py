@@ -28,6 +28,7 @@ class Report(Command):
     features: str | None = Field(default=None, description="tables of scripts/embed.py, commas between them")
     results: str | None = Field(default=None, description="folders of scripts/evaluate.py, commas between them")
     title: str | None = Field(default=None, description="of the page; null: the run's name")
+    about: str = Field(default="", description="first words on the page, such as what the label means")
     color_by: str | None = Field(
         default=None, description="columns to colour maps by, commas between; null: up to four"
     )
@@ -64,6 +65,7 @@ def main(arguments: list[str]) -> None:
             features=_names(command.features),
             results=_names(command.results),
             title=command.title,
+            introduction=command.about,
             options=options,
         )
     except (ValueError, OSError, FeatureTableError, StoreError) as error:

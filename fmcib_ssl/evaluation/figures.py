@@ -5,7 +5,7 @@ Figures are made with matplotlib's objects, never `pyplot`: nothing global is to
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,6 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from sklearn.decomposition import PCA
-from sklearn.metrics import roc_curve
 from torch import Tensor
 
 from fmcib_ssl.types import Preprocessing
@@ -200,65 +198,6 @@ def training_curves(metrics_csv: Path | str | Sequence[Path | str], path: Path |
         tidy(axes, title, "step", unit)
         if len(filled & columns.keys()) > 1:
             axes.legend(frameon=False, fontsize=7.5, labelcolor=INK)
-    return save_figure(figure, path)
-
-
-def embedding_map(
-    features: npt.ArrayLike, labels: Sequence[object] | npt.NDArray[np.generic], path: Path | str, title: str = ""
-) -> Path:
-    """Draw features on their first two principal components, coloured by label.
-
-    Args:
-        features: `(n, dim)`, at least two of each.
-        labels: one for each row; at most eight different ones.
-        path: of the PNG.
-        title: above the picture.
-
-    Raises:
-        ValueError: the numbers of features and labels differ, or there are too many labels to tell apart.
-    """
-    points, names = np.asarray(features), np.asarray(labels)
-    if points.ndim != 2 or min(points.shape) < 2 or len(points) != len(names):
-        raise ValueError(
-            f"features should be (n, dim) with n and dim at least 2 and labels (n,), got {points.shape}, {names.shape}"
-        )
-    kinds = np.unique(names)
-    if len(kinds) > len(COLORS):
-        raise ValueError(f"labels hold {len(kinds)} different values; {len(COLORS)} colours can be told apart")
-    scaled = (points - points.mean(0)) / np.maximum(points.std(0), 1e-12)
-    pca = PCA(2, svd_solver="full").fit(scaled)
-    where = pca.transform(scaled)
-    figure = Figure(figsize=(4.6, 4.2), facecolor="white", layout="constrained")
-    axes = figure.add_subplot()
-    for color, marker, kind in zip(COLORS, MARKERS, kinds, strict=False):
-        x, y = where[names == kind].T
-        label = f"{kind} (n = {len(x)})"
-        axes.plot(
-            x, y, marker, ms=5, color=color, alpha=0.75, markeredgewidth=0.4, markeredgecolor="white", label=label
-        )
-    share = 100 * pca.explained_variance_ratio_
-    tidy(axes, title, f"component 1 ({share[0]:.0f} % of variance)", f"component 2 ({share[1]:.0f} % of variance)")
-    figure.legend(frameon=False, fontsize=8, labelcolor=INK, loc="outside lower left", ncols=2)
-    return save_figure(figure, path)
-
-
-def roc_curves(labels: npt.ArrayLike, scores: Mapping[str, npt.ArrayLike], path: Path | str, title: str = "") -> Path:
-    """Draw the ROC curve of each set of scores for the same labels.
-
-    Args:
-        labels: 0 or 1, `(n,)`.
-        scores: under the name for the legend, `(n,)` each, higher meaning class 1; at most eight.
-        path: of the PNG.
-        title: above the picture.
-    """
-    figure = Figure(figsize=(4.6, 4.2), facecolor="white", layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot([0, 1], [0, 1], color=MUTED, lw=0.8, ls=":", label="guessing")
-    for color, (name, values) in zip(COLORS, scores.items(), strict=False):
-        false_positives, true_positives, _ = roc_curve(labels, values)
-        axes.plot(false_positives, true_positives, color=color, lw=1.6, label=name)
-    tidy(axes, title, "false positive rate", "true positive rate")
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
     return save_figure(figure, path)
 
 

@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fmcib_ssl.methods.gradient_cache import embed_in_chunks
-from fmcib_ssl.methods.monitors import contrast_monitors
 from fmcib_ssl.methods.pretraining import NamedParameters, Pretraining, detached
 from fmcib_ssl.types import ViewPairs
 
@@ -171,7 +170,7 @@ class MinedContrast(Pretraining):
         loss = self.contrast(out)
         num_lesions = len(batch["positive"][0])
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True, batch_size=num_lesions)
-        figures = {f"train/{name}": value for name, value in contrast_monitors(out).items()}
+        figures: dict[str, Tensor] = {}
         if "negative_from_other_scan" in batch:
             figures["data/negative_from_other_scan"] = batch["negative_from_other_scan"].float().mean()
         if isinstance(temperature := getattr(self.loss, "temperature", None), Tensor):  # else it is not trained

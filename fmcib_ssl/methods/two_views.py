@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fmcib_ssl.methods.monitors import contrast_monitors
 from fmcib_ssl.methods.pretraining import Pretraining, detached
 from fmcib_ssl.types import ViewPairs
 
@@ -51,11 +50,9 @@ class TwoViews(Pretraining):
         """One step on one device's batch of views."""
         view0, view1 = batch["positive"]
         step = self.compare(view0, view1, batch_idx)
-        z0, z1 = detached(*step.embeddings)
         self.log("train/loss", step.loss.detach(), prog_bar=True, sync_dist=True, batch_size=len(view0))
-        figures = {**contrast_monitors({"positive": (z0, z1), "negative": (z0[:0], z1[:0])}), **step.figures}
-        self.log_dict({f"train/{name}": value for name, value in figures.items()}, batch_size=len(view0))
-        return {"loss": step.loss, "embeddings": (z0, z1)}
+        self.log_dict({f"train/{name}": value for name, value in step.figures.items()}, batch_size=len(view0))
+        return {"loss": step.loss, "embeddings": detached(*step.embeddings)}
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:

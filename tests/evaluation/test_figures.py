@@ -11,17 +11,12 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from sklearn.decomposition import PCA
-from sklearn.metrics import roc_auc_score
-from sklearn.preprocessing import StandardScaler
 
 from fmcib_ssl.evaluation import figures
 from fmcib_ssl.evaluation.figures import (
     LUNG_WINDOW_HU,
     ContactRow,
     contact_sheet,
-    embedding_map,
-    roc_curves,
     training_curves,
 )
 from fmcib_ssl.types import Preprocessing
@@ -141,38 +136,7 @@ def test_curves_of_a_single_step_and_of_nothing(tmp_path: Path) -> None:
         training_curves(tmp_path / "no_step.csv", tmp_path / "none.png")
 
 
-def test_the_map_is_the_pca_of_standardised_features(drawn: list[Figure], tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    features = rng.normal(size=(30, 5)) * [1, 10, 100, 3, 0]  # the last is constant
-    labels = np.array(["smooth", "rough", "smooth"] * 10)
-    embedding_map(features, labels, tmp_path / "map.png", "Lesions")
-    (axes,) = drawn[0].axes
-    oracle = PCA(2).fit_transform(StandardScaler().fit_transform(features))
-    for line, label in zip(axes.lines, ("rough", "smooth"), strict=True):
-        points = np.column_stack(line.get_data())
-        np.testing.assert_allclose(np.abs(points), np.abs(oracle[labels == label]), atol=1e-8)
-    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["rough (n = 10)", "smooth (n = 20)"]
-
-
-def test_a_map_refuses_what_it_cannot_show(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="9 different values; 8 colours"):
-        embedding_map(np.eye(9), range(9), tmp_path / "map.png")
-    with pytest.raises(ValueError, match=r"\(9, 9\), \(8,\)"):
-        embedding_map(np.eye(9), range(8), tmp_path / "map.png")
-
-
 def test_drawing_leaves_matplotlibs_settings_alone(tmp_path: Path) -> None:
     before = dict(mpl.rcParams)
-    embedding_map(np.eye(9), ["a"] * 9, tmp_path / "map.png")
+    contact_sheet([contact_row()], tmp_path / "sheet.png")
     assert dict(mpl.rcParams) == before
-
-
-def test_roc_curves_are_scikit_learns(tmp_path: Path, drawn: list[Figure]) -> None:
-    labels, scores = (
-        [0, 0, 1, 1, 0, 1],
-        {"good": [0.1, 0.2, 0.9, 0.8, 0.3, 0.7], "poor": [0.9, 0.1, 0.5, 0.2, 0.4, 0.3]},
-    )
-    roc_curves(labels, scores, tmp_path / "roc.png")
-    _, good, poor = drawn[0].axes[0].lines
-    assert np.trapezoid(good.get_ydata(), good.get_xdata()) == 1
-    assert np.trapezoid(poor.get_ydata(), poor.get_xdata()) == pytest.approx(roc_auc_score(labels, scores["poor"]))

@@ -70,7 +70,8 @@ def two(phantom_table: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 def test_one_run_folder_with_everything_once(processes: str, request: pytest.FixtureRequest) -> None:
     run, printed = request.getfixturevalue(processes)
     expected = "checkpoints config.yaml contact_sheet.png curves.png encoder.safetensors environment.json metrics.csv"
-    assert {path.name for path in run.iterdir() if path.stat().st_size} == {*expected.split(), "train.log"}
+    expected += " train.log run.json .lock"
+    assert {path.name for path in run.iterdir() if path.stat().st_size} == set(expected.split())
     assert metrics_of(run)["step"].tolist() == [0, 1]
     log = (run / "train.log").read_text()
     assert "6 in 4 scans" in log and "2 in all, 1 an epoch" in log

@@ -1,4 +1,4 @@
-"""The same seed is the same run: with any number of workers, and when it is interrupted and gone on with."""
+"""The same seed is the same run: with any number of workers, and when it is trained for longer."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from tiny_runs import assert_equal_weights, checkpoint_of, metrics_of, tiny_settings
 
 from fmcib_ssl.run import train
+from fmcib_ssl.training.run_folder import RunFolderError
 
 #: The rate depends on the length of a run, unless it is constant.
 OPTIONS = ["+experiment=ct_infonce", "encoder=small", "schedule=constant", "schedule.warmup=0", "optimizer.base_lr=0.1"]
@@ -43,16 +44,23 @@ def test_another_seed_is_another_run(reference: Path, phantom_table: Path, tmp_p
     assert not set(losses_of(run)) & set(losses_of(reference))
 
 
-def test_interrupted_and_gone_on_with(
+def test_a_finished_run_is_left_alone_and_may_be_trained_for_longer(
     reference: Path, phantom_table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run_for(1, phantom_table, tmp_path)
     first = checkpoint_of(tmp_path)
     assert first["global_step"] == STEPS_PER_EPOCH
+    times = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
+    with caplog.at_level(logging.INFO):
+        loss = train(tiny_settings(phantom_table, tmp_path, *OPTIONS, "trainer.max_epochs=1"))
+    assert "is finished, after 3 steps" in caplog.text and "trainer.max_epochs" in caplog.text
+    assert loss == losses_of(tmp_path)[-1]
+    changed = {file.name for file, time in times.items() if file.stat().st_mtime_ns != time}
+    assert changed <= {"run.json", ".lock"}
+
     with caplog.at_level(logging.INFO):
         run_for(2, phantom_table, tmp_path)
-    assert f"going on from {tmp_path / 'checkpoints' / 'last.ckpt'}" in caplog.text
-
+    assert "going on from" in caplog.text and "trainer.max_epochs: 1 before, 2 now" in caplog.text
     resumed, uninterrupted = checkpoint_of(tmp_path), checkpoint_of(reference)
     assert resumed["global_step"] == uninterrupted["global_step"] == 2 * STEPS_PER_EPOCH
     assert_equal_weights(resumed["state_dict"], uninterrupted["state_dict"])
@@ -60,13 +68,36 @@ def test_interrupted_and_gone_on_with(
     for parameter, state in states[1].items():
         assert_equal_weights(states[0][parameter], state)
     # The second part has to have learned something, or it would equal anything.
-    changed = [name for name, w in first["state_dict"].items() if not torch.equal(w, resumed["state_dict"][name])]
+    changed = {name for name, w in first["state_dict"].items() if not torch.equal(w, resumed["state_dict"][name])}
     assert len(changed) > len(first["state_dict"]) / 2
+    assert metrics_of(tmp_path)["step"].tolist() == list(range(2 * STEPS_PER_EPOCH))
+    assert losses_of(tmp_path) == losses_of(reference)
 
-    kept = pd.read_csv(tmp_path / "metrics.before-restart-1.csv")
-    together = pd.concat([kept, metrics_of(tmp_path)])
-    assert together["step"].tolist() == list(range(2 * STEPS_PER_EPOCH))
-    assert together["train/loss"].tolist() == losses_of(reference)
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("seed=1", "seed: 0 before, 1 now"),
+        ("optimizer.base_lr=0.2", "optimizer.base_lr: 0.1 before, 0.2 now"),
+        ("trainer.max_epochs=1", "trainer.max_epochs: 2 before, 1 now"),
+        ("+optimizer.amsgrad=true", "optimizer.amsgrad: not set before, True now"),
+    ],
+)
+def test_a_folder_of_another_run_is_refused(override: str, line: str, reference: Path, phantom_table: Path) -> None:
+    with pytest.raises(RunFolderError) as caught:
+        train(tiny_settings(phantom_table, reference, *OPTIONS, "trainer.max_epochs=2", override))
+    assert line in str(caught.value) and "hydra.run.dir=DIR" in str(caught.value)
+
+
+def test_other_lesions_are_refused(phantom_table: Path, tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    rows = pd.read_csv(phantom_table)
+    rows["image_path"] = [str(phantom_table.parent / path) for path in rows["image_path"]]
+    rows.to_csv(table, index=False)
+    run_for(1, table, tmp_path / "run")
+    rows.iloc[::-1].to_csv(table, index=False)
+    with pytest.raises(RunFolderError, match="trained on other lesions"):
+        run_for(2, table, tmp_path / "run")
 
 
 @pytest.mark.parametrize(("accumulated", "steps_per_epoch"), [(1, 3), (2, 2), (5, 1)])

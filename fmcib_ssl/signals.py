@@ -1,0 +1,138 @@
+"""Signals that ask a run to stop: remembered while it trains, and acted on between two steps.
+
+`train.py` listens before it imports anything slow. Until training begins there is nothing to save, and a signal ends
+the process at once; while it trains, `received()` is asked between two steps (`training/checkpoints.py`). Needs nothing
+but the standard library.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from types import FrameType
+
+#: What the process exits with when it was stopped: 128 + the signal's number, as a shell would say; but 75
+#: (`EX_TEMPFAIL`, "try again later") for the signals by which a scheduler announces the end of a job's time.
+EXIT_CODES = {
+    signal.SIGHUP: 129,
+    signal.SIGINT: 130,
+    signal.SIGTERM: 143,
+    signal.SIGUSR1: 75,
+    signal.SIGUSR2: 75,
+}
+#: Sent to every process of a job, and not meant for those that a run has started.
+_ANNOUNCED = (signal.SIGUSR1, signal.SIGUSR2)
+
+#: A worker that was told to end, and whose parent does not let it, ends by itself after as many seconds.
+WORKER_GRACE_S = 300
+
+_received: signal.Signals | None = None
+_deferred = False
+_listener = 0  # the process that listens; what it forks does not
+
+
+class Stopped(BaseException):
+    """A signal has ended the run. Not an `Exception`: nobody who handles errors is meant.
+
+    Attributes:
+        signum: what was received.
+        exit_code: of the process.
+    """
+
+    def __init__(self, signum: signal.Signals, exit_code: int | None = None) -> None:
+        super().__init__(f"stopped by {signum.name}")
+        self.signum = signum
+        self.exit_code = EXIT_CODES[signum] if exit_code is None else exit_code
+
+
+def listen() -> None:
+    """Take over the signals in `EXIT_CODES` for this process; to be called in its main thread.
+
+    One that is ignored (`nohup`, a job in the background) stays so.
+    """
+    global _listener  # noqa: PLW0603  (handlers belong to the process as a whole)
+    _listener = os.getpid()
+    for signum in EXIT_CODES:
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, _handle)
+
+
+def received() -> signal.Signals | None:
+    """What has asked for an end so far."""
+    return _received
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Only remember signals; whoever trains asks `received()`. A second Ctrl-C still interrupts at once.
+
+    Raises:
+        Stopped: one was received before.
+    """
+    global _deferred  # noqa: PLW0603
+    _deferred = True
+    try:
+        if _received is not None:
+            raise Stopped(_received)
+        yield
+    finally:
+        _deferred = False
+
+
+def _handle(signum: int, frame: FrameType | None) -> None:
+    global _received  # noqa: PLW0603
+    if os.getpid() != _listener:
+        # Forked from the listener, and not yet, or never, told what to do: as any process would.
+        if signum not in _ANNOUNCED:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        return
+    again = _received is not None
+    _received = _received or signal.Signals(signum)
+    if _deferred:
+        if signum == signal.SIGINT and again:
+            raise KeyboardInterrupt
+        if not again and _speaks():
+            hint = "; Ctrl-C again stops without saving" if signum == signal.SIGINT else ""
+            os.write(2, f"\n{signal.Signals(signum).name}: saving after this step, then stopping{hint}\n".encode())
+    elif signum == signal.SIGINT:
+        raise KeyboardInterrupt
+    else:
+        raise Stopped(_received)
+
+
+def _speaks() -> bool:
+    """Whether this is the process that talks to the user; known from what launchers set."""
+    ranks = (os.environ.get(name, "0") for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+    return all(rank == "0" for rank in ranks)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Keep the signals waiting, for this process and for those it starts, until the end of the block.
+
+    A process started meanwhile inherits that and lets them in with `shield_worker`: there is no moment in which a
+    signal to all processes of a job would kill it.
+    """
+    resource_tracker.ensure_running()  # when it is started it lets signals in that were to wait
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def shield_worker() -> None:
+    """Make a data worker deaf to what is meant for its parent, which needs it up to the next step.
+
+    A worker ends when its parent does, torch sees to that. SIGTERM is also how a parent gets rid of a worker that
+    does not end; so it is granted, but late.
+    """
+    for signum in (signal.SIGHUP, signal.SIGINT, *_ANNOUNCED):
+        signal.signal(signum, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_S))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)

@@ -1,0 +1,349 @@
+"""Checkpoints that are whole or not there, taken between two steps, and found again by the same command.
+
+Lightning's own `ModelCheckpoint` saves while a step is being finished: its metrics are not logged yet and would be
+missing after a restart. `RunCheckpoints` saves when the next batch is there and nothing has been done with it, so what
+is on disk is what was logged. Gradients that are being accumulated are not saved; it waits for the optimizer's step.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import re
+import time
+import zipfile
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from signal import Signals
+from typing import Any, cast
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+
+from fmcib_ssl import signals
+from fmcib_ssl.training.requeue import requeue
+from fmcib_ssl.training.rng import random_state, set_random_state
+from fmcib_ssl.training.run_folder import RunFolderError, sync_folder
+
+logger = logging.getLogger(__name__)
+
+#: Key of the random states, one a rank, in a checkpoint.
+RNG_KEY = "fmcib_ssl_rng"
+
+#: What the newest checkpoint is also called.
+LAST = "last.ckpt"
+
+_NAME = re.compile(r"step-(\d+)(-epoch-(\d+))?\.ckpt")
+
+
+class WholeFileIO(TorchCheckpointIO):
+    """Writes a checkpoint under another name, flushes it to the disk, then renames it; reads nothing but plain data.
+
+    A disk that is full does not end the training: that checkpoint is missing, and the log says so.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write a checkpoint; afterwards there is a whole file of that name, or what was there before."""
+        path = Path(path)
+        unfinished = path.with_name(f".{path.name}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with unfinished.open("wb") as file:
+                torch.save(checkpoint, file)  # a zip archive, with a CRC-32 of each member
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+            sync_folder(path.parent)
+        except (OSError, RuntimeError) as error:  # torch's writer turns what the disk says into a RuntimeError
+            cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__ or error
+            logger.error(
+                "%s could not be saved (%s). Training goes on, and the checkpoints before it are kept: make room, or "
+                "what is learned from here on may be lost", path, cause,
+            )  # fmt: skip
+            unfinished.unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Read a checkpoint; nothing in it is ever run."""
+        return super().load_checkpoint(path, map_location=map_location, weights_only=True)
+
+
+class RunCheckpoints(Checkpoint):
+    """Saves a run every so often and at its end, and when a signal asks the run to stop.
+
+    The triggers may be combined; each is off where it is null. What it writes: `step-N.ckpt` for the newest few,
+    `step-N-epoch-E.ckpt` for epochs that are kept for good, and `last.ckpt`, a link to the newest.
+
+    All ranks stop after the same step: they compare what they have received before each one.
+
+    Args:
+        dirpath: folder of the checkpoints.
+        every_n_train_steps: optimizer steps.
+        train_time_interval: arguments of `datetime.timedelta`, such as `{minutes: 15}`; rank 0's clock decides.
+        every_n_epochs: whole epochs.
+        save_top_k: how many of the newest are kept, at least 2: one may turn out to be damaged.
+        keep_every_n_epochs: these epochs are saved and never removed.
+        requeue: ask Slurm to start the job again where that is what the signal means (`training/requeue.py`).
+
+    Raises:
+        ValueError: a number that makes no sense.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | os.PathLike[str],
+        *,
+        every_n_train_steps: int | None = None,
+        train_time_interval: Mapping[str, float] | None = None,
+        every_n_epochs: int | None = None,
+        save_top_k: int = 2,
+        keep_every_n_epochs: int | None = None,
+        requeue: bool = True,
+    ) -> None:
+        for name, value in {
+            "every_n_train_steps": every_n_train_steps,
+            "every_n_epochs": every_n_epochs,
+            "keep_every_n_epochs": keep_every_n_epochs,
+        }.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1, or null for never")
+        if save_top_k < 2:
+            raise ValueError(f"save_top_k={save_top_k}: keep at least 2, since the newest may turn out to be damaged")
+        self.dirpath = Path(dirpath)
+        self.every_n_train_steps = every_n_train_steps
+        self.every_n_epochs = every_n_epochs
+        self.save_top_k = save_top_k
+        self.keep_every_n_epochs = keep_every_n_epochs
+        self.requeue = requeue
+        self.interval_s = None if not train_time_interval else timedelta(**train_time_interval).total_seconds()
+        self._saved_step = 0
+        self._saved_at = 0.0
+        self._place: tuple[int, int] | None = None
+        self._random_states: list[dict[str, Any]] = []
+        self._loader_states: list[dict[str, Any]] = []
+
+    # What a checkpoint holds besides Lightning's.
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the random states of all ranks, and note the place in the training as between two steps."""
+        states = [random_state()]
+        if trainer.world_size > 1:
+            states = [{} for _ in range(trainer.world_size)]
+            dist.all_gather_object(states, random_state())
+        checkpoint[RNG_KEY] = states
+        if self._place is not None:
+            _set_place(checkpoint["loops"]["fit_loop"], *self._place)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take what is set when training begins: the random states, and the place in the epoch."""
+        self._random_states = checkpoint.get(RNG_KEY, [])
+        self._loader_states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
+
+    # When.
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Set what the checkpoint was taken with, and see that all ranks go on from the same one."""
+        if trainer.world_size > 1:
+            steps = [0] * trainer.world_size
+            dist.all_gather_object(steps, trainer.global_step)
+            if len(set(steps)) > 1:
+                raise RunFolderError(
+                    f"the processes go on from different steps ({steps}): all must see the same run folder "
+                    f"{self.dirpath.parent}; put it on a disk that the nodes share"
+                )
+        if len(self._random_states) == trainer.world_size:
+            set_random_state(self._random_states[trainer.global_rank])
+        # Lightning does this only if nobody has asked for `estimated_stepping_batches` before, as schedules do.
+        for state in self._loader_states:
+            cast(Any, trainer.train_dataloader).load_state_dict(state)
+        self._random_states, self._loader_states = [], []
+        self._saved_step = trainer.global_step
+        self._saved_at = time.monotonic()
+        if trainer.is_global_zero:
+            for leftover in self.dirpath.glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)  # of a process that was killed while it saved
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The place between two steps: save if it is time, and stop if that was asked for."""
+        if batch_idx % trainer.accumulate_grad_batches:
+            return
+        epoch = trainer.current_epoch
+        stop, due = self._agree(trainer, self._is_due(trainer, epoch, batch_idx))
+        if (due or stop) and trainer.global_step != self._saved_step:
+            self._save(trainer, epoch, batch_idx)
+        if stop:
+            self._stop(trainer, stop)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save what was learned in the end."""
+        if trainer.global_step == self._saved_step:
+            return
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        epoch = trainer.current_epoch
+        # An epoch that the number of steps cut short is gone on with, should there be more steps.
+        whole = batches >= trainer.num_training_batches
+        self._save(trainer, *((epoch, 0) if whole else (epoch - 1, batches)))
+
+    def _is_due(self, trainer: L.Trainer, epoch: int, batch: int) -> bool:
+        step = trainer.global_step
+        by_step = self.every_n_train_steps is not None and step % self.every_n_train_steps == 0
+        by_epoch = batch == 0 and any(
+            n is not None and epoch % n == 0 for n in (self.every_n_epochs, self.keep_every_n_epochs)
+        )
+        by_time = (
+            self.interval_s is not None
+            and trainer.is_global_zero
+            and time.monotonic() - self._saved_at >= self.interval_s
+        )
+        return by_step or by_epoch or by_time
+
+    def _agree(self, trainer: L.Trainer, due: bool) -> tuple[int, bool]:
+        """The signal that any rank has received, and whether any wants to save; the same answer on all ranks."""
+        received = int(signals.received() or 0)
+        if trainer.world_size == 1:
+            return received, due
+        flags = torch.tensor([received, int(due)], device=trainer.strategy.root_device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        received, due = flags.tolist()
+        return received, bool(due)
+
+    # How.
+
+    def _save(self, trainer: L.Trainer, epoch: int, batch: int) -> None:
+        kept = batch == 0 and self.keep_every_n_epochs is not None and epoch % self.keep_every_n_epochs == 0
+        path = self.dirpath / f"step-{trainer.global_step:08d}{f'-epoch-{epoch:04d}' * kept}.ckpt"
+        for its in trainer.loggers:
+            its.save()
+        self._place = (epoch, batch)
+        try:
+            trainer.save_checkpoint(path, weights_only=False)
+        finally:
+            self._place = None
+        self._saved_step = trainer.global_step
+        self._saved_at = time.monotonic()
+        if trainer.is_global_zero and path.is_file():
+            _link(path, self.dirpath / LAST)
+            for old in [old for old in _newest_first(self.dirpath) if not _is_kept(old)][self.save_top_k :]:
+                trainer.strategy.remove_checkpoint(old)
+
+    def _stop(self, trainer: L.Trainer, received: int) -> None:
+        signum = Signals(received)
+        if trainer.is_global_zero:
+            newest = next(iter(_newest_first(self.dirpath)), None)
+            logger.warning(
+                "stopped by %s after step %d; %s. The same command goes on from there",
+                signum.name,
+                trainer.global_step,
+                f"saved in {newest}" if newest else "nothing was learned yet",
+            )
+            if self.requeue:
+                requeue(signum)
+        trainer.strategy.barrier("stop")
+        # Lightning kills everything as soon as a process that it has started itself ends with another code than 0.
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        launched = environment is not None and not environment.creates_processes_externally and trainer.local_rank > 0
+        raise signals.Stopped(signum, exit_code=0 if launched else None)
+
+
+def find_checkpoint(folder: Path, run_id: str, *, main_process: bool = True) -> Path | None:
+    """The newest checkpoint of a run that is whole and its own; None if there are none at all.
+
+    Those that are passed over are named in the log, and renamed to `*.unusable` by the main process.
+
+    Args:
+        folder: of checkpoints.
+        run_id: of the run.
+        main_process: whether this one may rename and report.
+
+    Raises:
+        RunFolderError: there are checkpoints, and none can be used.
+    """
+    passed_over: list[tuple[Path, str]] = []
+    for path in _newest_first(folder):
+        problem = checkpoint_problem(path, run_id)
+        if problem is None:
+            if main_process and passed_over:
+                for bad, reason in passed_over:
+                    bad.replace(bad.with_name(f"{bad.name}.unusable"))
+                    logger.warning("%s cannot be used (%s): going on from the one before, %s", bad, reason, path.name)
+                _link(path, folder / LAST)
+            return path
+        passed_over.append((path, problem))
+    if passed_over:
+        raise RunFolderError(
+            f"no checkpoint in {folder} can be used:\n"
+            + "\n".join(f"  {path.name}: {reason}" for path, reason in passed_over)
+            + "\nTo begin anew, take these files away or train in another folder (hydra.run.dir=DIR)"
+        )
+    return None
+
+
+def checkpoint_problem(path: Path, run_id: str) -> str | None:
+    """What keeps a file from being gone on with, in words; None if nothing does."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # reads everything and compares the check sums
+        if damaged is not None:
+            return f"damaged: the check sum of {damaged} is wrong"
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"damaged, or no checkpoint at all: {reason[:200]}"
+    if not isinstance(checkpoint, dict) or not {"fmcib_ssl", "loops", "optimizer_states"} <= checkpoint.keys():
+        return "not a checkpoint of a training run of fmcib_ssl"
+    owner = checkpoint["fmcib_ssl"].get("extra", {}).get("run_id")
+    return None if owner == run_id else f"it belongs to another run ({owner}, this is {run_id})"
+
+
+def step_of(path: Path) -> int:
+    """The number of optimizer steps that a checkpoint was taken after."""
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise ValueError(f"{path}: not the name of a checkpoint")
+    return int(match[1])
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(
+        (path for path in folder.glob("step-*.ckpt") if _NAME.fullmatch(path.name)), key=step_of, reverse=True
+    )
+
+
+def _is_kept(path: Path) -> bool:
+    return "-epoch-" in path.name
+
+
+def _link(path: Path, link: Path) -> None:
+    """Call the newest checkpoint by its other name too."""
+    unfinished = link.with_name(f".{link.name}.tmp")
+    unfinished.unlink(missing_ok=True)
+    try:
+        unfinished.symlink_to(path.name)
+    except OSError:  # a file system without
+        unfinished.hardlink_to(path)
+    unfinished.replace(link)
+
+
+def _set_place(fit_loop: dict[str, Any], epoch: int, batch: int) -> None:
+    """Let a trainer's saved counters say: so many whole epochs are done, and so many batches of the next.
+
+    They are taken in the midst of a hook, where some count what is about to be done.
+    """
+    begun = epoch + (batch > 0)
+    for count in fit_loop["epoch_progress"].values():
+        count.update(ready=begun, started=begun, processed=epoch, completed=epoch)
+    batches = fit_loop["epoch_loop.batch_progress"]
+    batches["is_last_batch"] = False
+    batches["current"].update(ready=batch, started=batch, processed=batch, completed=batch)
+    done = batches["total"]["completed"]
+    batches["total"].update(ready=done, started=done, processed=done)
+    if batch == 0:
+        fit_loop["state_dict"].pop("combined_loader", None)  # it would leave out batches of the epoch before

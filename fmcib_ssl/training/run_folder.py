@@ -1,0 +1,259 @@
+"""The folder of a run knows its state: whose it is, how often it was started, whether it is finished.
+
+`run.json` is written by the main process only, and always whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import socket
+import string
+import time
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any
+
+STATE_FILE = "run.json"
+
+#: A run that is killed may take a moment to let go.
+LOCK_PATIENCE_S = 10.0
+
+#: Settings that a run may be gone on with changed: where and how fast it runs, where its data lie, what is watched.
+FREE_SETTINGS = (
+    "name",
+    "contact_sheet_rows",
+    "hardware.",
+    "logger",
+    "callbacks",
+    "paths.",
+    "trainer.log_every_n_steps",
+    "trainer.enable_",
+    "trainer.profiler",
+    "data.store",
+    "data.annotations",
+    "data.image_root",
+    "data.path_prefix",
+    "data.cache_scans",
+    "data.phantom.folder",
+)
+#: These may only grow.
+LENGTHS = ("trainer.max_epochs", "trainer.max_steps")
+
+
+class RunFolderError(ValueError):
+    """The run folder cannot be used for this run; the message says why and what to do."""
+
+
+class RunFolder:
+    """The state of a run, kept in its folder.
+
+    Args:
+        path: the folder; it is made if there is none.
+        main_process: whether this one writes; the others only read what an earlier start has left.
+
+    Raises:
+        RunFolderError: another process trains in it, it cannot be written, or its state is damaged.
+    """
+
+    def __init__(self, path: Path, *, main_process: bool = True) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self._main_process = main_process
+        self._lock: IO[str] | None = None
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if main_process:
+                self._lock = _only_one(path)
+            self.state = self._read() or self._new()
+            if main_process:
+                self._write()
+        except OSError as error:
+            raise RunFolderError(f"{path}: the run folder cannot be used: {error.strerror or error}") from error
+
+    @property
+    def run_id(self) -> str:
+        """Eight letters and digits, the same through all restarts; also W&B's id."""
+        return str(self.state["run_id"])
+
+    @property
+    def finished(self) -> dict[str, Any] | None:
+        """What `finish` was called with, if the run was trained to its end."""
+        finished: dict[str, Any] | None = self.state["finished"]
+        return finished
+
+    def begin(self, **start: Any) -> None:
+        """Note a start, with whatever is worth knowing about it."""
+        self.state["starts"].append({"time": _now(), "host": socket.gethostname(), **start})
+        self.state["finished"] = None
+        self._write()
+
+    def finish(self, **results: Any) -> None:
+        """Note that the run was trained to its end."""
+        self.state["finished"] = {"time": _now(), **results}
+        self._write()
+
+    def hold_to(self, data_checksum: str, *, trained: bool) -> None:
+        """Note the lesions of the run, or refuse others.
+
+        Args:
+            data_checksum: of the files that list the lesions.
+            trained: whether something was learned from those that are noted.
+
+        Raises:
+            RunFolderError: they are others than it learned from.
+        """
+        known = self.state.get("data_checksum", data_checksum)
+        if trained and known != data_checksum:
+            raise RunFolderError(
+                f"{self.path} was trained on other lesions: the files that list them have changed since (checksum "
+                f"{known[:12]}, now {data_checksum[:12]}). Go on with the lesions it began with, or train in another "
+                "folder (hydra.run.dir=DIR)"
+            )
+        self.state["data_checksum"] = data_checksum
+        self._write()
+
+    def release(self) -> None:
+        """Let others train in this folder; the end of the process does so too."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _read(self) -> dict[str, Any] | None:
+        file = self.path / STATE_FILE
+        try:
+            state = json.loads(file.read_text())
+            if not isinstance(state["run_id"], str) or not isinstance(state["starts"], list):
+                raise TypeError("run_id or starts")
+            state.setdefault("finished", None)
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunFolderError(
+                f"{file} is damaged ({error!r}): restore it, or train in another folder (hydra.run.dir=DIR)"
+            ) from error
+        return dict(state)
+
+    def _new(self) -> dict[str, Any]:
+        letters = string.ascii_lowercase + string.digits
+        return {"run_id": "".join(secrets.choice(letters) for _ in range(8)), "starts": [], "finished": None}
+
+    def _write(self) -> None:
+        if self._main_process:
+            write_whole(self.path / STATE_FILE, json.dumps(self.state, indent=2, default=str) + "\n")
+
+
+def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> list[str]:
+    """Compare the settings that a folder was trained with to those of now.
+
+    Args:
+        before: as in the folder's `config.yaml`.
+        now: plain values.
+        folder: for the message.
+
+    Returns:
+        What differs and may, in words.
+
+    Raises:
+        RunFolderError: naming what differs and may not.
+    """
+    old, new = _flat(before), _flat(now)
+    allowed: list[str] = []
+    refused: list[str] = []
+    for key in dict.fromkeys([*old, *new]):
+        there, asked = old.get(key, "not set"), new.get(key, "not set")
+        if there == asked:
+            continue
+        line = f"{key}: {there} before, {asked} now"
+        longer = key in LENGTHS and _at_least(asked, there)
+        (allowed if longer or key.startswith(FREE_SETTINGS) else refused).append(line)
+    if refused:
+        raise RunFolderError(
+            f"{folder} holds a run with other settings:\n"
+            + "\n".join(f"  {line}" for line in refused)
+            + "\nTo go on with it give the settings it had; for a new run give another folder (hydra.run.dir=DIR). "
+            "Only hardware, logger, callbacks, paths and a longer training may differ"
+        )
+    return allowed
+
+
+def checksum(files: Iterable[Path]) -> str:
+    """SHA-256 over the contents of files, in this order."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is either the old one or the new one, whatever happens."""
+    unfinished = path.with_name(f".{path.name}.tmp")
+    with unfinished.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in a folder last through a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _only_one(folder: Path) -> IO[str]:
+    """Hold the folder for this process; the kernel lets go when it ends, and its children do not inherit it."""
+    file = (folder / ".lock").open("a+")
+    patience = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                return file  # a file system without locks
+            if time.monotonic() > patience:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                file.close()
+                raise RunFolderError(
+                    f"{folder}: another process trains in this folder ({holder}): wait for it, stop it, or train in "
+                    "another folder (hydra.run.dir=DIR)"
+                ) from error
+            time.sleep(0.2)
+        else:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            return file
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _at_least(asked: object, there: object) -> bool:
+    """Whether one length of training is no shorter than another; none at all is the longest."""
+    endless = (None, -1)
+    if asked in endless:
+        return True
+    return isinstance(asked, int) and isinstance(there, int) and there not in endless and asked >= there
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")

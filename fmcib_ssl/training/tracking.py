@@ -1,0 +1,279 @@
+"""Loggers that a run may be stopped and gone on with, without a gap and without a repeat.
+
+`metrics.csv` is the record: it is cut back to the checkpoint that a run goes on from, and the others are brought into
+line with it. No logger ever stops the training.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import DummyExperiment, Logger  # type: ignore[attr-defined]
+from lightning.pytorch.utilities import rank_zero_only
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a logger has to know of the start of a run, the first one or a later one.
+
+    Attributes:
+        run_id: the same for all starts.
+        step: optimizer steps that were done before.
+        metrics: the run's `metrics.csv`.
+        record: settings, versions, state of the code, checksum of the data: plain values.
+    """
+
+    run_id: str
+    step: int
+    metrics: Path
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """A logger that wants to know what it goes on with, before it logs anything; called in the main process only."""
+
+    def go_on(self, start: Start) -> None:
+        """Forget what was logged from `start.step` on: it is going to be logged again."""
+        ...
+
+
+class MetricsFile(Logger):
+    """One row a step in a CSV file, appended as they come.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__()
+        self.path = Path(path)
+        self._columns: list[str] = []
+        self._rows: list[dict[str, Any]] = []
+
+    @property
+    def name(self) -> str:
+        """Part of the path that Lightning would make of it; not used."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """Part of the path that Lightning would make of it; not used."""
+        return ""
+
+    def go_on(self, start: Start) -> None:
+        """Cut the rows from `start.step` on."""
+        self._columns, rows = read_metrics(self.path)
+        kept = [row for row in rows if int(row["step"]) < start.step]
+        if kept:
+            self._write_anew(kept)
+        else:
+            self.path.unlink(missing_ok=True)
+            self._columns = []
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """They are in `config.yaml`."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Add a row."""
+        self._rows.append({**metrics, "step": len(self._rows) if step is None else step})
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write the rows that are not in the file yet; a disk that is full is not fatal, they are tried again."""
+        if not self._rows:
+            return
+        new = set().union(*self._rows) - set(self._columns)
+        try:
+            if new or not self.path.exists():
+                _, rows = read_metrics(self.path)
+                self._columns = sorted(new.union(self._columns))
+                self._write_anew([*rows, *self._rows])
+            else:
+                with self.path.open("a", newline="") as file:
+                    csv.DictWriter(file, self._columns).writerows(self._rows)
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", self.path, error.strerror or error)
+            return
+        self._rows = []
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what is left."""
+        self.save()
+
+    def _write_anew(self, rows: list[dict[str, Any]]) -> None:
+        unfinished = self.path.with_name(f".{self.path.name}.tmp")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(rows)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(self.path)
+
+
+def read_metrics(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """Columns and rows of a metrics file; what a killed process left unfinished at its end is left out."""
+    if not path.is_file():
+        return [], []
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    reader = csv.DictReader(whole.splitlines())
+    columns = list(reader.fieldnames or [])
+    rows = [
+        row for row in reader if None not in row and None not in row.values() and str(row.get("step", "")).isdigit()
+    ]
+    return columns, rows
+
+
+class TensorBoard(TensorBoardLogger):
+    """Lightning's logger; of a run that was stopped, the events that are logged again replace those before."""
+
+    def go_on(self, start: Start) -> None:
+        """Tell TensorBoard to leave out what earlier files have from this step on."""
+        if start.step or any(Path(self.log_dir).glob("events.*")):
+            self._kwargs["purge_step"] = start.step
+
+
+class WeightsAndBiases(WandbLogger):
+    """Lightning's logger with one run id for all starts; it falls back to offline and never stops the training.
+
+    The page is brought into line with `metrics.csv` at every start: what the server lacks is sent, and a step that it
+    has is not sent twice. A run that is tracked offline is written anew and whole at every start, so only the newest
+    of its folders has to be synchronised.
+
+    Args:
+        project: on the server.
+        name: of the run on the page.
+        save_dir: W&B makes its folder `wandb` below it.
+        offline: nothing leaves the machine.
+        entity: user or team; None is the default of the account.
+        timeout_s: how long the server may take to answer at the start, and for what is left to send at the end.
+    """
+
+    def __init__(
+        self,
+        project: str,
+        name: str,
+        save_dir: str | Path,
+        *,
+        offline: bool = False,
+        entity: str | None = None,
+        timeout_s: float = 20.0,
+    ) -> None:
+        super().__init__(project=project, name=name, save_dir=save_dir, offline=offline, entity=entity)
+        self._timeout_s = timeout_s
+        self._start: Start | None = None
+        self._lost = False  # tracking has failed and was given up
+
+    def go_on(self, start: Start) -> None:
+        """Take the run's id."""
+        self._start = start
+        self._wandb_init["id"] = self._id = start.run_id
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """W&B's run, begun when it is first asked for."""
+        if self._experiment is None and not self._lost:
+            try:
+                self._experiment = self._begin()
+            except Exception as error:
+                self._give_up(error)
+        return DummyExperiment() if self._lost else self._experiment
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log under the run's own step, so that the server can tell what it has already."""
+        run = self.experiment
+        if not self._lost:
+            try:
+                if step is None or step >= run.starting_step:  # what it has is the same
+                    run.log({**metrics, "trainer/global_step": step}, step=step)
+            except Exception as error:  # whatever goes wrong there, training is worth more
+                self._give_up(error)
+
+    @rank_zero_only
+    def show(self, name: str, picture: Path) -> None:
+        """Put a picture on the page."""
+        import wandb  # noqa: PLC0415  (takes a second, and most runs do without)
+
+        run = self.experiment
+        if not self._lost and picture.is_file():
+            try:
+                run.summary[name] = wandb.Image(str(picture))
+            except Exception as error:
+                self._give_up(error)
+
+    @rank_zero_only
+    def finish(self, exit_code: int = 0) -> None:
+        """Send what is left, for as long as it may take, and close the run; the next start opens it again."""
+        if self._experiment is None or self._lost:
+            return
+        folder, offline = self._experiment.settings.sync_dir, self._experiment.settings._offline
+        try:
+            self._experiment.finish(exit_code=exit_code)
+        except Exception as error:
+            self._give_up(error)
+        if offline:
+            logger.info("tracked offline; to upload it: wandb sync %s", folder)
+
+    def _begin(self) -> Any:
+        import wandb  # noqa: PLC0415
+
+        mode: Any = "offline" if self._offline else os.environ.get("WANDB_MODE", "online")
+        limits: dict[str, Any] = {
+            "init_timeout": self._timeout_s,
+            "login_timeout": self._timeout_s,
+            "finish_timeout": self._timeout_s,
+        }
+        known = {name: value for name, value in limits.items() if hasattr(wandb.Settings(), name)}
+        arguments = {key: value for key, value in self._wandb_init.items() if value is not None}
+        run: Any = None
+        if mode == "online":
+            try:
+                run = wandb.init(**arguments, mode="online", settings=wandb.Settings(**known))
+            except Exception as error:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                logger.warning(
+                    "Weights & Biases cannot be reached (%s): tracking offline. `wandb login` helps if you are not "
+                    "logged in; `wandb sync` uploads the run later", reason,
+                )  # fmt: skip
+                mode = "offline"
+                wandb.teardown()  # else the id counts as taken
+        if run is None:
+            run = wandb.init(**arguments, mode=mode, settings=wandb.Settings(**known))
+        run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+        if self._start is not None:
+            run.config.update(dict(self._start.record), allow_val_change=True)
+            self._catch_up(run, self._start)
+        return run
+
+    def _catch_up(self, run: Any, start: Start) -> None:
+        """Send the rows of `metrics.csv` that the page lacks: all of them, if this part of the run is offline."""
+        for row in read_metrics(start.metrics)[1]:
+            step = int(row.pop("step"))
+            if run.starting_step <= step < start.step:
+                numbers = {key: float(value) for key, value in row.items() if value not in ("", None)}
+                run.log({**numbers, "trainer/global_step": step}, step=step)
+
+    def _give_up(self, error: Exception) -> None:
+        self._lost = True
+        logger.warning(
+            "Weights & Biases stopped working (%s: %s); training goes on, metrics.csv has everything, and the next "
+            "start sends it", type(error).__name__, error,
+        )  # fmt: skip

@@ -1,0 +1,98 @@
+"""Signals, as a process and its children get them."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LISTEN = "import os, signal, sys, time\nfrom fmcib_ssl import signals\nsignals.listen()\n"
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code that sends signals to itself; an exit by `Stopped` has its code."""
+    body = "".join(f"    {line}\n" for line in code.splitlines())
+    program = (
+        f"{LISTEN}try:\n{body}except signals.Stopped as stopped:\n    print(stopped)\n    sys.exit(stopped.exit_code)\n"
+    )
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGUSR1", 75), ("SIGUSR2", 75), ("SIGHUP", 129)])
+def test_outside_of_training_it_ends_at_once(name: str, code: int) -> None:
+    result = run(f"os.kill(os.getpid(), signal.{name})\ntime.sleep(30)")
+    assert (result.returncode, result.stdout) == (code, f"stopped by {name}\n")
+
+
+def test_in_training_it_is_remembered() -> None:
+    result = run(
+        "with signals.deferred():\n"
+        "    os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print(signals.received().name)"
+    )
+    assert (result.returncode, result.stdout) == (0, "SIGUSR1\n")
+    assert "SIGUSR1: saving after this step" in result.stderr
+
+
+def test_a_second_ctrl_c_interrupts() -> None:
+    result = run(
+        "with signals.deferred():\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('goes on', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(30)"
+    )
+    assert result.stdout == "goes on\n" and "KeyboardInterrupt" in result.stderr and "Ctrl-C again" in result.stderr
+
+
+def test_one_before_training_counts() -> None:
+    """It came where an exception could not be raised."""
+    result = run("signals._received = signal.SIGTERM\nwith signals.deferred(): print('trained')")
+    assert (result.returncode, result.stdout) == (143, "stopped by SIGTERM\n")
+
+
+def test_what_was_ignored_stays_so() -> None:
+    program = (
+        f"import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n{LISTEN}os.kill(os.getpid(), signal.SIGHUP)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGUSR1", 7), ("SIGTERM", -signal.SIGTERM)])
+def test_a_forked_child_is_no_listener(name: str, status: int) -> None:
+    """It ends by SIGTERM as any process would; what a scheduler announces is not meant for it."""
+    result = run(
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        f"    os.kill(os.getpid(), signal.{name})\n"
+        "    os._exit(7)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
+    )
+    assert result.stdout == f"{status}\n"
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_worker_is_deaf_from_its_first_moment(method: str, tmp_path: Path) -> None:
+    """Signals that came before it could say so wait, and then mean nothing."""
+    program = (
+        "import multiprocessing, os, signal, time\nfrom fmcib_ssl import signals\n"
+        "def work():\n"
+        "    signals.shield_worker()\n"
+        "    time.sleep(0.3)\n"
+        "    raise SystemExit(5)\n"
+        "if __name__ == '__main__':\n"
+        "    signals.listen()\n"
+        f"    worker = multiprocessing.get_context('{method}').Process(target=work)\n"
+        "    with signals.held(): worker.start()\n"
+        "    for name in ('USR1', 'USR2', 'INT', 'TERM'): os.kill(worker.pid, signal.Signals['SIG' + name])\n"
+        "    worker.join(30)\n"
+        "    print(worker.exitcode)\n"
+    )
+    file = tmp_path / "main.py"
+    file.write_text(program)
+    result = subprocess.run([sys.executable, file], capture_output=True, text=True, check=False, timeout=60)
+    assert result.stdout == "5\n", result.stderr

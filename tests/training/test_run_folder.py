@@ -1,0 +1,98 @@
+"""A run folder knows whose it is."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fmcib_ssl.training import run_folder
+from fmcib_ssl.training.run_folder import RunFolder, RunFolderError, check_same_run
+
+BEFORE = {
+    "seed": 0,
+    "loss": {"temperature": 0.1},
+    "hardware": {"devices": 1},
+    "trainer": {"max_epochs": 5, "max_steps": -1},
+}
+
+
+def test_the_same_id_through_all_starts(tmp_path: Path) -> None:
+    ids = set()
+    for step in (0, 7):
+        folder = RunFolder(tmp_path / "run")
+        folder.begin(step=step)
+        ids.add(folder.run_id)
+        folder.release()
+    assert len(ids) == 1 and len(ids.pop()) == 8
+    assert [start["step"] for start in json.loads((tmp_path / "run" / "run.json").read_text())["starts"]] == [0, 7]
+
+
+def test_another_process_is_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "import sys; from pathlib import Path; from fmcib_ssl.training.run_folder import RunFolder\n"
+        f"folder = RunFolder(Path({str(tmp_path)!r})); print('has it', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout and other.stdout.readline() == b"has it\n"
+    monkeypatch.setattr(run_folder, "LOCK_PATIENCE_S", 0.0)
+    with pytest.raises(RunFolderError, match=f"another process trains in this folder .process {other.pid} on"):
+        RunFolder(tmp_path)
+    RunFolder(tmp_path, main_process=False)  # another rank of the run that has it
+    other.kill()
+    other.wait()
+    RunFolder(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"run_id": 3}', "null"])
+def test_a_damaged_state_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(RunFolderError, match=r"run\.json is damaged"):
+        RunFolder(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFolderError, match="cannot be used: Not a directory"):
+        RunFolder(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    "now",
+    [
+        {**BEFORE, "hardware": {"devices": 4}},
+        {**BEFORE, "trainer": {"max_epochs": 9, "max_steps": -1}},
+        {**BEFORE, "trainer": {"max_epochs": None, "max_steps": -1}},
+        {**BEFORE, "logger": {"csv": {"path": "x"}}},
+    ],
+)
+def test_what_may_differ(now: dict[str, object], tmp_path: Path) -> None:
+    assert len(check_same_run(BEFORE, now, tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("now", "line"),
+    [
+        ({**BEFORE, "seed": 1}, "seed: 0 before, 1 now"),
+        ({**BEFORE, "loss": {"temperature": 0.2}}, "loss.temperature: 0.1 before, 0.2 now"),
+        ({**BEFORE, "trainer": {"max_epochs": 4, "max_steps": -1}}, "trainer.max_epochs: 5 before, 4 now"),
+        ({**BEFORE, "trainer": {"max_epochs": 5, "max_steps": 3}}, "trainer.max_steps: -1 before, 3 now"),
+        ({**BEFORE, "loss": {"temperature": 0.1, "margin": 1}}, "loss.margin: not set before, 1 now"),
+    ],
+)
+def test_what_may_not(now: dict[str, object], line: str, tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError) as caught:
+        check_same_run(BEFORE, now, tmp_path)
+    assert line in str(caught.value) and "hydra.run.dir=DIR" in str(caught.value)
+
+
+def test_other_lesions(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.hold_to("a" * 64, trained=False)
+    folder.hold_to("b" * 64, trained=False)  # nothing was learned from the others
+    folder.hold_to("b" * 64, trained=True)
+    with pytest.raises(RunFolderError, match="bbbbbbbbbbbb, now aaaaaaaaaaaa"):
+        folder.hold_to("a" * 64, trained=True)

@@ -1,0 +1,138 @@
+"""What loggers keep through a restart: each step once, whatever was logged after the checkpoint."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fmcib_ssl.training.tracking import MetricsFile, Start, TensorBoard, WeightsAndBiases, read_metrics
+
+
+def start(folder: Path, step: int) -> Start:
+    return Start("abcd1234", step, folder / "metrics.csv", {"seed": 3, "environment": {"git": {"commit": "c0ffee"}}})
+
+
+def log(logger: Any, steps: range, **more: float) -> None:
+    for step in steps:
+        logger.log_metrics({"loss": step / 7, **more}, step=step)
+        logger.save()
+
+
+def test_rows_after_the_checkpoint_are_cut(tmp_path: Path) -> None:
+    first = MetricsFile(tmp_path / "metrics.csv")
+    first.go_on(start(tmp_path, 0))
+    log(first, range(6))
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("0.9")  # killed while it wrote
+    second = MetricsFile(tmp_path / "metrics.csv")
+    second.go_on(start(tmp_path, 4))
+    assert pd.read_csv(tmp_path / "metrics.csv")["step"].tolist() == [0, 1, 2, 3]
+    log(second, range(4, 8), late=1.5)
+    table = pd.read_csv(tmp_path / "metrics.csv")
+    assert table["step"].tolist() == list(range(8))
+    assert table["loss"].tolist() == [step / 7 for step in range(8)]  # to the last bit
+    assert table["late"].isna().tolist() == [True] * 4 + [False] * 4
+
+
+def test_a_start_from_nothing_begins_a_new_file(tmp_path: Path) -> None:
+    log(MetricsFile(tmp_path / "metrics.csv"), range(3), old=1.0)
+    anew = MetricsFile(tmp_path / "metrics.csv")
+    anew.go_on(start(tmp_path, 0))
+    log(anew, range(2))
+    with (tmp_path / "metrics.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["0", "1"]
+    assert read_metrics(tmp_path / "metrics.csv")[0] == ["loss", "step"]
+
+
+def test_a_disk_that_is_full_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.csv")
+    log(metrics, range(2))
+    with monkeypatch.context() as full:
+        full.setattr(Path, "open", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        log(metrics, range(2, 4))
+    log(metrics, range(4, 5))
+    assert pd.read_csv(tmp_path / "metrics.csv")["step"].tolist() == list(range(5))
+
+
+def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
+    for first, last in ((0, 6), (4, 9)):
+        board = TensorBoard(tmp_path, name="tensorboard", version="")
+        board.go_on(start(tmp_path, first))
+        log(board, range(first, last))
+        board.finalize("success")
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(9))
+
+
+class Page:
+    """Stands in for a run on W&B's server, which knows the steps up to `starting_step`."""
+
+    def __init__(self, starting_step: int = 0) -> None:
+        self.starting_step = starting_step
+        self.rows: dict[int, dict[str, float]] = {}
+        self.config: dict[str, Any] = {}
+
+    def define_metric(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def log(self, row: dict[str, float], step: int) -> None:
+        assert step not in self.rows and step >= self.starting_step
+        self.rows[step] = row
+
+
+@pytest.mark.parametrize("known", [0, 3, 6])
+def test_the_page_gets_what_it_lacks_and_nothing_twice(
+    known: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four steps were saved; of six that were logged before the kill the server has got some."""
+    import wandb
+
+    page = Page(known)
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(wandb, "init", lambda **arguments: asked.update(arguments) or page)
+    log(MetricsFile(tmp_path / "metrics.csv"), range(4))
+    tracker = WeightsAndBiases("project", "name", tmp_path)
+    tracker.go_on(start(tmp_path, 4))
+    log(tracker, range(4, 9))
+    assert (asked["id"], asked["resume"], asked["mode"]) == ("abcd1234", "allow", "online")
+    assert sorted(page.rows) == list(range(known, 9))
+    assert all(row["loss"] == step / 7 for step, row in page.rows.items())
+    assert page.config["environment"]["git"]["commit"] == "c0ffee"
+
+
+def test_offline_with_one_id(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The real thing, twice."""
+    for step in (0, 2):
+        tracker = WeightsAndBiases("project", "name", tmp_path, offline=True, timeout_s=10)
+        tracker.go_on(start(tmp_path, step))
+        log(tracker, range(step, step + 2))
+        assert tracker.experiment.id == "abcd1234"
+        log(MetricsFile(tmp_path / "metrics.csv"), range(step, step + 2))
+        assert dict(tracker.experiment.config)["seed"] == 3
+        with caplog.at_level(logging.INFO):
+            tracker.finish()
+    folders = list((tmp_path / "wandb").glob("offline-run-*"))
+    assert folders and all(folder.name.endswith("-abcd1234") for folder in folders)
+    assert "wandb sync" in caplog.text
+
+
+def test_no_failure_of_tracking_reaches_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import wandb
+
+    def fail(**_: Any) -> None:
+        raise RuntimeError("the service died")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    monkeypatch.setattr(wandb, "teardown", lambda: None)
+    tracker = WeightsAndBiases("project", "name", tmp_path)
+    tracker.go_on(start(tmp_path, 0))
+    log(tracker, range(3))
+    tracker.finish()
+    assert caplog.text.count("stopped working") == 1 and "metrics.csv has everything" in caplog.text
