@@ -141,7 +141,16 @@ def read_metrics(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
 
 
 class TensorBoard(TensorBoardLogger):
-    """Lightning's logger; of a run that was stopped, the events that are logged again replace those before."""
+    """Lightning's logger; of a run that was stopped, the events that are logged again replace those before.
+
+    Args:
+        save_dir: the run folder.
+        name: of the folder in it.
+        version: of the folder in that; empty for none.
+    """
+
+    def __init__(self, save_dir: Path | str, name: str = "tensorboard", version: str = "") -> None:
+        super().__init__(save_dir, name=name, version=version)
 
     def go_on(self, start: Start) -> None:
         """Tell TensorBoard to leave out what earlier files have from this step on."""
