@@ -127,6 +127,7 @@ def _prepare_process(settings: Settings, main_process: bool) -> None:
         ".*isinstance.treespec, LeafSpec.* is deprecated",
         ".*all_gather is deprecated",
         ".*overridden `transfer_batch_to_device` in `LightningModule`",
+        ".*`srun` command is available on your system but is not used",  # preflight has looked
     ):
         warnings.filterwarnings("ignore", message=of_no_use)
     if not main_process:
