@@ -4,8 +4,13 @@ VENV ?= .venv
 CONSTRAINTS ?= requirements/constraints.txt
 BIN := $(VENV)/bin
 
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge
+SLURM_IS_THERE := command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null
+# The short form: make test-cluster CLUSTER_TESTS="cluster and not slow"
+CLUSTER_TESTS ?= cluster
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint check clean
+.PHONY: help demo test test-slow test-cluster lint check clean
 
 help:            ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 18
@@ -14,10 +19,15 @@ demo: $(VENV)/.run     ## pretrain on synthetic scans, then show what was learne
 	$(BIN)/python scripts/demo.py
 
 test: $(VENV)/.dev     ## run the tests, on all cores
-	$(BIN)/python -m pytest -n auto -m "not slow"
+	$(BIN)/python -m pytest -n auto -m "not slow and not cluster"
 
 test-slow: $(VENV)/.dev     ## run the tests that take long
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not cluster"
+
+test-cluster: $(VENV)/.dev     ## start Slurm on this machine (root, Debian) and run the tests that need it; about 20 minutes
+	$(SLURM_IS_THERE) || { apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES); }
+	$(BIN)/python -m pytest tests/cluster -m "$(CLUSTER_TESTS)"
 
 lint: $(VENV)/.dev     ## style, types, import rules, Dockerfile, shell scripts
 	$(BIN)/ruff check .
@@ -25,7 +35,7 @@ lint: $(VENV)/.dev     ## style, types, import rules, Dockerfile, shell scripts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
-	$(BIN)/shellcheck .ci/run $$(find scripts -name '*.sh')
+	$(BIN)/shellcheck .ci/run $$(find scripts -name '*.sh' -o -name '*.sbatch')
 
 check: lint test     ## what CI runs
 

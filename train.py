@@ -14,9 +14,19 @@ from omegaconf import DictConfig  # noqa: E402
 
 from fmcib_ssl.config import CONFIG_NAME, check_command_line, read_settings  # noqa: E402
 from fmcib_ssl.preflight import check_machine  # noqa: E402
-from fmcib_ssl.settings import ConfigError  # noqa: E402
+from fmcib_ssl.safety import no_world_write  # noqa: E402
+from fmcib_ssl.settings import ConfigError, Settings  # noqa: E402
+from fmcib_ssl.training.requeue import requeue  # noqa: E402
 
 CONFIG_DIR = Path(__file__).resolve().parent / "configs"
+
+
+def queue_again(stopped: signals.Stopped, settings: Settings | None = None) -> None:
+    """Ask Slurm for another start, if the signal that means it came before training began."""
+    checkpoints = {} if settings is None else (settings.callbacks or {}).get("checkpoint") or {}
+    if not stopped.acted_on and checkpoints.get("requeue", True) and os.environ.get("SLURM_PROCID", "0") == "0":
+        requeue(stopped.signum)
+    stopped.acted_on = True
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=CONFIG_NAME)
@@ -28,6 +38,15 @@ def main(config: DictConfig) -> float:
         check_machine(settings, os.environ)
     except ConfigError as error:
         sys.exit(f"error: {error}")
+    try:
+        return run(settings)
+    except signals.Stopped as stopped:
+        queue_again(stopped, settings)
+        sys.exit(stopped.exit_code)  # nothing for whoever has launched it to report
+
+
+def run(settings: Settings) -> float:
+    """Do what is asked for; mistakes of the user end the process with a message."""
     from fmcib_ssl.run import UserError, train  # noqa: PLC0415  (imports torch: all that can be is checked before)
 
     try:
@@ -41,12 +60,14 @@ def main(config: DictConfig) -> float:
 
 
 if __name__ == "__main__":
+    no_world_write()
     try:
         check_command_line(sys.argv[1:], CONFIG_DIR)
         main()
     except ConfigError as error:
         sys.exit(f"error: {error}")
     except signals.Stopped as stopped:
+        queue_again(stopped)
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
         sys.exit(signals.EXIT_CODES[SIGINT])

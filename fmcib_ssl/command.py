@@ -9,6 +9,8 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from fmcib_ssl.safety import no_world_write
+
 
 class Command(BaseModel):
     """What a command takes: a field for each key, with its type, default and `Field(description=...)`.
@@ -34,6 +36,7 @@ def parse_command(command: type[Settings], arguments: Sequence[str]) -> Settings
     Raises:
         SystemExit: with 0 after the help; with 2, and a message on stderr, for an unknown key or a wrong value.
     """
+    no_world_write()
     if any(argument in ("-h", "--help", "help") for argument in arguments):
         print(_help(command))
         raise SystemExit(0)

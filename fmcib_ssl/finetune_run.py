@@ -36,6 +36,7 @@ from fmcib_ssl.finetune_task import Task, labelled_task
 from fmcib_ssl.methods.finetune import FineTuning
 from fmcib_ssl.models.encoders import feature_dim
 from fmcib_ssl.models.export import EncoderFileError, encoder_metadata, export_encoder, load_encoder
+from fmcib_ssl.safety import redacted
 from fmcib_ssl.settings import Component, ConfigError, FineTune, Settings
 from fmcib_ssl.training.provenance import environment, write_json
 from fmcib_ssl.training.run_folder import RunFolder, check_same_run, write_whole
@@ -78,11 +79,11 @@ def finetune(settings: Settings) -> float:
         torch.set_num_threads(settings.hardware.num_threads)
     folder = RunFolder(settings.paths.run)
     try:
-        config = folder.path / "config.yaml"
+        config, shown = folder.path / "config.yaml", redacted(settings.model_dump(mode="json"))
         if config.is_file():
-            for change in check_same_run(yaml.safe_load(config.read_text()), settings.model_dump(mode="json"), config):
+            for change in check_same_run(yaml.safe_load(config.read_text()), shown, config):
                 logger.info("with another %s", change)
-        write_whole(config, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
+        write_whole(config, yaml.safe_dump(shown, sort_keys=False))
         write_json(environment(), folder.path / "environment.json")
         return _finetune(settings, settings.finetune, folder.path)
     except (EvaluationError, FeatureTableError) as error:

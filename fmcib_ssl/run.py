@@ -9,12 +9,14 @@ import logging
 import os
 import warnings
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 import yaml
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
@@ -28,9 +30,11 @@ from fmcib_ssl.lesion_source import open_lesions
 from fmcib_ssl.methods.pretraining import Pretraining
 from fmcib_ssl.models.export import export_encoder
 from fmcib_ssl.preflight import check_disk
+from fmcib_ssl.safety import redacted
 from fmcib_ssl.settings import ConfigError, Settings
 from fmcib_ssl.summary import num_steps, summary
 from fmcib_ssl.training.checkpoints import RunCheckpoints, WholeFileIO, find_checkpoint, step_of
+from fmcib_ssl.training.faults import TrainingFaultError
 from fmcib_ssl.training.provenance import environment, write_json
 from fmcib_ssl.training.run_folder import RunFolder, RunFolderError, check_same_run, checksum, write_whole
 from fmcib_ssl.training.tracking import Resumable, Start, WeightsAndBiases, read_metrics
@@ -39,7 +43,15 @@ from fmcib_ssl.types import Preprocessing, SampleKey
 logger = logging.getLogger(__name__)
 
 #: Errors whose message is for the user; a traceback would add nothing.
-UserError = (ConfigError, AnnotationsError, ScanError, StoreError, RunFolderError)
+UserError = (
+    ConfigError,
+    AnnotationsError,
+    ScanError,
+    StoreError,
+    RunFolderError,
+    TrainingFaultError,
+    torch.OutOfMemoryError,
+)
 
 
 def train(settings: Settings) -> float:
@@ -141,7 +153,7 @@ def _checkpoint_to_go_on_with(settings: Settings, folder: RunFolder, main_proces
     config = folder.path / "config.yaml"
     if config.is_file() and main_process:  # rank 0 is about to write it anew
         before = yaml.safe_load(config.read_text())
-        changes = check_same_run(before, settings.model_dump(mode="json"), folder.path)
+        changes = check_same_run(before, redacted(settings.model_dump(mode="json")), folder.path)
         if not _is_finished(settings, folder, quietly=True):
             logger.info("going on from %s", checkpoint)
             for change in changes:
@@ -184,7 +196,7 @@ def _files_that_list_lesions(settings: Settings) -> list[Path]:
 
 def _begin_tracking(trainer: L.Trainer, settings: Settings, folder: RunFolder, step: int) -> None:
     record: dict[str, Any] = {
-        **settings.model_dump(mode="json"),
+        **redacted(settings.model_dump(mode="json")),
         "environment": environment(),
         "data_checksum": folder.state["data_checksum"],
     }
@@ -256,9 +268,9 @@ def _batch_size(settings: Settings, data: LesionDataModule, num_lesions: int) ->
 
 def _trainer(settings: Settings) -> L.Trainer:
     hardware = settings.hardware
-    strategy = hardware.strategy
-    if strategy == "auto" and settings.world_size > 1:
-        strategy = "ddp"
+    strategy: str | DDPStrategy = hardware.strategy
+    if strategy == "ddp" or (strategy == "auto" and settings.world_size > 1):
+        strategy = DDPStrategy(timeout=timedelta(seconds=hardware.collective_timeout_s))
     loggers = [build("logger", component) for component in (settings.logger or {}).values()]
     callbacks = [build("callbacks", component) for component in (settings.callbacks or {}).values()]
     with blame("hardware or trainer"):
@@ -283,7 +295,8 @@ def _trainer(settings: Settings) -> L.Trainer:
 
 
 def _write_provenance(settings: Settings, folder: RunFolder, step: int) -> None:
-    write_whole(folder.path / "config.yaml", yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
+    config = redacted(settings.model_dump(mode="json"))
+    write_whole(folder.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     facts = environment()
     write_json(facts, folder.path / "environment.json")
     folder.begin(step=step, commit=facts["git"]["commit"], job=os.environ.get("SLURM_JOB_ID"))

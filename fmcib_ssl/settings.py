@@ -74,6 +74,7 @@ class Hardware(_Section):
     num_workers: int = Field(ge=0)
     num_threads: PositiveInt | None
     pin_memory: bool
+    collective_timeout_s: PositiveInt
 
 
 class Trainer(BaseModel):

@@ -40,12 +40,14 @@ class Stopped(BaseException):
     Attributes:
         signum: what was received.
         exit_code: of the process.
+        acted_on: whether the training has done what the signal asks for; before it begins, nobody has.
     """
 
-    def __init__(self, signum: signal.Signals, exit_code: int | None = None) -> None:
+    def __init__(self, signum: signal.Signals, exit_code: int | None = None, *, acted_on: bool = False) -> None:
         super().__init__(f"stopped by {signum.name}")
         self.signum = signum
         self.exit_code = EXIT_CODES[signum] if exit_code is None else exit_code
+        self.acted_on = acted_on
 
 
 def listen() -> None:

@@ -20,9 +20,10 @@ ARCHIVE = Path("data") / "phantom"
 NUM_SCANS = 140
 SPACING_MM = 1.25
 ABOUT = (
-    "Synthetic chest scans, with lesions of two classes that differ in texture and margin, not in size, mean HU or place: "
-    "label 0 is solid and smooth, label 1 heterogeneous and spiculated. The encoder was pretrained without labels, on the "
-    "training patients. Probes of its frozen features were fitted on these patients and scored on the others."
+    "Synthetic chest scans, with lesions of two classes that differ in texture and margin, not in size, mean HU or "
+    "place: label 0 is solid and smooth, label 1 heterogeneous and spiculated. The encoder was pretrained without "
+    "labels, on the training patients. Probes of its frozen features were fitted on these patients and scored on the "
+    "others."
 )
 
 
@@ -31,7 +32,7 @@ def main(overrides: list[str]) -> None:
     began = time.monotonic()
     run = Path("runs") / "demo" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     table, store = ARCHIVE / "annotations.csv", ARCHIVE / "store"
-    encoder, features, evaluation = run / "encoder.safetensors", run / "features.parquet", run / "evaluation"
+    encoder, features, evaluation = run / "encoder.safetensors", run / "pretrained.parquet", run / "evaluation"
     page = run / "report.html"
     show_and_run("scripts/phantom.py", f"folder={ARCHIVE}", f"num_scans={NUM_SCANS}")
     show_and_run("scripts/prepare.py", f"annotations={table}", f"store={store}", f"spacing_mm={SPACING_MM}")

@@ -228,7 +228,7 @@ def _row_problem(
     geometry = outcomes[scan]
     if isinstance(geometry, ScanError):
         remedy = "repair or leave out the scan"
-        if not scan.path.exists():
+        if not os.path.exists(scan.path):  # noqa: PTH110  (False for what is no path; `Path.exists` raises)
             remedy = "correct the path, or set image_root (and path_prefix for a table made elsewhere)"
         return _Problem(geometry.path, geometry.reason, remedy)
     if not geometry.contains(center):
@@ -341,6 +341,8 @@ def _inspect_scans(
             return read_scan(*scan, verify=True).geometry if check == "full" else read_header(*scan)
         except ScanError as error:
             return error
+        except (OSError, ValueError) as error:  # what is no path at all: with a NUL, or too long
+            return ScanError(str(scan.path)[:200], str(getattr(error, "strerror", None) or error))
 
     scans = sorted({scan for scan in table.scans if scan is not None}, key=str)
     # Headers wait for the disk; decoding fills cores and memory.

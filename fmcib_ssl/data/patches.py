@@ -64,6 +64,8 @@ class LesionPatches(Dataset[PatchPair]):
         self.patch_size = np.array(patch_size, dtype=np.int64)
         self.padding_hu = padding_hu
         lesions = self.store.lesions
+        if absent := [name for name in ("scan_id", "center_z", "center_y", "center_x") if name not in lesions]:
+            raise StoreError(f"{self.store.path}: its table of lesions has no {', '.join(absent)}: prepare it anew")
         kept = np.arange(len(lesions)) if select is None else np.arange(len(lesions))[np.asarray(select)]
         if len(kept) == 0:
             raise StoreError(f"{self.store.path}: no lesion is selected of the {len(lesions)} it has")

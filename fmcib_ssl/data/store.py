@@ -30,6 +30,8 @@ from typing import Any, Literal, get_args
 import blosc2
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from jaxtyping import Float, Int16
 
 from fmcib_ssl.data.coarse_map import CoarseMap
@@ -43,6 +45,14 @@ SCANS_FOLDER = "scans"
 SCANS_INDEX, LESIONS_INDEX = "scans.parquet", "lesions.parquet"
 #: Of the candidates measured on CT (docs/prepare.md) the fastest to read; 50 voxels of an edge touch 27 blocks.
 CHUNK_EDGE, BLOCK_EDGE = 128, 32
+
+#: Of an index: a file of kilobytes may claim any number of rows.
+_MOST_ROWS = 50_000_000
+#: In the header of a Blosc2 frame: arrays that are computed, from an expression or a function in the file, or fetched.
+_NOT_PLAIN = (b"LazyArray", b"b2o", b"proxy-source")
+_LONGEST_HEADER = 1 << 20
+_CENTER = ("center_z", "center_y", "center_x")
+_FARTHEST_VOXEL = 1e6
 
 Interpolation = Literal["linear", "nearest", "bspline"]
 Triple = tuple[int, int, int]
@@ -143,7 +153,11 @@ class Store:
                 f"{self.path} is not complete: run the same scripts/prepare.py command again to go on where it "
                 "stopped; after shards have run, once more with merge=true"
             )
-        self.settings = StoreSettings(**found["settings"])
+        try:
+            self.settings = StoreSettings(**found["settings"])
+        except (TypeError, ValueError) as error:
+            raise StoreError(f"{self.path / SETTINGS_FILE} has no settings of a store ({error})") from error
+        self._plain: set[str] = set()
 
     def __reduce__(self) -> tuple[type[Store], tuple[Path]]:
         return type(self), (self.path,)
@@ -155,7 +169,11 @@ class Store:
         Columns: `lesion_id`, `scan_id`, `center_z, center_y, center_x` (fractional voxels of the store),
         `center_x_lps_mm` and so on, `row` (in the table), then all columns of the table.
         """
-        return self._read_index(LESIONS_INDEX)
+        lesions = self._read_index(LESIONS_INDEX)
+        problem = _problem_of_lesions(lesions)
+        if problem is not None:
+            raise StoreError(f"{self.path / LESIONS_INDEX} is damaged: {problem}; run scripts/prepare.py again")
+        return lesions
 
     @cached_property
     def scans(self) -> pd.DataFrame:
@@ -179,9 +197,14 @@ class Store:
         """
         file = self.path / SCANS_FOLDER / f"{scan_id}.b2nd"
         try:
+            if scan_id not in self._plain:
+                _check_scan_file(self.path, scan_id)
+                self._plain.add(scan_id)
             # One thread: the caller's workers are the parallelism, and a pool of threads does not survive a fork.
             # Not memory-mapped: as fast from the page cache, three times as fast from the disk (docs/prepare.md).
             array = blosc2.open(str(file), mode="r", dparams=blosc2.DParams(nthreads=1))
+            if array.ndim != 3 or array.dtype != np.int16:
+                raise RuntimeError(f"{array.dtype} in {array.ndim} dimensions, not int16 in 3")
             window = [(max(a, 0), min(a + n, m)) for a, n, m in zip(start_zyx, size_zyx, array.shape, strict=True)]
             patch = np.full(tuple(size_zyx), padding_hu, dtype=np.int16)
             if all(low < high for low, high in window):
@@ -190,7 +213,9 @@ class Store:
                 patch[there] = array[here]
         except FileNotFoundError as error:
             raise StoreError(f"{file} is missing: run scripts/prepare.py again to make it anew") from error
-        except RuntimeError as error:
+        except StoreError:
+            raise
+        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, MemoryError, OSError) as error:
             raise StoreError(f"{file} is damaged ({error}): delete it and run scripts/prepare.py again") from error
         return patch
 
@@ -202,15 +227,51 @@ class Store:
         """
         file = self.path / SCANS_FOLDER / f"{scan_id}.cells"
         try:
+            _check_scan_id(self.path, scan_id)
             return CoarseMap.open(file)
         except (OSError, ValueError) as error:
             raise StoreError(f"{file} cannot be read ({error}): run scripts/prepare.py again") from error
 
     def _read_index(self, name: str) -> pd.DataFrame:
         try:
-            return pd.read_parquet(self.path / name)
-        except (OSError, ValueError) as error:
+            if (num_rows := pq.read_metadata(self.path / name).num_rows) > _MOST_ROWS:
+                raise ValueError(f"it claims {num_rows} rows")
+            table = pq.read_table(self.path / name)
+            table.validate(full=True)
+            frame: pd.DataFrame = table.to_pandas()
+            return frame
+        except (pa.ArrowException, OSError, ValueError, TypeError, LookupError) as error:
             raise StoreError(f"{self.path / name} cannot be read ({error}): run scripts/prepare.py again") from error
+
+
+def _problem_of_lesions(lesions: pd.DataFrame) -> str | None:
+    """What keeps a table from being one of lesions in a store."""
+    if "scan_id" in lesions and not all(isinstance(scan_id, str) for scan_id in lesions["scan_id"]):
+        return "a scan_id is no text"
+    for name in (name for name in _CENTER if name in lesions):
+        bad = ~(pd.to_numeric(lesions[name], errors="coerce").abs() < _FARTHEST_VOXEL)  # NaN is not below it either
+        if bad.any():
+            return f"{name} is {lesions[name][bad].iloc[0]} in {int(bad.sum())} rows, first in the {bad.argmax() + 1}."
+    return None
+
+
+def _check_scan_id(folder: Path, scan_id: str) -> None:
+    """Refuse a name that leads out of the store."""
+    if not scan_id or scan_id != Path(scan_id).name or scan_id in (".", "..") or "\0" in scan_id:
+        raise StoreError(f"{folder} is damaged: {scan_id[:200]!r} is no name of a scan; prepare it anew")
+
+
+def _check_scan_file(folder: Path, scan_id: str) -> None:
+    """Refuse a file whose opening could run something: Blosc2 keeps functions and expressions in its headers."""
+    _check_scan_id(folder, scan_id)
+    path = folder / SCANS_FOLDER / f"{scan_id}.b2nd"
+    with path.open("rb") as file:
+        header = file.read(_LONGEST_HEADER)
+    length = int.from_bytes(header[11:15], "big")
+    if header[2:9] != b"b2frame" or not 15 < length <= _LONGEST_HEADER:
+        raise StoreError(f"{path} is damaged (no Blosc2 array): delete it and run scripts/prepare.py again")
+    if found := [mark.decode() for mark in _NOT_PLAIN if mark in header[:length]]:
+        raise StoreError(f"{path} holds no voxels but {', '.join(found)}, which is not read: prepare the store anew")
 
 
 def read_settings_file(folder: Path) -> dict[str, Any] | None:
@@ -223,9 +284,11 @@ def read_settings_file(folder: Path) -> dict[str, Any] | None:
     try:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         version = found["version"]
+        if not isinstance(found["complete"], bool) or not isinstance(found["settings"], dict):
+            raise TypeError("complete or settings")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise StoreError(f"{file} cannot be read ({error})") from error
     if version != STORE_VERSION:
         raise StoreError(f"{folder} has version {version}, this package reads {STORE_VERSION}: prepare it anew")

@@ -78,7 +78,8 @@ def _lock(folder: Path, suffix: str, locks: ExitStack, *, shared: bool) -> None:
 def _agree_on_settings(folder: Path, settings: StoreSettings) -> None:
     found = read_settings_file(folder)
     if found is None:
-        foreign = [p.name for p in folder.iterdir() if not p.name.startswith((".lock", SCANS_FOLDER, SETTINGS_FILE))]
+        ours = (".lock", SCANS_FOLDER, SETTINGS_FILE, f".{SETTINGS_FILE}.")  # the last: a shard is just writing it
+        foreign = [p.name for p in folder.iterdir() if not p.name.startswith(ours)]
         if foreign:
             raise StoreError(
                 f"{folder} is not a store and not empty (it has {sorted(foreign)[0]!r}): choose another store=DIR"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import difflib
 import logging
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,7 @@ OnBadRow = Literal["refuse", "skip"]
 REJECTED_COLUMNS = ("row", "image_path", "value", "reason", "remedy")
 #: Rows that an error message shows; the file has them all.
 NUM_ROWS_SHOWN = 20
+_NUM_COLUMNS_SHOWN = 200
 
 
 class AnnotationsError(ValueError):
@@ -72,7 +74,7 @@ def read_table(path: Path | str, text: Collection[str] = ()) -> pd.DataFrame:
         raise AnnotationsError(f"{path}: cannot be opened: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise AnnotationsError(f"{path}: is not a CSV file in UTF-8 ({error}); save it as one") from error
-    if doubled := sorted({name for name in header if header.count(name) > 1}):
+    if doubled := sorted(name for name, count in Counter(header).items() if count > 1):
         raise AnnotationsError(f"{path}: has these columns twice: {', '.join(map(repr, doubled))}")
     for row, length in enumerate(lengths, start=1):
         if length not in (0, len(header)):
@@ -108,14 +110,16 @@ def require_columns(path: Path | str, rows: pd.DataFrame, required: Collection[s
     Raises:
         AnnotationsError: names what is missing, and the columns that were perhaps meant.
     """
-    by_lower = {str(name).lower(): name for name in rows}
+    names = list(rows)[:_NUM_COLUMNS_SHOWN]
+    by_lower = {str(name).lower(): name for name in names}
     missing = []
     for name in required:
         if name not in rows:
             close = difflib.get_close_matches(name.lower(), by_lower, 1)
             missing.append(f"{name!r} (rename {by_lower[close[0]]!r}?)" if close else repr(name))
     if missing:
-        has = ", ".join(map(repr, rows))
+        more = rows.shape[1] - len(names)
+        has = ", ".join(map(repr, names)) + (f" and {more} more" if more else "")
         raise AnnotationsError(f"{path}: lacks the columns {', '.join(missing)}; it has {has}{hint}")
     if rows.empty:
         raise AnnotationsError(f"{path}: has a header and no rows")

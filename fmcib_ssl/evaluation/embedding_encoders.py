@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fmcib_ssl import models
 from fmcib_ssl.evaluation.feature_table import FeatureTableError
-from fmcib_ssl.models.export import load_encoder
+from fmcib_ssl.models.export import OWN_TARGETS, load_encoder
+from fmcib_ssl.safety import is_trusted
 from fmcib_ssl.types import Preprocessing
 
 
@@ -79,15 +79,13 @@ def random_encoder(
     arguments = dict(spec)
     target = str(arguments.pop("_target_", None))
     module_name, _, name = target.rpartition(".")
-    if not module_name.startswith(f"{models.__name__}.") and target not in trusted_targets:
+    if target not in OWN_TARGETS and not is_trusted(target, trusted_targets):
         raise FeatureTableError(
             f"the encoder is built by {target}, which is not one of fmcib_ssl's: if you trust that code, give "
             f"trusted_targets=[{target!r}]"
         )
     try:
-        build = getattr(importlib.import_module(module_name), name)
-        if target not in trusted_targets and build.__module__ != module_name:
-            raise TypeError("it is not defined there")
+        build: Any = OWN_TARGETS.get(target) or getattr(importlib.import_module(module_name), name)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module = build(**arguments)

@@ -25,6 +25,7 @@ ID_COLUMN = "lesion_id"
 METADATA_KEY = b"fmcib_ssl"
 
 _NUM_IDS_SHOWN = 5
+_MOST_ROWS = 50_000_000
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 
 
@@ -142,13 +143,18 @@ class FeatureTable:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: there is no such file; scripts/embed.py makes one")
         try:
+            if (num_rows := pq.read_metadata(path).num_rows) > _MOST_ROWS:  # a file of kilobytes may claim any number
+                raise ValueError(f"it claims {num_rows} rows")
             table = pq.read_table(path)
+            table.validate(full=True)
             origin = json.loads(table.schema.metadata[METADATA_KEY])
+            if not isinstance(origin, dict):
+                raise TypeError(f"its origin is {type(origin).__name__}")
             column = table[FEATURES_COLUMN].combine_chunks()
             values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
             features = values.reshape(len(table), column.type.list_size)
             lesions = table.drop_columns([FEATURES_COLUMN]).to_pandas()
-        except (pa.ArrowException, OSError, TypeError, KeyError, ValueError, AttributeError) as error:
+        except (pa.ArrowException, OSError, TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
             raise FeatureTableError(
                 f"{path}: not a whole table of features of fmcib_ssl ({type(error).__name__}: {error}); make it again "
                 "with scripts/embed.py"

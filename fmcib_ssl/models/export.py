@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
-import pickle
+import zipfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 
 import fmcib_ssl
 from fmcib_ssl.models import encoders
+from fmcib_ssl.models.concentric import ConcentricResNet
+from fmcib_ssl.safety import is_trusted
 from fmcib_ssl.types import Preprocessing
 
 #: Key of the description, in a safetensors file's metadata and in a training checkpoint.
@@ -32,9 +35,12 @@ METADATA_KEY = "fmcib_ssl"
 CHECKPOINT_PREFIX = "encoder."
 
 _FORMAT_VERSION = 1
-_OWN_TARGETS: dict[str, Callable[..., nn.Module]] = {
-    f"{encoders.__name__}.{build.__name__}": build
-    for build in (encoders.monai_resnet, encoders.small_resnet, encoders.video_resnet)
+#: Voxels along an edge; a larger one in a file is damage.
+_LARGEST_PATCH = 4096
+#: What a file may name without being trusted.
+OWN_TARGETS: dict[str, Callable[..., nn.Module]] = {
+    f"{build.__module__}.{build.__name__}": build
+    for build in (encoders.monai_resnet, encoders.small_resnet, encoders.video_resnet, ConcentricResNet)
 }
 
 
@@ -119,18 +125,18 @@ def load_encoder(path: str | os.PathLike[str], *, trusted_targets: Collection[st
 
     Args:
         path: a `.safetensors` file of `export_encoder`, or a `.ckpt` of a training run.
-        trusted_targets: dotted names, besides this package's own encoders, that may be imported and called because
-            the file asks for it.
+        trusted_targets: what may be imported and called because the file asks for it, besides this package's own
+            encoders: dotted names, or packages and modules all of which is meant.
 
     Returns:
         The encoder, `(batch, 1, z, y, x)` to `(batch, features)`, float32, on the CPU, in eval mode. Its
         `preprocessing` (`fmcib_ssl.types.Preprocessing`) says how patches are cut and scaled for it; `feature_dim` is
-        the number of features.
+        the number of features, `spec` the `_target_` and arguments that built it.
 
     Raises:
         FileNotFoundError: no such file.
-        EncoderFileError: not such a file, a damaged one, weights that do not fit the network, or a network whose
-            target is not trusted.
+        EncoderFileError: not such a file, a damaged one, weights that do not fit the network or are not finite, or a
+            network whose target is not trusted.
     """
     path = Path(path)
     if not path.is_file():
@@ -148,20 +154,49 @@ def load_encoder(path: str | os.PathLike[str], *, trusted_targets: Collection[st
         spec = dict(metadata["encoder"])
         target = str(spec.pop("_target_"))
         num_features = int(metadata["feature_dim"])
-        preprocessing = Preprocessing.from_dict(metadata["preprocessing"])
-    except (KeyError, TypeError, ValueError) as error:
+        preprocessing = _preprocessing(metadata["preprocessing"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise EncoderFileError(f"{path}: its description of the encoder is damaged: {error!r}") from error
+    _check_weights(weights, path)
 
     build = _find_builder(target, trusted_targets, path)
     try:
+        if target in OWN_TARGETS:
+            with torch.device("meta"):  # sizes that do not fit are refused before they take any memory
+                build(**spec).load_state_dict(weights, strict=True, assign=True)
         with torch.random.fork_rng(devices=[]):  # the first weights are drawn only to be overwritten
             encoder = build(**spec)
         encoder.load_state_dict(weights, strict=True)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, ArithmeticError, MemoryError) as error:
         raise EncoderFileError(f"{path}: {target} with {spec} does not fit the weights in the file: {error}") from error
     encoder.preprocessing = preprocessing  # type: ignore[assignment]
     encoder.feature_dim = num_features  # type: ignore[assignment]
+    encoder.spec = {"_target_": target, **spec}  # type: ignore[assignment]
     return encoder.float().eval()
+
+
+def _preprocessing(values: Any) -> Preprocessing:
+    """What the file says of its patches, if it makes sense."""
+    found = Preprocessing.from_dict(values)
+    sizes, numbers = found.patch_size_zyx, (found.spacing_mm, found.padding_hu, found.hu_offset, found.hu_scale)
+    if len(sizes) != 3 or not all(type(size) is int and 1 <= size <= _LARGEST_PATCH for size in sizes):
+        raise ValueError(f"patch_size_zyx={sizes}")
+    if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+        raise ValueError(f"numbers of preprocessing: {values}")
+    if found.spacing_mm <= 0 or found.hu_scale == 0:
+        raise ValueError(f"spacing_mm={found.spacing_mm}, hu_scale={found.hu_scale}")
+    return found
+
+
+def _check_weights(weights: Mapping[str, Any], path: Path) -> None:
+    for name, weight in weights.items():
+        if not isinstance(weight, Tensor):
+            raise EncoderFileError(f"{path}: {name} is no tensor but {type(weight).__name__}: the file is damaged.")
+        if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+            raise EncoderFileError(
+                f"{path}: {name} holds NaN or infinity, so every feature would: the file is damaged, or the training "
+                "went wrong; take an earlier checkpoint."
+            )
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -177,23 +212,29 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise EncoderFileError(
             f"{path}: holds weights, but fmcib_ssl did not write it: what builds the encoder is missing."
         ) from error
-    except json.JSONDecodeError as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise EncoderFileError(f"{path}: its description of the encoder is damaged: {error}") from error
 
 
 def _read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
+        with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("its parts are compressed, which those of a checkpoint are not")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # torch's readers fail in every way there is on a damaged file
+        reason = str(error) or type(error).__name__
         raise EncoderFileError(
             f"{path}: not a checkpoint of fmcib_ssl, or not a whole one; nothing but weights and plain values is read "
-            f"from it: {error}"
+            f"from it: {reason}"
         ) from error
     if not isinstance(checkpoint, dict) or not {METADATA_KEY, "state_dict"} <= checkpoint.keys():
         raise EncoderFileError(
             f"{path}: a torch file, but not a checkpoint of fmcib_ssl: it has no {METADATA_KEY!r} and 'state_dict'."
         )
     metadata, state = checkpoint[METADATA_KEY], checkpoint["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise EncoderFileError(f"{path}: not a checkpoint of fmcib_ssl: its 'state_dict' is none.")
     weights = {
         name.removeprefix(CHECKPOINT_PREFIX): weight
         for name, weight in state.items()
@@ -204,9 +245,9 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _find_builder(target: str, trusted_targets: Collection[str], path: Path) -> Callable[..., nn.Module]:
     """What a file's `_target_` stands for; imports it only if it is ours or trusted."""
-    if target in _OWN_TARGETS:
-        return _OWN_TARGETS[target]
-    if target not in trusted_targets:
+    if target in OWN_TARGETS:
+        return OWN_TARGETS[target]
+    if not is_trusted(target, trusted_targets):
         raise EncoderFileError(
             f"{path}: its encoder is built by {target}, which is not one of fmcib_ssl's. If you trust the file and "
             f"that code, allow it: load_encoder(path, trusted_targets=[{target!r}])."

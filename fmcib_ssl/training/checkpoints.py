@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import re
 import time
 import zipfile
@@ -250,7 +249,7 @@ class RunCheckpoints(Checkpoint):
         # Lightning kills everything as soon as a process that it has started itself ends with another code than 0.
         environment = getattr(trainer.strategy, "cluster_environment", None)
         launched = environment is not None and not environment.creates_processes_externally and trainer.local_rank > 0
-        raise signals.Stopped(signum, exit_code=0 if launched else None)
+        raise signals.Stopped(signum, exit_code=0 if launched else None, acted_on=True)
 
 
 def find_checkpoint(folder: Path, run_id: str, *, main_process: bool = True) -> Path | None:
@@ -294,12 +293,14 @@ def checkpoint_problem(path: Path, run_id: str) -> str | None:
         if damaged is not None:
             return f"damaged: the check sum of {damaged} is wrong"
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch's readers fail in every way there is on a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return f"damaged, or no checkpoint at all: {reason[:200]}"
     if not isinstance(checkpoint, dict) or not {"fmcib_ssl", "loops", "optimizer_states"} <= checkpoint.keys():
         return "not a checkpoint of a training run of fmcib_ssl"
-    owner = checkpoint["fmcib_ssl"].get("extra", {}).get("run_id")
+    about = checkpoint["fmcib_ssl"]
+    extra = about.get("extra") if isinstance(about, dict) else None
+    owner = extra.get("run_id") if isinstance(extra, dict) else None
     return None if owner == run_id else f"it belongs to another run ({owner}, this is {run_id})"
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from fmcib_ssl.safety import redacted
+
 #: Packages that can change a result.
 PACKAGES = ("fmcib_ssl", "torch", "torchvision", "lightning", "monai", "SimpleITK", "numpy", "scipy", "timm")
 
@@ -20,7 +22,7 @@ PACKAGES = ("fmcib_ssl", "torch", "torchvision", "lightning", "monai", "SimpleIT
 def environment() -> dict[str, Any]:
     """Versions of what computed, the state of the code, and the machine; plain values."""
     return {
-        "command": sys.argv,
+        "command": redacted(sys.argv),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},

@@ -1,4 +1,4 @@
-"""A real Slurm cluster of virtual nodes on this machine, for as long as the tests run. Needs root and Debian's Slurm.
+"""A real Slurm cluster of virtual nodes on this machine, for as long as the tests run. Needs root, and Slurm installed.
 
 Partition `main`; partition `urgent` pushes its jobs out and back into the queue. Everything lies in one folder, except
 munge's key and the nodes' names in /etc/hosts, which are taken out again.
@@ -18,7 +18,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
+DAEMONS = ("slurmctld", "slurmd", "munged")
 
 #: A cluster needs no cgroups, no systemd and no accounting to queue, signal, preempt and requeue.
 CONF = """\
@@ -89,10 +89,8 @@ class SlurmCluster:
         """What is missing on this machine, if something is."""
         if os.geteuid() != 0:
             return "a Slurm cluster of one's own needs root"
-        if shutil.which("slurmctld") and shutil.which("munged"):
-            return None
-        if not shutil.which("apt-get"):
-            return f"there is no Slurm here; Debian's packages {', '.join(PACKAGES)} would do"
+        if missing := [name for name in DAEMONS if shutil.which(name) is None]:
+            return f"there is no {missing[0]} here; `make test-cluster` installs Debian's Slurm"
         return None
 
     def __enter__(self) -> SlurmCluster:
@@ -153,10 +151,6 @@ class SlurmCluster:
         )
 
     def _start(self) -> None:
-        if not (shutil.which("slurmctld") and shutil.which("munged")):
-            quiet = {"DEBIAN_FRONTEND": "noninteractive"}
-            self.run("apt-get", "update", "-qq", **quiet)
-            self.run("apt-get", "install", "-y", "-qq", "--no-install-recommends", *PACKAGES, **quiet)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o755)
         host = socket.gethostname().split(".")[0]

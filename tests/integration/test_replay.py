@@ -18,12 +18,17 @@ from tiny_runs import REPO, TINY, composed, metrics_of
 from torch import Tensor
 
 from fmcib_ssl.config import read_settings
-from fmcib_ssl.replay import replay
+from fmcib_ssl.replay import _Step, _take, replay
 from fmcib_ssl.run import train
 from fmcib_ssl.settings import ConfigError, Settings
 from fmcib_ssl.training.guards import TrainingFaultError
+from fmcib_ssl.training.rng import random_state
 
-GUARDS = ["+callbacks.guards._target_=fmcib_ssl.training.guards.NonFiniteGuard"]
+GUARDS = [
+    "+callbacks.guards._target_=fmcib_ssl.training.guards.NonFiniteGuard",
+    "+callbacks.memory._target_=fmcib_ssl.training.memory.MemoryAdvice",
+    "+callbacks.watchdog._target_=fmcib_ssl.training.watchdog.Watchdog",
+]
 
 
 class Poison(L.Callback):
@@ -40,13 +45,13 @@ class Poison(L.Callback):
             batch["positive"][0][1, 0, 3, 3, 3] = torch.nan
         elif self.what == "weight":
             with torch.no_grad():
-                module.encoder.layer3[0].conv1.weight[0, 0, 0, 0, 0] = torch.inf
+                module.encoder.layer3[0].conv1.weight[0] = torch.inf
         elif self.what == "gradient":
             module.head = SquareRootOfNothing(module.head)
 
 
 class SquareRootOfNothing(torch.nn.Module):
-    """Finite, with a gradient that is not: the slope of a square root at 0 is infinite, and 0 times that is NaN."""
+    """Finite, with a gradient that is not: the slope of a root at 0 is infinite, and the product gives 0 times that."""
 
     def __init__(self, head: torch.nn.Module) -> None:
         super().__init__()
@@ -59,7 +64,7 @@ class SquareRootOfNothing(torch.nn.Module):
 
 def settings(phantom_table: Path, run: Path, what: str, *overrides: str) -> Settings:
     poison = [f"+callbacks.poison._target_={__name__}.Poison", f"+callbacks.poison.what={what}"]
-    guards = [*GUARDS, f"+callbacks.guards.folder={run}/faults"]
+    guards = [*GUARDS, f"+callbacks.guards.folder={run}/faults", f"+callbacks.watchdog.folder={run}/stalls"]
     data = [f"data.annotations={phantom_table}", f"paths.run={run}", "encoder=small", "trainer.max_epochs=1"]
     # The newest come last: the guard sees the batch that the poison has changed.
     return read_settings(composed(*TINY, *data, *poison, *guards, *overrides))
@@ -125,7 +130,7 @@ def test_a_foreign_configuration_builds_nothing(stopped: dict[str, tuple[Path, s
     values = yaml.safe_load((run / "config.yaml").read_text())
     values["encoder"] = {"_target_": "os.system", "command": f"touch {canary}"}
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
-    with pytest.raises(ConfigError, match="os.system.*trusted_modules"):
+    with pytest.raises(ConfigError, match=r"os\.system.*trusted_modules"):
         list(replay(folder))
     assert not canary.exists()
     for text in ("", "[1", "- 1\n- 2"):
@@ -136,3 +141,33 @@ def test_a_foreign_configuration_builds_nothing(stopped: dict[str, tuple[Path, s
         list(replay(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="nothing to replay"):
         list(replay(run, 77))
+
+
+class Backwards(L.LightningModule):
+    """Its loss is finite and its gradient is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Linear(2, 2)
+        self.head = SquareRootOfNothing(torch.nn.Linear(2, 2))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        return {"loss": self.head(self.net(batch["positive"])).mean()}
+
+
+def test_a_gradient_is_followed_to_its_function() -> None:
+    module = Backwards()
+    kept = _Step({"positive": torch.ones(3, 2)}, 0, 0, 0, "32-true", random_state(), module.state_dict(), 1)
+    found = _take(module, kept, "cpu", "32-true")
+    assert not found.layer and found.loss == found.loss
+    assert "MulBackward0" in found.function and "(embeddings * 0).sqrt()" in found.function
+
+
+def test_half_precision_is_named_as_the_cause() -> None:
+    """Values above 65504 are infinite in half precision only."""
+    module = Backwards()
+    module.head = torch.nn.Linear(2, 2)
+    weights = {name: torch.full_like(value, 200.0) for name, value in module.state_dict().items()}
+    kept = _Step({"positive": torch.full((3, 2), 300.0)}, 0, 0, 0, "16-mixed", random_state(), weights, 1)
+    assert not _take(module, kept, "cpu", "32-true").layer
+    assert _take(module, kept, "cpu", "16-mixed").layer.startswith("net (Linear), from finite input")

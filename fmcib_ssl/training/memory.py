@@ -1,0 +1,150 @@
+"""When a GPU's memory is not enough: the batch that would fit, from measured memory for each lesion."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+#: Of what is free, left for fragments and workspaces.
+_SPARE = 0.08
+
+
+class MemoryAdvice(L.Callback):
+    """Puts into an out-of-memory error what would fit, and what else can be done.
+
+    Once the memory of the failed step is free again, the encoder is run, forward and backward, on a few rows of what
+    it was given, at two sizes; the difference is what a row takes. No rank waits for another, so this also works where
+    one of several has failed.
+
+    Attributes:
+        fits: lesions for each device that would fit, after an error; None if that could not be measured.
+    """
+
+    def __init__(self) -> None:
+        self.fits: int | None = None
+        self._rows: Tensor | None = None  # a few of what the encoder was given
+        self._num_rows = 0
+        self._batch_size = 0
+        self._at_start = 0
+        self._hook: Any = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """See how many rows the encoder is given at a time."""
+        encoder = getattr(pl_module, "encoder", None)
+        if isinstance(encoder, nn.Module) and pl_module.device.type == "cuda":
+            self._hook = encoder.register_forward_pre_hook(self._look)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the memory of what is there in any case: weights, the optimizer's state, the batch itself."""
+        if self._hook is not None:
+            self._at_start = torch.cuda.memory_allocated(pl_module.device)
+            self._batch_size = _num_lesions(batch)
+            self._num_rows = 0
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Say what would fit."""
+        if not isinstance(exception, torch.OutOfMemoryError):
+            return
+        # What the failed step has made is held by the frames that the error went through.
+        traceback.clear_frames(exception.__traceback__)
+        with contextlib.suppress(Exception):  # advice must not hide the error that it is about
+            self.fits = self._measure(trainer, pl_module)
+        exception.args = (self._advice(trainer, pl_module, str(exception)),)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Look no more."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = self._rows = None
+
+    def _look(self, encoder: nn.Module, inputs: tuple[Any, ...]) -> None:
+        rows = inputs[0]
+        self._num_rows = max(self._num_rows, len(rows))
+        if self._rows is None and torch.is_grad_enabled():
+            self._rows = rows[:1].detach().cpu()
+
+    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> int | None:
+        if self._rows is None or not self._batch_size or not self._num_rows:
+            return None
+        device = pl_module.device
+        pl_module.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+        encoder: Any = pl_module.encoder
+        with _as_in_a_trial(encoder):
+            row = self._rows.to(device)
+            # The first also chooses kernels, and is not counted.
+            _, fewer, more = (self._peak(trainer, encoder, row.repeat(n, 1, 1, 1, 1)) for n in (1, 4, 8))
+        per_row = max(more - fewer, 1) / 4
+        parameters = sum(p.numel() * p.element_size() for p in pl_module.parameters() if p.requires_grad)
+        # The optimizer makes its state at its first step: two numbers a weight for Adam and its kind.
+        to_come = parameters * (1 if _has_state(trainer) else 3)
+        free, total = torch.cuda.mem_get_info(device)
+        ours = torch.cuda.memory_reserved(device)
+        limit = torch.cuda.get_per_process_memory_fraction(device) * total
+        capacity = min(free + ours, limit) * (1 - _SPARE)
+        per_lesion = per_row * self._num_rows / self._batch_size
+        return max(0, int((capacity - self._at_start - to_come) / per_lesion))
+
+    @staticmethod
+    def _peak(trainer: L.Trainer, encoder: nn.Module, rows: Tensor) -> int:
+        device = rows.device
+        before = torch.cuda.memory_allocated(device) - rows.numel() * rows.element_size()
+        torch.cuda.reset_peak_memory_stats(device)
+        with trainer.precision_plugin.forward_context():
+            features = encoder(rows)
+        features.float().sum().backward()
+        encoder.zero_grad(set_to_none=True)
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+
+    def _advice(self, trainer: L.Trainer, pl_module: L.LightningModule, error: str) -> str:
+        lines = [f"the GPU's memory is not enough for data.batch_size={self._batch_size or '?'} on each device"]
+        if self.fits is not None and 0 < self.fits < self._batch_size:
+            lines.append(f"  data.batch_size={self.fits} would fit, by what the encoder takes for each lesion")
+        elif self.fits is not None and self.fits >= self._batch_size:
+            lines.append("  the encoder alone would fit: the loss, or another program on this GPU, takes the rest")
+        elif self.fits == 0:
+            lines.append("  not one lesion fits: take a smaller encoder or data.patch_size, or a larger GPU")
+        if hasattr(pl_module, "chunk_size"):
+            chunk: Any = pl_module.chunk_size or self._batch_size
+            fits = max(1, min(self.fits or chunk // 2, chunk - 1))
+            lines.append(
+                f"  method.chunk_size={fits} embeds so many at a time and keeps the batch; docs/large_batches.md"
+            )
+        if str(trainer.precision).startswith("32"):
+            lines.append("  hardware.precision=bf16-mixed takes about half of the memory for activations")
+        lines.append("  a smaller data.patch_size or encoder; more devices with fewer lesions each")
+        return "\n".join(lines) + f"\ntorch says: {error.splitlines()[0] if error else 'out of memory'}"
+
+
+@contextmanager
+def _as_in_a_trial(encoder: nn.Module) -> Iterator[None]:
+    """Evaluation mode, in which batch norm neither learns nor waits for other ranks."""
+    modes = {module: module.training for module in encoder.modules()}
+    encoder.eval()
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _num_lesions(batch: Any) -> int:
+    lesions = batch.get("lesion") if isinstance(batch, dict) else None
+    return len(lesions) if isinstance(lesions, Tensor) else 0
+
+
+def _has_state(trainer: L.Trainer) -> bool:
+    return any(len(optimizer.state) for optimizer in trainer.optimizers)

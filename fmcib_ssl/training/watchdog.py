@@ -1,0 +1,156 @@
+"""A run that hangs says where, and ends: a collective that one rank never joins would else wait for days.
+
+Every rank watches itself. A rank whose training has not moved for `timeout_s` writes its state, with the Python stack
+of every thread, beside those of the others; then all end. What stands still with the whole process, as when a
+scheduler suspends a job, does not count.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+logger = logging.getLogger(__name__)
+
+#: As of `timeout`, the command. The job is not put back into the queue: a hang is to be looked at.
+EXIT_CODE = 124
+_TICK_S = 1.0
+
+
+class Watchdog(L.Callback):
+    """Ends a run that has not finished a step for too long, once every rank has written where it is.
+
+    A step is from one batch to the next, and so includes reading, a checkpoint that is written, an online probe, and
+    what is compiled at the first step: leave enough.
+
+    Args:
+        folder: where the ranks write, `rank-R.txt`.
+        timeout_s: seconds without a finished step; None watches nothing. Keep it below
+            `hardware.collective_timeout_s`, or the process group gives up first, without these states.
+        grace_s: how long a rank waits for the states of the others before it ends.
+
+    Raises:
+        ValueError: a number that makes no sense.
+    """
+
+    def __init__(self, folder: str | Path, *, timeout_s: float | None = 900.0, grace_s: float = 20.0) -> None:
+        if (timeout_s is not None and timeout_s <= 0) or grace_s < 0:
+            raise ValueError(f"timeout_s={timeout_s} must be above 0, or null; grace_s={grace_s} must not be negative")
+        self.folder = Path(folder)
+        self.timeout_s = timeout_s
+        self.grace_s = grace_s
+        self._end: Callable[[int], Any] = os._exit  # nothing that waits for the hung thread
+        self._tick_s = _TICK_S
+        self._ticks = 0
+        self._place = "before the first step"
+        self._finished: threading.Event | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin to watch."""
+        if self.timeout_s is None:
+            return
+        own = self.folder / f"rank-{trainer.global_rank}.txt"
+        own.unlink(missing_ok=True)  # of an earlier start
+        self._moved(trainer, "waits for the first batch")
+        self._finished = threading.Event()
+        watch = threading.Thread(
+            target=self._watch, args=(trainer, self._finished, own), name="fmcib_ssl watchdog", daemon=True
+        )
+        watch.start()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """A batch is there."""
+        self._moved(trainer, f"computes batch {batch_idx}")
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """A batch is done."""
+        self._moved(trainer, f"waits for the batch after {batch_idx}")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """An epoch is done; what other callbacks do now may take its time."""
+        self._moved(trainer, "ends an epoch")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """No more steps."""
+        self._stop()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """The run ends for a reason of its own."""
+        self._stop()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """No more watching, whatever has happened."""
+        self._stop()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_finished": None}
+
+    def _moved(self, trainer: L.Trainer, place: str) -> None:
+        self._ticks = 0
+        self._place = f"step {trainer.global_step}, epoch {trainer.current_epoch}: {place}"
+
+    def _stop(self) -> None:
+        if self._finished is not None:
+            self._finished.set()
+
+    def _watch(self, trainer: L.Trainer, finished: threading.Event, own: Path) -> None:
+        assert self.timeout_s is not None
+        # Ticks that this thread lives through, not the clock's: a suspended process has no time to move.
+        while not finished.wait(self._tick_s):
+            self._ticks += 1
+            if self._ticks * self._tick_s >= self.timeout_s:
+                self._report(trainer, own)
+                return
+
+    def _report(self, trainer: L.Trainer, own: Path) -> None:
+        try:
+            own.parent.mkdir(parents=True, exist_ok=True)
+            with own.open("w") as file:
+                file.write(
+                    f"rank {trainer.global_rank} of {trainer.world_size} on {socket.gethostname()}, process "
+                    f"{os.getpid()}, {datetime.now().astimezone().isoformat(timespec='seconds')}\n"
+                    f"{self._place}\nno step was finished for {self.timeout_s:g} s\n\n"
+                )
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+            where = f"each rank's stack is in {own.parent}"
+        except OSError as error:
+            where = f"{own} cannot be written ({error.strerror})"
+            faulthandler.dump_traceback(all_threads=True)
+        silent = self._wait_for_others(trainer, own.parent)
+        if trainer.is_global_zero or 0 in silent:
+            others = ""
+            if silent:
+                ranks = ", ".join(map(str, silent))
+                others = f" Nothing from rank{'s' * (len(silent) > 1)} {ranks}: stopped, or its machine is gone."
+            logger.critical(
+                "no step was finished for %g s (callbacks.watchdog.timeout_s); last seen at %s. The run ends; %s.%s "
+                "The same command goes on from the last checkpoint. If steps are meant to take as long, raise "
+                "callbacks.watchdog.timeout_s and hardware.collective_timeout_s",
+                self.timeout_s, self._place, where, others,
+            )  # fmt: skip
+            logging.shutdown()
+        self._end(EXIT_CODE)
+
+    def _wait_for_others(self, trainer: L.Trainer, folder: Path) -> list[int]:
+        """Ranks that have not written where they are, after the time of grace."""
+        deadline = time.monotonic() + self.grace_s
+        while True:
+            silent = [r for r in range(trainer.world_size) if not (folder / f"rank-{r}.txt").is_file()]
+            if not silent or time.monotonic() > deadline:
+                return silent
+            time.sleep(0.1)

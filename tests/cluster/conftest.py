@@ -1,0 +1,64 @@
+"""The cluster, for as long as the tests run, and the runs that nothing happened to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster_runs import ONE, TWO_TASKS, Bench, Shape
+from slurm_cluster import SlurmCluster
+
+from fmcib_ssl.data.annotations import read_annotations
+from fmcib_ssl.data.phantom import make_archive
+from fmcib_ssl.data.prepare import prepare
+from fmcib_ssl.data.store import StoreSettings
+
+NUM_SCANS = 4
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    if reason := SlurmCluster.why_not():
+        pytest.skip(reason)
+    with SlurmCluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The table of a small phantom archive: six lesions in four scans."""
+    return make_archive(tmp_path_factory.mktemp("archive"), NUM_SCANS, num_workers=1, progress=False)
+
+
+@pytest.fixture(scope="session")
+def store(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("store") / "store"
+    prepare(read_annotations(archive), folder, StoreSettings(spacing_mm=1.5), num_workers=0)
+    return folder
+
+
+@pytest.fixture
+def bench(cluster: SlurmCluster, store: Path, tmp_path: Path) -> Iterator[Bench]:
+    """For one test; what it leaves in the queue is taken out."""
+    yield Bench(cluster, store, tmp_path)
+    cluster.run("scancel", "--user=root", "--full", check=False)
+    cluster.wait_until(lambda: cluster.run("squeue", "--noheader") == "" or None, "an empty queue", 60)
+
+
+def _uninterrupted(cluster: SlurmCluster, store: Path, folder: Path, shape: Shape) -> Path:
+    job = Bench(cluster, store, folder).train(shape=shape)
+    job.wait_until_complete()
+    return job.run
+
+
+@pytest.fixture(scope="session")
+def whole_one(cluster: SlurmCluster, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process that nothing happened to."""
+    return _uninterrupted(cluster, store, tmp_path_factory.mktemp("whole_one"), ONE)
+
+
+@pytest.fixture(scope="session")
+def whole_two(cluster: SlurmCluster, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of two processes on one node that nothing happened to."""
+    return _uninterrupted(cluster, store, tmp_path_factory.mktemp("whole_two"), TWO_TASKS)

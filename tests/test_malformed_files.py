@@ -1,0 +1,272 @@
+"""Hundreds of damaged and harmful files: each is refused in our words or used as if whole; none runs anything."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import safetensors.torch
+import torch
+from mutations import changed, damaged, harmful_pickles
+
+from fmcib_ssl.data.annotations import check_annotations, read_annotations
+from fmcib_ssl.data.tables import AnnotationsError
+from fmcib_ssl.evaluation.feature_table import FeatureTable, FeatureTableError
+from fmcib_ssl.models import EncoderFileError, encoder_metadata, encoders, export_encoder, load_encoder
+from fmcib_ssl.training.checkpoints import checkpoint_problem
+from fmcib_ssl.types import Preprocessing
+
+SPEC = {"_target_": "fmcib_ssl.models.encoders.small_resnet", "widths": [2, 2, 2, 2]}
+PATCHES = Preprocessing((16, 16, 16))
+LONGEST_S = 10.0
+MOST_MEMORY_KB = 2_000_000
+Check = Callable[..., Any]
+
+
+@contextmanager
+def only(*refusals: type[Exception]) -> Iterator[None]:
+    """A block that does what it should, or refuses in our words; soon, and without much memory."""
+    started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        yield
+    except refusals as error:
+        message = str(error)
+        assert len(message) > 20 and "Traceback" not in message, message
+    assert time.monotonic() - started < LONGEST_S
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MOST_MEMORY_KB
+
+
+@pytest.fixture(scope="module")
+def encoder_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
+    export_encoder(encoders.small_resnet([2, 2, 2, 2]), SPEC, PATCHES, path)
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def metadata() -> dict[str, Any]:
+    return encoder_metadata(encoders.small_resnet([2, 2, 2, 2]), SPEC, PATCHES, {"run": "a"})
+
+
+def small_weights() -> dict[str, torch.Tensor]:
+    return {name: w.contiguous() for name, w in encoders.small_resnet([2, 2, 2, 2]).state_dict().items()}
+
+
+def checkpoint(metadata: dict[str, Any]) -> dict[str, Any]:
+    weights = encoders.small_resnet([2, 2, 2, 2]).state_dict()
+    return {
+        "state_dict": {f"encoder.{name}": weight for name, weight in weights.items()},
+        "fmcib_ssl": {**metadata, "extra": {"run_id": "mine"}},
+        "loops": {"fit_loop": {"state_dict": {}}},
+        "optimizer_states": [],
+        "epoch": 1,
+    }
+
+
+@pytest.mark.parametrize("seed", range(32))
+def test_damaged_encoders(seed: int, encoder_file: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "encoder.safetensors"
+    path.write_bytes(damaged(encoder_file, seed))
+    with only(EncoderFileError):
+        load_encoder(path)
+
+
+@pytest.mark.parametrize("seed", range(48))
+def test_encoders_with_other_descriptions(seed: int, metadata: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "encoder.safetensors"
+    weights = small_weights()
+    text = json.dumps(changed(metadata, seed))
+    safetensors.torch.save_file(weights, path, metadata={"fmcib_ssl": text})
+    with only(EncoderFileError):
+        load_encoder(path)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"widths": [10**9, 4, 4, 4]},
+        {"widths": [2**40] * 4},
+        {"widths": [2, 2, 2, 2], "conv1_t_size": 10**6},
+        {"widths": list(range(1, 100_000))},
+        {"widths": [0, 0, 0, 0]},
+        {"widths": [-1, 2, 2, 2]},
+        {"widths": "abcd"},
+        {"_target_": "fmcib_ssl.models.encoders.monai_resnet", "depth": 10, "widen_factor": 1e12},
+        {"_target_": "fmcib_ssl.models.encoders.monai_resnet", "depth": 10**9},
+        {"_target_": "fmcib_ssl.models.encoders.monai_resnet", "depth": 50, "widen_factor": -1},
+    ],
+    ids=lambda spec: str(spec)[:60],
+)
+def test_encoders_that_would_take_all_memory(spec: dict[str, Any], metadata: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "encoder.safetensors"
+    text = json.dumps({**metadata, "encoder": {**SPEC, **spec}})
+    safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata={"fmcib_ssl": text})
+    with only(), pytest.raises(EncoderFileError):
+        load_encoder(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_encoders_that_are_not_finite(value: float, metadata: dict[str, Any], tmp_path: Path) -> None:
+    weights = small_weights()
+    weights["layer2.0.conv1.weight"].view(-1)[3] = value
+    path = tmp_path / "encoder.safetensors"
+    safetensors.torch.save_file(weights, path, metadata={"fmcib_ssl": json.dumps(metadata)})
+    with pytest.raises(EncoderFileError, match=r"layer2\.0\.conv1\.weight holds NaN or infinity"):
+        load_encoder(path)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_damaged_checkpoints(seed: int, metadata: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "step-00000001.ckpt"
+    torch.save(checkpoint(metadata), path)
+    path.write_bytes(damaged(path.read_bytes(), seed))
+    with only(EncoderFileError):
+        load_encoder(path)
+    with only():
+        problem = checkpoint_problem(path, "mine")
+    assert problem is None or len(problem) > 10
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_checkpoints_with_other_contents(seed: int, metadata: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "step-00000001.ckpt"
+    torch.save(changed(checkpoint(metadata), seed), path)
+    with only(EncoderFileError):
+        load_encoder(path)
+    with only():
+        problem = checkpoint_problem(path, "mine")
+    assert problem is None or len(problem) > 10
+
+
+@pytest.mark.parametrize("name", list(harmful_pickles(Path("canary"))))
+@pytest.mark.parametrize("suffix", ["ckpt", "safetensors", "parquet", "csv"])
+def test_pickles_are_never_unpickled(name: str, suffix: str, tmp_path: Path) -> None:
+    canary, path = tmp_path / "canary", tmp_path / f"step-00000001.{suffix}"
+    path.write_bytes(harmful_pickles(canary)[name])
+    with only(), pytest.raises(EncoderFileError):
+        load_encoder(path)
+    with only(), pytest.raises(FeatureTableError):
+        FeatureTable.read(path)
+    with only(), pytest.raises(AnnotationsError):
+        read_annotations(path)
+    with only():
+        assert checkpoint_problem(path, "mine")
+    assert not canary.exists()
+
+
+TABLE = (
+    "image_path,coordX,coordY,coordZ,lesion_id,split\n"
+    + "".join(f"scan_{i}.nii.gz,{i}.5,-{i},{i * 10},l{i},train\n" for i in range(8))
+).encode()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_damaged_tables(seed: int, tmp_path: Path) -> None:
+    path = tmp_path / "annotations.csv"
+    path.write_bytes(damaged(TABLE, seed))
+    with only(AnnotationsError):
+        check_annotations(read_annotations(path), PATCHES, on_bad_row="skip")
+
+
+TABLES: dict[str, bytes] = {
+    "empty": b"",
+    "only a header": TABLE.split(b"\n")[0],
+    "no header": TABLE.split(b"\n", 1)[1],
+    "latin 1": TABLE.replace(b"scan_3", "Lösion".encode("latin-1")),
+    "utf 16": TABLE.decode().encode("utf-16"),
+    "utf 32": TABLE.decode().encode("utf-32"),
+    "zeros": bytes(1000),
+    "a zip": b"PK\x03\x04" + bytes(100),
+    "a NUL": TABLE.replace(b"scan_3", b"scan\x003"),
+    "an open quote": TABLE.replace(b"scan_3", b'"scan_3'),
+    "a long field": TABLE.replace(b"scan_3", b"x" * 200_000),
+    "a column twice": TABLE.replace(b"coordY", b"coordX"),
+    "a missing column": TABLE.replace(b"coordY", b"y"),
+    "a row too short": TABLE.replace(b",l3,train", b""),
+    "a row too long": TABLE.replace(b",l3,train", b",l3,train,x,y"),
+    "NaN": TABLE.replace(b"-3", b"nan"),
+    "infinity": TABLE.replace(b"-3", b"inf"),
+    "a huge number": TABLE.replace(b"-3", b"1e400"),
+    "words": TABLE.replace(b"-3", b"three"),
+    "decimal commas": TABLE.replace(b"3.5", b'"3,5"'),
+    "a formula": TABLE.replace(b"scan_3.nii.gz", b"\"=cmd|' /C calc'!A0\""),
+    "a way out": TABLE.replace(b"scan_3.nii.gz", b"../../../../../etc/passwd"),
+    "a device": TABLE.replace(b"scan_3.nii.gz", b"/dev/null"),
+    "a folder": TABLE.replace(b"scan_3.nii.gz", b"/"),
+    "a name too long": TABLE.replace(b"scan_3.nii.gz", b"x" * 5000),
+    "a URL": TABLE.replace(b"scan_3.nii.gz", b"https://example.org/scan.nii.gz"),
+    "many columns": b",".join(b"c%d" % i for i in range(20_000)) + b"\n" + b"," * 19_999 + b"\n",
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_as_they_should_not_be(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "annotations.csv"
+    path.write_bytes(TABLES[name])
+    with only(), pytest.raises(AnnotationsError):  # none of the scans exists, so no table is of use
+        check_annotations(read_annotations(path), PATCHES, on_bad_row="skip")
+
+
+@pytest.fixture(scope="module")
+def feature_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    lesions = pd.DataFrame({"lesion_id": [f"l{i}" for i in range(20)], "label": range(20)})
+    features = np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32)
+    path = tmp_path_factory.mktemp("features") / "features.parquet"
+    return FeatureTable(lesions, features, {"name": "a", "kind": "encoder"}).write(path).read_bytes()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_damaged_feature_tables(seed: int, feature_file: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "features.parquet"
+    path.write_bytes(damaged(feature_file, seed))
+    with only(FeatureTableError):
+        FeatureTable.read(path)
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["no metadata", "metadata no JSON", "ids twice", "ids numbers", "ids missing", "no features", "ragged features",
+     "features text", "features empty", "origin a list", "a row without features"],
+)  # fmt: skip
+def test_feature_tables_of_others(how: str, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    ids: list[Any] = [f"l{i}" for i in range(4)]
+    features: Any = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(8, np.float32)), 2)
+    origin = b'{"name": "a"}'
+    if how == "ids twice":
+        ids[1] = ids[0]
+    elif how == "ids numbers":
+        ids = [1, 2, 3, 4]
+    elif how == "ids missing":
+        ids[2] = None
+    elif how == "ragged features":
+        features = pa.array([[1.0], [2.0, 3.0], [], [1.0]])
+    elif how == "features text":
+        features = pa.array(["a", "b", "c", "d"])
+    elif how == "features empty":
+        features = pa.array([[], [], [], []], pa.list_(pa.float32()))
+    elif how == "a row without features":
+        features = pa.array([[1.0, 2.0], None, [1.0, 2.0], [1.0, 2.0]], pa.list_(pa.float32(), 2))
+    elif how == "metadata no JSON":
+        origin = b"{"
+    elif how == "origin a list":
+        origin = b"[1]"
+    columns = {"lesion_id": pa.array(ids), "features": features}
+    if how == "no features":
+        del columns["features"]
+    table = pa.table(columns)
+    if how != "no metadata":
+        table = table.replace_schema_metadata({b"fmcib_ssl": origin})
+    pq.write_table(table, tmp_path / "features.parquet")
+    with only(), pytest.raises(FeatureTableError):
+        FeatureTable.read(tmp_path / "features.parquet")

@@ -1,0 +1,215 @@
+"""Damaged stores, run folders and settings: refused in our words or used as if whole, and nothing in them is run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from mutations import changed, damaged, harmful_pickles
+
+from fmcib_ssl.data.patches import LesionPatches
+from fmcib_ssl.data.store import SCANS_FOLDER, Store, StoreError
+from fmcib_ssl.settings import ConfigError, settings_of
+from fmcib_ssl.training.faults import read_faults, write_fault
+from fmcib_ssl.training.run_folder import RunFolder, RunFolderError
+
+sys.path.insert(0, str(Path(__file__).parent / "data"))
+sys.path.insert(0, str(Path(__file__).parent / "integration"))
+from stores import body, make_store
+from tiny_runs import TINY, composed
+
+LONGEST_S = 10.0
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "store"
+    lesions = [("a", 16.0, 20.0, 20.0), ("a", 10.0, 22.0, 14.0), ("b", 15.0, 18.0, 25.0)]
+    make_store(folder, {"a": body((32, 40, 40)), "b": body((32, 40, 40), seed=1)}, lesions)
+    return folder
+
+
+def copied(whole: Path, folder: Path) -> Path:
+    shutil.copytree(whole, folder / "store")
+    return folder / "store"
+
+
+def use(folder: Path) -> None:
+    """All lesions of a store, or a refusal in our words; soon."""
+    started = time.monotonic()
+    try:
+        patches = LesionPatches(Store(folder), (8, 8, 8))
+        for lesion in range(len(patches)):
+            sample = patches[lesion]
+            assert sample["positive"].shape == (1, 8, 8, 8)
+    except StoreError as error:
+        assert str(folder) in str(error) and len(str(error)) > 20, error
+    assert time.monotonic() - started < LONGEST_S
+
+
+FILES = ["store.json", "lesions.parquet", "scans.parquet", "scans/a.b2nd", "scans/a.cells"]
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("seed", range(14))
+def test_damaged_files(file: str, seed: int, whole: Path, tmp_path: Path) -> None:
+    folder = copied(whole, tmp_path)
+    (folder / file).write_bytes(damaged((folder / file).read_bytes(), seed))
+    use(folder)
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("content", [b"", bytes(100), b"{}", b"[]", b"null", b"\xff\xfe", b"[" * 100_000])
+def test_other_files(file: str, content: bytes, whole: Path, tmp_path: Path) -> None:
+    folder = copied(whole, tmp_path)
+    (folder / file).write_bytes(content)
+    with pytest.raises(StoreError) if file != "scans.parquet" else _either():
+        patches = LesionPatches(Store(folder), (8, 8, 8))
+        [patches[lesion] for lesion in range(len(patches))]
+
+
+def _either() -> Any:
+    from contextlib import nullcontext
+
+    return nullcontext()  # the table of scans is read only by who asks for it
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_other_settings_of_a_store(seed: int, whole: Path, tmp_path: Path) -> None:
+    folder = copied(whole, tmp_path)
+    values = json.loads((folder / "store.json").read_text())
+    (folder / "store.json").write_text(json.dumps(changed(values, seed)))
+    use(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scan_id": "../../outside"},
+        {"scan_id": "/etc/passwd"},
+        {"scan_id": ".."},
+        {"scan_id": ""},
+        {"scan_id": "a/../b"},
+        {"scan_id": "no such scan"},
+        {"scan_id": "x" * 5000},
+        {"scan_id": "a\0b"},
+        {"scan_id": None},
+        {"center_z": float("nan")},
+        {"center_x": float("inf")},
+        {"center_y": 1e300},
+        {"center_y": -1e300},
+        {"center_z": 2.0**63},
+        {"center_z": "ten"},
+        {"center_z": None},
+    ],
+    ids=lambda change: str(change)[:40],
+)
+def test_lesions_that_make_no_sense(change: dict[str, Any], whole: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.b2nd"
+    shutil.copy(whole / SCANS_FOLDER / "a.b2nd", outside)
+    shutil.copy(whole / SCANS_FOLDER / "a.cells", outside.with_suffix(".cells"))
+    folder = copied(whole, tmp_path)
+    lesions = pd.read_parquet(folder / "lesions.parquet")
+    (column, value), lesions = next(iter(change.items())), lesions.astype({next(iter(change)): object})
+    lesions[column] = [value] * len(lesions)
+    lesions.to_parquet(folder / "lesions.parquet", index=False)
+    with pytest.raises(StoreError):
+        patches = LesionPatches(Store(folder), (8, 8, 8))
+        [patches[lesion] for lesion in range(len(patches))]
+
+
+@pytest.mark.parametrize("column", ["scan_id", "center_z", "center_y", "center_x"])
+def test_a_column_is_missing(column: str, whole: Path, tmp_path: Path) -> None:
+    folder = copied(whole, tmp_path)
+    pd.read_parquet(folder / "lesions.parquet").drop(columns=column).to_parquet(folder / "lesions.parquet")
+    with pytest.raises(StoreError, match=column):
+        LesionPatches(Store(folder), (8, 8, 8))[0]
+
+
+def test_an_array_that_is_computed_is_not_opened(whole: Path, tmp_path: Path) -> None:
+    """Blosc2 can keep an expression, or the source of a function, where an array should be."""
+    folder = copied(whole, tmp_path)
+    voxels = blosc2.asarray(np.ones((32, 40, 40), np.int16), urlpath=str(tmp_path / "x.b2nd"), mode="w")
+    target = folder / SCANS_FOLDER / "a.b2nd"
+    target.unlink()
+    (voxels + 1).save(urlpath=str(target))
+    with pytest.raises(StoreError, match="holds no voxels"):
+        LesionPatches(Store(folder), (8, 8, 8))[0]
+
+
+@pytest.mark.parametrize("name", list(harmful_pickles(Path("canary"))))
+def test_pickles_in_a_store_are_not_unpickled(name: str, whole: Path, tmp_path: Path) -> None:
+    canary, folder = tmp_path / "canary", copied(whole, tmp_path)
+    for file in FILES:
+        (folder / file).write_bytes(harmful_pickles(canary)[name])
+        with pytest.raises(StoreError):
+            store = Store(folder)
+            assert len(store.scans) and LesionPatches(store, (8, 8, 8))[0]
+        shutil.copy(whole / file, folder / file)
+    assert not canary.exists()
+
+
+@pytest.fixture(scope="module")
+def values() -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    config = composed(*TINY, "data.annotations=a.csv", "paths.run=run")
+    return dict(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_other_settings_of_a_run(seed: int, values: dict[str, Any]) -> None:
+    try:
+        settings_of(changed(values, seed))
+    except ConfigError as error:
+        assert "not allowed" in str(error)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_a_damaged_run_folder(seed: int, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.begin(step=0)
+    folder.release()
+    file = tmp_path / "run.json"
+    text = json.dumps(changed(json.loads(file.read_text()), seed)) if seed % 2 else ""
+    file.write_bytes(text.encode() if text else damaged(file.read_bytes(), seed))
+    try:
+        again = RunFolder(tmp_path)
+        assert isinstance(again.run_id, str)
+        again.release()
+    except RunFolderError as error:
+        assert "damaged" in str(error) and "hydra.run.dir" in str(error)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_damaged_faults(seed: int, tmp_path: Path) -> None:
+    import torch
+
+    path = write_fault(tmp_path, 0, {"step": 1, "batch": {"lesion": torch.arange(2)}, "weights": {}})
+    path.write_bytes(damaged(path.read_bytes(), seed))
+    try:
+        read_faults(tmp_path)
+    except ValueError as error:
+        assert str(tmp_path) in str(error) and "cannot be read" in str(error)
+
+
+def test_harmful_faults_are_not_run(tmp_path: Path) -> None:
+    for content in harmful_pickles(tmp_path / "canary").values():
+        (tmp_path / "rank-0.pt").write_bytes(content)
+        with pytest.raises(ValueError, match="cannot be read"):
+            read_faults(tmp_path)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_yaml_of_a_run_builds_no_objects() -> None:
+    with pytest.raises(yaml.YAMLError):
+        yaml.safe_load("!!python/object/apply:os.system ['touch canary']")

@@ -1,0 +1,137 @@
+"""A run that hangs, and two ranks of which one never joins a collective."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from fmcib_ssl.training.watchdog import EXIT_CODE, Watchdog
+
+
+class Sleeper(L.LightningModule):
+    """Its step 2 takes as long as it is told."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self.net = nn.Linear(1, 1)
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        if self.global_step == 2:
+            a_layer_that_hangs(self.seconds)
+        return self.net(batch).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def a_layer_that_hangs(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def fit(watchdog: Watchdog, seconds: float) -> list[int]:
+    ends: list[int] = []
+    watchdog._end, watchdog._tick_s = ends.append, 0.05
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=4, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[watchdog],
+    )  # fmt: skip
+    trainer.fit(Sleeper(seconds), DataLoader(torch.ones(8, 1), batch_size=1))
+    return ends
+
+
+def test_a_hang_says_where(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.CRITICAL):
+        assert fit(Watchdog(tmp_path / "stalls", timeout_s=0.5, grace_s=0), 2.0) == [EXIT_CODE]
+    text = (tmp_path / "stalls" / "rank-0.txt").read_text()
+    assert "step 2, epoch 0: computes batch 2" in text and "a_layer_that_hangs" in text
+    assert "callbacks.watchdog.timeout_s" in caplog.text and str(tmp_path / "stalls") in caplog.text
+
+
+def test_slow_steps_are_no_hang(tmp_path: Path) -> None:
+    assert fit(Watchdog(tmp_path / "stalls", timeout_s=1.5), 0.7) == []
+    assert fit(Watchdog(tmp_path / "stalls", timeout_s=None), 0.1) == []
+    assert not (tmp_path / "stalls").exists()
+
+
+def test_a_suspended_process_does_not_count() -> None:
+    """SIGSTOP and SIGCONT, as a scheduler that suspends a job: only ticks that were lived through count."""
+    code = (
+        "import lightning as L, sys; sys.path.insert(0, {here!r}); import test_watchdog as t; "
+        "print('start', flush=True); print(t.fit(t.Watchdog({folder!r}, timeout_s=3.0), 1.5))"
+    ).format(here=str(Path(__file__).parent), folder="unused-stalls")
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=_environment())
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "start"
+    time.sleep(1.0)
+    os.kill(process.pid, 19)
+    time.sleep(4.0)
+    os.kill(process.pid, 18)
+    assert process.stdout.read().strip().endswith("[]")
+    assert process.wait(60) == 0
+
+
+RANK = """
+import logging, os, sys, time
+sys.path.insert(0, {here!r})
+logging.basicConfig(level=logging.INFO)
+import torch, lightning as L, test_watchdog as t
+from torch.utils.data import DataLoader
+
+class Late(t.Sleeper):
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 2 and self.global_rank == 1:
+            t.a_layer_that_hangs(600)  # the other waits for it in the reduction of the gradient
+        return self.net(batch).mean()
+
+watchdog = t.Watchdog({folder!r}, timeout_s=3.0, grace_s=10)
+watchdog._tick_s = 0.1
+trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_steps=4, logger=False, callbacks=[watchdog],
+    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+trainer.fit(Late(0), DataLoader(torch.ones(16, 1), batch_size=1))
+"""
+
+
+def _environment() -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "PYTEST_"))}
+    return {**kept, "OMP_NUM_THREADS": "1"}
+
+
+def test_two_ranks_of_which_one_never_comes(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = RANK.format(here=str(Path(__file__).parent), folder=str(tmp_path))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
+            env={**_environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
+                 "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
+                 "TORCHELASTIC_RUN_ID": "test"},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [rank.communicate(timeout=180)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [EXIT_CODE, EXIT_CODE], said
+    texts = [(tmp_path / f"rank-{rank}.txt").read_text() for rank in range(2)]
+    assert "a_layer_that_hangs" in texts[1] and "a_layer_that_hangs" not in texts[0]
+    assert all("step 2, epoch 0: computes batch 2" in text for text in texts)
+    assert "no step was finished for 3 s" in said[0]
+
+
+@pytest.mark.parametrize("arguments", [{"timeout_s": 0}, {"grace_s": -1}])
+def test_settings_that_make_no_sense(arguments: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        Watchdog(tmp_path, **arguments)
