@@ -1,0 +1,188 @@
+"""What benchmarks/lidc.py is measured on: nodule crops of LIDC-IDRI and two full chest CTs, by way of one store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from scipy.ndimage import gaussian_gradient_magnitude, gaussian_laplace
+from torch import Tensor
+
+from fmcib_ssl.data.annotations import read_annotations
+from fmcib_ssl.data.importers import lidc_crops
+from fmcib_ssl.data.patches import LesionPatches
+from fmcib_ssl.data.prepare import prepare
+from fmcib_ssl.data.store import Store
+from fmcib_ssl.types import PatchPair, Preprocessing, SampleKey
+
+Array = npt.NDArray[Any]
+
+PREPROCESSING = Preprocessing(patch_size_zyx=(8, 24, 24))
+NUM_FOLDS = 5
+#: Negatives in the pool; they are drawn from it in every epoch anew.
+POOL_SIZE = 4000
+#: What each task calls 1.
+TASKS = {
+    "texture": ("texture", "<", 5),
+    "margin": ("margin", "<=", 3),
+    "spiculation": ("spiculation", ">", 1),
+    "calcification": ("calcification", "<", 6),
+    "malignancy": ("malignancy", ">", 3),
+}
+
+
+@dataclass(frozen=True)
+class Nodules:
+    """The nodules of the benchmark, in the order of the store's index.
+
+    Attributes:
+        lesions: one row a nodule.
+        patches: int16 HU `(n, 1, 8, 24, 24)`, 1 mm, edge padded.
+        patients: `(n,)`.
+        fold: 0 to 4, by patient.
+        labels: 0 or 1 by task, `(n,)` each.
+        pool: int16 HU `(m, 1, 8, 24, 24)`, mined in the chest CTs.
+        published: the published malignancy split: `train`, `val`, `test`, or empty, `(n,)`.
+        published_malignancy: its labels.
+    """
+
+    lesions: pd.DataFrame
+    patches: Tensor
+    patients: Array
+    fold: Array
+    labels: dict[str, Array]
+    pool: Tensor
+    published: Array
+    published_malignancy: Array
+
+
+def load(data: Path, workspace: Path, mining: str = "background") -> Nodules:
+    """Prepare the store if need be, and cut everything that is trained and tested on.
+
+    Args:
+        data: the folder with `lidc_crops/` and `ct/`.
+        workspace: where the store is kept.
+        mining: how the pool of negatives is drawn from the chest CTs.
+    """
+    store = _prepared(data, workspace)
+    is_nodule = store.lesions["image_path"].str.startswith("lidc_crops/").to_numpy()
+    lesions = store.lesions[is_nodule].reset_index(drop=True)
+    size = np.array(PREPROCESSING.patch_size_zyx)
+    patches = np.stack([edge_padded_patch(store, row, size) for row in lesions.itertuples()])[:, None]
+
+    in_chests = LesionPatches(store, PREPROCESSING.patch_size_zyx, mining=mining, per_lesion=8, select=~is_nodule)
+    keys = [SampleKey(k // len(in_chests), k % len(in_chests)) for k in range(POOL_SIZE // 8)]
+    pool = torch.cat([in_chests[key]["negative"] for key in keys])
+
+    compare = {"<": np.less, "<=": np.less_equal, ">": np.greater}
+    labels = {
+        task: compare[sign](lesions[column].to_numpy(np.float64), bound).astype(np.int64)
+        for task, (column, sign, bound) in TASKS.items()
+    }
+    patients = lesions["PatientID"].to_numpy(dtype=str)
+    split, malignancy = _published_split(data / "lidc_crops" / "fmcib_task2_voi_map.csv", lesions)
+    return Nodules(lesions, torch.from_numpy(patches), patients, folds_of(patients), labels, pool, split, malignancy)
+
+
+def folds_of(patients: Array) -> Array:
+    """The fold of every row: patients in a random order, dealt out in turn."""
+    names = np.unique(patients)
+    dealt = np.empty(len(names), dtype=np.int64)
+    dealt[np.random.default_rng(0).permutation(len(names))] = np.arange(len(names))
+    # names[permutation[k]] is the k-th in the order
+    return (dealt % NUM_FOLDS)[np.searchsorted(names, patients)]
+
+
+def edge_padded_patch(store: Store, row: Any, size_zyx: Array) -> npt.NDArray[np.int16]:
+    """The patch round a nodule; what the crop does not have is its nearest voxel.
+
+    Crops are as large as their nodules, so that padding with a constant would tell how large a nodule is.
+    """
+    shape = np.array(store.scans.loc[row.scan_id, "shape_zyx"], dtype=np.int64)
+    center = np.floor(np.array([row.center_z, row.center_y, row.center_x]) + 0.5).astype(np.int64)
+    start = center - size_zyx // 2
+    first, end = np.clip(start, 0, shape - 1), np.clip(start + size_zyx, 1, shape)
+    inside = store.read_patch(row.scan_id, first.tolist(), (end - first).tolist())
+    return np.pad(inside, list(zip(first - start, start + size_zyx - end, strict=True)), mode="edge")
+
+
+class TrainingPatches:
+    """Pairs of patches that lie in memory: a nodule, and negatives out of the pool.
+
+    Args:
+        positives: int16 `(n, 1, z, y, x)`.
+        pool: int16 `(m, 1, z, y, x)`.
+        seed: with epoch and index it decides which negatives are drawn.
+        per_lesion: negatives of each nodule.
+    """
+
+    def __init__(self, positives: Tensor, pool: Tensor, seed: int, per_lesion: int) -> None:
+        self.positives, self.pool, self.seed, self.per_lesion = positives, pool, seed, per_lesion
+
+    def __len__(self) -> int:
+        """Number of nodules."""
+        return len(self.positives)
+
+    def __getitem__(self, key: SampleKey, /) -> PatchPair:
+        """The pair that `key` names."""
+        drawn = np.random.default_rng([self.seed, *key]).integers(len(self.pool), size=self.per_lesion)
+        negative = self.pool[drawn[0]] if self.per_lesion == 1 else self.pool[torch.from_numpy(drawn)]
+        return PatchPair(
+            positive=self.positives[key.index], negative=negative, lesion=key.index, negative_from_other_scan=True
+        )
+
+    def title(self, lesion: int, /) -> str:
+        """What names a nodule in a picture."""
+        return f"nodule {lesion}"
+
+
+def hu_statistics(patches: Tensor) -> Array:
+    """What a table of radiomics would hold, without a mask: statistics in shells round the point, and histograms.
+
+    Mean, deviation and quantiles of the intensity, its gradient and its Laplacian in 6 shells, 126 numbers; and the
+    share of 26 steps of 50 HU under 4 Gaussian weights, 104 numbers.
+
+    Args:
+        patches: int16 HU `(n, 1, z, y, x)`.
+    """
+    hu = np.clip(patches[:, 0].numpy().astype(np.float32), -1000, 300)
+    grids = np.meshgrid(*(np.arange(size) - size // 2 for size in hu.shape[1:]), indexing="ij")
+    radius = np.sqrt(sum(np.square(grid) for grid in grids))
+    images = [hu, *(np.stack([f(one, 1.0) for one in hu]) for f in (gaussian_gradient_magnitude, gaussian_laplace))]
+    found: list[Array] = []
+    for low, high in pairwise((0, 2, 3.5, 5, 7, 10, 20)):
+        for image in images:
+            values = image[:, (radius >= low) & (radius < high)]
+            found += [values.mean(1), values.std(1), *np.percentile(values, (5, 25, 50, 75, 95), axis=1)]
+    for sigma in (1.5, 3, 5, 8):
+        weights = np.exp(-np.square(radius) / (2 * sigma**2))
+        weights /= weights.sum()
+        found += [(((hu >= low) & (hu < low + 50)) * weights).sum((1, 2, 3)) for low in range(-1000, 300, 50)]
+    return np.stack(found, axis=1).astype(np.float32)
+
+
+def _prepared(data: Path, workspace: Path) -> Store:
+    """A store of all crops but the suspect one, and of the chest CTs; made once."""
+    crops = lidc_crops(data / "lidc_crops" / "voi_index.csv")
+    crops = crops[~crops["suspect"]].drop(columns="mask_path")
+    chests = pd.read_csv(data / "ct" / "annotations.csv").drop(columns="mask_path")  # its paths start at `data`
+    crops["image_path"] = [f"lidc_crops/{path}" for path in crops["image_path"]]
+    workspace.mkdir(parents=True, exist_ok=True)
+    csv = workspace / "lesions.csv"
+    pd.concat([crops, chests], ignore_index=True).to_csv(csv, index=False)
+    table = read_annotations(csv, image_root=data)
+    prepare(table, workspace / "store", image_root=data, num_workers=0, on_bad_row="refuse")
+    return Store(workspace / "store")
+
+
+def _published_split(path: Path, lesions: pd.DataFrame) -> tuple[Array, Array]:
+    """Side and malignancy of each nodule in the published split; empty and 0 for those that it has not."""
+    table = pd.read_csv(path).drop_duplicates("f")
+    rows = table.set_index("f").reindex([Path(image).name for image in lesions["image_path"]])
+    return rows["split"].fillna("").to_numpy(dtype=str), rows["malignancy"].fillna(0).to_numpy(np.int64)

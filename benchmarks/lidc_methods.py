@@ -1,0 +1,147 @@
+"""The contenders of benchmarks/lidc.py: each is a command line of train.py, composed, built and trained as there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import numpy.typing as npt
+import torch
+from hydra import compose, initialize_config_dir
+from lidc_data import PREPROCESSING, TrainingPatches
+from torch import Tensor, nn
+
+from fmcib_ssl.components import build, build_module
+from fmcib_ssl.config import read_settings
+from fmcib_ssl.data.datamodule import LesionDataModule
+from fmcib_ssl.evaluation.embedding_inference import encode
+from fmcib_ssl.settings import Settings
+
+Array = npt.NDArray[Any]
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+#: What all contenders share with the recipe, unless they say otherwise; so the budget is equal.
+RECIPE = "+experiment=nodule_recipe"
+#: The same views without what is the recipe's own.
+PLAIN_VIEWS = "~augment.transforms.surroundings"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to get features.
+
+    Attributes:
+        name: in tables.
+        kind: `trained`, `random` (the encoder as it is initialised), or what needs no encoder.
+        overrides: of the recipe's command line.
+    """
+
+    name: str
+    kind: Literal["trained", "random", "voxels", "statistics", "diameter"] = "trained"
+    overrides: tuple[str, ...] = field(default=())
+
+    def settings(self, seed: int, epochs: int | None) -> Settings:
+        """Everything about its training."""
+        length = [] if epochs is None else [f"trainer.max_epochs={epochs}"]
+        own = ["data.store=none", "paths.run=none", f"seed={seed}", *length, *self.overrides]
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+            return read_settings(compose("train", [RECIPE, *own]))
+
+    def key(self, epochs: int | None) -> str:
+        """Name and a checksum of the configuration: features that are kept are used again for the same only."""
+        return _key(self, epochs)
+
+
+@cache
+def _key(contender: Contender, epochs: int | None) -> str:
+    if contender.kind not in ("trained", "random"):
+        return contender.name
+    values = contender.settings(0, epochs).model_dump(mode="json")
+    parts = ("augment", "data", "encoder", "head", "loss", "method", "optimizer", "schedule", "trainer")
+    wanted = {name: values[name] for name in (parts if contender.kind == "trained" else ("encoder",))}
+    digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
+    return f"{contender.name}-{digest[:8]}"
+
+
+SMALL = ("encoder=small", PLAIN_VIEWS)
+OWN = (PLAIN_VIEWS,)
+BOTH = ("loss.negatives=mined_and_lesions", "data.per_lesion=1")
+CONTENDERS = (
+    Contender("recipe"),
+    Contender("random", "random", ("encoder=small",)),
+    Contender("random_concentric", "random"),
+    Contender("raw_voxels", "voxels"),
+    Contender("hu_statistics", "statistics"),
+    Contender("diameter", "diameter"),
+    Contender("lightly_simclr", overrides=("method=simclr", *SMALL)),
+    Contender("lightly_simclr_concentric", overrides=("method=simclr", *OWN)),
+    Contender("mined", overrides=("loss.negatives=mined", "data.per_lesion=1", *SMALL)),
+    Contender("mined_and_lesions", overrides=(*BOTH, *SMALL)),
+    Contender("nnclr", overrides=("method=nnclr", *SMALL)),
+    Contender("vicreg", overrides=("method=vicreg", *SMALL)),
+    Contender("infonce_margin", overrides=("loss=infonce", "loss.temperature=0.1", *BOTH, *SMALL)),
+    Contender("denoising", overrides=("method=denoising", *SMALL)),
+)
+BY_NAME: Mapping[str, Contender] = {contender.name: contender for contender in CONTENDERS}
+
+
+def features(
+    contender: Contender,
+    positives: Tensor,
+    train_rows: Array,
+    pool: Tensor,
+    *,
+    seed: int,
+    epochs: int | None,
+    accelerator: str = "cpu",
+) -> Array:
+    """Features of all nodules by an encoder that was pretrained, without labels, on some of them.
+
+    Args:
+        contender: `trained` or `random`.
+        positives: int16 HU, all nodules.
+        train_rows: those that the pretraining may see.
+        pool: int16 HU, where mined negatives come from.
+        seed: of weights, order, negatives and views.
+        epochs: instead of the recipe's.
+        accelerator: Lightning's name of what it is trained on.
+    """
+    settings = contender.settings(seed, epochs)
+    L.seed_everything(seed, verbose=False)
+    if contender.kind == "random":
+        encoder: nn.Module = build("encoder", settings.encoder)
+    else:
+        encoder = pretrain(settings, positives[torch.from_numpy(train_rows)], pool, accelerator)
+    encoder.cpu().eval()
+    # Every encoder is given the mean over a patch and its mirror images.
+    return np.concatenate([encode(encoder, some, PREPROCESSING, views=8).numpy() for some in positives.split(128)])
+
+
+def pretrain(settings: Settings, positives: Tensor, pool: Tensor, accelerator: str) -> nn.Module:
+    """Train an encoder as `train.py` does with these settings, on patches that lie in memory."""
+    for library in ("lightning.pytorch", "lightning.fabric", "fmcib_ssl"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning|torch")
+    patches = TrainingPatches(positives, pool, settings.seed, settings.data.per_lesion)
+    batch_size = settings.data.batch_size
+    assert isinstance(batch_size, int)
+    data = LesionDataModule(patches, build("augment", settings.augment), batch_size=batch_size, seed=settings.seed)
+    epochs = settings.trainer.max_epochs
+    assert epochs is not None
+    module = build_module(settings, PREPROCESSING, batch_size, epochs * (len(patches) // batch_size))
+    trainer = L.Trainer(
+        accelerator=accelerator, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False, max_epochs=epochs,
+        gradient_clip_val=settings.trainer.gradient_clip_val,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    return module.encoder
