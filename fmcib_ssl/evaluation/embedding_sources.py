@@ -7,8 +7,9 @@ opened again:
 - `{"kind": "scans", "annotations": FILE.csv, "image_root": DIR, "path_prefix": None, "coordinates": "lps",
   "on_bad_row": "skip"}`; all but the first two may be left out. Rows whose `cropped` is true name files that hold one
   lesion and little else: see `fmcib_ssl.data.annotations`.
+- `{"kind": "medmnist", ...}`: see `medmnist_source`.
 
-Both take `select`, `{column: value or values}`, and may hold `preprocessing`.
+The first two take `select`, `{column: value or values}`, and may hold `preprocessing`.
 """
 
 from __future__ import annotations
@@ -80,9 +81,9 @@ def open_patches(
     """
     if preprocessing is None and source.get("preprocessing"):
         preprocessing = Preprocessing.from_dict(source["preprocessing"])
-    kinds = {"store": _open_store, "scans": _open_scans}
+    kinds = {"store": _open_store, "scans": _open_scans, "medmnist": _open_medmnist}
     if source.get("kind") not in kinds:
-        raise FeatureTableError(f"a source is of kind 'store' or 'scans', not {source.get('kind')!r}")
+        raise FeatureTableError(f"a source is of kind 'store', 'scans' or 'medmnist', not {source.get('kind')!r}")
     patches, preprocessing = kinds[source["kind"]](source, preprocessing)
     return patches.lesions, patches, preprocessing
 
@@ -138,6 +139,14 @@ def _open_scans(source: Mapping[str, Any], preprocessing: Preprocessing | None) 
     lesions = lesions.join(_kept_beside(usable.rows.reset_index(drop=True), set(ours)))
     lesions = _ready(lesions)
     return SourcePatches(lesions, patches.positive, rejected, _fingerprint([file.read_bytes()], source)), wanted
+
+
+def _open_medmnist(
+    source: Mapping[str, Any], preprocessing: Preprocessing | None
+) -> tuple[SourcePatches, Preprocessing]:
+    from fmcib_ssl.evaluation.medmnist_source import open_medmnist  # noqa: PLC0415  # which needs this module
+
+    return open_medmnist(source, preprocessing)
 
 
 def _lesion_id(scan_id: str, center_lps_mm: npt.NDArray[np.float64]) -> str:

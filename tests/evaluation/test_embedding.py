@@ -146,7 +146,7 @@ def test_a_source_says_how_to_open_it_again(archive: Archive, encoder: FrozenEnc
     close(table.features, by_hand(encoder, [patches[i] for i in range(len(patches))]))
     pd.testing.assert_frame_equal(lesions, table.lesions)
     assert open_patches(archive.store_source)[2] == Preprocessing()
-    with pytest.raises(FeatureTableError, match="'store' or 'scans', not 'folder'"):
+    with pytest.raises(FeatureTableError, match="'store', 'scans' or 'medmnist', not 'folder'"):
         open_patches({"kind": "folder"})
     with pytest.raises(FeatureTableError, match="select names the column 'lable'"):
         open_patches({**archive.store_source, "select": {"lable": 1}})

@@ -53,7 +53,12 @@ def test_two_steps(experiment: str, phantom_table: Path, tmp_path: Path) -> None
     assert environment["packages"]["lightning"] == lightning.__version__
 
     metrics = metrics_of(run)
-    assert set(metrics) == COLUMNS
+    negatives = settings.loss["negatives"]
+    shares = {"train/negative_share"}
+    shares |= {"train/mined_share"} if negatives != "lesions" else set()
+    shares |= {"train/lesion_share"} if negatives != "mined" else set()
+    of_mined = set() if settings.data.per_lesion else {"train/negative_cosine"}
+    assert set(metrics) == (COLUMNS | shares) - of_mined
     assert metrics["step"].tolist() == [0, 1]
     assert np.isfinite(metrics.to_numpy()).all()
     assert loss == pytest.approx(metrics["train/loss"].iloc[-1])

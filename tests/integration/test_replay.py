@@ -24,12 +24,6 @@ from fmcib_ssl.settings import ConfigError, Settings
 from fmcib_ssl.training.guards import TrainingFaultError
 from fmcib_ssl.training.rng import random_state
 
-GUARDS = [
-    "+callbacks.guards._target_=fmcib_ssl.training.guards.NonFiniteGuard",
-    "+callbacks.memory._target_=fmcib_ssl.training.memory.MemoryAdvice",
-    "+callbacks.watchdog._target_=fmcib_ssl.training.watchdog.Watchdog",
-]
-
 
 class Poison(L.Callback):
     """Makes one step not finite: by a view, by a weight, or by a gradient."""
@@ -64,10 +58,13 @@ class SquareRootOfNothing(torch.nn.Module):
 
 def settings(phantom_table: Path, run: Path, what: str, *overrides: str) -> Settings:
     poison = [f"+callbacks.poison._target_={__name__}.Poison", f"+callbacks.poison.what={what}"]
-    guards = [*GUARDS, f"+callbacks.guards.folder={run}/faults", f"+callbacks.watchdog.folder={run}/stalls"]
+    # The guard is the first callback of a run, and is to see the batch that the poison has changed: both anew, in order.
+    guard = [
+        "+callbacks.guards._target_=fmcib_ssl.training.guards.NonFiniteGuard",
+        f"+callbacks.guards.folder={run}/faults",
+    ]
     data = [f"data.annotations={phantom_table}", f"paths.run={run}", "encoder=small", "trainer.max_epochs=1"]
-    # The newest come last: the guard sees the batch that the poison has changed.
-    return read_settings(composed(*TINY, *data, *poison, *guards, *overrides))
+    return read_settings(composed(*TINY, *data, "~callbacks.guards", *poison, *guard, *overrides))
 
 
 @pytest.fixture(scope="module")
