@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,16 @@ REPO = Path(__file__).resolve().parents[1]
 def _one_thread() -> None:
     """Tests run side by side; each gets one core."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _levels_of_logging() -> Iterator[None]:
+    """Runs and benchmarks quieten libraries for good; the next test wants to hear them."""
+    loggers = [logging.getLogger(name) for name in ("fmcib_ssl", "lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

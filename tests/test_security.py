@@ -34,7 +34,7 @@ FORBIDDEN = {
 
 
 def calls(file: Path) -> list[tuple[str, ast.Call]]:
-    nodes = ast.walk(ast.parse(file.read_text()))
+    nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
     return [(ast.unparse(node.func), node) for node in nodes if isinstance(node, ast.Call)]
 
 
@@ -151,7 +151,7 @@ def test_every_shipped_option_is_a_part_of_a_run() -> None:
 
     for folder in ("method", "encoder", "head", "loss", "optimizer", "schedule"):
         for file in (REPO / "configs" / folder).glob("*.yaml"):
-            check_targets(yaml.safe_load(file.read_text()), file)
+            check_targets(yaml.safe_load(file.read_text(encoding="utf-8")), file)
 
 
 def test_a_package_that_is_not_trusted_is_not_even_imported(tmp_path: Path) -> None:

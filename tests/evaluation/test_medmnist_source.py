@@ -279,5 +279,7 @@ def test_the_command_refuses_with_a_message(embed: Callable[..., tuple[Any, str]
 def test_the_script_does_not_hide_the_package() -> None:
     code = "import importlib.util as u; s = u.find_spec('medmnist'); print(s.origin if s else None)"
     environment = {"PYTHONPATH": str(REPO / "scripts"), "PATH": ""}
-    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, encoding="utf-8", check=True
+    )
     assert str(REPO) not in found.stdout

@@ -72,6 +72,7 @@ def embed_apart(folder: Path, *arguments: str, start: tuple[str, ...] = (str(SCR
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
+        encoding="utf-8",
         check=False,
         timeout=300,
     )

@@ -58,7 +58,7 @@ class SquareRootOfNothing(torch.nn.Module):
 
 def settings(phantom_table: Path, run: Path, what: str, *overrides: str) -> Settings:
     poison = [f"+callbacks.poison._target_={__name__}.Poison", f"+callbacks.poison.what={what}"]
-    # The guard is the first callback of a run, and is to see the batch that the poison has changed: both anew, in order.
+    # The guard is a run's first callback, and is to see the batch that the poison has changed: both anew, in order.
     guard = [
         "+callbacks.guards._target_=fmcib_ssl.training.guards.NonFiniteGuard",
         f"+callbacks.guards.folder={run}/faults",
@@ -105,7 +105,7 @@ def test_the_command_says_it(stopped: dict[str, tuple[Path, str]]) -> None:
     run, _ = stopped["weight"]
     done = subprocess.run(
         [sys.executable, str(REPO / "scripts" / "replay.py"), f"run={run}"],
-        capture_output=True, text=True, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, encoding="utf-8", check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert "encoder.layer3.0.conv1" in done.stdout and "Traceback" not in done.stderr
 

@@ -82,7 +82,9 @@ def test_a_signal_to_every_process_of_the_job(phantom_table: Path, whole: Path, 
     run = tmp_path / "run"
     process = start(phantom_table, run, "hardware.num_workers=1")
     wait_for(lambda: steps_logged(run) >= 2, process)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, encoding="utf-8", check=True
+    )
     for pid in [int(line) for line in children.stdout.split()]:
         os.kill(pid, signal.SIGUSR1)
         os.kill(pid, signal.SIGTERM)

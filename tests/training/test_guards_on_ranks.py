@@ -52,7 +52,7 @@ def on_two_ranks(folder: Path, mode: str) -> tuple[list[Any], list[str]]:
     code = RANK.format(here=str(Path(__file__).parent), folder=str(folder), mode=mode)
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
             env={**kept, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                  "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
                  "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"},

@@ -72,7 +72,9 @@ def test_a_suspended_process_does_not_count() -> None:
         "import lightning as L, sys; sys.path.insert(0, {here!r}); import test_watchdog as t; "
         "print('start', flush=True); print(t.fit(t.Watchdog({folder!r}, timeout_s=3.0), 1.5))"
     ).format(here=str(Path(__file__).parent), folder="unused-stalls")
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=_environment())
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, encoding="utf-8", env=_environment()
+    )
     assert process.stdout is not None
     assert process.stdout.readline().strip() == "start"
     time.sleep(1.0)
@@ -116,7 +118,7 @@ def test_two_ranks_of_which_one_never_comes(tmp_path: Path) -> None:
     code = RANK.format(here=str(Path(__file__).parent), folder=str(tmp_path))
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", cwd=tmp_path,
             env={**_environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
                  "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
                  "TORCHELASTIC_RUN_ID": "test"},
