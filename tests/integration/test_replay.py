@@ -105,7 +105,8 @@ def test_the_command_says_it(stopped: dict[str, tuple[Path, str]]) -> None:
     run, _ = stopped["weight"]
     done = subprocess.run(
         [sys.executable, str(REPO / "scripts" / "replay.py"), f"run={run}"],
-        capture_output=True, text=True, encoding="utf-8", check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, encoding="utf-8", check=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert "encoder.layer3.0.conv1" in done.stdout and "Traceback" not in done.stderr
 

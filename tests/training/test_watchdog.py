@@ -118,7 +118,8 @@ def test_two_ranks_of_which_one_never_comes(tmp_path: Path) -> None:
     code = RANK.format(here=str(Path(__file__).parent), folder=str(tmp_path))
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", cwd=tmp_path,
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, encoding="utf-8", cwd=tmp_path,
             env={**_environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
                  "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
                  "TORCHELASTIC_RUN_ID": "test"},
