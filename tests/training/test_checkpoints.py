@@ -298,7 +298,9 @@ class Harmful:
         return Path.touch, (Path("executed"),)
 
 
-@pytest.mark.parametrize("content", [{"epoch": 1}, [1, 2], {"state_dict": {}, "a": Harmful()}], ids=str)
+@pytest.mark.parametrize(
+    "content", [{"epoch": 1}, [1, 2], {"state_dict": {}, "a": Harmful()}], ids=["keys", "a list", "code"]
+)
 def test_a_foreign_file_is_passed_over_and_not_executed(
     content: Any, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
