@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,11 @@ import torch
 # another of one name.
 with contextlib.suppress(ImportError):
     import pykeen.losses  # noqa: F401
+
+# A shell's background job ignores Ctrl-C, and nohup's a hang-up; so would all processes that tests start.
+for _ignored, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_ignored) is signal.SIG_IGN:
+        signal.signal(_ignored, _default)
 
 REPO = Path(__file__).resolve().parents[1]
 

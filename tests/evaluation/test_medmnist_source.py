@@ -282,4 +282,4 @@ def test_the_script_does_not_hide_the_package() -> None:
     found = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, encoding="utf-8", check=True
     )
-    assert str(REPO) not in found.stdout
+    assert str(REPO / "scripts") not in found.stdout

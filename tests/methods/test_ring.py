@@ -73,7 +73,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, request: Any) -> list[Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")  # the imports are done
+    # Not forked from here, where threads of other tests may hold a lock; the server has done the imports.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fmcib_ssl.run"])
     arguments = [(num_nodes, devices, rank, port, folder) for rank in range(num_nodes * devices)]
     processes = [context.Process(target=run_rank, args=each, daemon=True) for each in arguments]
     for process in processes:
