@@ -51,6 +51,12 @@ def learning_rate(settings: Settings, batch_size: int) -> float:
         return scaled_learning_rate(settings.optimizer["base_lr"], global_batch, settings.optimizer["reference_batch"])
 
 
+def build_optimizer(settings: Settings, batch_size: int) -> Any:
+    """What makes the optimizer of named parameters, at the rate that the batch asks for."""
+    arguments = {key: value for key, value in settings.optimizer.items() if key not in ("base_lr", "reference_batch")}
+    return build("optimizer", arguments, lr=learning_rate(settings, batch_size))
+
+
 def build_module(settings: Settings, preprocessing: Preprocessing, batch_size: int, num_steps: int) -> Pretraining:
     """Encoder, optimizer, schedule and the method that trains them; head and loss where the method takes them.
 
@@ -68,8 +74,7 @@ def build_module(settings: Settings, preprocessing: Preprocessing, batch_size: i
         num_features = feature_dim(encoder, preprocessing.patch_size_zyx)
     except ValueError as error:
         raise ConfigError(f"encoder and data.patch_size do not fit: {error}") from error
-    arguments = {key: value for key, value in settings.optimizer.items() if key not in ("base_lr", "reference_batch")}
-    optimizer = build("optimizer", arguments, lr=learning_rate(settings, batch_size))
+    optimizer = build_optimizer(settings, batch_size)
     schedule = None if settings.schedule is None else build("schedule", settings.schedule)
     # A method names what it wants: mined contrast a head and a loss, others bring their own.
     with blame("method"):

@@ -23,7 +23,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fmcib_ssl.components import blame, build, learning_rate, refuse_unused
+from fmcib_ssl.components import blame, build, build_optimizer, refuse_unused
 from fmcib_ssl.data.labelled import LabelledPatches
 from fmcib_ssl.data.sampler import EpochSampler
 from fmcib_ssl.evaluation.bootstrap import patient_weights
@@ -221,12 +221,11 @@ def _module(
             missing = task.labels.classes[absent[0]]
             raise ConfigError(f"no training lesion of fold {part.name} is {missing!r}: use fewer classes or folds")
         weights = torch.tensor(compute_class_weight("balanced", classes=classes, y=values), dtype=torch.float32)
-    arguments = {key: value for key, value in settings.optimizer.items() if key not in ("base_lr", "reference_batch")}
     with blame("finetune"):
         return FineTuning(
             encoder,
             feature_dim(encoder, task.preprocessing.patch_size_zyx),
-            build("optimizer", arguments, lr=learning_rate(settings, batch_size)),
+            build_optimizer(settings, batch_size),
             None if settings.schedule is None else build("schedule", settings.schedule),
             num_classes=num_classes,
             class_weights=weights,

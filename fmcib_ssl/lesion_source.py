@@ -8,8 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
+from fmcib_ssl.data.tables import SelectionError, selected
 from fmcib_ssl.settings import ConfigError, Data, Settings
 from fmcib_ssl.types import Preprocessing
 
@@ -113,18 +116,13 @@ def _from_scans(settings: Settings, main_process: bool) -> LesionSource:
     return LesionSource(patches, preprocessing, num_scans, f"scans of {data.annotations}, read directly")
 
 
-def _selected(data: Data, rows: pd.DataFrame) -> Any:
+def _selected(data: Data, rows: pd.DataFrame) -> npt.NDArray[np.bool_]:
     """A mask of the rows that `data.select` asks for."""
     where = data.store or data.annotations
-    keep = pd.Series(True, index=rows.index)
-    for column, value in (data.select or {}).items():
-        if column not in rows:
-            raise ConfigError(
-                f"data.select names the column {column!r}; {where} has {', '.join(map(str, rows.columns))}"
-            )
-        # As text, so that {fold: 1} finds the 1 of a column that was read as numbers or as text alike.
-        wanted = [str(v) for v in (value if isinstance(value, list) else [value])]
-        keep &= rows[column].astype(str).isin(wanted)
+    try:
+        keep = selected(rows, data.select, key="data.select", where=where)
+    except SelectionError as error:
+        raise ConfigError(str(error)) from error
     if not keep.any():
         raise ConfigError(f"no row of {where} has data.select={data.select}")
-    return keep.to_numpy()
+    return keep

@@ -6,7 +6,6 @@ index has; voxels are made anew only where a scan's files have changed.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import sys
@@ -28,6 +27,7 @@ from fmcib_ssl.data.prepare_plan import (
     TableScan,
     aside_file,
     judge_rows,
+    lesion_id_of,
     nameless_rows,
     read_json,
     records_of,
@@ -306,8 +306,7 @@ def _lesions_of(sidecar: Record) -> list[Record]:
     rows = []
     for lesion in sidecar["lesions"]:
         center = np.array(lesion["center_lps_mm"])
-        place = f"{scan['scan_id']} {' '.join(f'{v:.3f}' for v in center)}"
-        lesion_id = hashlib.sha256(place.encode()).hexdigest()[:12]
+        lesion_id = lesion_id_of(scan["scan_id"], center)
         ours = (lesion_id, scan["scan_id"], *grid.to_zyx(center).tolist(), *center.tolist(), lesion["row"])
         columns = {f"table_{k}" if k in LESION_COLUMNS else k: v for k, v in lesion["columns"].items()}
         rows.append({**dict(zip(LESION_COLUMNS, ours, strict=True)), **columns})

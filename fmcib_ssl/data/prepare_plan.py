@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from fmcib_ssl.data.annotations import BadRowsError, LesionTable, OnBadRow, check_annotations
@@ -82,6 +83,12 @@ def scan_id_of(source: ScanSource, root: Path) -> str:
     readable = re.sub(r"[^A-Za-z0-9_.-]+", "_", plain).strip("._-")[:40] or "scan"
     digits = hashlib.sha256(f"{place.as_posix()}\n{source.series_uid or ''}".encode()).hexdigest()[:10]
     return f"{readable}-{digits}"
+
+
+def lesion_id_of(scan_id: str, center_lps_mm: Sequence[float] | npt.NDArray[np.float64]) -> str:
+    """Name of a lesion: twelve digits of its scan and place, the same from a store and from the scans as they are."""
+    place = f"{scan_id} {' '.join(f'{v:.3f}' for v in center_lps_mm)}"
+    return hashlib.sha256(place.encode()).hexdigest()[:12]
 
 
 def scans_of(table: LesionTable, image_root: Path | str | None) -> list[TableScan]:

@@ -9,10 +9,12 @@ import csv
 import difflib
 import logging
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,32 @@ class BadRowsError(AnnotationsError):
     def __init__(self, message: str, rejected: pd.DataFrame | None = None) -> None:
         super().__init__(message)
         self.rejected = rejected
+
+
+class SelectionError(ValueError):
+    """A selection names a column that the rows do not have."""
+
+
+def selected(rows: pd.DataFrame, select: Mapping[str, Any] | None, *, key: str, where: object) -> npt.NDArray[np.bool_]:
+    """Which rows have the values that `select` asks for, such as `{"split": ["val", "test"]}`; with none, all.
+
+    Args:
+        rows: to choose from.
+        select: a value, or a list of which any will do, under each column.
+        key: what the user calls the selection, for the message.
+        where: the rows are from, for the message.
+
+    Raises:
+        SelectionError: there is no such column.
+    """
+    keep = np.ones(len(rows), dtype=bool)
+    for column, value in (select or {}).items():
+        if column not in rows:
+            raise SelectionError(f"{key} names the column {column!r}; {where} has {', '.join(map(str, rows))}")
+        # As text, so that {fold: 1} finds the 1 of a column that was read as numbers or as text alike.
+        wanted = [str(v) for v in (value if isinstance(value, list | tuple) else [value])]
+        keep &= rows[column].astype(str).isin(wanted).to_numpy(bool)
+    return keep
 
 
 def read_table(path: Path | str, text: Collection[str] = ()) -> pd.DataFrame:

@@ -27,7 +27,7 @@ import pandas as pd
 from jaxtyping import Int16
 from torch import Tensor
 
-from fmcib_ssl.data.tables import REJECTED_COLUMNS
+from fmcib_ssl.data.tables import REJECTED_COLUMNS, SelectionError, selected
 from fmcib_ssl.evaluation.feature_table import FEATURES_COLUMN, ID_COLUMN, FeatureTableError
 from fmcib_ssl.types import Preprocessing
 
@@ -113,7 +113,7 @@ def _open_store(source: Mapping[str, Any], preprocessing: Preprocessing | None) 
 
 def _open_scans(source: Mapping[str, Any], preprocessing: Preprocessing | None) -> tuple[SourcePatches, Preprocessing]:
     from fmcib_ssl.data.annotations import check_annotations, read_annotations  # noqa: PLC0415  # needs SimpleITK
-    from fmcib_ssl.data.prepare_plan import scan_id_of  # noqa: PLC0415
+    from fmcib_ssl.data.prepare_plan import lesion_id_of, scan_id_of  # noqa: PLC0415
     from fmcib_ssl.data.volumes import VolumePatches  # noqa: PLC0415
 
     wanted = preprocessing or Preprocessing()
@@ -130,7 +130,7 @@ def _open_scans(source: Mapping[str, Any], preprocessing: Preprocessing | None) 
     scan_ids = [scan_id_of(usable.scan_of(i), named_from) for i in range(len(usable))]
     centers = usable.centers_lps_mm
     ours: dict[str, Any] = {
-        ID_COLUMN: [_lesion_id(scan, center) for scan, center in zip(scan_ids, centers, strict=True)],
+        ID_COLUMN: [lesion_id_of(scan, center) for scan, center in zip(scan_ids, centers, strict=True)],
         SCAN_COLUMN: scan_ids,
         **{f"center_{axis}_lps_mm": centers[:, column] for column, axis in enumerate("xyz")},
         "row": usable.rows.index.to_numpy(),
@@ -149,20 +149,11 @@ def _open_medmnist(
     return open_medmnist(source, preprocessing)
 
 
-def _lesion_id(scan_id: str, center_lps_mm: npt.NDArray[np.float64]) -> str:
-    """The name that a store gives the same lesion, so that features from both can be joined."""
-    place = f"{scan_id} {' '.join(f'{v:.3f}' for v in center_lps_mm)}"
-    return hashlib.sha256(place.encode()).hexdigest()[:12]
-
-
 def _selected(source: Mapping[str, Any], rows: pd.DataFrame, where: Path) -> npt.NDArray[np.bool_]:
-    keep = np.ones(len(rows), dtype=bool)
-    for column, value in (source.get("select") or {}).items():
-        if column not in rows:
-            raise FeatureTableError(f"select names the column {column!r}; {where} has {', '.join(map(str, rows))}")
-        # As text, so that {fold: 1} finds the 1 of a column that was read as numbers or as text alike.
-        wanted = [str(v) for v in (value if isinstance(value, list) else [value])]
-        keep &= rows[column].astype(str).isin(wanted).to_numpy(bool)
+    try:
+        keep = selected(rows, source.get("select"), key="select", where=where)
+    except SelectionError as error:
+        raise FeatureTableError(str(error)) from error
     if not keep.any():
         raise FeatureTableError(f"no row of {where} has select={source.get('select')}")
     return keep

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from fmcib_ssl.data.patches import LesionPatches
 from fmcib_ssl.data.store import Store
+from fmcib_ssl.data.tables import selected
 from fmcib_ssl.representation import class_spread, effective_rank, mean_cosine_within, uniformity, unit_vectors
 from fmcib_ssl.training.quick_probes import knn_scores, linear_scores, macro_auc
 from fmcib_ssl.types import Preprocessing
@@ -223,13 +224,7 @@ def _choose(
             f"label={label}: callbacks.online_probe.label should be a column of {store}, which has "
             + ", ".join(map(str, rows))
         )
-    keep = rows[label].notna()
-    for column, value in (select or {}).items():
-        if column not in rows:
-            raise ValueError(f"select names the column {column!r}; {store} has {', '.join(map(str, rows))}")
-        # as text, so that a column of numbers and one of texts are matched alike
-        wanted = [str(v) for v in (value if isinstance(value, list | tuple) else [value])]
-        keep &= rows[column].astype(str).isin(wanted)
+    keep = rows[label].notna().to_numpy(bool) & selected(rows, select, key="select", where=store)
     places = np.flatnonzero(keep)
     if len(places) == 0:
         raise ValueError(f"no lesion of {store} has a {label} and select={dict(select or {})}")
