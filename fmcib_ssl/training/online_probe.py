@@ -146,6 +146,15 @@ class OnlineProbe(L.Callback):
         pl_module.log_dict(figures)  # the same on every device
         self._tell(trainer, figures)
 
+    def state_dict(self) -> dict[str, Any]:
+        """How often it was found to be cheap enough, and what it began with: a run that goes on says the same."""
+        return {"every_n_epochs": self.every_n_epochs, "at_the_start": self._at_the_start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take both up, unless the settings now say how often."""
+        self.every_n_epochs = self.every_n_epochs or state_dict["every_n_epochs"]
+        self._at_the_start = dict(state_dict["at_the_start"])
+
     def measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, float]:
         """Embed all lesions and judge them; every device has to call it, and all get the same."""
         features = self._embed(trainer, pl_module)

@@ -147,6 +147,20 @@ def test_auto_keeps_to_its_share_of_the_passes(store: Path, tmp_path: Path) -> N
     assert 21 / watch.every_n_epochs <= max(1, 0.02 * 3 * 8)
 
 
+def test_a_run_that_goes_on_asks_as_often_and_compares_with_the_same_start(store: Path, tmp_path: Path) -> None:
+    watch, after = probe(store), probe(store)
+    _, trainer = fit(tmp_path, [watch], max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+    going_on = L.Trainer(default_root_dir=tmp_path, callbacks=[after], max_epochs=1, logger=False, **QUIET)
+    data = DataLoader(TensorDataset(torch.randn(8, 1, *SIZE)), batch_size=2)
+    going_on.fit(Toy(), data, ckpt_path=tmp_path / "stopped.ckpt", weights_only=True)
+    assert after.state_dict() == watch.state_dict()
+    assert watch.state_dict()["at_the_start"]["online/linear_auc"] > 0
+    chosen = probe(store, every_n_epochs=3)
+    chosen.load_state_dict(watch.state_dict())
+    assert chosen.every_n_epochs == 3
+
+
 def test_two_devices_get_the_figures_of_one(store: Path, tmp_path: Path) -> None:
     """21 lesions do not split evenly over two."""
     _, one = fit(tmp_path, [probe(store, every_n_epochs=1)], max_epochs=1, lr=0.0)
