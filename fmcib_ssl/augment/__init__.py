@@ -8,6 +8,7 @@ from fmcib_ssl.augment.intensity import (
     RandomHistogramShift,
     RandomNoise,
     RandomScaleShift,
+    VoxelTransform,
 )
 from fmcib_ssl.augment.published import MonaiViews, PublishedViews, RandResizedCrop
 from fmcib_ssl.augment.resolution import RandomGaussianSmooth, RandomLowResolution, RandomSliceThickness
@@ -31,4 +32,5 @@ __all__ = [
     "RandomScaleShift",
     "RandomSliceThickness",
     "RandomSurroundings",
+    "VoxelTransform",
 ]

@@ -18,9 +18,13 @@ from fmcib_ssl.augment.transform import BatchedTransform, Size, size_of
 from fmcib_ssl.augment.work import Work
 from fmcib_ssl.types import Preprocessing
 
-#: Voxels that are worked on at a time. On a CPU so many that they stay in a core's own cache; on a GPU so many that
-#: it is busy, and still a small part of its memory (some ten float32 numbers a voxel).
-CHUNK_VOXELS = {"cpu": 2**17, "other": 2**26}
+#: Voxels that are worked on at a time: on a GPU so many that it is busy, and still a small part of its memory (some ten
+#: float32 numbers a voxel); on a CPU so many that calling torch costs little beside the work.
+CHUNK_VOXELS = {"cpu": 2**20, "other": 2**26}
+
+#: A view of more voxels than this has a CPU to itself: it stays in a core's own cache, and little is gained by calling
+#: torch less often.
+ALONE_ON_CPU_VOXELS = 2**15
 
 
 @contextmanager
@@ -83,7 +87,7 @@ class BatchedViews:
         for transform in self.transforms.values():
             sizes.append(transform.size_after(sizes[-1]))
         views = torch.empty((len(patches), 1, *sizes[-1]), device=patches.device)
-        at_a_time = max(1, CHUNK_VOXELS.get(patches.device.type, CHUNK_VOXELS["other"]) // max(map(_volume, sizes)))
+        at_a_time = _at_a_time(patches.device.type, max(map(_volume, sizes)))
         with torch.autocast(patches.device.type, enabled=False), _full_precision():
             steps = [
                 step
@@ -143,6 +147,12 @@ class BatchedPublishedViews(BatchedViews):
             },
             preprocessing=preprocessing,
         )
+
+
+def _at_a_time(device: str, voxels: int) -> int:
+    if device == "cpu" and voxels > ALONE_ON_CPU_VOXELS:
+        return 1
+    return max(1, CHUNK_VOXELS.get(device, CHUNK_VOXELS["other"]) // voxels)
 
 
 def _volume(size_zyx: Size) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from fmcib_ssl.augment.axis_maps import AxisMaps, reading_matrix, resize_positio
 from fmcib_ssl.augment.streams import derived_seeds, uniforms
 from fmcib_ssl.augment.transform import BatchedTransform, Size, chosen, in_range, interval, size_of, within
 from fmcib_ssl.augment.warp import warp
-from fmcib_ssl.augment.work import Linear, Pointwise, Step
+from fmcib_ssl.augment.work import Box, Linear, Pointwise, Step
 from fmcib_ssl.types import PADDING_HU
 
 #: Spans of the elastic field along each axis; a cubic B-spline has three more control points.
@@ -175,14 +175,10 @@ class RandomGeometry(BatchedTransform[GeometryParams]):
             return [*steps, Pointwise(every, lambda images, which: self._resample(images, chosen(params, which)))]
         if plain:
             own = chosen(params, plain)
-            boxes = None
-            if not own.zoomed.any():
-                ends = torch.stack([own.box_start, own.box_start + own.box_size], dim=2).tolist()
-                boxes = [((z[0], z[1]), (y[0], y[1]), (x[0], x[1])) for z, y, x in ends]
-            steps.append(Linear(plain, self._maps(own, size_zyx, device), boxes))
+            steps.append(Linear(plain, self._maps(own, size_zyx, device), self._boxes_read(own, size_zyx)))
         if warped:
-            bent = chosen(params, warped)
-            steps.append(Pointwise(warped, lambda images, which: self._warp(images, chosen(bent, which))))
+            maps = self._affine(chosen(params, warped), size_zyx)
+            steps.append(Pointwise(warped, lambda images, which: self._warp(images, *(own[which] for own in maps))))
         return steps
 
     def _resample(self, images: Tensor, params: GeometryParams) -> Tensor:
@@ -194,7 +190,20 @@ class RandomGeometry(BatchedTransform[GeometryParams]):
         if len(plain):
             found.index_copy_(0, rows, self._maps(chosen(params, plain), size, images.device)(images[rows]))
         rows = warped.to(images.device, non_blocking=True)
-        return found.index_copy_(0, rows, self._warp(images[rows], chosen(params, warped)))
+        return found.index_copy_(0, rows, self._warp(images[rows], *self._affine(chosen(params, warped), size)))
+
+    def _boxes_read(self, params: GeometryParams, size_zyx: Size) -> list[Box]:
+        """The part of each turned image that its map along the axes reads."""
+        num_out = torch.tensor(self.size_after(size_zyx))
+        first, end = params.box_start, params.box_start + params.box_size
+        reach = (num_out - 1) / 2 * params.box_size / num_out / params.zoom
+        middle = first + (params.box_size - 1) / 2
+        low, high = (middle - reach).floor().long().clamp_min(0), (middle + reach).floor().long() + 2
+        zoomed = params.zoomed[:, None]
+        low = torch.where(zoomed, low, torch.maximum(low, first))
+        high = torch.minimum(high, torch.where(zoomed, torch.tensor(size_zyx), end))
+        ends = torch.stack([low, high], dim=2).tolist()
+        return [((z[0], z[1]), (y[0], y[1]), (x[0], x[1])) for z, y, x in ends]
 
     def _maps(self, params: GeometryParams, size_zyx: Size, device: torch.device) -> AxisMaps:
         own = chosen(params, slice(None), device)
@@ -212,12 +221,14 @@ class RandomGeometry(BatchedTransform[GeometryParams]):
         # Where no view reads outside, there is nothing to take into account.
         return AxisMaps((z, y, x), self.outside_hu if params.zoomed.any() else None)
 
-    def _warp(self, images: Tensor, params: GeometryParams) -> Tensor:
-        size = self.size_after(size_of(images))
-        step = params.box_size / torch.tensor(size) / params.zoom * (1 - 2 * params.flip.float())
-        matrix = rotation_matrices(params.angle) * step[:, None]
+    def _affine(self, params: GeometryParams, size_zyx: Size) -> tuple[Tensor, Tensor, Tensor]:
+        """What `warp` wants to know of turned images: matrix, middle, elastic field."""
+        step = params.box_size / torch.tensor(self.size_after(size_zyx)) / params.zoom * (1 - 2 * params.flip.float())
         middle = params.box_start + (params.box_size - 1) / 2
-        elastic = params.elastic
+        return rotation_matrices(params.angle) * step[:, None], middle, params.elastic
+
+    def _warp(self, images: Tensor, matrix: Tensor, middle: Tensor, elastic: Tensor) -> Tensor:
+        size = self.size_after(size_of(images))
         return warp(images, matrix, middle, elastic, size_zyx=size, outside_hu=self.outside_hu)
 
 
@@ -225,6 +236,7 @@ def _turn(images: Tensor, _: slice, axes: Sequence[int]) -> Tensor:
     return images.permute(0, 1, *(2 + axis for axis in axes))
 
 
+@cache
 def right_angles(size_zyx: Size) -> tuple[Int64[Tensor, "turns 3"], Bool[Tensor, "turns 3"]]:
     """The rotations by right angles that leave an image's size as it is: 24 of a cube, 4 where all edges differ.
 

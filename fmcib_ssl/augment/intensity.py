@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,17 +15,22 @@ from fmcib_ssl.augment.transform import BatchedTransform, P, Size, active_rows, 
 from fmcib_ssl.augment.work import Pointwise, Step
 
 
-class _VoxelTransform(BatchedTransform[P]):
-    """A transform that sees the voxels of whole views."""
+class VoxelTransform(BatchedTransform[P]):
+    """A transform that sees the voxels of whole views: a subclass says what is drawn, and what is done with it."""
 
     def steps(self, params: P, size_zyx: Size, device: torch.device) -> Sequence[Step]:
         """One step."""
         own, rows = active_rows(params, device)
-        return [Pointwise(rows, lambda images, which: self._change(images, chosen(own, which)))]
+        return [Pointwise(rows, lambda images, which: self.change(images, chosen(own, which)))]
 
-    def _change(self, images: Tensor, own: P) -> Tensor:
-        """Images `(m, 1, z, y, x)`, which may be written to, and their parameters to new images."""
-        raise NotImplementedError
+    @abstractmethod
+    def change(self, images: Float[Tensor, "m 1 z y x"], own: P) -> Float[Tensor, "m 1 z y x"]:
+        """Change images in HU as their parameters say.
+
+        Args:
+            images: those that are changed; may be written to.
+            own: their parameters, on the same device.
+        """
 
 
 class HistogramShiftParams(NamedTuple):
@@ -34,7 +40,7 @@ class HistogramShiftParams(NamedTuple):
     mapped: Float[Tensor, "n points"]  # where evenly spaced points of a view's range go, 0 to 1, ascending
 
 
-class RandomHistogramShift(_VoxelTransform[HistogramShiftParams]):
+class RandomHistogramShift(VoxelTransform[HistogramShiftParams]):
     """A piecewise linear, rising map of a view's range of intensities onto itself, as MONAI's `RandHistogramShift`.
 
     Args:
@@ -61,7 +67,8 @@ class RandomHistogramShift(_VoxelTransform[HistogramShiftParams]):
             mapped[:, point] = mapped[:, point - 1].lerp(mapped[:, point + 1], drawn[:, point])
         return HistogramShiftParams(active, mapped.float())
 
-    def _change(self, images: Tensor, own: HistogramShiftParams) -> Tensor:
+    def change(self, images: Tensor, own: HistogramShiftParams) -> Tensor:
+        """Map each view's range piece by piece."""
         low, high = images.amin((1, 2, 3, 4)), images.amax((1, 2, 3, 4))
         pieces = own.mapped.shape[1] - 1
         span = high - low
@@ -93,7 +100,7 @@ class GammaParams(NamedTuple):
     gamma: Float[Tensor, " n"]
 
 
-class RandomGamma(_VoxelTransform[GammaParams]):
+class RandomGamma(VoxelTransform[GammaParams]):
     """Contrast: a power of the intensity within a view's range, as MONAI's `AdjustContrast`.
 
     Args:
@@ -113,7 +120,8 @@ class RandomGamma(_VoxelTransform[GammaParams]):
         active, drawn = self._draw(seeds, 1)
         return GammaParams(active, within(drawn[:, 0], self.gamma))
 
-    def _change(self, images: Tensor, own: GammaParams) -> Tensor:
+    def change(self, images: Tensor, own: GammaParams) -> Tensor:
+        """Raise to the power."""
         low, high = images.amin((1, 2, 3, 4), keepdim=True), images.amax((1, 2, 3, 4), keepdim=True)
         span = high - low
         images.sub_(low).div_(span + 1e-7).pow_(own.gamma.view(-1, 1, 1, 1, 1))
@@ -128,7 +136,7 @@ class ScaleShiftParams(NamedTuple):
     shift_hu: Float[Tensor, " n"]
 
 
-class RandomScaleShift(_VoxelTransform[ScaleShiftParams]):
+class RandomScaleShift(VoxelTransform[ScaleShiftParams]):
     """A scanner that is calibrated a little otherwise: `(hu - pivot_hu) * scale + pivot_hu + shift_hu`.
 
     Args:
@@ -158,7 +166,8 @@ class RandomScaleShift(_VoxelTransform[ScaleShiftParams]):
         active, drawn = self._draw(seeds, 2)
         return ScaleShiftParams(active, within(drawn[:, 0], self.scale), within(drawn[:, 1], self.shift_hu))
 
-    def _change(self, images: Tensor, own: ScaleShiftParams) -> Tensor:
+    def change(self, images: Tensor, own: ScaleShiftParams) -> Tensor:
+        """Scale and shift."""
         offset = self.pivot_hu * (1 - own.scale) + own.shift_hu
         return images.mul_(own.scale.view(-1, 1, 1, 1, 1)).add_(offset.view(-1, 1, 1, 1, 1))
 
@@ -171,7 +180,7 @@ class NoiseParams(NamedTuple):
     seed: Int64[Tensor, " n"]
 
 
-class RandomNoise(_VoxelTransform[NoiseParams]):
+class RandomNoise(VoxelTransform[NoiseParams]):
     """White Gaussian noise, the same on every device.
 
     Args:
@@ -191,7 +200,8 @@ class RandomNoise(_VoxelTransform[NoiseParams]):
         active, drawn = self._draw(seeds, 1)
         return NoiseParams(active, within(drawn[:, 0], self.std_hu), derived_seeds(seeds, "voxels"))
 
-    def _change(self, images: Tensor, own: NoiseParams) -> Tensor:
+    def change(self, images: Tensor, own: NoiseParams) -> Tensor:
+        """Add the noise that the seeds give."""
         noise = normals(own.seed, images[0].numel()).mul_(own.std_hu[:, None])
         return images.add_(noise.view(images.shape))
 
@@ -204,7 +214,7 @@ class CutoutParams(NamedTuple):
     size: Int64[Tensor, "n holes 3"]  # 0 for a hole that a view does not have
 
 
-class RandomCutout(_VoxelTransform[CutoutParams]):
+class RandomCutout(VoxelTransform[CutoutParams]):
     """Boxes of one intensity, at random places within the view.
 
     Args:
@@ -240,18 +250,22 @@ class RandomCutout(_VoxelTransform[CutoutParams]):
         start = (place * (edges - size + 1)).long()
         return CutoutParams(active, start, size * (torch.arange(high) < num)[..., None])
 
-    def _change(self, images: Tensor, own: CutoutParams) -> Tensor:
-        fill = images.mean((1, 2, 3, 4), keepdim=True) if self.fill_hu is None else self.fill_hu
-        hole = torch.zeros_like(images, dtype=torch.bool)
-        for number in range(own.start.shape[1]):
-            z, y, x = (
-                self._inside(own.start[:, number, axis], own.size[:, number, axis], size)
-                for axis, size in enumerate(images.shape[2:])
-            )
-            hole |= (z[:, :, None, None] & y[:, None, :, None] & x[:, None, None, :])[:, None]
-        return torch.where(hole, fill, images)
+    def change(self, images: Tensor, own: CutoutParams) -> Tensor:
+        """Fill the boxes."""
+        if self.fill_hu is None:
+            fill = images.mean((1, 2, 3, 4), keepdim=True)
+        else:
+            fill = images.new_full((1, 1, 1, 1, 1), self.fill_hu)
+        z, y, x = (
+            self._inside(own.start[..., axis, None], own.size[..., axis, None], size).float()
+            for axis, size in enumerate(images.shape[2:])
+        )
+        # How many holes a voxel lies in: for each the product of three lines.
+        planes = (z[..., :, None] * y[..., None, :]).flatten(2)
+        covered = torch.bmm(planes.mT, x).clamp_max_(1).view_as(images)
+        return images.lerp_(fill, covered)
 
     @staticmethod
-    def _inside(start: Tensor, length: Tensor, size: int) -> Bool[Tensor, "m size"]:
+    def _inside(start: Tensor, length: Tensor, size: int) -> Bool[Tensor, "m holes size"]:
         line = torch.arange(size, device=start.device)
-        return (line >= start[:, None]) & (line < (start + length)[:, None])
+        return (line >= start) & (line < start + length)

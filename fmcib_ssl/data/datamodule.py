@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fmcib_ssl import signals
 from fmcib_ssl.data.sampler import EpochSampler
 from fmcib_ssl.data.views import PatchPairs, SeededPairDataset, ViewCollation, ViewPairDataset, batch_of_views
-from fmcib_ssl.types import BatchViewTransform, ViewTransform
+from fmcib_ssl.types import BatchViewTransform, PatchPair, SampleKey, ViewTransform
 
 
 def _start_worker(_worker: int) -> None:
@@ -105,8 +107,8 @@ class LesionDataModule(LightningDataModule):
             raise ValueError(f"views_on is {views_on!r}; it must be 'auto', 'workers' or 'device'.")
         if views_on == "device" and not isinstance(view_transform, BatchViewTransform):
             raise ValueError(
-                f"views_on='device', and {type(view_transform).__name__} makes one view at a time: choose an "
-                "augmentation for batches, such as batched_published."
+                f"views_on='device', and {type(view_transform).__name__} makes one view at a time: choose "
+                "views_on='auto', or an augmentation for batches, such as batched_published."
             )
         self.dataset = ViewPairDataset(patches, view_transform, seed)
         self.num_workers = num_workers
@@ -116,7 +118,7 @@ class LesionDataModule(LightningDataModule):
         self.prefetch_factor = prefetch_factor
         self.multiprocessing_context = multiprocessing_context
         self._views_on = views_on
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._max_batch_size = max_batch_size
 
     def batch_size_per_device(self, world_size: int) -> int:
@@ -125,12 +127,23 @@ class LesionDataModule(LightningDataModule):
         Raises:
             ValueError: `"auto"`, and fewer lesions than devices.
         """
-        if self._batch_size != "auto":
-            return self._batch_size
+        if self.batch_size != "auto":
+            return self.batch_size
         available = len(self.dataset) // world_size
         if available < 1:
             raise ValueError(f"{len(self.dataset)} lesions for {world_size} devices: use fewer devices.")
         return min(self._max_batch_size, available)
+
+    def rehearsal(self, batch_size: int, num_batches: int) -> LesionDataModule:
+        """Data of the same shapes, made in the same places, but of one lesion and one view over and over."""
+        rehearsal = copy.copy(self)
+        patches = _OneLesion(self.dataset.patches[SampleKey(0, 0)], batch_size * num_batches)
+        rehearsal.dataset = ViewPairDataset(patches, self.dataset.view_transform, self.seed)
+        if not isinstance(self.dataset.view_transform, BatchViewTransform):
+            rehearsal.dataset.view_transform = _OneView(self.dataset.view_transform)
+        rehearsal.batch_size = batch_size
+        rehearsal.num_workers = 0
+        return rehearsal
 
     def train_dataloader(self) -> ResumableLoader:
         """Build the loader of this rank.
@@ -186,3 +199,33 @@ class LesionDataModule(LightningDataModule):
             return 0
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         return int(progress.processed)
+
+
+class _OneLesion:
+    """The same patches as often as they are asked for."""
+
+    def __init__(self, pair: PatchPair, times: int) -> None:
+        self.pair = pair
+        self.times = times
+
+    def __len__(self) -> int:
+        return self.times
+
+    def __getitem__(self, key: SampleKey, /) -> PatchPair:
+        return self.pair
+
+    def title(self, lesion: int, /) -> str:
+        return ""
+
+
+class _OneView:
+    """The first view that a transform makes, for all others."""
+
+    def __init__(self, view_transform: ViewTransform) -> None:
+        self.view_transform = view_transform
+        self.view: Tensor | None = None
+
+    def __call__(self, patch: Tensor, seed: int) -> Tensor:
+        if self.view is None:
+            self.view = self.view_transform(patch, seed)
+        return self.view

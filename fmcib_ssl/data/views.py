@@ -138,17 +138,17 @@ class SeededPairDataset(Dataset[SeededPair]):
 
 def batch_of_views(batch: SeededPatches, view_transform: BatchViewTransform) -> ViewPairs:
     """Make the views of a batch, on the device it is on; the same that `ViewPairDataset` makes lesion by lesion."""
-    negative, seeds = batch["negative"], torch.as_tensor(batch["view_seeds"])
+    positive, negative, seeds = batch["positive"], batch["negative"], torch.as_tensor(batch["view_seeds"])
     several = negative.ndim == 6
-    patches = negative.flatten(0, 1) if several else negative
-    views = []
-    for number in range(2):
-        views.append(view_transform.views(batch["positive"], seeds[:, number]))
-        of_negatives = view_transform.views(patches, seeds[:, 2 + number :: 2].flatten())
-        views.append(of_negatives.view(*negative.shape[:2], *of_negatives.shape[1:]) if several else of_negatives)
+    patches = torch.cat([positive, negative.flatten(0, 1) if several else negative])
+    # Columns: both views of the lesion, then both of its first negative, ...; all in one go, which a GPU does at once.
+    by_view = [torch.cat([seeds[:, view], seeds[:, 2 + view :: 2].flatten()]) for view in (0, 1)]
+    made = view_transform.views(torch.cat([patches, patches]), torch.cat(by_view)).chunk(2)
+    lesions = [views[: len(positive)] for views in made]
+    mined = [views[len(positive) :].view(*negative.shape[:-4], *views.shape[1:]) for views in made]
     return ViewPairs(
-        positive=(views[0], views[2]),
-        negative=(views[1], views[3]),
+        positive=(lesions[0], lesions[1]),
+        negative=(mined[0], mined[1]),
         lesion=batch["lesion"],
         negative_from_other_scan=batch["negative_from_other_scan"],
     )

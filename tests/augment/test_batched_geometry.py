@@ -10,14 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from given import geometry, patches_hu
-from monai.transforms import Affine, Flip, RandRotate90, Rotate90
+from monai.transforms import Affine, Flip, RandRotate90, Resample, Rotate90
 from scipy import ndimage
 from scipy.interpolate import BSpline
 from torch import Tensor
 
 from fmcib_ssl.augment import RandomGeometry
-from fmcib_ssl.augment.geometry import GeometryParams, right_angles, rotation_matrices
+from fmcib_ssl.augment.geometry import ELASTIC_SPANS, GeometryParams, right_angles, rotation_matrices
 from fmcib_ssl.augment.transform import chosen
+from fmcib_ssl.augment.warp import by_gathering, by_grid_sample
 
 CUBE, FLAT = (14, 14, 14), (10, 14, 12)
 ALL = {"rotate90_prob": 0.5, "rotate_prob": 0.4, "zoom_prob": 0.5, "elastic_prob": 0.4, "flip": "each_axis"}
@@ -146,16 +147,55 @@ def test_flips_are_as_frequent_as_asked(flip: str) -> None:
         assert flips.sum(1).max() == 1
 
 
-def test_affine_maps_are_monais() -> None:
+def plain(image: object) -> Tensor:
+    return torch.as_tensor(image).as_subclass(Tensor)
+
+
+@pytest.mark.parametrize(
+    ("angle", "zoom"),
+    [((0.3, -0.2, 0.5), (1, 1, 1)), ((0, 0, 0), (0.8, 1.1, 1.25)), ((0.3, -0.2, 0.5), (0.8, 1.1, 1.25))],
+    ids=["rotation", "zoom", "both"],
+)
+def test_affine_maps_are_monais(angle: tuple[float, float, float], zoom: tuple[float, float, float]) -> None:
     patches = patches_hu(1, CUBE)
-    angle, zoom = (0.3, -0.2, 0.5), (0.8, 1.1, 1.25)
-    params = geometry(CUBE, angle=torch.tensor([angle]), zoom=torch.tensor([zoom]), warped=torch.tensor([True]))
+    params = geometry(
+        CUBE, angle=torch.tensor([angle]), zoom=torch.tensor([zoom]).float(), warped=torch.tensor([any(angle)])
+    )
     view = RandomGeometry().apply(patches, params)[0]
     matrix = np.eye(4)
     matrix[:3, :3] = axis_turns(angle) @ np.diag(1 / np.array(zoom))
     # MONAI's grid has its origin in the middle of the image, and its affine maps output to input.
     expected, _ = Affine(affine=matrix, padding_mode="border", mode="bilinear")(patches[0].float())
-    torch.testing.assert_close(view, torch.as_tensor(expected).as_subclass(Tensor), atol=0.05, rtol=0)
+    torch.testing.assert_close(view, plain(expected), atol=0.05, rtol=0)
+
+
+def test_elastic_shifts_are_monais_resampling_with_the_same_field() -> None:
+    patches = patches_hu(4, FLAT)
+    transform = RandomGeometry(crop_edge=(1, 1), flip_prob=0, elastic_prob=1.0, elastic_strength=0.4)
+    params = transform.draw(torch.arange(4), FLAT)
+    spans = ELASTIC_SPANS
+    splines = [BSpline(np.arange(-3, spans + 4), np.eye(spans + 3)[i], 3) for i in range(spans + 3)]
+    weights = [np.array([[s((i + 0.5) / n * spans) for s in splines] for i in range(n)]) for n in FLAT]
+    middle = np.stack(np.meshgrid(*(np.arange(n) - (n - 1) / 2 for n in FLAT), indexing="ij"))
+    resample = Resample(mode="bilinear", padding_mode="border")
+    for patch, view, control in zip(patches.float(), transform.apply(patches, params), params.elastic, strict=True):
+        field = np.einsum("caef,za,ye,xf->czyx", control.double().numpy(), *weights)
+        assert np.abs(field).max() > 0.5
+        grid = np.concatenate([middle + field, np.ones((1, *FLAT))])
+        torch.testing.assert_close(view, plain(resample(patch, grid=torch.from_numpy(grid))).float(), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("size", [CUBE, FLAT, (1, 9, 7), (6, 1, 1)])
+def test_both_ways_to_read_at_places_are_the_same(size: tuple[int, int, int]) -> None:
+    # CUDA takes torch's kernel, every other device the gathers.
+    images, drawn = patches_hu(6, size).float(), torch.Generator().manual_seed(0)
+    matrix = torch.eye(3) + 0.4 * torch.randn(6, 3, 3, generator=drawn)
+    middle = (torch.tensor(size) - 1) / 2 + torch.randn(6, 3, generator=drawn)
+    for strength in (0.0, 2.0):
+        elastic = strength * torch.randn(6, 3, 6, 6, 6, generator=drawn)
+        found = by_gathering(images, matrix, middle, elastic, (8, 9, 10))
+        expected = by_grid_sample(images, matrix, middle, elastic, (8, 9, 10))
+        torch.testing.assert_close(found, expected, atol=0.05, rtol=0)
 
 
 def test_rotations_are_proper_and_bounded() -> None:

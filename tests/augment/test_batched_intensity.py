@@ -8,12 +8,20 @@ import numpy as np
 import pytest
 import torch
 from given import patches_hu
-from monai.transforms import AdjustContrast, RandCoarseDropout, RandHistogramShift, ScaleIntensity, ShiftIntensity
+from monai.transforms import (
+    AdjustContrast,
+    RandCoarseDropout,
+    RandGaussianNoise,
+    RandHistogramShift,
+    ScaleIntensity,
+    ShiftIntensity,
+)
 from scipy import stats
 from torch import Tensor
 
 from fmcib_ssl.augment import RandomCutout, RandomGamma, RandomHistogramShift, RandomNoise, RandomScaleShift
 from fmcib_ssl.augment.intensity import ScaleShiftParams
+from fmcib_ssl.augment.streams import normals
 
 SIZE = (10, 17, 13)
 
@@ -97,6 +105,17 @@ def test_noise_has_the_width_that_was_drawn() -> None:
         standard = view.flatten().double().numpy() / std
         assert stats.kstest(standard, "norm").pvalue > 1e-4
     assert 5 <= params.std_hu.min() < 15 and 40 < params.std_hu.max() <= 50
+
+
+def test_noise_is_monais_with_the_same_numbers() -> None:
+    transform, patches = RandomNoise(0.7, (5.0, 50.0)), patches_hu(12, SIZE)
+    params = transform.draw(torch.arange(12), SIZE)
+    monai = RandGaussianNoise(prob=1.0)
+    monai.randomize(patches[0])
+    for number, (patch, view) in enumerate(zip(patches.float(), transform.apply(patches, params), strict=True)):
+        monai.noise = normals(params.seed[number : number + 1], patch.numel()).view(patch.shape) * params.std_hu[number]
+        expected = plain(monai(patch, randomize=False)) if params.active[number] else patch
+        torch.testing.assert_close(view, expected, atol=1e-3, rtol=0)
 
 
 def test_cutout_is_monais_with_the_same_holes() -> None:

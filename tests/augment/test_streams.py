@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from fmcib_ssl.augment.streams import derived_seeds, normals, uniforms
+from fmcib_ssl.augment.streams import _words, derived_seeds, normals, uniforms
 
 
 def lowbias32(x: int) -> int:
@@ -68,6 +68,15 @@ def test_normal_numbers_are_standard_normal_and_without_memory() -> None:
     assert abs(np.mean(found[:, :half] ** 2 * found[:, half:] ** 2) - 1) < 0.02
     between_seeds = np.corrcoef(found)[np.triu_indices(8, 1)]
     assert np.abs(between_seeds).max() < 5 * one_std
+
+
+def test_torch_hashes_as_numpy_does() -> None:
+    # Other devices than the CPU take torch's wrapping integers.
+    low, high = torch.tensor(SEEDS).view(torch.int32).view(-1, 2).unbind(1)
+    counter = torch.arange(1000, dtype=torch.int32)
+    found = _words(low, high, counter)
+    assert found.dtype == torch.int32
+    np.testing.assert_array_equal(found.numpy(), _words(low.numpy(), high.numpy(), counter.numpy()))
 
 
 def test_neighbouring_seeds_give_uniform_numbers_that_have_nothing_in_common() -> None:

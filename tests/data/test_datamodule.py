@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fmcib_ssl.augment import BatchedPublishedViews, PublishedViews
 from fmcib_ssl.data.datamodule import LesionDataModule
 from fmcib_ssl.data.sampler import EpochSampler
+from fmcib_ssl.data.views import view_seeds
 from fmcib_ssl.types import PatchPair, SampleKey, ViewTransform
 
 SIZE = (8, 8, 8)
@@ -149,6 +150,17 @@ def test_views_of_batches_are_the_same_wherever_they_are_made(views_on: str, num
     # The contact sheet asks the dataset for one lesion.
     sheet = module.dataset[SampleKey(0, int(recorder.batches[0]["lesion"][1]))]
     torch.testing.assert_close(sheet["positive"][1], recorder.batches[0]["positive"][1][1], atol=1e-6, rtol=0)
+
+
+def test_any_view_can_be_made_again_from_its_lesion_and_epoch() -> None:
+    transform = BatchedPublishedViews(SIZE)
+    batch = batches(datamodule(transform))[4]  # the second of epoch 1
+    key = SampleKey(1, int(batch["lesion"][2]))
+    params = transform.draw(torch.tensor(view_seeds(3, key, 1)), SIZE)
+    pair = NoisePatches()[key]
+    patches = torch.stack([pair["positive"], pair["positive"], pair["negative"], pair["negative"]])
+    for again, made in zip(transform.apply(patches, params), tensors(batch)[:4], strict=True):
+        torch.testing.assert_close(again, made[2], atol=1e-6, rtol=0)
 
 
 class OneByOne:

@@ -39,6 +39,14 @@ def test_workers_make_no_difference(reference: Path, phantom_table: Path, tmp_pa
     assert_equal_weights(checkpoint_of(run)["state_dict"], checkpoint_of(reference)["state_dict"])
 
 
+def test_the_place_where_views_are_made_makes_no_difference(phantom_table: Path, tmp_path: Path) -> None:
+    losses = []
+    for place, num_workers in (("device", 0), ("workers", 2)):
+        where = [f"hardware.views_on={place}", f"hardware.num_workers={num_workers}"]
+        losses.append(losses_of(run_for(1, phantom_table, tmp_path / place, "augment=ct_strong", *where)))
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-4)  # later steps make rounding larger
+
+
 def test_another_seed_is_another_run(reference: Path, phantom_table: Path, tmp_path: Path) -> None:
     run = run_for(2, phantom_table, tmp_path, "seed=1")
     assert not set(losses_of(run)) & set(losses_of(reference))
