@@ -1,13 +1,13 @@
 """Pretrain an encoder: `python train.py +experiment=NAME [key=value ...]`; `--help` shows what can be chosen."""
 
-import os
-import sys
-from pathlib import Path
-from signal import SIGINT
-
 from fmcib_ssl import signals
 
-signals.listen()  # before anything slow is imported: a signal is never too early
+signals.listen(starting=True)  # before anything slow is imported: a signal is never too early
+
+import os  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+from signal import SIGINT  # noqa: E402
 
 import hydra  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
@@ -21,42 +21,54 @@ from fmcib_ssl.training.requeue import requeue  # noqa: E402
 CONFIG_DIR = Path(__file__).resolve().parent / "configs"
 
 
-def queue_again(stopped: signals.Stopped, settings: Settings | None = None) -> None:
-    """Ask Slurm for another start, if the signal that means it came before training began."""
-    checkpoints = {} if settings is None else (settings.callbacks or {}).get("checkpoint") or {}
-    if not stopped.acted_on and checkpoints.get("requeue", True) and os.environ.get("SLURM_PROCID", "0") == "0":
-        requeue(stopped.signum)
-    stopped.acted_on = True
-
-
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=CONFIG_NAME)
 def main(config: DictConfig) -> float:
     """Train; the return value is the last loss, for sweepers."""
-    signals.listen()  # a launcher of sweeps may have taken them over
     try:
         settings = read_settings(config)
-        check_machine(settings, os.environ)
     except ConfigError as error:
         sys.exit(f"error: {error}")
     try:
+        signals.listen(starting=True)  # again, because a launcher of sweeps may have taken them over
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            signals.end_with_parent()
+        check_machine(settings, os.environ)
         return run(settings)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
     except signals.Stopped as stopped:
-        queue_again(stopped, settings)
-        sys.exit(stopped.exit_code)  # nothing for whoever has launched it to report
+        signals.ignore()
+        sys.exit(stopped.exit_code if stopped.acted_on else stop_before_training(stopped, settings))
+
+
+def stop_before_training(stopped: signals.Stopped, settings: Settings) -> int:
+    """Ask Slurm for another start, if that is what the signal means; gives the exit code."""
+    if os.environ.get("SLURM_PROCID", "0") != "0":
+        return stopped.exit_code
+    checkpoints = (settings.callbacks or {}).get("checkpoint") or {}
+    return requeue(stopped.signum, settings.paths.run, ask=checkpoints.get("requeue", True))
 
 
 def run(settings: Settings) -> float:
     """Do what is asked for; mistakes of the user end the process with a message."""
     from fmcib_ssl.run import UserError, train  # noqa: PLC0415  (imports torch: all that can be is checked before)
 
-    try:
-        if settings.finetune is not None:
-            from fmcib_ssl.finetune_run import finetune  # noqa: PLC0415
+    if settings.finetune is not None:
+        from fmcib_ssl.finetune_run import finetune as train  # noqa: PLC0415
 
-            return finetune(settings)
+    signals.listen()
+    try:
         return train(settings)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        sys.exit(
+            "error: data workers hand over batches in shared memory, and /dev/shm is full. Lower hardware.num_workers "
+            "(0 needs none) or data.batch_size, or in a container raise the limit, as scripts/docker/run.sh does: "
+            "--shm-size 8g (docs/containers.md)"
+        )
 
 
 if __name__ == "__main__":
@@ -66,8 +78,9 @@ if __name__ == "__main__":
         main()
     except ConfigError as error:
         sys.exit(f"error: {error}")
-    except signals.Stopped as stopped:
-        queue_again(stopped)
+    except signals.Stopped as stopped:  # after training
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
         sys.exit(signals.EXIT_CODES[SIGINT])
+    finally:
+        signals.ignore()

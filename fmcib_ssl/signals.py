@@ -1,8 +1,8 @@
 """Signals that ask a run to stop: remembered while it trains, and acted on between two steps.
 
-`train.py` listens before it imports anything slow. Until training begins there is nothing to save, and a signal ends
-the process at once; while it trains, `received()` is asked between two steps (`training/checkpoints.py`). Needs nothing
-but the standard library.
+`train.py` listens before it imports anything slow; what comes in an import is remembered until its end. Until training
+begins there is nothing to save, and a signal ends the process at once; while it trains, `received()` is asked between
+two steps (`training/checkpoints.py`). Needs nothing but a little of the standard library.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
 from types import FrameType
 
 #: What the process exits with when it was stopped: 128 + the signal's number, as a shell would say; but 75
@@ -30,6 +29,7 @@ _ANNOUNCED = (signal.SIGUSR1, signal.SIGUSR2)
 WORKER_GRACE_S = 300
 
 _received: signal.Signals | None = None
+_starting = False
 _deferred = False
 _listener = 0  # the process that listens; what it forks does not
 
@@ -50,16 +50,31 @@ class Stopped(BaseException):
         self.acted_on = acted_on
 
 
-def listen() -> None:
+def listen(*, starting: bool = False) -> None:
     """Take over the signals in `EXIT_CODES` for this process; to be called in its main thread.
 
     One that is ignored (`nohup`, a job in the background) stays so.
+
+    Args:
+        starting: things are going to be imported, and an exception in the midst of that may be lost: remember what
+            comes until the next call. Ctrl-C ends the process all the same.
+
+    Raises:
+        Stopped: one was received before.
     """
-    global _listener  # noqa: PLW0603  (handlers belong to the process as a whole)
-    _listener = os.getpid()
+    global _listener, _starting
+    _listener, _starting = os.getpid(), starting
     for signum in EXIT_CODES:
         if signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, _handle)
+    if _received is not None:
+        raise Stopped(_received)
+
+
+def ignore() -> None:
+    """Let go of the signals: the process is about to end, and another one changes nothing."""
+    for signum in EXIT_CODES:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def received() -> signal.Signals | None:
@@ -76,12 +91,16 @@ def deferred() -> Iterator[None]:
     """
     global _deferred  # noqa: PLW0603
     _deferred = True
+    stopped = False
     try:
         if _received is not None:
             raise Stopped(_received)
         yield
+    except Stopped:
+        stopped = True
+        raise
     finally:
-        _deferred = False
+        _deferred = stopped  # then the process is about to end, and another signal changes nothing
 
 
 def _handle(signum: int, frame: FrameType | None) -> None:
@@ -94,7 +113,10 @@ def _handle(signum: int, frame: FrameType | None) -> None:
         return
     again = _received is not None
     _received = _received or signal.Signals(signum)
-    if _deferred:
+    if _starting:
+        if signum == signal.SIGINT:
+            os._exit(EXIT_CODES[signal.SIGINT])
+    elif _deferred:
         if signum == signal.SIGINT and again:
             raise KeyboardInterrupt
         if not again and _speaks():
@@ -119,6 +141,8 @@ def held() -> Iterator[None]:
     A process started meanwhile inherits that and lets them in with `shield_worker`: there is no moment in which a
     signal to all processes of a job would kill it.
     """
+    from multiprocessing import resource_tracker  # noqa: PLC0415  (`train.py` listens sooner without)
+
     resource_tracker.ensure_running()  # when it is started it lets signals in that were to wait
     before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
     try:
@@ -130,11 +154,33 @@ def held() -> Iterator[None]:
 def shield_worker() -> None:
     """Make a data worker deaf to what is meant for its parent, which needs it up to the next step.
 
-    A worker ends when its parent does, torch sees to that. SIGTERM is also how a parent gets rid of a worker that
-    does not end; so it is granted, but late.
+    SIGTERM is also how a parent gets rid of a worker that does not end; so it is granted, but late.
     """
+    end_with_parent()
     for signum in (signal.SIGHUP, signal.SIGINT, *_ANNOUNCED):
         signal.signal(signum, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_S))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)
+
+
+def end_with_parent() -> None:
+    """Make this process end when the one that wants its work does, however that ends.
+
+    torch's data workers go by the number of the process they were forked from; by a fork server that is not the parent.
+    A rank that its launcher leaves behind would wait half an hour for the others.
+    """
+    import multiprocessing  # noqa: PLC0415
+    import threading  # noqa: PLC0415
+    import time  # noqa: PLC0415
+
+    parent, parent_pid = multiprocessing.parent_process(), os.getppid()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+        while parent is None and os.getppid() == parent_pid:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

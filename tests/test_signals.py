@@ -55,6 +55,37 @@ def test_one_before_training_counts() -> None:
     assert (result.returncode, result.stdout) == (143, "stopped by SIGTERM\n")
 
 
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGUSR1", 75), ("SIGHUP", 129)])
+def test_while_starting_it_waits(name: str, code: int) -> None:
+    """An exception in the midst of an import may be lost."""
+    result = run(
+        f"signals.listen(starting=True)\nos.kill(os.getpid(), signal.{name})\nprint('imported', flush=True)\n"
+        "signals.listen()\ntime.sleep(30)"
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (code, f"imported\nstopped by {name}\n", "")
+
+
+def test_ctrl_c_while_starting_ends_without_a_word() -> None:
+    result = run("signals.listen(starting=True)\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(30)")
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
+
+
+def test_while_it_ends_another_changes_nothing() -> None:
+    """Slurm sends SIGTERM some time after SIGUSR1."""
+    result = run(
+        "try:\n"
+        "    with signals.deferred():\n"
+        "        os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "        raise signals.Stopped(signals.received())\n"
+        "finally:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    signals.ignore()\n"
+        "    for name in ('INT', 'TERM', 'USR2'): os.kill(os.getpid(), signal.Signals['SIG' + name])"
+    )
+    assert (result.returncode, result.stdout) == (75, "stopped by SIGUSR1\n")
+    assert "Traceback" not in result.stderr
+
+
 def test_what_was_ignored_stays_so() -> None:
     program = (
         f"import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n{LISTEN}os.kill(os.getpid(), signal.SIGHUP)"
@@ -73,6 +104,30 @@ def test_a_forked_child_is_no_listener(name: str, status: int) -> None:
         "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
     )
     assert result.stdout == f"{status}\n"
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_a_worker_ends_when_its_parent_is_killed(method: str, tmp_path: Path) -> None:
+    """A fork server outlives the parent as long as one of its workers does."""
+    program = (
+        "import multiprocessing, os, time\nfrom fmcib_ssl import signals\n"
+        "def work(ready):\n"
+        "    signals.shield_worker()\n"
+        "    ready.set()\n"
+        "    time.sleep(120)\n"
+        "if __name__ == '__main__':\n"
+        f"    context = multiprocessing.get_context('{method}')\n"
+        "    ready = context.Event()\n"
+        "    worker = context.Process(target=work, args=(ready,))\n"
+        "    worker.start()\n"
+        "    ready.wait(60)\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    file = tmp_path / "main.py"
+    file.write_text(program)
+    # All that it has started hold its output open; so this waits for them too.
+    result = subprocess.run([sys.executable, file], stdout=subprocess.PIPE, check=False, timeout=60)
+    assert result.returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

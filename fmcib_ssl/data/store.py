@@ -16,11 +16,9 @@ Reading needs neither SimpleITK nor torch.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -37,6 +35,7 @@ from jaxtyping import Float, Int16
 from fmcib_ssl.data.coarse_map import CoarseMap
 from fmcib_ssl.data.geometry import ScanGeometry
 from fmcib_ssl.types import PADDING_HU
+from fmcib_ssl.whole_file import write_whole
 
 #: Of the format; goes up when older versions of this package could not read it.
 STORE_VERSION = 1
@@ -362,16 +361,9 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         StoreError: it cannot be written; says what to do.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_whole(path, data)
     except OSError as error:
-        with contextlib.suppress(OSError):  # in a read-only folder; the first error says it
-            temporary.unlink(missing_ok=True)
         raise StoreError(cannot_write(path, error)) from error
 
 

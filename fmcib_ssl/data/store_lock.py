@@ -21,6 +21,7 @@ from fmcib_ssl.data.store import (
     read_settings_file,
     write_settings_file,
 )
+from fmcib_ssl.whole_file import remove_leftovers
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +45,8 @@ def claim_store(folder: Path, settings: StoreSettings, shard: tuple[int, int] | 
             (folder / SCANS_FOLDER).mkdir(parents=True, exist_ok=True)
             _lock(folder, "", locks, shared=shard is not None)
             if shard is None:
-                for leftover in (*folder.glob(".*.tmp"), *(folder / SCANS_FOLDER).glob(".*.tmp")):
-                    leftover.unlink(missing_ok=True)  # of a run that was killed: nobody else is writing
+                remove_leftovers(folder)
+                remove_leftovers(folder / SCANS_FOLDER)
             else:
                 _lock(folder, f"-{shard[0]}-of-{shard[1]}", locks, shared=False)
         except OSError as error:

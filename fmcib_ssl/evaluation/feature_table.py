@@ -7,7 +7,6 @@ What made them is JSON in the schema's metadata, under `fmcib_ssl`.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from fmcib_ssl.whole_file import whole_file
 
 FEATURES_COLUMN = "features"
 ID_COLUMN = "lesion_id"
@@ -115,20 +116,13 @@ class FeatureTable:
         table = table.append_column(FEATURES_COLUMN, column)
         origin = json.dumps(self.origin).encode()
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), METADATA_KEY: origin})
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with unfinished.open("wb") as file:
+            with whole_file(path) as file:
                 # Features are noise to a dictionary and to a compressor; the lesions' columns are not.
                 names = [str(name) for name in self.lesions]
                 pq.write_table(table, file, use_dictionary=names, compression=dict.fromkeys(names, "zstd"))
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(path)
         except OSError as error:
             raise FeatureTableError(f"{path} cannot be written: {error.strerror or error}") from error
-        finally:
-            unfinished.unlink(missing_ok=True)
         return path
 
     @classmethod

@@ -139,46 +139,36 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
 )
 
 
-def read_metrics(*metrics_csv: Path | str) -> pd.DataFrame:
-    """The tables that Lightning's logger wrote, as one, by step; where a restart did a step again, the later counts.
-
-    Args:
-        metrics_csv: one file, or in order of time those of a run that was gone on with.
+def read_metrics(metrics_csv: Path | str) -> pd.DataFrame:
+    """The table of a run's figures, by step.
 
     Raises:
-        ValueError: a table has no column `step`.
+        ValueError: it has no column `step`.
     """
-    parts: list[pd.DataFrame] = []
-    for file in metrics_csv:
-        table = pd.read_csv(file)
-        if "step" not in table:
-            raise ValueError(f"{file} has no column 'step'; it has {', '.join(table.columns)}")
-        began = table["step"].min()
-        parts = [part[part["step"] < began] for part in parts] + [table]
-    return pd.concat(parts, ignore_index=True).sort_values("step", kind="stable")
+    table = pd.read_csv(metrics_csv)
+    if "step" not in table:
+        raise ValueError(f"{metrics_csv} has no column 'step'; it has {', '.join(table.columns)}")
+    return table.sort_values("step", kind="stable")
 
 
-def training_curves(metrics_csv: Path | str | Sequence[Path | str], path: Path | str) -> Path:
-    """Draw how a run went, from the CSV that Lightning's logger writes; panels without data are left out.
+def training_curves(metrics_csv: Path | str, path: Path | str) -> Path:
+    """Draw how a run went, from its table of figures; panels without data are left out.
 
-    Faint: each step. Strong: the running mean over a twentieth of the run. A dotted line: the run was gone on with.
+    Faint: each step. Strong: the running mean over a twentieth of the run.
 
     Args:
-        metrics_csv: a column `step` and any of those in `PANELS`; empty cells are skipped. Several files, in order of
-            time, are those of a run that was gone on with.
+        metrics_csv: a column `step` and any of those in `PANELS`; empty cells are skipped.
         path: of the PNG.
 
     Raises:
-        ValueError: a table has no column `step`, or none of the columns holds a number.
+        ValueError: the table has no column `step`, or none of the columns holds a number.
     """
-    files = [metrics_csv] if isinstance(metrics_csv, str | Path) else list(metrics_csv)
-    table = read_metrics(*files)
-    restarts = [pd.read_csv(file, usecols=["step"])["step"].min() for file in files[1:]]
+    table = read_metrics(metrics_csv)
     filled = {name for name in table.select_dtypes("number") if table[name].notna().any()}
     panels = [panel for panel in PANELS if filled & panel[2].keys()]
     if not panels:
         wanted = ", ".join(name for _, _, columns in PANELS for name in columns)
-        raise ValueError(f"{files[-1]} holds no numbers to draw; wanted any of {wanted}")
+        raise ValueError(f"{metrics_csv} holds no numbers to draw; wanted any of {wanted}")
     num_columns = min(len(panels), 3)
     num_rows = -(-len(panels) // num_columns)
     figure = Figure(figsize=(3.7 * num_columns, 2.6 * num_rows + 0.2), facecolor="white", layout="constrained")
@@ -193,8 +183,6 @@ def training_curves(metrics_csv: Path | str | Sequence[Path | str], path: Path |
             axes.plot(series.index, series, color=color, alpha=0.25 if window > 1 else 1, lw=1, marker=marker, ms=3)
             smooth = series.rolling(window, min_periods=1, center=True).mean()
             axes.plot(series.index, smooth, color=color, lw=1.6, label=label)
-        for step in restarts:
-            axes.axvline(step, color=MUTED, lw=0.8, ls=":")
         tidy(axes, title, "step", unit)
         if len(filled & columns.keys()) > 1:
             axes.legend(frameon=False, fontsize=7.5, labelcolor=INK)

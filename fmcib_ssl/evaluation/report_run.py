@@ -22,12 +22,6 @@ SIGNALS = {
 _SHOWN = ("method", "loss", "encoder", "head", "augment", "optimizer", "schedule", "hardware", "trainer", "data")
 
 
-def metrics_files(run: Path) -> list[Path]:
-    """The tables of a run's figures, in order of time: a run that was gone on with has several."""
-    earlier = sorted(run.glob("metrics.before-restart-*.csv"), key=lambda file: int(file.stem.rpartition("-")[2]))
-    return [*earlier, *(file for file in [run / "metrics.csv"] if file.is_file())]
-
-
 def read_config(run: Path) -> dict[str, Any]:
     """The run's settings; empty where there are none."""
     file = run / "config.yaml"
@@ -36,10 +30,10 @@ def read_config(run: Path) -> dict[str, Any]:
 
 def learning_section(run: Path) -> Section | None:
     """What the callbacks saw while the run went on: warnings, and the online probe before and after."""
-    files = metrics_files(run)
-    if not files:
+    file = run / "metrics.csv"
+    if not file.is_file():
         return None
-    metrics = read_metrics(*files)
+    metrics = read_metrics(file)
     text = []
     for column, message in SIGNALS.items():
         if column in metrics and (found := metrics[metrics[column] == 1]).size:
@@ -71,12 +65,11 @@ def learning_section(run: Path) -> Section | None:
 
 def training_section(run: Path, pictures: Path) -> Section | None:
     """The curves, over all restarts."""
-    files = metrics_files(run)
-    if not files:
+    file = run / "metrics.csv"
+    if not file.is_file():
         return None
-    picture = training_curves(files, pictures / "curves.png")
-    restarts = f" Dotted: gone on from a checkpoint ({len(files) - 1} times)." if len(files) > 1 else ""
-    caption = f"By step; strong lines are running means.{restarts} docs/training.md says what is good and bad."
+    picture = training_curves(file, pictures / "curves.png")
+    caption = "By step; strong lines are running means. docs/training.md says what is good and bad."
     return Section("Training", figures=[ReportFigure(picture, caption, wide=True)])
 
 

@@ -27,6 +27,7 @@ from fmcib_ssl.models import encoders
 from fmcib_ssl.models.concentric import ConcentricResNet
 from fmcib_ssl.safety import is_trusted
 from fmcib_ssl.types import Preprocessing
+from fmcib_ssl.whole_file import write_whole
 
 #: Key of the description, in a safetensors file's metadata and in a training checkpoint.
 METADATA_KEY = "fmcib_ssl"
@@ -104,14 +105,8 @@ def export_encoder(
     path = Path(path)
     metadata = encoder_metadata(encoder, spec, preprocessing, extra)
     weights = {name: _portable(weight) for name, weight in encoder.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        # Not safetensors' save_file: it makes files that only their owner may read.
-        unfinished.write_bytes(save(weights, metadata={METADATA_KEY: json.dumps(metadata)}))
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    # Not safetensors' save_file: it makes files that only their owner may read.
+    write_whole(path, save(weights, metadata={METADATA_KEY: json.dumps(metadata)}))
 
 
 def _portable(weight: Tensor) -> Tensor:

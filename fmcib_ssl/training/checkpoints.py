@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import time
 import zipfile
 from collections.abc import Mapping
@@ -27,7 +26,8 @@ from lightning.pytorch.callbacks import Checkpoint
 from fmcib_ssl import signals
 from fmcib_ssl.training.requeue import requeue
 from fmcib_ssl.training.rng import random_state, set_random_state
-from fmcib_ssl.training.run_folder import RunFolderError, sync_folder
+from fmcib_ssl.training.run_folder import CHECKPOINT_NAME, RunFolderError
+from fmcib_ssl.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +37,6 @@ RNG_KEY = "fmcib_ssl_rng"
 #: What the newest checkpoint is also called.
 LAST = "last.ckpt"
 
-_NAME = re.compile(r"step-(\d+)(-epoch-(\d+))?\.ckpt")
-
 
 class WholeFileIO(TorchCheckpointIO):
     """Writes a checkpoint under another name, flushes it to the disk, then renames it; reads nothing but plain data.
@@ -47,24 +45,23 @@ class WholeFileIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write a checkpoint; afterwards there is a whole file of that name, or what was there before."""
+        """Write a checkpoint; afterwards there is a whole file of that name, or what was there before.
+
+        Raises:
+            RuntimeError: something else than the disk has failed, such as a data worker that was killed meanwhile.
+        """
         path = Path(path)
-        unfinished = path.with_name(f".{path.name}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with unfinished.open("wb") as file:
+            with whole_file(path) as file:
                 torch.save(checkpoint, file)  # a zip archive, with a CRC-32 of each member
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(path)
-            sync_folder(path.parent)
         except (OSError, RuntimeError) as error:  # torch's writer turns what the disk says into a RuntimeError
-            cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__ or error
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
             logger.error(
                 "%s could not be saved (%s). Training goes on, and the checkpoints before it are kept: make room, or "
                 "what is learned from here on may be lost", path, cause,
             )  # fmt: skip
-            unfinished.unlink(missing_ok=True)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
@@ -88,7 +85,8 @@ class RunCheckpoints(Checkpoint):
         every_n_epochs: whole epochs.
         save_top_k: how many of the newest are kept, at least 2: one may turn out to be damaged.
         keep_every_n_epochs: these epochs are saved and never removed.
-        requeue: ask Slurm to start the job again where that is what the signal means (`training/requeue.py`).
+        requeue: ask Slurm to start the job again where that is what the signal means (`training/requeue.py`); if not,
+            whoever does goes by the exit code.
 
     Raises:
         ValueError: a number that makes no sense.
@@ -164,9 +162,6 @@ class RunCheckpoints(Checkpoint):
         self._random_states, self._loader_states = [], []
         self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()
-        if trainer.is_global_zero:
-            for leftover in self.dirpath.glob(".*.tmp"):
-                leftover.unlink(missing_ok=True)  # of a process that was killed while it saved
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -235,6 +230,7 @@ class RunCheckpoints(Checkpoint):
 
     def _stop(self, trainer: L.Trainer, received: int) -> None:
         signum = Signals(received)
+        exit_code = signals.EXIT_CODES[signum]
         if trainer.is_global_zero:
             newest = next(iter(_newest_first(self.dirpath)), None)
             logger.warning(
@@ -243,13 +239,13 @@ class RunCheckpoints(Checkpoint):
                 trainer.global_step,
                 f"saved in {newest}" if newest else "nothing was learned yet",
             )
-            if self.requeue:
-                requeue(signum)
+            exit_code = requeue(signum, self.dirpath.parent, ask=self.requeue)
+        exit_code = trainer.strategy.broadcast(exit_code)
         trainer.strategy.barrier("stop")
         # Lightning kills everything as soon as a process that it has started itself ends with another code than 0.
         environment = getattr(trainer.strategy, "cluster_environment", None)
         launched = environment is not None and not environment.creates_processes_externally and trainer.local_rank > 0
-        raise signals.Stopped(signum, exit_code=0 if launched else None, acted_on=True)
+        raise signals.Stopped(signum, exit_code=0 if launched else exit_code, acted_on=True)
 
 
 def find_checkpoint(folder: Path, run_id: str, *, main_process: bool = True) -> Path | None:
@@ -306,7 +302,7 @@ def checkpoint_problem(path: Path, run_id: str) -> str | None:
 
 def step_of(path: Path) -> int:
     """The number of optimizer steps that a checkpoint was taken after."""
-    match = _NAME.fullmatch(path.name)
+    match = CHECKPOINT_NAME.fullmatch(path.name)
     if match is None:
         raise ValueError(f"{path}: not the name of a checkpoint")
     return int(match[1])
@@ -314,7 +310,7 @@ def step_of(path: Path) -> int:
 
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(
-        (path for path in folder.glob("step-*.ckpt") if _NAME.fullmatch(path.name)), key=step_of, reverse=True
+        (path for path in folder.glob("step-*.ckpt") if CHECKPOINT_NAME.fullmatch(path.name)), key=step_of, reverse=True
     )
 
 

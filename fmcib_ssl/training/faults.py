@@ -9,6 +9,7 @@ faults/step-00000012/rank-0.pt      a rank's batch, weights and random state, pl
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from fmcib_ssl.whole_file import whole_file, write_whole
 
 FOLDER = "faults"
 LESIONS_FILE = "lesions.csv"
@@ -38,17 +41,12 @@ def write_fault(folder: Path, rank: int, fault: Mapping[str, Any]) -> Path:
     Raises:
         OSError: it cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"rank-{rank}.pt"
-    unfinished = path.with_name(f".{path.name}.tmp")
     try:
-        with unfinished.open("wb") as file:
+        with whole_file(path) as file:
             torch.save({"format": FAULT_FORMAT, **on_cpu(dict(fault))}, file)
-        unfinished.replace(path)
     except RuntimeError as error:  # torch's writer turns what the disk says into one
         raise OSError(str(error)) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
     return path
 
 
@@ -75,11 +73,11 @@ def read_faults(folder: Path) -> list[dict[str, Any]]:
 
 def write_lesions(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Write the table of a fault's lesions; other ranks' rows are gathered by the caller."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LESIONS_FILE).open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else ["rank"])
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]) if rows else ["rank"])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(folder / LESIONS_FILE, text.getvalue())
 
 
 def lesions_of(batch: Any, patches: Any, rank: int) -> list[dict[str, Any]]:

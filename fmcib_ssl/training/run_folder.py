@@ -8,8 +8,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
+import re
 import secrets
 import socket
 import string
@@ -19,7 +21,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+from fmcib_ssl.whole_file import remove_leftovers, write_whole
+
 STATE_FILE = "run.json"
+CHECKPOINT_NAME = re.compile(r"step-(\d+)(-epoch-(\d+))?\.ckpt")
 
 #: A run that is killed may take a moment to let go.
 LOCK_PATIENCE_S = 10.0
@@ -70,6 +75,8 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             if main_process:
                 self._lock = _only_one(path)
+                for own in (path, self.checkpoints):
+                    remove_leftovers(own)
             self.state = self._read() or self._new()
             if main_process:
                 self._write()
@@ -93,10 +100,34 @@ class RunFolder:
         self.state["finished"] = None
         self._write()
 
+    def note(self, **facts: Any) -> None:
+        """Note what later starts have to know."""
+        self.state.update(facts)
+        self._write()
+
     def finish(self, **results: Any) -> None:
         """Note that the run was trained to its end."""
         self.state["finished"] = {"time": _now(), **results}
         self._write()
+
+    def note_requeue(self, job: str) -> int:
+        """Note that a job is about to be put back into its queue.
+
+        Returns:
+            How many times in a row it was before, with as much saved as now.
+        """
+        noted = self.state.setdefault("requeues", [])
+        saved = self.num_saved()
+        idle = itertools.takewhile(lambda one: (one["job"], one["saved"]) == (job, saved), reversed(noted))
+        num_idle = len(list(idle))
+        noted.append({"time": _now(), "job": job, "saved": saved})
+        self._write()
+        return num_idle
+
+    def num_saved(self) -> int:
+        """What a restart need not do again: optimizer steps, or parts of a fine-tuning."""
+        names = (CHECKPOINT_NAME.fullmatch(file.name) for file in self.checkpoints.glob("step-*.ckpt"))
+        return max((int(name[1]) for name in names if name), default=len(list(self.path.glob("*/predictions.parquet"))))
 
     def hold_to(self, data_checksum: str, *, trained: bool) -> None:
         """Note the lesions of the run, or refuse others.
@@ -189,26 +220,6 @@ def checksum(files: Iterable[Path]) -> str:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is either the old one or the new one, whatever happens."""
-    unfinished = path.with_name(f".{path.name}.tmp")
-    with unfinished.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in a folder last through a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _only_one(folder: Path) -> IO[str]:

@@ -7,6 +7,7 @@ line with it. No logger ever stops the training.
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import os
 from argparse import Namespace
@@ -19,6 +20,8 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyExperiment, Logger  # type: ignore[attr-defined]
 from lightning.pytorch.utilities import rank_zero_only
+
+from fmcib_ssl.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -115,15 +118,11 @@ class MetricsFile(Logger):
         self.save()
 
     def _write_anew(self, rows: list[dict[str, Any]]) -> None:
-        unfinished = self.path.with_name(f".{self.path.name}.tmp")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self._columns)
-            writer.writeheader()
-            writer.writerows(rows)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(self.path)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(self.path, text.getvalue())
 
 
 def read_metrics(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
@@ -236,6 +235,11 @@ class WeightsAndBiases(WandbLogger):
         folder, offline = self._experiment.settings.sync_dir, self._experiment.settings._offline
         try:
             self._experiment.finish(exit_code=exit_code)
+        except TimeoutError:
+            logger.warning(
+                "Weights & Biases did not take everything within %g s; the next start of this run sends what is "
+                "missing, and so does: wandb sync %s", self._timeout_s, folder,
+            )  # fmt: skip
         except Exception as error:
             self._give_up(error)
         if offline:
@@ -249,6 +253,7 @@ class WeightsAndBiases(WandbLogger):
             "init_timeout": self._timeout_s,
             "login_timeout": self._timeout_s,
             "finish_timeout": self._timeout_s,
+            "finish_timeout_raises": True,
         }
         known = {name: value for name, value in limits.items() if hasattr(wandb.Settings(), name)}
         arguments = {key: value for key, value in self._wandb_init.items() if value is not None}

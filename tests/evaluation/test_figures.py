@@ -114,17 +114,6 @@ def test_curves_draw_the_columns_that_hold_numbers(drawn: list[Figure], tmp_path
     np.testing.assert_allclose(np.asarray(y, float)[5:-5], steps[5:-5] / 100, atol=0.006)
 
 
-def test_curves_of_a_run_that_was_gone_on_with(drawn: list[Figure], tmp_path: Path) -> None:
-    """The restart did steps 6 to 9 again: what it wrote counts, and a line marks where it began."""
-    for name, first, value in (("before.csv", 0, 1.0), ("metrics.csv", 6, 2.0)):
-        pd.DataFrame({"step": range(first, first + 10), "train/loss": value}).to_csv(tmp_path / name, index=False)
-    training_curves([tmp_path / "before.csv", tmp_path / "metrics.csv"], tmp_path / "curves.png")
-    series, _, restart = drawn[0].axes[0].lines
-    assert list(series.get_xdata()) == list(range(16))
-    assert list(series.get_ydata()) == [1.0] * 6 + [2.0] * 10
-    assert list(restart.get_xdata()) == [6, 6]
-
-
 def test_curves_of_a_single_step_and_of_nothing(tmp_path: Path) -> None:
     pd.DataFrame({"step": [0], "train/loss": [1.0]}).to_csv(tmp_path / "one.csv", index=False)
     assert training_curves(tmp_path / "one.csv", tmp_path / "one.png").is_file()

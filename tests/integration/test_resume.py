@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -116,20 +118,65 @@ def test_a_job_is_queued_again(phantom_table: Path, tmp_path: Path) -> None:
     assert max((run / "checkpoints").glob("step-*.ckpt"))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_before_training_ends_it_at_once(signum: signal.Signals, phantom_table: Path, tmp_path: Path) -> None:
-    """A real process, while it imports torch; then the same command trains."""
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("module", ["hydra.version", "pydantic.types", "torch.version"])
+def test_a_signal_while_it_starts(
+    module: str, signum: signal.Signals, code: int, phantom_table: Path, tmp_path: Path
+) -> None:
+    """A real process, in the midst of its imports: a quiet end, and no training."""
     run = tmp_path / "run"
-    command = [sys.executable, str(REPO / "train.py"), *OPTIONS, f"data.annotations={phantom_table}"]
-    process = subprocess.Popen([*command, f"hydra.run.dir={run}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not (run / "train.log").exists():  # Hydra has begun, torch is about to be imported
-        assert process.poll() is None
-        time.sleep(0.002)
+    command = [sys.executable, "-X", "importtime", str(REPO / "train.py"), *OPTIONS, f"hydra.run.dir={run}"]
+    process = subprocess.Popen([*command, f"data.annotations={phantom_table}"], stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    imported = iter(process.stderr.readline, "")
+    assert any(line.split()[-1] == module for line in imported)
     process.send_signal(signum)
     _, printed = process.communicate(timeout=120)
-    assert process.returncode == {signal.SIGTERM: 143, signal.SIGUSR1: 75}[signum]
-    assert b"Traceback" not in printed, printed.decode()
+    assert process.returncode == code
+    assert [line for line in printed.splitlines() if not line.startswith("import time:")] == []
     assert not (run / "metrics.csv").exists()
+
+
+def test_the_disk_is_full_at_the_end(phantom_table: Path, whole: Path, tmp_path: Path) -> None:
+    """There is room for the encoder and none for the last checkpoint: the run is not finished."""
+    run = tmp_path / "run"
+    process = start(phantom_table, run)
+    wait_for(lambda: steps_logged(run) >= 10, process)
+    room = (whole / "checkpoints" / "last.ckpt").stat().st_size - 1000
+    assert room > (whole / "encoder.safetensors").stat().st_size
+    resource.prlimit(process.pid or 0, resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    assert end(process) == 1
+    assert "lacks the last checkpoint" in run.with_suffix(".out").read_text()
+    assert state_of(run)["finished"] is None
+    assert end(start(phantom_table, run)) == 0
+    assert_same_runs(run, whole)
+
+
+def listens(pid: int) -> bool:
+    """Whether a process handles SIGUSR1."""
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return caught is not None and bool(int(caught[1], 16) >> (signal.SIGUSR1 - 1) & 1)
+
+
+def test_a_job_that_gets_nowhere_is_not_queued_for_ever(phantom_table: Path, tmp_path: Path) -> None:
+    """The signal is there before the first step, again and again."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    environ = {
+        "SLURM_JOB_ID": "812",
+        "SLURM_JOB_NAME": "interactive",
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }
+    codes = []
+    for number in range(4):
+        process = start(phantom_table, tmp_path / "run", environ=environ)
+        wait_for(lambda pid=process.pid: listens(pid), process)
+        os.kill(process.pid or 0, signal.SIGUSR1)
+        codes.append(end(process))
+        assert (tmp_path / "asked").read_text().split().count("requeue") == min(number + 1, 3)
+    assert codes == [75, 75, 75, 78]
+    assert "job 812 is not queued again" in (tmp_path / "run.out").read_text()
 
 
 def test_two_processes_do_not_share_a_folder(phantom_table: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import resource
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -318,6 +319,26 @@ def test_checkpoints_of_another_run_are_refused(trained: Path, tmp_path: Path) -
         find_checkpoint(tmp_path / "run", "other")
     assert all(path.name in str(caught.value) for path in files) and "hydra.run.dir=DIR" in str(caught.value)
     assert all(path.exists() for path in files)
+
+
+def test_a_worker_that_was_killed_is_no_full_disk(tmp_path: Path) -> None:
+    """torch raises that wherever the process happens to be; taken for a full disk, the last checkpoint would be lost."""
+
+    def killed(_number: int, _frame: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    class Heavy:
+        def __reduce__(self) -> Any:
+            signal.raise_signal(signal.SIGUSR2)
+            return (int, ())
+
+    before = signal.signal(signal.SIGUSR2, killed)
+    try:
+        with pytest.raises(RuntimeError):
+            WholeFileIO().save_checkpoint({"weights": torch.zeros(10), "more": Heavy()}, tmp_path / "a.ckpt")
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

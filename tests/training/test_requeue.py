@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fmcib_ssl.training.requeue import requeue
+from fmcib_ssl.training.requeue import EXIT_TOO_SHORT, requeue
+from fmcib_ssl.training.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -32,14 +33,14 @@ def answer_with(folder: Path, shown: str, code: int) -> None:
 
 
 def test_the_signal_it_asked_for(asked: Path) -> None:
-    assert requeue(signal.SIGUSR1)
+    assert requeue(signal.SIGUSR1, asked.parent / "run") == 75
     assert asked.read_text() == "requeue 17\n"
 
 
 def test_one_task_of_an_array(asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "16")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
-    assert requeue(signal.SIGUSR1)
+    assert requeue(signal.SIGUSR1, asked.parent / "run") == 75
     assert asked.read_text() == "requeue 16_2\n"
 
 
@@ -55,25 +56,73 @@ def test_one_task_of_an_array(asked: Path, monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_sigterm_only_if_preempted(shown: str, expected: bool, asked: Path, tmp_path: Path) -> None:
     answer_with(tmp_path, shown, 0)
-    assert requeue(signal.SIGTERM) == expected == asked.exists()
+    assert requeue(signal.SIGTERM, tmp_path / "run") == 143
+    assert asked.exists() == expected
 
 
-def test_ctrl_c_is_the_end(asked: Path) -> None:
-    assert not requeue(signal.SIGINT) and not asked.exists()
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_ctrl_c_is_the_end(signum: signal.Signals, code: int, asked: Path, tmp_path: Path) -> None:
+    assert requeue(signum, tmp_path / "run") == code
+    assert not asked.exists()
 
 
 def test_refused(asked: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     answer_with(tmp_path, "", 1)
     with caplog.at_level(logging.WARNING):
-        assert not requeue(signal.SIGUSR1)
+        assert requeue(signal.SIGUSR1, tmp_path / "run") == 75
     assert "Job is not requeueable" in caplog.text and "once more to go on" in caplog.text
 
 
 def test_no_scontrol_here(asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    assert not requeue(signal.SIGUSR1)
+    assert requeue(signal.SIGUSR1, tmp_path / "run") == 75
 
 
-def test_no_slurm(asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_slurm(asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_ID")
-    assert not requeue(signal.SIGUSR1) and not asked.exists()
+    assert requeue(signal.SIGUSR1, tmp_path / "run") == 75
+    assert not asked.exists() and not (tmp_path / "run").exists()
+
+
+def save(run: Path, step: int) -> None:
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (run / "checkpoints" / f"step-{step:08d}.ckpt").touch()
+
+
+@pytest.mark.parametrize("ask", [True, False])
+def test_a_time_too_short_to_get_anywhere(
+    ask: bool, asked: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three starts in a row that saved nothing are the end; a step, or another job, and it counts anew."""
+    run = tmp_path / "run"
+
+    def stops() -> list[int]:
+        return [requeue(signal.SIGUSR1, run, ask=ask) for _ in range(4)]
+
+    assert stops() == [75, 75, 75, EXIT_TOO_SHORT]
+    assert "raise --time, or lower SECONDS in --signal=USR1@SECONDS" in caplog.text
+    save(run, 4)
+    assert stops() == [75, 75, 75, EXIT_TOO_SHORT]
+    for step in range(5, 12):
+        save(run, step)
+        assert requeue(signal.SIGUSR1, run, ask=ask) == 75
+    assert stops()[-2:] == [EXIT_TOO_SHORT, EXIT_TOO_SHORT]
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
+    assert stops()[:3] == [75, 75, 75]
+    assert RunFolder(run).state["starts"] == []
+    assert asked.exists() == ask
+
+
+def test_a_job_that_others_push_out_is_always_put_back(asked: Path, tmp_path: Path) -> None:
+    answer_with(tmp_path, "JobState=RUNNING PreemptTime=2026-01-01T00:00:00", 0)
+    for signum in [signal.SIGTERM, signal.SIGUSR1] * 4:
+        requeue(signum, tmp_path / "run")
+    assert asked.read_text() == "requeue 17\n" * 8
+
+
+def test_parts_of_a_fine_tuning_that_are_done_count(asked: Path, tmp_path: Path) -> None:
+    for part in range(6):
+        folder = tmp_path / "run" / f"fold_{part}"
+        folder.mkdir(parents=True)
+        (folder / "predictions.parquet").touch()
+        assert requeue(signal.SIGUSR1, tmp_path / "run") == 75
