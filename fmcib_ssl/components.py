@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import lightning as L
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
@@ -16,9 +17,11 @@ from torch import nn
 
 from fmcib_ssl.methods.pretraining import Pretraining
 from fmcib_ssl.methods.two_views import TwoViews
+from fmcib_ssl.models.acceleration import compile_training, lay_out_channels_last, recompute_blocks, resolve_precision
 from fmcib_ssl.models.encoders import feature_dim
 from fmcib_ssl.models.export import encoder_metadata
-from fmcib_ssl.settings import Component, ConfigError, Settings
+from fmcib_ssl.settings import Component, ConfigError, Hardware, Settings
+from fmcib_ssl.training.flops import flops_of_lesion
 from fmcib_ssl.training.optimizers import scaled_learning_rate
 from fmcib_ssl.types import Preprocessing
 
@@ -98,6 +101,7 @@ def build_module(settings: Settings, preprocessing: Preprocessing, batch_size: i
         module: Pretraining = make_module(
             encoder=encoder, optimizer=optimizer, schedule=schedule, metadata=metadata, **parts
         )
+    module.flops_per_lesion = _flops_per_lesion(module, settings)
     # Lightning builds both once training has begun; what they refuse is to be known now.
     with blame("optimizer"):
         trial = optimizer(module.named_parameters())
@@ -105,6 +109,50 @@ def build_module(settings: Settings, preprocessing: Preprocessing, batch_size: i
         with blame("schedule"):
             schedule(trial, total_steps=num_steps)
     return module
+
+
+def build_trainer(settings: Settings, **arguments: Any) -> L.Trainer:
+    """Lightning's trainer as `hardware` and `trainer` ask for it, with `arguments` of the caller's own."""
+    hardware = settings.hardware
+    precision = resolve_precision(hardware.precision, hardware.accelerator)
+    if hardware.accelerator == "cpu" and precision.startswith("bf16"):
+        logger.warning(
+            "hardware.precision=%s on a CPU: torch's 3D convolutions are known to give wrong gradients there where z "
+            "has shrunk to 2 (docs/step.md); hardware.precision=32-true is safe", precision,
+        )  # fmt: skip
+    with blame("hardware or trainer"):
+        return L.Trainer(
+            accelerator=hardware.accelerator,
+            precision=precision,  # type: ignore[arg-type]  # Lightning checks it
+            use_distributed_sampler=False,  # EpochSampler knows ranks, and pads none
+            enable_model_summary=False,
+            **settings.trainer.model_dump(),
+            **arguments,
+        )
+
+
+def accelerate(module: L.LightningModule, encoder: nn.Module, hardware: Hardware) -> None:
+    """Lay out and compute a module and its encoder as `hardware` asks; what they compute and are called stays."""
+    if hardware.channels_last:
+        lay_out_channels_last(module)
+    if hardware.gradient_checkpointing:
+        with blame("hardware"):
+            recompute_blocks(encoder)
+    if hardware.compile:
+        compile_training(encoder)
+
+
+def _flops_per_lesion(module: Pretraining, settings: Settings) -> int | None:
+    try:
+        return flops_of_lesion(
+            module,
+            settings.data.patch_size,
+            num_views=module.trained_views(settings.data.per_lesion),
+            num_watched=module.watched_views,
+        )
+    except Exception as error:  # an encoder of the user's may do what only numbers can; then there is no such figure
+        logger.info("operations of a step cannot be counted, so metrics have no perf/tflops: %s", error)
+        return None
 
 
 def refuse_unused(unused: Iterable[str], user: str, name: str, section: Component) -> None:

@@ -122,7 +122,7 @@ def _check_run_folder(config_name: str, overrides: list[str]) -> None:
     if not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(
             f"the run folder {folder} cannot be written: {there} does not allow it. Choose another with "
-            "hydra.run.dir=DIR, or all runs' with paths.runs=DIR"
+            f"hydra.run.dir=DIR, or all runs' with paths.runs=DIR; in a container, mount a folder of yours at {there}"
         )
 
 

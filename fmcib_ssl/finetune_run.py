@@ -23,7 +23,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fmcib_ssl.components import blame, build, build_optimizer, refuse_unused
+from fmcib_ssl.components import accelerate, blame, build, build_optimizer, build_trainer, refuse_unused
 from fmcib_ssl.data.labelled import LabelledPatches
 from fmcib_ssl.data.sampler import EpochSampler
 from fmcib_ssl.evaluation.bootstrap import patient_weights
@@ -39,8 +39,9 @@ from fmcib_ssl.models.export import EncoderFileError, encoder_metadata, export_e
 from fmcib_ssl.safety import redacted
 from fmcib_ssl.settings import Component, ConfigError, FineTune, Settings
 from fmcib_ssl.training.provenance import environment, write_json
-from fmcib_ssl.training.run_folder import RunFolder, check_same_run, write_whole
+from fmcib_ssl.training.run_folder import RunFolder, check_same_run
 from fmcib_ssl.types import ViewTransform
+from fmcib_ssl.whole_file import whole_file, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +160,15 @@ def _train_part(settings: Settings, asked: FineTune, task: Task, part: Part, fol
         folder / "checkpoints", filename="best", monitor="val/score", mode="max", enable_version_counter=False
     )
     patience = EarlyStopping(monitor="val/score", mode="max", patience=asked.patience)
-    trainer = _trainer(settings, folder, [best, patience])
+    accelerate(module, module.encoder, settings.hardware)
+    trainer = build_trainer(
+        settings,
+        devices=1,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+        logger=CSVLogger(folder, name="", version=""),
+        callbacks=[best, patience],
+    )
     for earlier in (folder / "checkpoints").glob("*.ckpt"):
         earlier.unlink()  # of a training that was stopped
     module.train()  # Lightning leaves modes as they are, and a loaded encoder is in eval mode
@@ -175,9 +184,8 @@ def _train_part(settings: Settings, asked: FineTune, task: Task, part: Part, fol
     for side, loader, rows in (("val", val, part.val), ("test", test, part.test)):
         scores = _predict(trainer, module, loader, task.labels.rows[rows])
         tables.append(_table(task, part.name, side, rows, scores))
-    unfinished = folder / ".predictions.parquet"
-    pd.concat(tables).to_parquet(unfinished, index=False)
-    unfinished.replace(folder / "predictions.parquet")
+    with whole_file(folder / "predictions.parquet") as file:
+        pd.concat(tables).to_parquet(file, index=False)
 
 
 def _datasets(settings: Settings, task: Task, part: Part) -> dict[str, LabelledPatches]:
@@ -243,23 +251,6 @@ def _score(task: Task, labels: Array, scores: Array) -> float:
     metric = next(iter(METRICS[task.labels.kind].values()))
     scores = scores[:, 1] if task.labels.kind == "binary" else scores
     return float(metric(labels, scores, np.ones((1, len(labels))))[0])
-
-
-def _trainer(settings: Settings, folder: Path, callbacks: list[L.Callback]) -> L.Trainer:
-    hardware = settings.hardware
-    with blame("hardware or trainer"):
-        return L.Trainer(
-            accelerator=hardware.accelerator,
-            devices=1,
-            precision=hardware.precision,  # type: ignore[arg-type]  # checked by Lightning, with a good message
-            use_distributed_sampler=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            default_root_dir=folder,
-            logger=CSVLogger(folder, name="", version=""),
-            callbacks=callbacks,
-            **settings.trainer.model_dump(),
-        )
 
 
 def _predict(trainer: L.Trainer, module: FineTuning, loader: DataLoader[Any], rows: Array) -> Array:

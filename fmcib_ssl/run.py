@@ -21,7 +21,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from fmcib_ssl import signals
-from fmcib_ssl.components import blame, build, build_module
+from fmcib_ssl.auto_batch import fit_to_memory
+from fmcib_ssl.components import accelerate, blame, build, build_module, build_trainer
 from fmcib_ssl.data.datamodule import LesionDataModule
 from fmcib_ssl.data.store import StoreError
 from fmcib_ssl.data.tables import AnnotationsError, ScanError
@@ -36,9 +37,10 @@ from fmcib_ssl.summary import num_steps, summary
 from fmcib_ssl.training.checkpoints import RunCheckpoints, WholeFileIO, find_checkpoint, step_of
 from fmcib_ssl.training.faults import TrainingFaultError
 from fmcib_ssl.training.provenance import environment, write_json
-from fmcib_ssl.training.run_folder import RunFolder, RunFolderError, check_same_run, checksum, write_whole
+from fmcib_ssl.training.run_folder import RunFolder, RunFolderError, check_same_run, checksum
 from fmcib_ssl.training.tracking import Resumable, Start, WeightsAndBiases, read_metrics
 from fmcib_ssl.types import Preprocessing, SampleKey
+from fmcib_ssl.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -87,21 +89,28 @@ def _train(settings: Settings, folder: RunFolder, main_process: bool) -> float:
 
     source = open_lesions(settings, main_process=main_process)
     folder.hold_to(checksum(_files_that_list_lesions(settings)), trained=checkpoint is not None)
-    data = LesionDataModule(
-        source.patches,
-        build("augment", settings.augment),
-        batch_size=settings.data.batch_size,
-        max_batch_size=settings.data.max_batch_size,
-        num_workers=settings.hardware.num_workers,
-        seed=settings.seed,
-        pin_memory=settings.hardware.pin_memory,
-    )
+    view_transform = build("augment", settings.augment)
+    with blame("hardware"):
+        data = LesionDataModule(
+            source.patches,
+            view_transform,
+            batch_size=settings.data.batch_size,
+            max_batch_size=settings.data.max_batch_size,
+            num_workers=settings.hardware.num_workers,
+            seed=settings.seed,
+            pin_memory=settings.hardware.pin_memory,
+            views_on=settings.hardware.views_on,
+        )
     num_lesions = len(source.patches)
     batch_size = _batch_size(settings, data, num_lesions)
     _, all_steps = num_steps(settings, num_lesions // (batch_size * settings.world_size))
     module = build_module(settings, source.preprocessing, batch_size, all_steps)
     module.metadata.setdefault("extra", {})["run_id"] = folder.run_id
+    accelerate(module, module.encoder, settings.hardware)
     trainer = _trainer(settings)
+    batch_size = fit_to_memory(
+        settings, data, module, trainer, folder, batch_size=batch_size, trained=checkpoint is not None
+    )
     trackers = [its for its in trainer.loggers if isinstance(its, WeightsAndBiases)]
 
     if main_process:
@@ -121,6 +130,11 @@ def _train(settings: Settings, folder: RunFolder, main_process: bool) -> float:
             loss = float(trainer.callback_metrics.get("train/loss", _last_loss(folder)))
             if trainer.is_global_zero:
                 _write_results(module, settings, source.preprocessing, folder.path, trackers)
+                if asks and folder.num_saved() != trainer.global_step:
+                    raise RunFolderError(
+                        f"{folder.checkpoints} lacks the last checkpoint, which could not be saved: make room, then "
+                        "give the same command again"
+                    )
                 folder.finish(step=trainer.global_step, loss=loss, **_length(settings))
         finally:
             for tracker in trackers:
@@ -273,22 +287,17 @@ def _trainer(settings: Settings) -> L.Trainer:
         strategy = DDPStrategy(timeout=timedelta(seconds=hardware.collective_timeout_s))
     loggers = [build("logger", component) for component in (settings.logger or {}).values()]
     callbacks = [build("callbacks", component) for component in (settings.callbacks or {}).values()]
-    with blame("hardware or trainer"):
-        trainer = L.Trainer(
-            accelerator=hardware.accelerator,
-            devices=hardware.devices,
-            num_nodes=hardware.num_nodes,
-            strategy=strategy,
-            precision=hardware.precision,  # type: ignore[arg-type]  # checked by Lightning, with a good message
-            sync_batchnorm=hardware.sync_batchnorm,
-            use_distributed_sampler=False,  # EpochSampler knows ranks, and pads none
-            enable_model_summary=False,
-            default_root_dir=settings.paths.run,
-            logger=loggers,
-            callbacks=callbacks,
-            plugins=[WholeFileIO()],
-            **settings.trainer.model_dump(),
-        )
+    trainer = build_trainer(
+        settings,
+        devices=hardware.devices,
+        num_nodes=hardware.num_nodes,
+        strategy=strategy,
+        sync_batchnorm=hardware.sync_batchnorm,
+        default_root_dir=settings.paths.run,
+        logger=loggers,
+        callbacks=callbacks,
+        plugins=[WholeFileIO()],
+    )
     # Its own handlers save in the midst of a step, or call a collective from within a signal handler.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     return trainer

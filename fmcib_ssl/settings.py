@@ -70,11 +70,16 @@ class Hardware(_Section):
     num_nodes: PositiveInt
     strategy: str
     precision: str
+    channels_last: bool
+    compile: bool
+    gradient_checkpointing: bool
     sync_batchnorm: bool
     num_workers: int = Field(ge=0)
     num_threads: PositiveInt | None
+    views_on: Literal["auto", "workers", "device"]
     pin_memory: bool
     collective_timeout_s: PositiveInt
+    auto_batch: bool
 
 
 class Trainer(BaseModel):
@@ -149,6 +154,14 @@ class Settings(_Section):
     def _no_contradictions(self) -> Settings:
         if self.hardware.sync_batchnorm and self.hardware.accelerator == "cpu":
             raise ValueError("hardware.sync_batchnorm=true needs GPUs: torch has none on the CPU. Set it to false")
+        if self.hardware.auto_batch and not self.method.get("chunk_size") and self.data.batch_size != "auto":
+            raise ValueError(
+                f"hardware.auto_batch=true looks for the batch, and data.batch_size={self.data.batch_size} names one: "
+                "set data.batch_size=auto and data.max_batch_size to the most that you want, or, to keep the batch "
+                "and look for the largest chunk of it, method.chunk_size=1"
+            )
+        if self.hardware.auto_batch and self.finetune is not None:
+            raise ValueError("hardware.auto_batch is for pretraining: set it to false")
         # Only this method is known to take the loss; others may bring their own.
         contrasts = self.method.get("_target_") == "fmcib_ssl.methods.MinedContrast"
         if contrasts and self.data.per_lesion == 0 and self.loss.get("negatives") != "lesions":

@@ -6,6 +6,7 @@ import fmcib_ssl
 from fmcib_ssl.components import learning_rate
 from fmcib_ssl.lesion_source import LesionSource
 from fmcib_ssl.methods.pretraining import Pretraining
+from fmcib_ssl.models.acceleration import resolve_precision
 from fmcib_ssl.settings import Component, Settings
 
 
@@ -36,7 +37,7 @@ def summary(settings: Settings, source: LesionSource, batch_size: int, module: P
     steps_per_epoch, all_steps = num_steps(settings, len(source.patches) // global_batch)
     parameters = sum(p.numel() for p in module.encoder.parameters()) / 1e6
     accumulated = f", {trainer.accumulate_grad_batches} accumulated" if trainer.accumulate_grad_batches > 1 else ""
-    chunk_size = settings.method.get("chunk_size")
+    chunk_size = getattr(module, "chunk_size", None)
     chunks = f", in chunks of {chunk_size}" if chunk_size and chunk_size < batch_size else ""
     loss = ""
     if (of_module := getattr(module, "loss", None)) is not None:
@@ -46,6 +47,9 @@ def summary(settings: Settings, source: LesionSource, batch_size: int, module: P
     rate = learning_rate(settings, batch_size)
     base_lr, reference_batch = settings.optimizer["base_lr"], settings.optimizer["reference_batch"]
     times = f" x {trainer.accumulate_grad_batches}" if accumulated else ""
+    flops = module.flops_per_lesion
+    work = "not counted" if flops is None else f"{flops / 1e9:.3g} GFLOP a lesion, forward and back"
+    switches = [name for name in ("channels_last", "compile", "gradient_checkpointing") if getattr(hardware, name)]
     rows = {
         "run": f"{settings.name}, fmcib_ssl {fmcib_ssl.__version__}, in {settings.paths.run}",
         "lesions": f"{len(source.patches)} in {source.num_scans} scans, from {source.origin}",
@@ -56,6 +60,8 @@ def summary(settings: Settings, source: LesionSource, batch_size: int, module: P
         "steps": f"{all_steps} in all, {steps_per_epoch} an epoch" + (f"; {step} are done" if step else ""),
         "encoder": f"{_last_name(settings.encoder)}, {parameters:.2f} M weights, "
         f"{module.metadata['feature_dim']} features",
+        "work": work,
+        "step": ", ".join([resolve_precision(hardware.precision, hardware.accelerator), *switches]),
         "method": f"{type(module).__name__}{loss}",
         "rate": f"{rate:.3g} at its highest = {base_lr:g} x {global_batch}{times} / {reference_batch}, "
         f"{_last_name(settings.optimizer)}, {schedule}",

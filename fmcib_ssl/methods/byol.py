@@ -42,6 +42,7 @@ class BYOL(TwoViews):
     """
 
     compares_lesions = False
+    watched_views = 2
 
     def __init__(
         self,

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fmcib_ssl.models.acceleration import BuffersKept
+
 Embeddings = tuple[Tensor, ...]
 
 
@@ -57,7 +59,7 @@ def embed_in_chunks(
     witness = torch.empty(0, device=device)
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _BuffersKept(networks)
+        return nullcontext(), BuffersKept(networks)
 
     if num_chunks == 1:
         return embed_chunk(witness, *views)
@@ -66,19 +68,3 @@ def embed_in_chunks(
         for chunk in zip(*(view.tensor_split(num_chunks) for view in views), strict=True)
     ]
     return tuple(torch.cat(parts) for parts in zip(*embedded, strict=True))
-
-
-class _BuffersKept(AbstractContextManager[None]):
-    """Leaves the buffers of networks as it found them; may be entered again."""
-
-    def __init__(self, networks: nn.Module) -> None:
-        self.networks = networks
-
-    def __enter__(self) -> None:
-        self.before = [(buffer, buffer.clone()) for buffer in self.networks.buffers()]
-
-    @torch.no_grad()
-    def __exit__(self, *_: object) -> None:
-        for buffer, value in self.before:
-            buffer.copy_(value)
-        del self.before

@@ -88,6 +88,10 @@ class MinedContrast(Pretraining):
         """Embed views: `(batch, 1, z, y, x)` to `(batch, dim)`."""
         return cast(Tensor, self.head(self.encoder(views)))
 
+    def trained_views(self, num_negatives: int) -> int:
+        """Views of a lesion and of its negatives that go through the network, forward and back."""
+        return 2 + 2 * num_negatives
+
     def embed(self, batch: ViewPairs) -> ViewPairs:
         """Embed the four sets of views of a batch; the same keys, each `(batch, dim)`.
 

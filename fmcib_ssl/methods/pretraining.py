@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -28,7 +28,13 @@ class Pretraining(L.LightningModule):
         schedule: called with the optimizer and `total_steps`, gives a scheduler that is stepped after every
             optimizer step; `None` keeps the rate constant.
         metadata: stored in every checkpoint under `"fmcib_ssl"`, so that the encoder can be rebuilt from it.
+
+    Attributes:
+        watched_views: views of a lesion that go through a copy of the network that follows it, forward only.
+        flops_per_lesion: operations of a step, for those who measure; None if nobody has counted them.
     """
+
+    watched_views: ClassVar[int] = 0
 
     def __init__(
         self,
@@ -41,12 +47,26 @@ class Pretraining(L.LightningModule):
         super().__init__()
         self.encoder = encoder
         self.metadata = metadata or {}
-        self._make_optimizer = optimizer
+        self.make_optimizer = optimizer
         self._make_schedule = schedule
+        self.flops_per_lesion: int | None = None
+
+    def trained_views(self, num_negatives: int) -> int:
+        """Views of a lesion, and of as many negatives mined for it, that go through the network, forward and back."""
+        return 2
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """One step on one device's batch of views."""
         raise NotImplementedError(f"{type(self).__name__} has no training_step")
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Forget what was logged once it stands in a row: Lightning would repeat it in all rows of the epoch."""
+        trainer = self.trainer
+        row_is_written = trainer.global_step % max(1, trainer.log_every_n_steps) == 0  # type: ignore[attr-defined]
+        if row_is_written and batch_idx % trainer.accumulate_grad_batches == 0:
+            for logged in (trainer._results or {}).values():
+                if logged.meta.on_step and not logged.meta.on_epoch:
+                    logged.reset()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the norm of the whole gradient, before it is clipped, and the rate this step is taken with."""
@@ -56,7 +76,7 @@ class Pretraining(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all parameters, and a schedule stepped once per optimizer step."""
-        optimizer = self._make_optimizer(self.named_parameters())
+        optimizer = self.make_optimizer(self.named_parameters())
         if self._make_schedule is None:
             return optimizer
         total_steps = int(self.trainer.estimated_stepping_batches)

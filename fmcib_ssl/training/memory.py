@@ -1,12 +1,15 @@
-"""When a GPU's memory is not enough: the batch that would fit, from measured memory for each lesion."""
+"""What memory there is, and when a GPU's is not enough: the batch that would fit, from measured memory a lesion."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import resource
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -14,7 +17,47 @@ import torch
 from torch import Tensor, nn
 
 #: Of what is free, left for fragments and workspaces.
-_SPARE = 0.08
+SPARE = 0.1
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that were held so far: on a GPU in torch's tensors, else by this process."""
+    if device.type == "cuda":
+        peak: int = torch.cuda.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"]["peak"]
+        return peak
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def gpu_capacity(device: torch.device) -> int:
+    """Bytes of a GPU that this process may hold, with those it holds: what others leave, less something to spare."""
+    free, total = torch.cuda.mem_get_info(device)
+    limit = torch.cuda.get_per_process_memory_fraction(device) * total
+    return int(min(free + torch.cuda.memory_reserved(device), limit) * (1 - SPARE))
+
+
+def free_host_memory(root: Path = Path("/")) -> int:
+    """Bytes that processes of this job can still take: of the machine's, and of every limit of a cgroup above it.
+
+    Raises:
+        OSError: there is no Linux under `root` to ask.
+    """
+    free = [_number_after("MemAvailable:", (root / "proc/meminfo").read_text()) * 1024]
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        second = controllers == ""  # version 2 of cgroups
+        if not second and "memory" not in controllers.split(","):
+            continue
+        groups = root / "sys/fs/cgroup" / ("" if second else "memory")
+        held, most = ("memory.current", "memory.max") if second else ("memory.usage_in_bytes", "memory.limit_in_bytes")
+        inner = groups / path.lstrip("/")
+        for group in (inner, *inner.parents):
+            with contextlib.suppress(OSError, ValueError):  # not every group has a limit; "max" is none
+                cache = _number_after("inactive_file ", (group / "memory.stat").read_text())
+                free.append(int((group / most).read_text()) - int((group / held).read_text()) + cache)
+            if group == groups:
+                break
+    return max(0, min(free))
 
 
 class MemoryAdvice(L.Callback):
@@ -89,12 +132,8 @@ class MemoryAdvice(L.Callback):
         parameters = sum(p.numel() * p.element_size() for p in pl_module.parameters() if p.requires_grad)
         # The optimizer makes its state at its first step: two numbers a weight for Adam and its kind.
         to_come = parameters * (1 if _has_state(trainer) else 3)
-        free, total = torch.cuda.mem_get_info(device)
-        ours = torch.cuda.memory_reserved(device)
-        limit = torch.cuda.get_per_process_memory_fraction(device) * total
-        capacity = min(free + ours, limit) * (1 - _SPARE)
         per_lesion = per_row * self._num_rows / self._batch_size
-        return max(0, int((capacity - self._at_start - to_come) / per_lesion))
+        return max(0, int((gpu_capacity(device) - self._at_start - to_come) / per_lesion))
 
     @staticmethod
     def _peak(trainer: L.Trainer, encoder: nn.Module, rows: Tensor) -> int:
@@ -148,3 +187,7 @@ def _num_lesions(batch: Any) -> int:
 
 def _has_state(trainer: L.Trainer) -> bool:
     return any(len(optimizer.state) for optimizer in trainer.optimizers)
+
+
+def _number_after(word: str, text: str) -> int:
+    return int(text.partition(word)[2].split()[0])

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from timm.optim.lars import Lars
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
@@ -80,8 +81,7 @@ def lars(
     groups = parameter_groups(named_parameters, weight_decay)
     for group in groups:
         group["always_adapt"] = group["name"] == "weights"
-    optimizer: Optimizer = Lars(groups, lr=lr, momentum=momentum, trust_coeff=trust_coeff)
-    return optimizer
+    return _resumable(Lars(groups, lr=lr, momentum=momentum, trust_coeff=trust_coeff))
 
 
 def adamw(
@@ -103,4 +103,22 @@ def adamw(
 
     Source: Loshchilov and Hutter 2019, Decoupled weight decay regularization.
     """
-    return AdamW(parameter_groups(named_parameters, weight_decay), lr=lr, betas=(betas[0], betas[1]), fused=fused)
+    groups = parameter_groups(named_parameters, weight_decay)
+    return _resumable(AdamW(groups, lr=lr, betas=(betas[0], betas[1]), fused=fused))
+
+
+def _resumable(optimizer: Optimizer) -> Optimizer:
+    """Let it go on from the state of a run whose weights had another layout in memory.
+
+    Torch loads the state in the layout that it was saved in, and a fused step on a CPU takes weight and state to have
+    the same one without looking: it would update each weight with the averages of others.
+    """
+    optimizer.register_load_state_dict_post_hook(_lay_out_as_weights)
+    return optimizer
+
+
+def _lay_out_as_weights(optimizer: Optimizer) -> None:
+    for weight, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == weight.shape:
+                state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)

@@ -33,6 +33,8 @@ COLUMNS = {
     "train/uniformity",
     "train/grad_norm",
     "perf/samples_per_s",
+    "perf/tflops",
+    "perf/memory_gb",
     "perf/data_wait_share",
     "data/negative_from_other_scan",
 }

@@ -222,7 +222,7 @@ def train(folder: Path, chunk_size: int | None, checkpoint: Path | None = None, 
     """Two epochs of three batches of four lesions, with whatever a run may want."""
     loss = InfoNCELoss(trainable_temperature=True, negatives="mined_and_lesions")
     module, watch = make_module(loss, chunk_size=chunk_size, schedule=schedule), Watch()
-    module._make_optimizer = lambda named: torch.optim.AdamW([p for _, p in named], 1e-2)
+    module.make_optimizer = lambda named: torch.optim.AdamW([p for _, p in named], 1e-2)
     saves = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1, save_last=True)
     callbacks = [watch, saves, Throughput()]
     defaults = {"max_epochs": 2, "callbacks": callbacks, "enable_checkpointing": True, "precision": "64-true"}

@@ -104,3 +104,30 @@ def test_learning_rate_scales_with_the_global_batch() -> None:
     assert scaled_learning_rate(0.1, 8, reference_batch=16) == pytest.approx(0.05)
     with pytest.raises(ValueError, match="global_batch=0"):
         scaled_learning_rate(0.3, 0)
+
+
+@pytest.mark.parametrize("make", [partial(adamw, lr=0.01, fused=True), partial(adamw, lr=0.01, fused=False), lars])
+def test_a_run_goes_on_with_another_layout_of_its_weights(make: Any) -> None:
+    """Torch loads the state in the layout it was saved in; a fused step would not look."""
+    make = partial(make, lr=0.01)
+
+    def trained(resumed_as: torch.memory_format) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv3d(2, 3, 3), nn.Flatten(), nn.Linear(24, 5))
+        state: dict[str, Any] | None = None
+        for layout in (torch.contiguous_format, resumed_as):
+            model.to(memory_format=layout)
+            optimizer = make(model.named_parameters())
+            if state is not None:
+                optimizer.load_state_dict(state)
+            for step in range(2):
+                optimizer.zero_grad()
+                views = torch.randn(4, 2, 4, 4, 4, generator=torch.Generator().manual_seed(step))
+                model(views).square().sum().backward()
+                optimizer.step()
+            state = optimizer.state_dict()
+        return {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+    expected = trained(torch.contiguous_format)
+    for name, weight in trained(torch.channels_last_3d).items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")

@@ -1,0 +1,118 @@
+"""What makes a step faster or smaller and leaves what it learns as it was: the switches of `configs/hardware/`.
+
+They change networks in place, but not the names and shapes of weights, so that a checkpoint fits a run with other
+switches. What each is worth: docs/step.md.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_precision(precision: str, accelerator: str) -> str:
+    """What `precision="auto"` is on this machine; another is left as it is.
+
+    Args:
+        precision: Lightning's, or `"auto"`: mixed with bfloat16 on a GPU that multiplies it in hardware, else float32.
+            CPUs that could are not trusted: torch 2.15 gives wrong gradients there (docs/step.md).
+        accelerator: Lightning's.
+    """
+    if precision != "auto":
+        return precision
+    has_gpu = accelerator in ("gpu", "auto") and torch.cuda.is_available()
+    return "bf16-mixed" if has_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+
+
+def lay_out_channels_last(network: nn.Module) -> None:
+    """Keep the weights of 3D convolutions with the channels innermost; what goes through them then follows.
+
+    Views have one channel, for which both layouts are the same, so they need no change.
+    """
+    for weight in network.parameters():
+        if weight.ndim == 5:
+            weight.data = weight.data.to(memory_format=torch.channels_last_3d)
+
+
+def recompute_blocks(encoder: nn.Module) -> int:
+    """Drop the activations within each block of an encoder and compute them again in the backward.
+
+    A block is a module with parts of its own in a stage, which is a child that is a list or a sequence: the residual
+    blocks of a ResNet. The second pass draws the random numbers of the first and leaves running statistics as they
+    were. Does nothing where no gradient is wanted.
+
+    Returns:
+        The number of blocks.
+
+    Raises:
+        ValueError: the encoder has none.
+    """
+    stages = [child for child in encoder.children() if isinstance(child, nn.Sequential | nn.ModuleList)]
+    blocks = [block for stage in stages for block in stage if next(block.children(), None) is not None]
+    if not blocks:
+        raise ValueError(
+            f"{type(encoder).__name__} has no blocks to compute again, which are looked for in its Sequential and "
+            "ModuleList children: set hardware.gradient_checkpointing=false, or use method.chunk_size"
+        )
+    for block in blocks:
+        block.forward = partial(_recomputed, block)
+    return len(blocks)
+
+
+def _recomputed(block: nn.Module, *inputs: Any) -> Any:
+    forward = partial(type(block).forward, block)
+    if not torch.is_grad_enabled():
+        return forward(*inputs)
+    if torch.compiler.is_compiling():  # the compiler cuts the second pass down to what the backward reads
+        return checkpoint(forward, *inputs, use_reentrant=False)
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), BuffersKept(block)))
+
+
+class BuffersKept(AbstractContextManager[None]):
+    """Leaves the buffers of networks as it found them, for a second forward; may be entered again."""
+
+    def __init__(self, networks: nn.Module) -> None:
+        self.networks = networks
+
+    def __enter__(self) -> None:
+        self.before = [(buffer, buffer.clone()) for buffer in self.networks.buffers()]
+
+    @torch.no_grad()
+    def __exit__(self, *_: object) -> None:
+        for buffer, value in self.before:
+            buffer.copy_(value)
+        del self.before
+
+
+def compile_training(encoder: nn.Module) -> None:
+    """Compile an encoder with torch's compiler, one program for each shape of batch that it is trained with.
+
+    Only passes of a network in training mode that want a gradient are compiled, so probes and exports with their other
+    shapes cost no compilation. Where the compiler fails, for want of a C++ compiler or of Triton, the encoder runs
+    uncompiled, and a warning says so.
+    """
+    logger.info("the encoder is compiled in the first step, which takes a minute or more")
+    compiled = torch.compile(type(encoder).forward, dynamic=False)
+    encoder.forward = partial(_compiled, encoder, compiled)
+
+
+def _compiled(encoder: nn.Module, compiled: Callable[..., Any], *inputs: Any) -> Any:
+    if encoder.training and torch.is_grad_enabled():
+        from torch._dynamo.exc import TorchDynamoException  # noqa: PLC0415  (slow, and torch has no public name)
+
+        try:
+            return compiled(encoder, *inputs)
+        except TorchDynamoException as error:
+            reason = " ".join(str(error).partition("\n\n")[0].split())
+            logger.warning("hardware.compile: the encoder cannot be compiled here and runs uncompiled: %s", reason)
+            del encoder.forward
+    return type(encoder).forward(encoder, *inputs)
