@@ -46,8 +46,8 @@ ENV PATH=/opt/venv/bin:$PATH \
     USER=fmcib_ssl \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=dependencies /opt/venv /opt/venv
-RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
-    pip install --no-deps --no-index --no-cache-dir /wheels/*.whl
+RUN --mount=type=bind,from=wheel,source=/wheels,target=/mnt \
+    pip install --no-deps --no-index --no-cache-dir /mnt/*.whl
 # Readable for any UID, whatever the umask of the checkout was.
 COPY --chmod=755 train.py /opt/fmcib_ssl/
 COPY --chmod=755 configs /opt/fmcib_ssl/configs

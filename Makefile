@@ -6,11 +6,13 @@ BIN := $(VENV)/bin
 
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 SLURM_IS_THERE := command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null
+CONTAINER_PACKAGES := docker.io debootstrap charliecloud
+CONTAINERS_ARE_THERE := { docker info || { command -v dockerd && command -v debootstrap; }; } >/dev/null 2>&1 && command -v ch-run >/dev/null
 # The short form: make test-cluster CLUSTER_TESTS="cluster and not slow"
 CLUSTER_TESTS ?= cluster
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-cluster lint check clean
+.PHONY: help demo test test-slow test-cluster slurm test-container containers lint check clean
 
 help:            ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 18
@@ -19,15 +21,26 @@ demo: $(VENV)/.run     ## pretrain on synthetic scans, then show what was learne
 	$(BIN)/python scripts/demo.py
 
 test: $(VENV)/.dev     ## run the tests, on all cores
-	$(BIN)/python -m pytest -n auto -m "not slow and not cluster"
+	$(BIN)/python -m pytest -n auto -m "not slow and not cluster and not container"
 
 test-slow: $(VENV)/.dev     ## run the tests that take long
-	$(BIN)/python -m pytest -m "slow and not cluster"
+	$(BIN)/python -m pytest -m "slow and not cluster and not container"
 
-test-cluster: $(VENV)/.dev     ## start Slurm on this machine (root, Debian) and run the tests that need it; about 20 minutes
-	$(SLURM_IS_THERE) || { apt-get update -qq && \
-	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES); }
+test-cluster: slurm $(VENV)/.dev     ## start Slurm on this machine (root, Debian) and run the tests that need it; about 15 minutes
 	$(BIN)/python -m pytest tests/cluster -m "$(CLUSTER_TESTS)"
+
+slurm:     ## install Slurm, if it is not here (root, Debian)
+	@$(SLURM_IS_THERE) || { apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES); } || \
+	  { echo "Slurm is not here and cannot be installed: that takes root, and Debian's packages"; exit 1; }
+
+test-container: slurm containers $(VENV)/.dev     ## build the image, run it under Docker and as Slurm jobs; 25 GB of disk, about half an hour
+	$(BIN)/python -m pytest tests/container
+
+containers:     ## install Docker and Charliecloud, if they are not here (root, Debian)
+	@$(CONTAINERS_ARE_THERE) || { apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(CONTAINER_PACKAGES); } || \
+	  { echo "Docker or Charliecloud is not here and cannot be installed: that takes root, and Debian's packages"; exit 1; }
 
 lint: $(VENV)/.dev     ## style, types, import rules, Dockerfile, shell scripts
 	$(BIN)/ruff check .

@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> None:
         table = make_archive(
             command.folder, command.num_scans, seed=command.seed, num_workers=command.num_workers, progress=True
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"lesions   {table}")
 
