@@ -34,6 +34,11 @@ OPTIONS = [
     "hardware.num_workers=1",
 ]
 HELD_AT = 3
+#: With one process.
+NUM_STEPS = 12
+
+#: Much more than anything here takes, on a machine that has other work too.
+PATIENCE_S = 600
 
 #: What Slurm says of a job that will not run any more.
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
@@ -76,6 +81,7 @@ class Bench:
         sbatch: Sequence[str] = (),
         script: Path = BATCH_SCRIPT,
         held_rank: int | None = None,
+        held_at: int = HELD_AT,
         environ: Mapping[str, str] | None = None,
     ) -> TrainingJob:
         """Submit a training.
@@ -85,11 +91,12 @@ class Bench:
             shape: nodes and tasks.
             sbatch: more options for `sbatch`.
             script: the batch script.
-            held_rank: the process that waits in the middle for what is going to happen.
+            held_rank: the process that waits for what is going to happen.
+            held_at: the step before which it does; by default the middle.
             environ: more variables for the batch script.
         """
         if held_rank is not None:
-            overrides = (*gate(self.folder / "gate", held_rank), *overrides)
+            overrides = (*gate(self.folder / "gate", held_rank, held_at), *overrides)
         number = self.cluster.submit(
             *shape.sbatch(),
             "--gpus-per-node=0",
@@ -143,7 +150,7 @@ class TrainingJob:
                 raise ClusterError(f"job {self.number} is {state} before its middle\n{self.printed}")
             return None
 
-        return self.bench.cluster.wait_until(look, "the training to come to its middle", 240)
+        return self.bench.cluster.wait_until(look, "the training to come to where it waits", PATIENCE_S)
 
     def signal(self, name: str) -> None:
         """As Slurm does it at the end of the time: to every process of the step, and not to the batch script."""
@@ -152,7 +159,7 @@ class TrainingJob:
     def state(self) -> dict[str, str]:
         return self.bench.cluster.job(self.number)
 
-    def wait(self, timeout_s: float = 240) -> dict[str, str]:
+    def wait(self, timeout_s: float = PATIENCE_S) -> dict[str, str]:
         """Wait for the end, through restarts."""
         return self.bench.cluster.wait(self.number, ENDED, timeout_s)
 
@@ -165,10 +172,10 @@ class TrainingJob:
         assert "Traceback" not in self.printed, self.printed
 
 
-def gate(folder: Path, rank: int | str) -> list[str]:
-    """Overrides that make a process wait in the middle."""
+def gate(folder: Path, rank: int | str, step: int = HELD_AT) -> list[str]:
+    """Overrides that make a process wait."""
     folder.mkdir()
-    arguments = ["_target_=gate.Gate", f"folder={folder}", f"step={HELD_AT}", f"rank={rank}"]
+    arguments = ["_target_=gate.Gate", f"folder={folder}", f"step={step}", f"rank={rank}"]
     return [f"+callbacks.gate.{argument}" for argument in arguments]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,8 +22,11 @@ NUM_SCANS = 4
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
     if reason := SlurmCluster.why_not():
         pytest.skip(reason)
+    # As Ctrl-C: what is at work is taken out of the queue, and the cluster goes down.
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", 128 + signal.SIGTERM))
     with SlurmCluster(tmp_path_factory.mktemp("cluster")) as cluster:
         yield cluster
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")

@@ -1,18 +1,21 @@
 """A real Slurm cluster of virtual nodes on this machine, for as long as the tests run. Needs root, and Slurm installed.
 
 Partition `main`; partition `urgent` pushes its jobs out and back into the queue. Everything lies in one folder, except
-munge's key and the nodes' names in /etc/hosts, which are taken out again.
+the nodes' names in /etc/hosts, which are taken out again. The daemons end with the process that started them, however
+it ends, so several clusters may be there at a time and none is left behind.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,7 +30,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=cred_expire=5
+AuthInfo=cred_expire=5,socket={folder}/munge.socket
 CryptoType=crypto/munge
 SlurmctldPort={port}
 StateSaveLocation={folder}/state
@@ -76,11 +79,10 @@ class SlurmCluster:
         cpus_per_node: may be more than the machine has.
     """
 
-    def __init__(self, folder: Path, num_nodes: int = 2, cpus_per_node: int = 2, port: int = 16917) -> None:
+    def __init__(self, folder: Path, num_nodes: int = 2, cpus_per_node: int = 2) -> None:
         self.folder = folder
         self.nodes = [f"node{i + 1}" for i in range(num_nodes)]
         self.cpus_per_node = cpus_per_node
-        self.port = port
         self.environ = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
         self._daemons: list[subprocess.Popen[bytes]] = []
 
@@ -155,59 +157,66 @@ class SlurmCluster:
         self.folder.chmod(0o755)
         host = socket.gethostname().split(".")[0]
         self._name_nodes(add=True)
+        port, *ports = _free_ports(1 + len(self.nodes))
         lines = [
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={self.port + i} CPUs={self.cpus_per_node} "
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={its} CPUs={self.cpus_per_node} "
             "RealMemory=8192 State=UNKNOWN"
-            for i, node in enumerate(self.nodes, 1)
+            for node, its in zip(self.nodes, ports, strict=True)
         ]
-        conf = CONF.format(host=host, port=self.port, folder=self.folder, nodes="\n".join(lines))
+        conf = CONF.format(host=host, port=port, folder=self.folder, nodes="\n".join(lines))
         (self.folder / "slurm.conf").write_text(conf)
         self._start_munge()
         (self.folder / "state").mkdir(exist_ok=True)
         self._daemon("slurmctld", "-D")
-        self.wait_until(lambda: "is UP" in self.run("scontrol", "ping", check=False) or None, "slurmctld", 30)
+        self.wait_until(lambda: "is UP" in self.run("scontrol", "ping", check=False) or None, "slurmctld", 60)
         for node in self.nodes:
             (self.folder / f"spool-{node}").mkdir(exist_ok=True)
             self._daemon("slurmd", "-D", "-N", node)
         idle = ("sinfo", "--noheader", "-N", "--states=idle", "--format=%N")
-        self.wait_until(lambda: set(self.run(*idle).split()) == set(self.nodes) or None, "the nodes", 30)
+        self.wait_until(lambda: set(self.run(*idle).split()) == set(self.nodes) or None, "the nodes", 60)
 
     def _start_munge(self) -> None:
-        if _munge_answers():
-            return  # one of the machine's own
-        as_munge = ("setpriv", "--reuid=munge", "--regid=munge", "--clear-groups")
-        for folder, mode in {
-            "/run/munge": "755",
-            "/var/log/munge": "700",
-            "/var/lib/munge": "700",
-            "/etc/munge": "700",
-        }.items():
-            self.run("install", "-d", "-o", "munge", "-g", "munge", "-m", mode, folder)
-        if not Path("/etc/munge/munge.key").exists():
-            self.run(*as_munge, "mungekey", "--create")
-        self._daemon(*as_munge, "munged", "--foreground")
+        """One of our own, beside the machine's, if it has one."""
+        key = self.folder / "munge.key"
+        key.touch(0o600)
+        key.write_bytes(secrets.token_bytes(128))
+        self._daemon(
+            "munged",
+            "--foreground",
+            "--force",  # pytest's folders are not open to all, as it would have its socket's
+            *(f"--{name}={self.folder}/munge.{name.split('-')[0]}" for name in ("socket", "key-file", "pid-file")),
+            f"--seed-file={self.folder}/munge.seed",
+        )
+        ask = ("munge", "--no-input", f"--socket={self.folder}/munge.socket")
         self.wait_until(
-            lambda: subprocess.run(["munge", "-n"], capture_output=True, check=False).returncode == 0 or None,
-            "munge",
-            20,
+            lambda: subprocess.run(ask, capture_output=True, check=False).returncode == 0 or None, "munge", 60
         )
 
     def _daemon(self, *command: str) -> None:
-        log = (self.folder / f"{command[0]}-{len(self._daemons)}.out").open("wb")
-        self._daemons.append(
-            subprocess.Popen(
-                command, env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        # Out of reach of Ctrl-C, or the jobs could not be taken out of the queue any more.
+        with (self.folder / f"{command[0]}-{len(self._daemons)}.log").open("wb") as log:
+            self._daemons.append(
+                subprocess.Popen(
+                    ("setpriv", "--pdeathsig=TERM", *command),
+                    env=self.environ,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
             )
-        )
 
     def _name_nodes(self, *, add: bool) -> None:
         """Lightning takes the address of the first process from the list of nodes, so their names must resolve."""
-        hosts = Path("/etc/hosts")
-        lines = [line for line in hosts.read_text().splitlines() if not line.endswith(" # fmcib_ssl tests")]
+        hosts, mark = Path("/etc/hosts"), "# fmcib_ssl tests, process "
+        lines = []
+        for line in hosts.read_text().splitlines():
+            _, ours, process = line.partition(mark)
+            if not ours or (process != str(os.getpid()) and Path("/proc", process).exists()):
+                lines.append(line)
         if add:
-            lines += [
-                f"127.0.0.1 {name} # fmcib_ssl tests" for name in (socket.gethostname().split(".")[0], *self.nodes)
-            ]
+            names = (socket.gethostname().split(".")[0], *self.nodes)
+            lines += [f"127.0.0.1 {name} {mark}{os.getpid()}" for name in names]
         hosts.write_text("\n".join(lines) + "\n")
 
     def _logs(self) -> str:
@@ -218,5 +227,13 @@ class SlurmCluster:
         return "\n".join(tails)
 
 
-def _munge_answers() -> bool:
-    return subprocess.run(["munge", "-n"], capture_output=True, check=False).returncode == 0
+def _free_ports(number: int) -> list[int]:
+    """Below those that the kernel gives away by itself."""
+    found: list[int] = []
+    for port in range(16900 + os.getpid() % 1000 * 8, 2**15):
+        with socket.socket() as its, suppress(OSError):
+            its.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == number:
+            break
+    return found

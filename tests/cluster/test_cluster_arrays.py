@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from cluster_runs import HELD_AT, REPO, Bench, assert_same_runs, checkpoint_of, gate, held_in, starts_of
+from cluster_runs import HELD_AT, PATIENCE_S, REPO, Bench, assert_same_runs, checkpoint_of, gate, held_in, starts_of
 
 from fmcib_ssl.data.store import Store
 
@@ -32,9 +32,11 @@ def test_a_sweep_of_four_of_which_one_is_queued_again(bench: Bench, whole_one: P
             stderr=output,
         )
         try:
-            _, number = bench.cluster.wait_until(lambda: held_in(bench.folder / "gate"), "the first run's middle", 400)
+            _, number = bench.cluster.wait_until(
+                lambda: held_in(bench.folder / "gate"), "the first run's middle", PATIENCE_S
+            )
             bench.cluster.run("scancel", "--signal=USR1", number)
-            assert sweep.wait(400) == 0, (bench.folder / "sweep.out").read_text()
+            assert sweep.wait(PATIENCE_S) == 0, (bench.folder / "sweep.out").read_text()
         finally:
             sweep.kill()
             sweep.wait()
@@ -54,7 +56,7 @@ def test_an_array_of_seeds(bench: Bench, whole_one: Path) -> None:
     job = bench.train(sbatch=["--array=0-1"])
     states = ("COMPLETED", "FAILED", "CANCELLED")
     for task in (f"{job.number}_0", f"{job.number}_1"):
-        assert bench.cluster.wait(task, states, 240)["JobState"] == "COMPLETED"
+        assert bench.cluster.wait(task, states, PATIENCE_S)["JobState"] == "COMPLETED"
     runs = sorted((bench.folder / "runs").glob("*/*"))
     assert [run.name for run in runs] == [f"slurm-{job.number}_0", f"slurm-{job.number}_1"]
     assert_same_runs(runs[0], whole_one)
@@ -69,7 +71,7 @@ def test_a_store_in_shards(bench: Bench, archive: Path, store: Path) -> None:
     merge = bench.cluster.submit(
         *options, f"--dependency=afterok:{array}", *arguments, "merge=true", environ=bench.environ
     )
-    ended = bench.cluster.wait(merge, ("COMPLETED", "FAILED", "CANCELLED"), 300)
+    ended = bench.cluster.wait(merge, ("COMPLETED", "FAILED", "CANCELLED"), PATIENCE_S)
     printed = "\n".join(path.read_text() for path in bench.folder.glob("*.out"))
     assert ended["JobState"] == "COMPLETED", printed
     one, other = Store(bench.folder / "store"), Store(store)

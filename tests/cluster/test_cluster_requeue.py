@@ -10,6 +10,8 @@ import pytest
 from cluster_runs import (
     BATCH_SCRIPT,
     HELD_AT,
+    NUM_STEPS,
+    PATIENCE_S,
     REPO,
     TWO_NODES,
     TWO_TASKS,
@@ -52,6 +54,7 @@ def test_the_signal_that_announces_the_end(bench: Bench, whole_two: Path) -> Non
     assert f"stopped by SIGUSR1 after step {HELD_AT}" in job.printed  # --open-mode=append: both starts are in one log
 
 
+@pytest.mark.slow
 def test_preempted_without_a_signal_asked_for(bench: Bench, whole_two: Path) -> None:
     """SIGTERM is all that comes, and would also come from scancel."""
     script = bench.folder / "pretrain.sbatch"
@@ -70,13 +73,13 @@ def test_a_killed_process_ends_the_job(bench: Bench, whole_two: Path) -> None:
     """The other one waits for it in a collective."""
     job = bench.train(shape=TWO_TASKS, held_rank=1)
     os.kill(job.wait_until_held(), signal.SIGKILL)
-    ended = job.wait(60)
+    ended = job.wait()
     assert ended["JobState"] == "FAILED" and ended["ExitCode"] != "0:0"
     assert "task 1: Killed" in job.printed
-    again = bench.train(f"hydra.run.dir={job.run}", shape=TWO_TASKS)
-    again.wait_until_complete()
-    assert_same_runs(again.run, whole_two)
-    assert len(starts_of(again.run)) == 2
+    bench.cluster.run("scontrol", "requeue", job.number)
+    job.wait_until_complete(restarts=1)
+    assert_same_runs(job.run, whole_two)
+    assert len(starts_of(job.run)) == 2
 
 
 @pytest.mark.slow
@@ -97,7 +100,7 @@ def test_the_time_limit(bench: Bench, whole_one: Path) -> None:
     job.wait_until_held()
     minutes, seconds = map(int, job.state()["RunTime"].split(":")[1:])
     bench.cluster.run("scontrol", "update", f"JobId={job.number}", f"TimeLimit={minutes + 1 + (seconds > 40)}")
-    bench.cluster.wait_until(lambda: job.state()["Restarts"] == "1" or None, "the job in the queue again", 180)
+    bench.cluster.wait_until(lambda: job.state()["Restarts"] == "1" or None, "the job in the queue again", PATIENCE_S)
     bench.cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=30")
     job.wait_until_complete(restarts=1)
     assert_gone_on_in_the_same_folder(job, whole_one)
@@ -110,7 +113,7 @@ def test_cancelled_and_submitted_again_by_hand(bench: Bench, whole_one: Path) ->
     job.wait_until_held()
     bench.cluster.run("scancel", job.number)
     assert job.wait()["JobState"] == "CANCELLED" and job.state()["Restarts"] == "0"
-    bench.cluster.wait_until(lambda: "The same command goes on" in job.printed or None, "the last words", 30)
+    bench.cluster.wait_until(lambda: "The same command goes on" in job.printed or None, "the last words", 60)
     assert f"stopped by SIGTERM after step {HELD_AT}" in job.printed
     again = bench.train(f"hydra.run.dir={job.run}")
     again.wait_until_complete()
@@ -127,6 +130,28 @@ def test_a_signal_before_training(bench: Bench, whole_one: Path) -> None:
     job.signal("USR1")
     job.wait_until_complete(restarts=1)
     assert_same_runs(job.run, whole_one)
+
+
+@pytest.mark.slow
+def test_a_signal_after_the_last_step(bench: Bench, whole_one: Path) -> None:
+    """All is learned: the results are still written, and there is nothing to queue again for."""
+    job = bench.train(held_rank=0, held_at=NUM_STEPS)
+    job.wait_until_held()
+    job.signal("USR1")
+    job.wait_until_complete()
+    assert_same_runs(job.run, whole_one)
+    assert len(starts_of(job.run)) == 1
+
+
+@pytest.mark.slow
+def test_queued_again_by_hand(bench: Bench, whole_two: Path) -> None:
+    """`scontrol requeue` of a job at work, which gets SIGTERM and has to save."""
+    job = bench.train(shape=TWO_TASKS, held_rank=0)
+    job.wait_until_held()
+    bench.cluster.run("scontrol", "requeue", job.number)
+    job.wait_until_complete(restarts=1)
+    assert_gone_on_in_the_same_folder(job, whole_two)
+    assert f"stopped by SIGTERM after step {HELD_AT}" in job.printed
 
 
 @pytest.mark.slow

@@ -1,0 +1,146 @@
+"""W&B with a server: one page with each step once, through stops; and no server can stop a training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from starts import NUM_STEPS, end, start, steps_logged, wait_for
+from wandb_server import TrackingServer
+
+from fmcib_ssl.training.tracking import MetricsFile, Start, WeightsAndBiases
+
+RUN_ID = "abcd1234"
+#: Of the server, in these tests; W&B's own look at the login may take ten seconds more.
+TIMEOUT_S = 2
+#: Nothing takes as long that is going to end.
+NEVER_S = 120
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[TrackingServer]:
+    import wandb
+
+    with TrackingServer() as server:
+        for name, value in server.environ.items():
+            monkeypatch.setenv(name, value)
+        wandb.teardown()  # the service keeps the environment that it was started in
+        yield server
+        server.behaviour = "serves"
+        wandb.teardown()
+
+
+def tracker_from(step: int, folder: Path) -> WeightsAndBiases:
+    tracker = WeightsAndBiases("project", "name", folder, timeout_s=TIMEOUT_S)
+    tracker.go_on(Start(RUN_ID, step, folder / "metrics.csv"))
+    return tracker
+
+
+def log(tracker: Any, steps: range, folder: Path) -> None:
+    metrics = MetricsFile(folder / "metrics.csv")
+    metrics.go_on(Start(RUN_ID, steps[0], folder / "metrics.csv"))
+    for step in steps:
+        for its in (tracker, metrics):
+            its.log_metrics({"loss": step / 7}, step=step)
+    metrics.save()
+
+
+def assert_each_step_once(history: list[dict[str, Any]], num_steps: int) -> None:
+    assert [row["_step"] for row in history] == list(range(num_steps))
+    assert [row["trainer/global_step"] for row in history] == list(range(num_steps))
+
+
+@pytest.mark.slow
+def test_one_page_through_a_dead_server_a_kill_and_a_stop(
+    server: TrackingServer, phantom_table: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    options = ("logger=wandb", f"logger.wandb.timeout_s={TIMEOUT_S}", "contact_sheet_rows=1")
+
+    def again() -> Any:
+        return start(phantom_table, run, *options, environ=server.environ)
+
+    server.behaviour = "hangs"
+    process = again()
+    wait_for(lambda: steps_logged(run) >= 3, process, NEVER_S)
+    process.terminate()
+    assert end(process) == 128 + signal.SIGTERM
+    assert not server.pages and "tracking offline" in run.with_suffix(".out").read_text()
+    server.behaviour = "serves"
+    process = again()
+    wait_for(lambda: steps_logged(run) >= 6, process)
+    process.kill()
+    assert end(process) == -signal.SIGKILL
+    process = again()
+    wait_for(lambda: steps_logged(run) >= 9, process)
+    process.terminate()
+    assert end(process) == 128 + signal.SIGTERM
+    assert end(again()) == 0
+
+    state = json.loads((run / "run.json").read_text())
+    assert len(state["starts"]) == 4 and list(server.pages) == [state["run_id"]]
+    assert server.opened == [state["run_id"]] * 3
+    page = server.pages[state["run_id"]]
+    assert_each_step_once(page.history, NUM_STEPS)
+    metrics = pd.read_csv(run / "metrics.csv")
+    assert [row["train/loss"] for row in page.history] == metrics["train/loss"].tolist()
+    assert set(metrics.columns) - {"step"} <= set().union(*page.history)
+
+    config = {key: value["value"] for key, value in page.config.items()}
+    assert config["optimizer"]["base_lr"] == 0.1 and config["seed"] == 0
+    assert config["environment"]["git"] == json.loads((run / "environment.json").read_text())["git"]
+    assert config["environment"]["packages"]["torch"]
+    assert config["data_checksum"] == state["data_checksum"]
+    for name in ("contact_sheet", "curves"):
+        picture = page.files[page.summary[name]["path"]]
+        assert picture == (run / f"{name}.png").read_bytes()
+    assert page.complete
+
+
+@pytest.mark.parametrize("behaviour", ["refuses", "denies", "fails", "hangs"])
+def test_a_server_that_is_none(
+    behaviour: str,
+    server: TrackingServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if behaviour == "refuses":
+        monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    else:
+        server.behaviour = behaviour
+    tracker = tracker_from(0, tmp_path)
+    with caplog.at_level(logging.INFO):
+        log(tracker, range(5), tmp_path)
+        tracker.finish()
+    assert "cannot be reached" in caplog.text and "to upload it: wandb sync" in caplog.text
+    (written,) = (tmp_path / "wandb").glob(f"offline-run-*/run-{RUN_ID}.wandb")
+    assert written.stat().st_size and not server.pages
+
+
+@pytest.mark.parametrize("behaviour", ["fails", "hangs"])
+def test_a_server_that_dies_while_training(
+    behaviour: str, server: TrackingServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing waits for it but the end, which says how to send the rest; the next start sends it by itself."""
+    import wandb
+
+    tracker = tracker_from(0, tmp_path)
+    log(tracker, range(3), tmp_path)
+    server.behaviour = behaviour
+    log(tracker, range(3, 9), tmp_path)
+    tracker.finish()
+    assert "did not take everything" in caplog.text and "wandb sync" in caplog.text
+    wandb.teardown()
+    server.behaviour = "serves"
+    tracker = tracker_from(9, tmp_path)
+    log(tracker, range(9, 12), tmp_path)
+    tracker.finish()
+    assert_each_step_once(server.pages[RUN_ID].history, 12)
+    assert server.opened == [RUN_ID] * 2
