@@ -130,6 +130,19 @@ def test_a_worker_ends_when_its_parent_is_killed(method: str, tmp_path: Path) ->
     assert result.returncode == -signal.SIGKILL
 
 
+def test_a_rank_ends_when_its_launcher_is_killed() -> None:
+    rank = "import time\nfrom fmcib_ssl import signals\nsignals.end_with_parent()\nprint(flush=True)\ntime.sleep(120)"
+    launcher = (
+        "import os, subprocess, sys\n"
+        f"rank = subprocess.Popen([sys.executable, '-c', {rank!r}], stdout=subprocess.PIPE, stderr=2)\n"
+        "rank.stdout.readline()\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    # The rank holds stderr open; so this waits for it too.
+    result = subprocess.run([sys.executable, "-c", launcher], stderr=subprocess.PIPE, check=False, timeout=60)
+    assert result.returncode == -signal.SIGKILL
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_worker_is_deaf_from_its_first_moment(method: str, tmp_path: Path) -> None:
     """Signals that came before it could say so wait, and then mean nothing."""
