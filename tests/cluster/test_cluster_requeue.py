@@ -77,7 +77,8 @@ def test_a_killed_process_ends_the_job(bench: Bench, whole_two: Path) -> None:
     assert ended["JobState"] == "FAILED" and ended["ExitCode"] != "0:0"
     assert "task 1: Killed" in job.printed
     bench.cluster.run("scontrol", "requeue", job.number)
-    job.wait_until_complete(restarts=1)
+    bench.cluster.wait_until(lambda: job.state()["Restarts"] == "1" or None, "the job in the queue again")
+    assert job.wait()["JobState"] == "COMPLETED", job.printed
     assert_same_runs(job.run, whole_two)
     assert len(starts_of(job.run)) == 2
 

@@ -24,7 +24,8 @@ def start(launcher: list[str], output: Path, *overrides: str) -> subprocess.Pope
     options = [option for option in OPTIONS if not option.startswith(("data.batch_size", "trainer.max_epochs"))]
     command = [sys.executable, *launcher, str(REPO / "train.py"), *options, *TWO, *overrides]
     with output.open("ab") as file:
-        environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+        # Or processes that are started again may read from torchrun's store where those before them were to be reached.
+        environ = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         return subprocess.Popen(command, stdout=file, stderr=file, env=environ)
 
 
