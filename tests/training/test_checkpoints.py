@@ -322,7 +322,7 @@ def test_checkpoints_of_another_run_are_refused(trained: Path, tmp_path: Path) -
 
 
 def test_a_worker_that_was_killed_is_no_full_disk(tmp_path: Path) -> None:
-    """torch raises that wherever the process happens to be; taken for a full disk, the last checkpoint would be lost."""
+    """torch raises that wherever the process is; taken for a full disk, the last checkpoint would be lost."""
 
     def killed(_number: int, _frame: object) -> None:
         raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
