@@ -45,6 +45,8 @@ KINDS = {
     "prepare: SIGKILL": 12,
     "prepare: SIGTERM": 8,
 }
+#: Of one kind: more that hit nothing would never end.
+MOST_CASES = 100
 
 
 class Faults(Command):
@@ -76,12 +78,12 @@ def references(workspace: Path) -> None:
 
 
 def cases(wanted: dict[str, int], seed: int, workspace: Path) -> Iterator[dict[str, Any]]:
-    """Cases of all kinds in turn, until there are enough kills of each."""
+    """Cases of all kinds in turn, until there are enough kills of each; a run may end before it is hit."""
     left, number = dict(wanted), 0
-    while any(num > 0 for num in left.values()):
+    while any(num > 0 for num in left.values()) and number < MOST_CASES:
         for kind in [kind for kind, num in left.items() if num > 0]:
             result = Case(kind, number, left[kind], seed, workspace).result()
-            left[kind] -= max(1, len(result["kills"]))
+            left[kind] -= len(result["kills"])
             yield result
         number += 1
 
