@@ -149,7 +149,7 @@ def main(arguments: list[str]) -> None:
     problems = [problem for result in results for problem in result["problems"]]
     found = {
         "command": f"python benchmarks/faults.py num_kills={command.num_kills} seed={command.seed}",
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "machine": f"{platform.system()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "kills": sum(row["kills"] for row in rows),
         "starts": sum(result["starts"] for result in results),
         "rows": rows,
