@@ -59,6 +59,7 @@ def make_trainer(folder: Path, **options: Any) -> L.Trainer:
     defaults = {
         "accelerator": "cpu",
         "max_epochs": 1,
+        "log_every_n_steps": 1,
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
