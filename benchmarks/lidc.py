@@ -42,6 +42,7 @@ from fmcib_ssl.evaluation.folds import Part, without_shared
 from fmcib_ssl.evaluation.frozen_probes import Inputs
 from fmcib_ssl.evaluation.leakage import check_duplicates, check_patch_borders, check_patients
 from fmcib_ssl.evaluation.scoring import PartScores
+from fmcib_ssl.whole_file import whole_file
 
 Array = npt.NDArray[Any]
 
@@ -149,10 +150,8 @@ class Benchmark:
         file = self.folder(contender) / f"features-seed{job.seed}-{part}.npy"
         if not file.is_file():
             found = self._made(job)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_suffix(".tmp.npy")
-            np.save(temporary, found)
-            temporary.replace(file)
+            with whole_file(file) as unfinished:
+                np.save(unfinished, found)
         kept: Array = np.load(file)
         return kept
 

@@ -16,6 +16,7 @@ from fmcib_ssl.evaluation.frozen_probes import PROBES, Inputs
 from fmcib_ssl.evaluation.labels import Labels
 from fmcib_ssl.evaluation.metrics import auc
 from fmcib_ssl.evaluation.scoring import PartScores, Setup, resampled, score
+from fmcib_ssl.whole_file import whole_file
 
 Array = npt.NDArray[Any]
 
@@ -57,10 +58,8 @@ def scores_of(question: Question, inputs: Callable[[], Inputs], patients: Array,
     if cache.is_file():
         return PartScores(part.name, part.test, np.load(cache), float("nan"), len(part.train))
     (found,) = score(PROBE, inputs(), setup_of(question.task, question.labels, patients, [part]), question.fraction)
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cache.with_suffix(".tmp.npy")
-    np.save(temporary, found.scores)
-    temporary.replace(cache)
+    with whole_file(cache) as file:
+        np.save(file, found.scores)
     return found
 
 
