@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import Field, NonNegativeInt, model_validator
 
 from fmcib_ssl.command import Command, parse_command
+from fmcib_ssl.whole_file import write_whole
 
 
 class Split(Command):
@@ -69,10 +70,8 @@ def main(arguments: list[str]) -> None:
             sides = assign_splits(rows, command.parsed_shares(), command.group, labels, command.seed)
     except AnnotationsError as error:
         sys.exit(str(error))
-    unfinished = command.output.with_name(f"{command.output.name}.unfinished")
     as_it_stands = read_table(command.annotations, text=[str(name) for name in rows])
-    as_it_stands.assign(**{column: sides}).to_csv(unfinished, index=False)
-    unfinished.replace(command.output)
+    write_whole(command.output, as_it_stands.assign(**{column: sides}).to_csv(index=False))
     with pd.option_context("display.width", 200, "display.max_columns", 50, "display.precision", 3):
         print(describe_splits(rows, sides, command.group, labels))
 
