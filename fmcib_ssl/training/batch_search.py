@@ -11,7 +11,6 @@ import os
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -22,7 +21,7 @@ from lightning.pytorch.utilities.memory import is_oom_error
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from fmcib_ssl.data.datamodule import LesionDataModule
-from fmcib_ssl.training.memory import SPARE, free_host_memory, gpu_capacity, peak_memory
+from fmcib_ssl.training.memory import SPARE, free_host_memory, gpu_capacity, peak_memory, reset_host_peak
 
 #: The first step makes the optimizer's state; a scaler of the loss may leave that one out.
 _STEPS = 3
@@ -122,7 +121,7 @@ class HostRoom:
         """See `Room`."""
         if self._expected(size) > self.limit:
             return False
-        _forget_peak()
+        reset_host_peak()
         if not _takes(step):
             return False
         self._peaks[size] = peak_memory(torch.device("cpu"))
@@ -216,12 +215,6 @@ def _takes(step: Callable[[], None]) -> bool:
         traceback.clear_frames(error.__traceback__)  # they hold what the step has made
         return False
     return True
-
-
-def _forget_peak() -> None:
-    """Let the kernel measure the most memory of this process anew; where it does not, the peak only grows."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _held_now() -> int:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 #: Of what is free, left for fragments and workspaces.
 SPARE = 0.1
+_STATUS = Path("/proc/self/status")
 
 
 def peak_memory(device: torch.device) -> int:
@@ -25,8 +26,17 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         peak: int = torch.cuda.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"]["peak"]
         return peak
+    with contextlib.suppress(OSError):
+        # Not `getrusage`: in Linux a program starts with the peak of the one that has started it.
+        return _number_after("VmHWM:", _STATUS.read_text()) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_host_peak() -> None:
+    """Let the kernel measure the most memory of this process anew; where it does not, the peak only grows."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def gpu_capacity(device: torch.device) -> int:

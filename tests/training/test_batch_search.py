@@ -22,7 +22,7 @@ from fmcib_ssl.data.datamodule import LesionDataModule
 from fmcib_ssl.methods.pretraining import Pretraining
 from fmcib_ssl.training import batch_search
 from fmcib_ssl.training.batch_search import GPURoom, HostRoom, SmallestOfAll, largest_that_fits, take_steps
-from fmcib_ssl.training.memory import free_host_memory
+from fmcib_ssl.training.memory import free_host_memory, peak_memory, reset_host_peak
 from fmcib_ssl.types import PatchPair, SampleKey
 
 CPU = torch.device("cpu")
@@ -54,8 +54,17 @@ def test_every_limit_is_found(most: int) -> None:
 
 @pytest.mark.parametrize(("each", "fixed"), [(15 * MB, 0), (15 * MB, 240 * MB)])
 def test_what_fits_on_a_host(each: int, fixed: int) -> None:
-    """In a process of its own: what other tests have left would be measured too."""
+    """In a process of its own: what other tests have left would be measured too.
+
+    What that process was started by has held more; the kernel hands this on to a new program, as `ru_maxrss`.
+    """
     free = 750 * MB
+    starter = (
+        "import subprocess, sys\n"
+        "import numpy as np\n"
+        f"np.ones({2 * free}, np.uint8)\n"
+        "sys.exit(subprocess.run([sys.executable, '-c', sys.argv[1]]).returncode)\n"
+    )
     code = (
         "import numpy as np\n"
         "from fmcib_ssl.training import batch_search\n"
@@ -69,7 +78,7 @@ def test_what_fits_on_a_host(each: int, fixed: int) -> None:
         "found = batch_search.largest_that_fits(lambda size: room.holds(size, lambda: step(size)), 2, 1000)\n"
         "print(found.size, max(tried))\n"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run([sys.executable, "-c", starter, code], capture_output=True, text=True, check=True).stdout
     found, largest_tried = map(int, said.split())
     true = (0.9 * free - fixed) / each
     assert 0.7 * true <= found <= true + 1  # the process may hold more for other reasons, and then dares less
@@ -117,6 +126,15 @@ def test_torch_is_held_to_a_part_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     assert room.limit == 63 * MB
     assert [room.holds(size, lambda size=size: step(size)) for size in (2, 5, 6, 12)] == [True, True, False, False]
     assert fractions[1] == pytest.approx(0.5) and fractions[-1] == 1.0
+
+
+def test_the_most_memory_of_a_host() -> None:
+    reset_host_peak()
+    before = peak_memory(CPU)
+    np.ones(300 * MB, np.uint8)
+    assert peak_memory(CPU) - before == pytest.approx(300 * MB, rel=0.2)
+    reset_host_peak()
+    assert peak_memory(CPU) - before < 100 * MB
 
 
 @pytest.mark.parametrize("version", [1, 2])
