@@ -33,8 +33,18 @@ RESULTS = Path(__file__).parent / "results" / "step_curves.json"
 PICTURE = REPO / "docs" / "images" / "step_curves.png"
 
 SETTINGS = {
-    "plain": ["hardware.precision=32-true", "hardware.channels_last=false", "hardware.compile=false"],
-    "fast": ["hardware.precision=auto", "hardware.channels_last=true", "hardware.compile=true"],
+    "plain": [
+        "hardware.precision=32-true",
+        "hardware.channels_last=false",
+        "hardware.trim=false",
+        "hardware.compile=false",
+    ],
+    "fast": [
+        "hardware.precision=auto",
+        "hardware.channels_last=true",
+        "hardware.trim=true",
+        "hardware.compile=true",
+    ],
 }
 COLORS = {"plain": "tab:gray", "fast": "tab:blue"}
 

@@ -17,7 +17,13 @@ from torch import nn
 
 from fmcib_ssl.methods.pretraining import Pretraining
 from fmcib_ssl.methods.two_views import TwoViews
-from fmcib_ssl.models.acceleration import compile_training, lay_out_channels_last, recompute_blocks, resolve_precision
+from fmcib_ssl.models.acceleration import (
+    compile_training,
+    lay_out_channels_last,
+    recompute_blocks,
+    resolve_precision,
+    trim,
+)
 from fmcib_ssl.models.encoders import feature_dim
 from fmcib_ssl.models.export import encoder_metadata
 from fmcib_ssl.settings import Component, ConfigError, Hardware, Settings
@@ -135,6 +141,8 @@ def accelerate(module: L.LightningModule, encoder: nn.Module, hardware: Hardware
     """Lay out and compute a module and its encoder as `hardware` asks; what they compute and are called stays."""
     if hardware.channels_last:
         lay_out_channels_last(module)
+    if hardware.trim:
+        trim(module)
     if hardware.gradient_checkpointing:
         with blame("hardware"):
             recompute_blocks(encoder)

@@ -71,6 +71,7 @@ class Hardware(_Section):
     strategy: str
     precision: str
     channels_last: bool
+    trim: bool
     compile: bool
     gradient_checkpointing: bool
     sync_batchnorm: bool

@@ -49,7 +49,8 @@ def summary(settings: Settings, source: LesionSource, batch_size: int, module: P
     times = f" x {trainer.accumulate_grad_batches}" if accumulated else ""
     flops = module.flops_per_lesion
     work = "not counted" if flops is None else f"{flops / 1e9:.3g} GFLOP a lesion, forward and back"
-    switches = [name for name in ("channels_last", "compile", "gradient_checkpointing") if getattr(hardware, name)]
+    switches = ("channels_last", "trim", "compile", "gradient_checkpointing")
+    switched_on = [name for name in switches if getattr(hardware, name)]
     rows = {
         "run": f"{settings.name}, fmcib_ssl {fmcib_ssl.__version__}, in {settings.paths.run}",
         "lesions": f"{len(source.patches)} in {source.num_scans} scans, from {source.origin}",
@@ -61,7 +62,7 @@ def summary(settings: Settings, source: LesionSource, batch_size: int, module: P
         "encoder": f"{_last_name(settings.encoder)}, {parameters:.2f} M weights, "
         f"{module.metadata['feature_dim']} features",
         "work": work,
-        "step": ", ".join([resolve_precision(hardware.precision, hardware.accelerator), *switches]),
+        "step": ", ".join([resolve_precision(hardware.precision, hardware.accelerator), *switched_on]),
         "method": f"{type(module).__name__}{loss}",
         "rate": f"{rate:.3g} at its highest = {base_lr:g} x {global_batch}{times} / {reference_batch}, "
         f"{_last_name(settings.optimizer)}, {schedule}",
