@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from fmcib_ssl.representation import contrast_figures, effective_rank, negative_shares, unit_vectors
+from fmcib_ssl.training.rows import row_is_due
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +30,10 @@ class LearningSignals(L.Callback):
     effective rank). **Negatives solved**: the softmax puts next to nothing on the negatives, so the loss is near its
     floor and its gradient near zero, whatever is still to be learned about lesions.
 
-    Figures are averaged over windows of steps. The first window is never judged: embeddings of random weights look
-    collapsed. Each device looks at its own lesions; the first device's figures are logged. No device waits for another.
+    Figures are averaged over windows of steps, and logged in steps that get a row: in short runs all of them, in others
+    twenty a window, since Lightning takes half a millisecond for each figure. The first window is never judged:
+    embeddings of random weights look collapsed. Each device looks at its own lesions; the first device's figures are
+    logged. No device waits for another.
 
     Needs `training_step` to return `embeddings`, the detached embeddings `(z0, z1)` of two views of the batch's
     lesions, and, for mined negatives, `negatives`, theirs. Of the module's attribute `loss` it reads `temperature`,
@@ -66,6 +69,7 @@ class LearningSignals(L.Callback):
         self.min_negative_share = min_negative_share
         self._window = window
         self._num_windows = 0
+        self._unlogged = 0
         self._figures: list[dict[str, Tensor]] = []
         self._recent: deque[Tensor] = deque()
         self._said: set[str] = set()
@@ -83,6 +87,7 @@ class LearningSignals(L.Callback):
             "figures": list(self._figures),
             "recent": list(self._recent),
             "num_windows": self._num_windows,
+            "unlogged": self._unlogged,
             "said": sorted(self._said),
         }
 
@@ -91,12 +96,13 @@ class LearningSignals(L.Callback):
         self._figures = list(state_dict["figures"])
         self._recent = deque(state_dict["recent"])
         self._num_windows = state_dict["num_windows"]
+        self._unlogged = state_dict["unlogged"]
         self._said = set(state_dict["said"])
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log this step's figures; at the end of a window also its rank, and judge it."""
+        """Look at this step's embeddings; at the end of a window log their rank, and judge it."""
         if not isinstance(outputs, dict) or "embeddings" not in outputs:
             return
         positive = cast(Views, unit_vectors(outputs["embeddings"]))
@@ -105,7 +111,10 @@ class LearningSignals(L.Callback):
         shares = self._shares(pl_module, positive, mined, trainer.world_size)
         if shares:
             figures |= shares | {"negative_share": torch.stack(list(shares.values())).sum()}
-        self._log(pl_module, figures, len(positive[0]))
+        self._unlogged += 1
+        if self._unlogged >= self._window // 20 and row_is_due(trainer):
+            self._unlogged = 0
+            self._log(pl_module, figures, len(positive[0]))
 
         self._figures.append(figures)
         self._recent.append(positive[0][:RANK_ROWS])

@@ -15,6 +15,7 @@ import torch
 from fmcib_ssl.data.patches import LesionPatches
 from fmcib_ssl.training.flops import peak_flops
 from fmcib_ssl.training.memory import peak_memory
+from fmcib_ssl.training.rows import row_is_due
 from fmcib_ssl.types import BatchViewTransform
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ class Throughput(L.Callback):
         window = self._steps.maxlen or 1
         if self._num_steps > window and self._unlogged < window // 2:
             return False
-        return trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate()
+        return row_is_due(trainer)
 
     def _figures(self, world_size: int) -> dict[str, float]:
         seconds, waited, lesions = (sum(column) for column in zip(*self._steps, strict=True))

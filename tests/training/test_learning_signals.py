@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pandas as pd
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -106,6 +108,20 @@ def test_a_healthy_run_is_left_in_peace(tmp_path: Path, warnings_of: Callable[[]
         float(metrics["train/mined_share"] + metrics["train/lesion_share"]), abs=1e-6
     )
     assert 0.05 < float(metrics["train/negative_share"]) < 1
+
+
+def test_a_long_run_has_them_twenty_times_a_window(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    loss = NTXentNegativeMinedLoss(0.2, negatives="mined_and_lesions")
+    module = MinedContrast(healthy_encoder(), nn.Identity(), loss, partial(adam, lr=3e-3))
+    logger = CSVLogger(tmp_path)
+    options = {**QUIET, "logger": logger, "log_every_n_steps": 1}
+    trainer = L.Trainer(default_root_dir=tmp_path, max_steps=400, callbacks=[LearningSignals()], **options)
+    trainer.fit(module, DataLoader(Lesions(), batch_size=16, drop_last=True))
+    table = pd.read_csv(Path(logger.log_dir) / "metrics.csv")
+    assert table["train/loss"].notna().all()
+    assert table["step"][table["train/lesion_cosine"].notna()].tolist() == list(range(1, 400, 2))  # windows of 40
+    assert table["step"][table["train/rank"].notna()].tolist() == list(range(39, 400, 40))
 
 
 def test_a_collapse_is_said_once_with_what_to_try(tmp_path: Path, warnings_of: Callable[[], list[str]]) -> None:
