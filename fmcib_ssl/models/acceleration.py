@@ -50,17 +50,21 @@ def trim(network: nn.Module) -> None:
 
     Of the kernels of 3D convolutions what meets nothing but zero padding: on a grid of one voxel, where small patches
     end, 26 of the 27 parts of a 3 x 3 x 3 kernel. Of the ReLU before the pooling of MONAI's ResNets what pooling drops:
-    seven of eight voxels.
+    seven of eight voxels. Layers with a `forward` of their own stay as they are.
     """
     for layer in network.modules():
-        if isinstance(layer, nn.Conv3d) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
-            layer.forward = partial(_convolved, layer)  # type: ignore[method-assign]
-        elif isinstance(layer, ResNet) and not layer.no_max_pool and isinstance(layer.act, nn.ReLU):
+        if getattr(layer.forward, "__func__", None) not in (nn.Conv3d.forward, ResNet.forward):
+            continue
+        if isinstance(layer, ResNet) and isinstance(layer.act, nn.ReLU) and not layer.no_max_pool:
             # The greatest number above zero is the greatest one, cut off at zero.
             layer.act, layer.maxpool = nn.Identity(), nn.Sequential(layer.maxpool, layer.act)
+        elif isinstance(layer, nn.Conv3d) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+            layer.forward = partial(_convolved, layer)  # type: ignore[method-assign]
 
 
 def _convolved(layer: nn.Conv3d, inputs: Tensor) -> Tensor:
+    if inputs.ndim != 5:  # one patch without its batch, or what torch has words for
+        return type(layer).forward(layer, inputs)
     weight, paddings = layer.weight, []
     padded = cast(tuple[int, ...], layer.padding)  # no word: `trim` leaves those layers alone
     axes = zip(inputs.shape[2:], layer.kernel_size, padded, layer.stride, layer.dilation, strict=True)

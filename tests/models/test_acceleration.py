@@ -218,6 +218,27 @@ def test_without_pooling_nothing_is_moved() -> None:
     assert_close(a_step(trimmed), a_step(network), rtol=1e-3)
 
 
+class Standardized(nn.Conv3d):
+    """Weight standardization: a layer with a `forward` of its own."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.conv3d(inputs, self.weight - self.weight.mean(), self.bias, self.stride, self.padding)
+
+
+def test_layers_with_a_way_of_their_own_keep_it() -> None:
+    layer, patches = Standardized(1, 2, 3, padding=1), torch.randn(1, 1, 1, 1, 1)
+    expected = layer(patches)
+    trim(layer)
+    assert torch.equal(layer(patches), expected)
+
+
+def test_a_patch_without_a_batch() -> None:
+    layer = nn.Conv3d(1, 2, 3, padding=1)
+    trim(layer)
+    patches = torch.randn(1, 1, 2, 3)
+    torch.testing.assert_close(layer(patches), layer(patches[None])[0])
+
+
 def test_what_pads_otherwise_is_left_whole() -> None:
     network = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1, padding_mode="replicate"), nn.Conv3d(2, 2, 3, padding="same"))
     patches = torch.randn(1, 1, 1, 1, 1)
