@@ -34,7 +34,7 @@ slurm:     ## install Slurm, if it is not here (root, Debian)
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES); } || \
 	  { echo "Slurm is not here and cannot be installed: that takes root, and Debian's packages"; exit 1; }
 
-test-container: slurm containers $(VENV)/.dev     ## build the image, run it under Docker and as Slurm jobs; 25 GB of disk, about half an hour
+test-container: slurm containers $(VENV)/.dev     ## build the image, run it under Docker and as Slurm jobs; 25 GB of disk, 15 minutes or more
 	$(BIN)/python -m pytest tests/container
 
 containers:     ## install Docker and Charliecloud, if they are not here (root, Debian)
