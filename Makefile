@@ -26,7 +26,7 @@ test: $(VENV)/.dev     ## run the tests, on all cores
 test-slow: $(VENV)/.dev     ## run the tests that take long
 	$(BIN)/python -m pytest -m "slow and not cluster and not container"
 
-test-cluster: slurm $(VENV)/.dev     ## start Slurm on this machine (root, Debian) and run the tests that need it; about 15 minutes
+test-cluster: slurm $(VENV)/.dev     ## start Slurm on this machine (root, Debian) and run the tests that need it; about 10 minutes
 	$(BIN)/python -m pytest tests/cluster -m "$(CLUSTER_TESTS)"
 
 slurm:     ## install Slurm, if it is not here (root, Debian)
