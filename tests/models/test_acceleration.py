@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-import yaml
-from hydra.utils import instantiate
+from one_step import REPO, SIZE, SPEC, a_step, assert_close, encoder, encoder_of, views
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -23,20 +21,13 @@ from fmcib_ssl.models import acceleration
 from fmcib_ssl.models.acceleration import (
     compile_training,
     lay_out_channels_last,
-    met_part,
     recompute_blocks,
     resolve_precision,
     trim,
 )
 from fmcib_ssl.models.concentric import ConcentricResNet
-from fmcib_ssl.models.encoders import small_resnet
 from fmcib_ssl.models.export import export_encoder, load_encoder
-from fmcib_ssl.training.flops import forward_flops
 from fmcib_ssl.types import Preprocessing, ViewPairs
-
-REPO = Path(__file__).resolve().parents[2]
-SPEC = {"_target_": "fmcib_ssl.models.encoders.small_resnet", "widths": [4, 4, 8, 8]}
-SIZE = (12, 12, 12)
 
 #: Residual blocks as in the papers' tables.
 NUM_BLOCKS = {
@@ -52,42 +43,6 @@ NUM_BLOCKS = {
     "mc3_18": 8,
     "r2plus1d_18": 8,
 }
-
-
-def encoder() -> nn.Module:
-    torch.manual_seed(0)
-    return small_resnet(SPEC["widths"])  # type: ignore[arg-type]
-
-
-def encoder_of(path: Path) -> nn.Module:
-    """Of a file in configs/encoder."""
-    spec = yaml.safe_load(path.read_text())
-    for base in reversed(spec.pop("defaults", [])):
-        spec = {**yaml.safe_load((path.parent / f"{base}.yaml").read_text()), **spec}
-    network: nn.Module = instantiate(spec)
-    return network
-
-
-def views(num: int = 4) -> Tensor:
-    return torch.randn(num, 1, *SIZE, generator=torch.Generator().manual_seed(1))
-
-
-def a_step(network: nn.Module, forward: Callable[[Any], Tensor] | None = None) -> dict[str, Tensor]:
-    """What a step leaves: the output, every gradient, every running statistic."""
-    network.zero_grad()
-    out = (forward or network)(views())
-    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
-    gradients = {f"grad of {name}": weight.grad.clone() for name, weight in network.named_parameters()}  # type: ignore[union-attr]
-    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    return {"out": out.detach(), **gradients, **buffers}
-
-
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        scale = float(value.abs().max())
-        assert scale > 0, f"{name} is zero: nothing was compared"
-        torch.testing.assert_close(found[name], value, rtol=rtol, atol=rtol * scale, msg=lambda m, n=name: f"{n}: {m}")
 
 
 # Precision
@@ -137,114 +92,6 @@ def test_what_is_exported_is_the_same_in_either_layout(tmp_path: Path) -> None:
     assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
     loaded = load_encoder(tmp_path / "one").state_dict()
     assert all(torch.equal(loaded[name], weight) for name, weight in encoder().state_dict().items())
-
-
-# Kernels without what meets only padding
-
-
-@pytest.mark.parametrize("kernel_size", [1, 3, 5, 7])
-@pytest.mark.parametrize("stride", [1, 2, 3])
-@pytest.mark.parametrize("dilation", [1, 2])
-def test_what_is_left_of_a_kernel_gives_the_same(kernel_size: int, stride: int, dilation: int) -> None:
-    """With numbers whose sums are exact, so that equal is equal to the bit; padding is from none to too much."""
-    rng, num_trimmed = torch.Generator().manual_seed(0), 0
-    for size in range(1, 9):
-        for padding in range(dilation * (kernel_size - 1) + 2):
-            if size + 2 * padding < dilation * (kernel_size - 1) + 1:
-                continue
-            values = torch.randint(-8, 9, (2, 1, size), generator=rng).float()
-            weight = torch.randint(-8, 9, (1, 1, kernel_size), generator=rng).float()
-            first, count, less = met_part(size, kernel_size, padding, stride, dilation)
-            whole = F.conv1d(values, weight, stride=stride, padding=padding, dilation=dilation)
-            part = F.conv1d(values, weight.narrow(2, first, count), stride=stride, padding=less, dilation=dilation)
-            assert torch.equal(part, whole), (size, padding)
-            num_trimmed += count < kernel_size
-            if first or first + count < kernel_size:  # what was left out met nothing
-                outside = torch.ones(kernel_size, dtype=torch.bool)
-                outside[first : first + count] = False
-                weight.requires_grad_()
-                F.conv1d(values, weight, stride=stride, padding=padding, dilation=dilation).sum().backward()
-                assert not weight.grad[0, 0, outside].any()  # type: ignore[index]
-    assert (num_trimmed > 0) == (kernel_size > 1)
-
-
-@pytest.mark.parametrize("name", ["small", "concentric", "resnet18", "resnet50", "r2plus1d_18"])
-@pytest.mark.parametrize("size", [(16, 16, 16), (8, 24, 20)])
-def test_a_trimmed_encoder_gives_the_same(name: str, size: tuple[int, int, int]) -> None:
-    torch.manual_seed(0)
-    network = encoder_of(
-        REPO / "configs" / "encoder" / f"{name}.yaml"
-    ).double()  # in which what ought to be zero is nearly so
-    trimmed = copy.deepcopy(network)
-    trim(trimmed)
-    patches = torch.randn(4, 1, *size, dtype=torch.float64)
-    found, expected = (a_step(net, lambda _, net=net: net(patches)) for net in (trimmed, network))  # type: ignore[misc]
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        atol = 1e-7 + 1e-8 * float(value.abs().max())
-        torch.testing.assert_close(found[key], value, rtol=0, atol=atol, msg=lambda text, key=key: f"{key}: {text}")
-
-
-def test_a_trimmed_network_computes_less() -> None:
-    """The last stage of `small` has one voxel left of 16: a 27th of two convolutions remains, an eighth of another."""
-    network = encoder()
-    before = forward_flops(network, (2, 1, 16, 16, 16))
-    trim(network)
-    less = before - forward_flops(network, (2, 1, 16, 16, 16))
-    assert less >= 2 * 2 * 8 * 8 * ((27 - 8) + (27 - 1))  # two patches, multiply and add, 8 channels to 8
-
-
-@pytest.mark.parametrize("name", ["small", "resnet10"])
-def test_a_relu_after_the_pooling_gives_the_same_bits(name: str) -> None:
-    """Of 40 voxels every stage has so many left that no kernel is cut."""
-    torch.manual_seed(0)
-    network = encoder_of(REPO / "configs" / "encoder" / f"{name}.yaml")
-    trimmed = copy.deepcopy(network)
-    trim(trimmed)
-    sizes: list[int] = []
-    relu: Any = trimmed.maxpool[1]  # type: ignore[index]
-    relu.register_forward_hook(lambda _, inputs, __: sizes.append(inputs[0].shape[2]))
-    patches = torch.randn(4, 1, 40, 40, 40)
-    found, expected = (a_step(net, lambda _, net=net: net(patches)) for net in (trimmed, network))  # type: ignore[misc]
-    assert all(torch.equal(found[key], value) for key, value in expected.items())
-    assert trimmed.state_dict().keys() == network.state_dict().keys()
-    assert sizes == [10]  # 40 voxels, halved by the first convolution and by the pooling
-
-
-def test_without_pooling_nothing_is_moved() -> None:
-    network = small_resnet([2, 2, 2, 2], no_max_pool=True)
-    trimmed = copy.deepcopy(network)
-    trim(trimmed)
-    assert_close(a_step(trimmed), a_step(network), rtol=1e-3)
-
-
-class Standardized(nn.Conv3d):
-    """Weight standardization: a layer with a `forward` of its own."""
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return F.conv3d(inputs, self.weight - self.weight.mean(), self.bias, self.stride, self.padding)
-
-
-def test_layers_with_a_way_of_their_own_keep_it() -> None:
-    layer, patches = Standardized(1, 2, 3, padding=1), torch.randn(1, 1, 1, 1, 1)
-    expected = layer(patches)
-    trim(layer)
-    assert torch.equal(layer(patches), expected)
-
-
-def test_a_patch_without_a_batch() -> None:
-    layer = nn.Conv3d(1, 2, 3, padding=1)
-    trim(layer)
-    patches = torch.randn(1, 1, 2, 3)
-    torch.testing.assert_close(layer(patches), layer(patches[None])[0])
-
-
-def test_what_pads_otherwise_is_left_whole() -> None:
-    network = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1, padding_mode="replicate"), nn.Conv3d(2, 2, 3, padding="same"))
-    patches = torch.randn(1, 1, 1, 1, 1)
-    expected = network(patches)
-    trim(network)
-    assert torch.equal(network(patches), expected)
 
 
 # Gradient checkpointing

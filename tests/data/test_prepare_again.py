@@ -1,0 +1,304 @@
+"""A second run on a store, several at once, and whatever goes wrong: what is done again, set aside or refused."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk
+from prepared import content, decoded, direct_patch, run, scan_image, store_patch, three_scans, write_table
+
+from fmcib_ssl.data import prepare_plan, prepare_scan
+from fmcib_ssl.data.annotations import BadRowsError, read_annotations
+from fmcib_ssl.data.prepare import Shard, merge
+from fmcib_ssl.data.scans import read_scan
+from fmcib_ssl.data.store import Store, StoreError, StoreSettings
+from fmcib_ssl.data.store_lock import claim_store
+
+
+def test_names_outlive_a_move_of_the_archive(tmp_path: Path) -> None:
+    for root in ("here", "there"):
+        (tmp_path / root / "deep").mkdir(parents=True)
+        sitk.WriteImage(scan_image(), str(tmp_path / root / "deep" / "a.nrrd"))
+    write_table(tmp_path, ["deep/a.nrrd,1,2,3"])
+    stores = []
+    for root in ("here", "there"):
+        table = read_annotations(tmp_path / "lesions.csv", image_root=tmp_path / root)
+        run(table, tmp_path / f"store of {root}", image_root=tmp_path / root)
+        stores.append(Store(tmp_path / f"store of {root}").lesions[["lesion_id", "scan_id"]])
+    pd.testing.assert_frame_equal(stores[0], stores[1])
+
+
+def test_the_second_run_reads_no_scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = three_scans(tmp_path)
+    first = run(table, tmp_path / "store")
+    before = content(tmp_path / "store")
+
+    def refuse(*_args: object, **_options: object) -> None:
+        raise AssertionError("a finished scan is opened")
+
+    monkeypatch.setattr(prepare_scan, "read_scan", refuse)
+    monkeypatch.setattr(prepare_plan, "check_annotations", refuse)
+    again = run(table, tmp_path / "store")
+    assert (first.num_made, again.num_made, again.num_scans, again.num_lesions) == (3, 0, 3, 4)
+    assert content(tmp_path / "store") == before
+
+
+def test_a_changed_source_is_made_anew_and_a_touched_one_is_not(tmp_path: Path) -> None:
+    table = three_scans(tmp_path)
+    run(table, tmp_path / "store")
+    patches = [store_patch(Store(tmp_path / "store"), i) for i in range(4)]
+    sitk.WriteImage(scan_image(99), str(tmp_path / "b.nrrd"))  # other voxels, the same size
+    os.utime(tmp_path / "a.nrrd")
+    assert run(table, tmp_path / "store").num_made == 1
+    decoded.cache_clear()
+    store = Store(tmp_path / "store")
+    assert [np.array_equal(store_patch(store, i), patches[i]) for i in range(4)] == [True, False, True, True]
+    assert np.abs(store_patch(store, 1).astype(int) - direct_patch(store, 1, table.scan_of(1))).max() <= 1
+    assert run(table, tmp_path / "store").num_made == 0
+    (tmp_path / "c.nrrd").rename(tmp_path / "to tape.nrrd")
+    assert run(table, tmp_path / "store").num_lesions == 4  # a source that is gone is no reason to lose a scan
+
+
+def test_the_voxels_of_a_header_in_another_file_count(tmp_path: Path) -> None:
+    sitk.WriteImage(scan_image(0), str(tmp_path / "a.mhd"))
+    table = write_table(tmp_path, ["a.mhd,1,2,3"])
+    run(table, tmp_path / "store")
+    header = (tmp_path / "a.mhd").read_bytes()
+    sitk.WriteImage(scan_image(1), str(tmp_path / "a.mhd"))
+    assert (tmp_path / "a.mhd").read_bytes() == header
+    assert run(table, tmp_path / "store").num_made == 1
+
+
+def test_a_damaged_store_is_mended(tmp_path: Path) -> None:
+    table = three_scans(tmp_path)
+    run(table, tmp_path / "store")
+    before = content(tmp_path / "store")
+    names = sorted(Store(tmp_path / "store").scans.index)
+    (tmp_path / "store" / "scans" / f"{names[0]}.b2nd").write_bytes(b"half")
+    (tmp_path / "store" / "scans" / f"{names[1]}.cells").unlink()
+    (tmp_path / "store" / "scans" / f"{names[2]}.json").unlink()
+    assert run(table, tmp_path / "store").num_made == 3
+    assert content(tmp_path / "store") == before
+
+
+def test_changed_rows_change_the_index_and_no_voxels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(three_scans(tmp_path), tmp_path / "store")
+    monkeypatch.setattr(prepare_scan, "read_scan", None)
+    table = write_table(tmp_path, ["b.nrrd,-4,0,5", "a.nrrd,1,2,4", "a.nrrd,999,0,0"])
+    summary = run(table, tmp_path / "store")
+    store = Store(tmp_path / "store")
+    assert (summary.num_made, summary.num_scans, summary.num_lesions) == (0, 2, 2)
+    assert store.lesions["coordZ"].tolist() == [5, 4]
+    assert len(store.scans) == 2
+    assert summary.rejected["row"].tolist() == [3]
+
+
+def test_other_settings_and_foreign_folders_are_refused(tmp_path: Path) -> None:
+    table = three_scans(tmp_path)
+    run(table, tmp_path / "store")
+    with pytest.raises(StoreError, match=r"other settings \(spacing_mm=1.0 there, 2.0 asked for\): ask for the same"):
+        run(table, tmp_path / "store", settings=StoreSettings(2.0))
+    with pytest.raises(StoreError, match=r"not a store and not empty \(it has 'a.nrrd'\): choose another"):
+        run(table, tmp_path)
+    with pytest.raises(StoreError, match=r"lesions.csv.* cannot be written: .*choose another store=DIR"):
+        run(table, tmp_path / "lesions.csv")
+
+
+def test_shards_and_merge_give_what_one_run_gives(tmp_path: Path) -> None:
+    for seed in range(7):
+        sitk.WriteImage(scan_image(seed, (12, 12, 12)), str(tmp_path / f"{seed}.nrrd"))
+    rows = [f"{i % 8}.nrrd,{i},0,0" for i in range(5)] + ["5.nrrd,0,0,0", "6.nrrd,500,0,0", "7.nrrd,0,0,0", ",1,2,3"]
+    table = write_table(tmp_path, rows)
+    whole = run(table, tmp_path / "whole")
+    shards = [run(table, tmp_path / "parts", shard=Shard(i, 3)) for i in (1, 2)]
+    with pytest.raises(StoreError, match=r"is not complete.*merge=true"):
+        Store(tmp_path / "parts")
+    with pytest.raises(StoreError, match=r"(?s)\d of 8 scans are not finished:.*not prepared\nRun their shards again"):
+        merge(table, tmp_path / "parts")
+    shards.append(run(table, tmp_path / "parts", shard=Shard(3, 3)))
+    assert sum(shard.num_scans for shard in shards) == whole.num_scans == 8
+    merged = merge(table, tmp_path / "parts")
+    assert content(tmp_path / "parts") == content(tmp_path / "whole")
+    assert (merged.num_lesions, merged.num_set_aside) == (6, 2) == (whole.num_lesions, whole.num_set_aside)
+    pd.testing.assert_frame_equal(merged.rejected, whole.rejected)
+    assert whole.rejected["row"].tolist() == [7, 8, 9]
+
+    sitk.WriteImage(scan_image(50, (12, 12, 12)), str(tmp_path / "0.nrrd"))
+    with pytest.raises(StoreError, match=r"1 of 8 scans are not finished:\n.*0\.nrrd: its files have changed"):
+        merge(table, tmp_path / "parts")
+    with pytest.raises(StoreError, match=r"shard=4/3: the first of 3 is 1/3, there is no 4"):
+        Shard(4, 3)
+
+
+def test_two_runs_on_one_store_are_refused(tmp_path: Path) -> None:
+    table, store = three_scans(tmp_path), tmp_path / "store"
+    with (
+        claim_store(store, StoreSettings(), None),
+        pytest.raises(StoreError, match=rf"another run \(process {os.getpid()}"),
+    ):
+        run(table, store)
+    with claim_store(store, StoreSettings(), (1, 2)):
+        with pytest.raises(StoreError, match="being written by another run"):
+            run(table, store, shard=Shard(1, 2))
+        with pytest.raises(StoreError, match="being written by another run"):
+            merge(table, store)
+        run(table, store, shard=Shard(2, 2))
+    run(table, store)
+
+
+def test_bad_rows_may_refuse_the_whole_table(tmp_path: Path) -> None:
+    three_scans(tmp_path)
+    table = write_table(tmp_path, ["a.nrrd,1,2,3", "nothing.nrrd,0,0,0", ",1,1,1"])
+    with pytest.raises(BadRowsError, match=r"(?s)2 of 3 rows.*row 2: nothing.nrrd.*row 3.*image_path is empty"):
+        run(table, tmp_path / "store", on_bad_row="refuse")
+    assert pd.read_csv(tmp_path / "store" / "rejected.csv")["row"].tolist() == [2, 3]
+    assert not list((tmp_path / "store" / "scans").iterdir())
+
+
+def test_a_table_without_a_good_row(tmp_path: Path) -> None:
+    table = write_table(tmp_path, ["nothing.nrrd,0,0,0"])
+    with pytest.raises(BadRowsError, match=r"no row can be used; see .*rejected\.csv"):
+        run(table, tmp_path / "store")
+    assert len(pd.read_csv(tmp_path / "store" / "rejected.csv")) == 1
+
+
+def test_whatever_a_scan_does_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = three_scans(tmp_path)
+    errors = {"a.nrrd": MemoryError(), "b.nrrd": ZeroDivisionError("from some library")}
+
+    def read(path: Path, *args: Any, **options: Any) -> Any:
+        if path.name in errors:
+            raise errors[path.name]
+        return read_scan(path, *args, **options)
+
+    monkeypatch.setattr(prepare_scan, "read_scan", read)
+    summary = run(table, tmp_path / "store")
+    assert (summary.num_made, summary.num_set_aside, summary.num_lesions) == (1, 2, 1)
+    reasons = dict(zip(summary.rejected["row"], summary.rejected["reason"], strict=True))
+    assert set(reasons) == {1, 2, 3}
+    assert "more memory than there is" in reasons[1]
+    assert "ZeroDivisionError: from some library" in reasons[2]
+    errors.clear()  # the next night
+    summary = run(table, tmp_path / "store")
+    assert (summary.num_made, summary.num_set_aside, summary.num_lesions) == (2, 0, 4)
+    assert not list((tmp_path / "store" / "scans").glob("*.rejected.json"))
+
+
+def test_a_full_disk_stops_the_run_and_the_next_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, store = three_scans(tmp_path), tmp_path / "store"
+    fsync = os.fsync
+
+    def full_after_one_scan(descriptor: int) -> None:
+        if list((store / "scans").glob("*.json")):
+            raise OSError(28, os.strerror(28))
+        fsync(descriptor)
+
+    monkeypatch.setattr("os.fsync", full_after_one_scan)
+    with pytest.raises(StoreError, match="cannot be written: No space left on device; make room, then run"):
+        run(table, store)
+    finished = list((store / "scans").glob("*.json"))
+    assert len(finished) == 1
+    monkeypatch.undo()
+    assert run(table, store).num_made == 2
+    assert not list(store.rglob("*.tmp"))
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = three_scans(tmp_path)
+    (tmp_path / "store").mkdir(mode=0o500)
+    if os.access(tmp_path / "store", os.W_OK):  # root may do anything
+
+        def refuse(*_args: object, **_options: object) -> None:
+            raise PermissionError(13, os.strerror(13))
+
+        monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(StoreError, match="cannot be written: Permission denied; make it writable, or"):
+        run(table, tmp_path / "store")
+
+
+def write_bad_inputs(folder: Path) -> dict[str, str]:
+    """A file for each way in which a scan can be bad, and what is to be said of it."""
+    good = scan_image()
+    hu = sitk.GetArrayFromImage(good)
+
+    def write(name: str, values: np.ndarray, *, vector: bool = False) -> sitk.Image:
+        image = sitk.GetImageFromArray(values, isVector=vector)
+        sitk.WriteImage(image, str(folder / name))
+        return image
+
+    with_nan, with_inf = hu.astype(np.float32), hu.astype(np.float32)
+    with_nan[3, 4, 5], with_inf[3, 4, 5] = np.nan, np.inf
+    write("nan.nrrd", with_nan)
+    write("inf.nrrd", with_inf)
+    write("constant.nrrd", np.full_like(hu, -1000))
+    write("mr.nrrd", np.abs(hu))
+    write("flat.nii", hu[0])
+    write("four.nii", np.stack([hu, hu]))
+    write("colour.nrrd", np.stack([hu] * 3, -1), vector=True)
+    sitk.WriteImage(good, str(folder / "good.nii.gz"))
+    whole = (folder / "good.nii.gz").read_bytes()
+    (folder / "truncated.nii.gz").write_bytes(whole[: len(whole) // 2])
+    sitk.WriteImage(scan_image(0, (60, 60, 60)), str(folder / "damaged.nii.gz"))
+    damaged = bytearray((folder / "damaged.nii.gz").read_bytes())
+    damaged[len(damaged) // 2 : len(damaged) // 2 + 50] = bytes(50)
+    (folder / "damaged.nii.gz").write_bytes(damaged)
+    (folder / "empty.nii.gz").touch()
+    shutil.copy(folder / "good.nii.gz", folder / "really nifti.nrrd")
+    sitk.WriteImage(good, str(folder / "metres.mha"))
+    text = (folder / "metres.mha").read_bytes()
+    (folder / "metres.mha").write_bytes(re.sub(rb"ElementSpacing = .*", b"ElementSpacing = 0.0006 0.0006 0.002", text))
+    (folder / "singular.mha").write_bytes(
+        re.sub(rb"TransformMatrix = .*", b"TransformMatrix = 1 0 0 1 0 0 0 0 1", text)
+    )
+    (folder / "no slices").mkdir()
+    return {
+        "missing.nii.gz": "cannot be opened: No such file",
+        "truncated.nii.gz": "cut off or damaged",
+        "damaged.nii.gz": "cut off or damaged",
+        "empty.nii.gz": r"is empty \(0 bytes\)",
+        "really nifti.nrrd": "content is not what its name says",
+        "flat.nii": "is a 2D image",
+        "four.nii": "is a 4D image",
+        "colour.nrrd": "3 values a voxel",
+        "nan.nrrd": "NaN or Inf",
+        "inf.nrrd": "NaN or Inf",
+        "constant.nrrd": "is constant",
+        "mr.nrrd": "not CT in HU",
+        "metres.mha": "spacing of .*0.0006",
+        "singular.mha": "direction matrix|singular",
+        "no slices": "without DICOM slices",
+    }
+
+
+def test_every_bad_input_is_named_with_row_file_and_remedy(tmp_path: Path) -> None:
+    expected = write_bad_inputs(tmp_path)
+    rows = [f"{name},0,0,0" for name in expected]
+    outside, doubled, text, nan = (len(rows) + k for k in (2, 3, 4, 5))
+    rows += [
+        "good.nii.gz,0,0,0",
+        "good.nii.gz,0,0,80",
+        "good.nii.gz,0,0,0",
+        'good.nii.gz,"1,5",0,0',
+        "good.nii.gz,0,,0",
+    ]
+    summary = run(write_table(tmp_path, rows), tmp_path / "store")
+    assert summary.num_lesions == 1
+    written = pd.read_csv(tmp_path / "store" / "rejected.csv").set_index("row")
+    assert written.index.tolist() == [row for row in range(1, len(rows) + 1) if row != outside - 1]
+    for row, (name, reason) in enumerate(expected.items(), start=1):
+        assert written["image_path"][row] == name
+        assert str(tmp_path / name) == written["value"][row]
+        assert re.search(reason, written["reason"][row]), (name, written["reason"][row])
+    assert "62.0 mm outside the scan" in written["reason"][outside]
+    assert "same scan and point as row" in written["reason"][doubled]
+    assert "is not a finite number" in written["reason"][text]
+    assert "is missing" in written["reason"][nan]
+    assert written["remedy"].str.len().min() > 10
+    assert Store(tmp_path / "store").lesions["row"].tolist() == [outside - 1]
