@@ -34,6 +34,8 @@ def test_rows_are_what_they_are_called(case: step_benchmark.Case) -> None:
     assert isinstance(published.data.dataset.view_transform, PublishedViews)
     weights = [row.module.encoder.layer2[0].conv1.weight for row in (joint, last)]
     assert [w.is_contiguous(memory_format=torch.channels_last_3d) for w in weights] == [False, True]
+    trimmed = ["forward" in vars(row.module.encoder.layer2[0].conv1) for row in (last, rows["hardware.trim=true"])]
+    assert trimmed == [False, True]
     assert isinstance(joint.autocast, type(published.autocast))
     ours = rows["augment=batched_published"]
     assert isinstance(ours.data.dataset.view_transform, BatchedPublishedViews)
@@ -54,8 +56,8 @@ def test_the_table_of_a_tiny_case(
     results = json.loads(output.read_text())
     assert results["gpu resnet50_wide"] == 1  # of another machine: stays
     found = results["cpu small"]
-    assert len(found["rows"]) == 8
-    assert capsys.readouterr().out.count("\n| ") == 1 + 1 + 8
+    assert len(found["rows"]) == 9
+    assert capsys.readouterr().out.count("\n| ") == 1 + 1 + 9
     for row in found["rows"].values():
         data, whole = row["ms_of_them_for_data"], row["ms_per_lesion"]
         assert 0 < data < whole and row["lesions_per_s"] == pytest.approx(1e3 / whole)
