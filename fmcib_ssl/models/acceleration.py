@@ -63,7 +63,7 @@ def trim(network: nn.Module) -> None:
 
 
 def _convolved(layer: nn.Conv3d, inputs: Tensor) -> Tensor:
-    if inputs.ndim != 5:  # one patch without its batch, or what torch has words for
+    if inputs.ndim != 5:  # one patch without its batch, or what torch refuses
         return type(layer).forward(layer, inputs)
     weight, paddings = layer.weight, []
     padded = cast(tuple[int, ...], layer.padding)  # no word: `trim` leaves those layers alone
