@@ -54,6 +54,8 @@ class Watchdog(L.Callback):
         self._ticks = 0
         self._place = "before the first step"
         self._finished: threading.Event | None = None
+        self._thread: threading.Thread | None = None
+        self._reports = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin to watch."""
@@ -63,10 +65,10 @@ class Watchdog(L.Callback):
         own.unlink(missing_ok=True)  # of an earlier start
         self._moved(trainer, "waits for the first batch")
         self._finished = threading.Event()
-        watch = threading.Thread(
+        self._thread = threading.Thread(
             target=self._watch, args=(trainer, self._finished, own), name="fmcib_ssl watchdog", daemon=True
         )
-        watch.start()
+        self._thread.start()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -89,7 +91,9 @@ class Watchdog(L.Callback):
         self._stop()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """The run ends for a reason of its own."""
+        """The run ends for a reason of its own, or because another rank has written its state and ended."""
+        if self._reports and self._thread is not None:
+            self._thread.join(self.grace_s + 10)  # which ends the process, once it has said why
         self._stop()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -97,7 +101,7 @@ class Watchdog(L.Callback):
         self._stop()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_finished": None}
+        return {**self.__dict__, "_finished": None, "_thread": None}
 
     def _moved(self, trainer: L.Trainer, place: str) -> None:
         self._ticks = 0
@@ -117,6 +121,7 @@ class Watchdog(L.Callback):
                 return
 
     def _report(self, trainer: L.Trainer, own: Path) -> None:
+        self._reports = True
         try:
             own.parent.mkdir(parents=True, exist_ok=True)
             with own.open("w") as file:

@@ -43,13 +43,18 @@ def a_layer_that_hangs(seconds: float) -> None:
 
 def fit(watchdog: Watchdog, seconds: float) -> list[int]:
     ends: list[int] = []
+    fit_module(watchdog, Sleeper(seconds), ends)
+    return ends
+
+
+def fit_module(watchdog: Watchdog, module: Sleeper, ends: list[int]) -> None:
+    """The codes with which the watchdog would have ended the process are put into `ends`."""
     watchdog._end, watchdog._tick_s = ends.append, 0.05
     trainer = L.Trainer(
         accelerator="cpu", max_steps=4, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[watchdog],
     )  # fmt: skip
-    trainer.fit(Sleeper(seconds), DataLoader(torch.ones(8, 1), batch_size=1))
-    return ends
+    trainer.fit(module, DataLoader(torch.ones(8, 1), batch_size=1))
 
 
 def test_a_hang_says_where(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -58,6 +63,26 @@ def test_a_hang_says_where(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     text = (tmp_path / "stalls" / "rank-0.txt").read_text()
     assert "step 2, epoch 0: computes batch 2" in text and "a_layer_that_hangs" in text
     assert "callbacks.watchdog.timeout_s" in caplog.text and str(tmp_path / "stalls") in caplog.text
+
+
+def test_the_end_of_another_rank_does_not_cut_the_report_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once all states are there another rank may be the first to end, and the collective that waits for it fails."""
+
+    class CutOff(Sleeper):
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            time.sleep(1.0)
+            raise RuntimeError("Connection closed by peer")
+
+    def wait_for_others(*_: object) -> list[int]:
+        time.sleep(1.0)
+        return []
+
+    ends: list[int] = []
+    watchdog = Watchdog(tmp_path / "stalls", timeout_s=0.5)
+    monkeypatch.setattr(watchdog, "_wait_for_others", wait_for_others)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        fit_module(watchdog, CutOff(0), ends)
+    assert ends == [EXIT_CODE]
 
 
 def test_slow_steps_are_no_hang(tmp_path: Path) -> None:
