@@ -49,6 +49,18 @@ def test_rows_are_what_they_are_called(case: step_benchmark.Case) -> None:
     assert all(torch.equal(state[name], value) for state in states for name, value in states[0].items())
 
 
+def test_blocks_that_are_computed_again_hold_less() -> None:
+    """In a network that is deep enough: in `small` the first layer holds the peak."""
+    case = step_benchmark.Case(gpu=False, encoder="resnet18", patch=16, lesions=8, steps=1)
+    peaks = []
+    for switch in ("false", "true"):
+        overrides = ["augment=batched_published", f"hardware.gradient_checkpointing={switch}"]
+        contender = step_benchmark.Contender(case, overrides)
+        contender.step(iter(contender.loader))
+        peaks.append(contender.peak_mib())
+    assert peaks[1] < peaks[0]
+
+
 def test_the_table_of_a_tiny_case(
     case: step_benchmark.Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,9 +46,8 @@ def test_what_is_left_of_a_kernel_gives_the_same(kernel_size: int, stride: int, 
 @pytest.mark.parametrize("size", [(16, 16, 16), (8, 24, 20)])
 def test_a_trimmed_encoder_gives_the_same(name: str, size: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
-    network = encoder_of(
-        REPO / "configs" / "encoder" / f"{name}.yaml"
-    ).double()  # in which what ought to be zero is nearly so
+    # In double precision, in which what ought to be zero is nearly so.
+    network = encoder_of(REPO / "configs" / "encoder" / f"{name}.yaml").double()
     trimmed = copy.deepcopy(network)
     trim(trimmed)
     patches = torch.randn(4, 1, *size, dtype=torch.float64)

@@ -118,7 +118,7 @@ def test_offline_with_one_id(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
             tracker.finish()
     folders = list((tmp_path / "wandb").glob("offline-run-*"))
     assert len(folders) == 2  # of the same second the second has one number more
-    assert all("-abcd1234" in folder.name for folder in folders)
+    assert all(folder.name.removesuffix("-1").endswith("-abcd1234") for folder in folders)
     assert "wandb sync" in caplog.text
 
 
