@@ -1,13 +1,12 @@
 """Read a CT from disk with its geometry, refuse what is not one, and cut patches from it.
 
-The only module of the package that needs SimpleITK. A decoded scan is a NumPy array and its geometry: no SimpleITK
-image outlives a call, so scans may be held across `fork` and pickled, and every filter here runs on one thread.
+A decoded scan is a NumPy array and its geometry: no SimpleITK image outlives a call, so scans may be held across `fork`
+and pickled, and every filter here runs on one thread. DICOM is read in `dicom_scans`; everything else here.
 """
 
 from __future__ import annotations
 
 import gzip
-import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +17,11 @@ import numpy.typing as npt
 import SimpleITK as sitk
 from jaxtyping import Int16
 
+from fmcib_ssl.data.dicom_scans import read_dicom_header, read_dicom_volume
 from fmcib_ssl.data.geometry import PatchGrid, ScanGeometry
+from fmcib_ssl.data.scan_checks import as_hu, checked_geometry, decoded, shortened
 from fmcib_ssl.data.tables import ScanError
 from fmcib_ssl.types import PADDING_HU
-
-#: Voxel edges that a CT of a patient can have, mm.
-SPACING_RANGE_MM = (0.05, 25.0)
-#: A scan in HU holds air or at least fat somewhere; one that stays above this is not in HU.
-HIGHEST_MINIMUM_HU = -50
-#: Slices of one series may drift sideways by this much, mm, over the whole stack: rounding in the headers.
-MAX_DRIFT_MM = 1.0
-#: A step between slices may differ from the mean step by this part of it.
-MAX_STEP_DEVIATION = 0.1
-
-_FORMATS = "NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr), MetaImage (.mha, .mhd) or a folder of DICOM slices"
 
 
 class ScanSource(NamedTuple):
@@ -74,7 +64,7 @@ def read_header(path: Path | str, series_uid: str | None = None) -> ScanGeometry
     """
     path = Path(path)
     if path.is_dir():
-        return _read_dicom_headers(path, series_uid)[1]
+        return read_dicom_header(path, series_uid)
     return _read_file_header(path)[1]
 
 
@@ -90,23 +80,16 @@ def read_scan(path: Path | str, series_uid: str | None = None, verify: bool = Fa
         ScanError: as `read_header`, and for damaged data, NaN or Inf, a constant image, values that are not HU.
     """
     path = Path(path)
-    reader: Any
     if path.is_dir():
-        files, geometry = _read_dicom_headers(path, series_uid)
-        reader = sitk.ImageSeriesReader()
-        reader.SetFileNames(files)
-        reader.SetNumberOfThreads(1)
+        values, geometry = read_dicom_volume(path, series_uid)
     else:
         reader, geometry = _read_file_header(path)
         if verify and path.name.lower().endswith(".gz"):
             _verify_gzip(path)
-    try:
-        values = sitk.GetArrayFromImage(reader.Execute())
-    except (RuntimeError, MemoryError) as error:
-        raise ScanError(path, f"cannot be decoded: {_shortened(error)}") from error
+        values = decoded(reader, path)
     if values.shape != geometry.size_xyz[::-1]:
         raise ScanError(path, f"holds {values.shape[::-1]} voxels, its header says {geometry.size_xyz}")
-    return Scan(_as_hu(values, path), geometry)
+    return Scan(as_hu(values, path), geometry)
 
 
 def crop_patch(scan: Scan, grid: PatchGrid, padding_hu: int = PADDING_HU) -> Int16[np.ndarray, "z y x"]:
@@ -153,7 +136,7 @@ def _read_file_header(path: Path) -> tuple[Any, ScanGeometry]:
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
-        raise ScanError(path, f"cannot be read: {_shortened(error)}") from error
+        raise ScanError(path, f"cannot be read: {shortened(error)}") from error
     size = reader.GetSize()
     if len(size) != 3 or min(size) < 2:
         hint = "; for DICOM name the folder of the series, not one slice" if len(size) == 3 else ""
@@ -163,7 +146,7 @@ def _read_file_header(path: Path) -> tuple[Any, ScanGeometry]:
         raise ScanError(path, f"has {components} values a voxel (colour or vectors), not one HU value")
     if reader.HasMetaDataKey("vox_offset"):
         _check_nifti_length(path, reader)
-    return reader, _checked_geometry(
+    return reader, checked_geometry(
         path, size, reader.GetSpacing(), reader.GetOrigin(), np.reshape(reader.GetDirection(), (3, 3))
     )
 
@@ -195,162 +178,3 @@ def _verify_gzip(path: Path) -> None:
                 pass
     except (EOFError, OSError, zlib.error) as error:
         raise ScanError(path, f"is cut off or damaged ({error}); copy it again") from error
-
-
-def _read_dicom_headers(folder: Path, series_uid: str | None) -> tuple[list[str], ScanGeometry]:
-    """Files of one series from its first to its last slice, and its geometry."""
-    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-    if not series:
-        raise ScanError(folder, "is a folder without DICOM slices (folders inside it are not searched)")
-    if series_uid is None and len(series) > 1:
-        raise ScanError(
-            folder,
-            f"holds {len(series)} DICOM series; name one in a column `series_uid`: {', '.join(sorted(series))}",
-        )
-    if series_uid is not None and series_uid not in series:
-        raise ScanError(folder, f"has no series {series_uid!r}; it holds {', '.join(sorted(series))}")
-    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series_uid or series[0])
-    if len(files) < 2:
-        raise ScanError(folder, "holds one DICOM slice; a volume needs at least two")
-    slices = [_read_slice_header(Path(file)) for file in files]
-    first = slices[0]
-    for file, one in zip(files, slices, strict=True):
-        if one.size != first.size or not np.allclose(
-            [*one.spacing, *one.axes.flat], [*first.spacing, *first.axes.flat], atol=1e-4
-        ):
-            raise ScanError(
-                folder,
-                f"its slices differ in size, spacing or orientation ({Path(file).name} from {Path(files[0]).name}): "
-                "is a localizer among them?",
-            )
-    normal = first.axes[:, 2]
-    positions = np.array([one.position_lps_mm for one in slices])
-    order = np.argsort(positions @ normal, kind="stable")
-    files, positions = [files[i] for i in order], positions[order]
-    spacing_mm = _slice_distance_mm(folder, positions, normal)
-    columns, rows = first.size
-    geometry = _checked_geometry(
-        folder, (columns, rows, len(files)), (*first.spacing, spacing_mm), positions[0], first.axes
-    )
-    return files, geometry
-
-
-class _Slice(NamedTuple):
-    size: tuple[int, int]
-    spacing: tuple[float, float]
-    position_lps_mm: tuple[float, float, float]
-    axes: npt.NDArray[np.float64]
-
-
-def _read_slice_header(file: Path) -> _Slice:
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(file))
-    reader.SetImageIO("GDCMImageIO")
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise ScanError(file, f"cannot be read: {_shortened(error)}") from error
-    if not reader.HasMetaDataKey("0020|0032"):
-        raise ScanError(file, "has no ImagePositionPatient: where the slice lies is not known")
-    if reader.GetNumberOfComponents() != 1:
-        raise ScanError(file, "is a colour image, not a CT slice")
-    return _Slice(
-        reader.GetSize()[:2],
-        reader.GetSpacing()[:2],
-        reader.GetOrigin(),
-        np.reshape(reader.GetDirection(), (3, 3)),
-    )
-
-
-def _slice_distance_mm(
-    folder: Path, positions_lps_mm: npt.NDArray[np.float64], normal: npt.NDArray[np.float64]
-) -> float:
-    """Distance between slices, if they stand one above the other at equal distances.
-
-    Raises:
-        ScanError: missing, doubled or unequally spaced slices, or a stack that is not at right angles (gantry tilt).
-    """
-    depth = positions_lps_mm @ normal
-    steps = np.diff(depth)
-    step = float(np.median(steps))
-    if (steps < 0.01).any():
-        at = int(np.argmin(steps))
-        raise ScanError(folder, f"has two slices at one place ({depth[at]:.2f} mm along the slice normal)")
-    wrong = np.flatnonzero(np.abs(steps - step) > MAX_STEP_DEVIATION * step)
-    if wrong.size:
-        at = int(wrong[0])
-        raise ScanError(
-            folder,
-            f"slices are missing or not equally spaced: {steps[at]:.2f} mm from slice {at + 1} to {at + 2} "
-            f"(at {depth[at]:.1f} mm), {step:.2f} mm elsewhere; {wrong.size} such step(s)",
-        )
-    shift = positions_lps_mm[-1] - positions_lps_mm[0]
-    drift_mm = float(np.linalg.norm(shift - (shift @ normal) * normal))
-    if drift_mm > MAX_DRIFT_MM:
-        angle = np.degrees(np.arctan2(drift_mm, depth[-1] - depth[0]))
-        raise ScanError(
-            folder,
-            f"gantry tilt of {angle:.1f} degrees: the slices drift sideways by {drift_mm:.1f} mm; "
-            "resample the series to a rectangular volume first",
-        )
-    return float((depth[-1] - depth[0]) / (len(depth) - 1))
-
-
-def _checked_geometry(
-    path: Path, size: Any, spacing: Any, origin: Any, direction: npt.NDArray[np.float64]
-) -> ScanGeometry:
-    lowest, highest = SPACING_RANGE_MM
-    if not all(lowest <= s <= highest for s in spacing):
-        raise ScanError(
-            path,
-            f"has a spacing of {tuple(round(float(s), 4) for s in spacing)} mm; "
-            f"each must be between {lowest} and {highest} mm: is its header in another unit?",
-        )
-    if not np.allclose(direction.T @ direction, np.eye(3), atol=1e-3):
-        kind = "singular" if abs(np.linalg.det(direction)) < 1e-3 else "sheared (gantry tilt?)"
-        raise ScanError(path, f"has a {kind} direction matrix {direction.round(4).tolist()}, not a rotation")
-    if not np.isfinite(origin).all():
-        raise ScanError(path, f"has the origin {tuple(origin)}")
-    (nx, ny, nz), (sx, sy, sz), (x, y, z) = size, spacing, origin
-    rows: list[list[float]] = direction.tolist()
-    return ScanGeometry(
-        size_xyz=(int(nx), int(ny), int(nz)),
-        spacing_mm_xyz=(float(sx), float(sy), float(sz)),
-        origin_lps_mm=(float(x), float(y), float(z)),
-        direction=tuple((a, b, c) for a, b, c in rows),
-    )
-
-
-def _as_hu(values: npt.NDArray[Any], path: Path) -> npt.NDArray[np.int16] | npt.NDArray[np.float32]:
-    """The values of a file as int16 or float32, if they can be HU."""
-    lowest, highest = values.min(), values.max()
-    if not (np.isfinite(lowest) and np.isfinite(highest)):
-        raise ScanError(path, f"holds {np.count_nonzero(~np.isfinite(values))} voxels that are NaN or Inf")
-    if lowest == highest:
-        raise ScanError(path, f"is constant: every voxel is {lowest}")
-    if lowest > HIGHEST_MINIMUM_HU or highest < lowest + 100:
-        raise ScanError(
-            path,
-            f"has values from {lowest} to {highest}, which is not CT in HU (air -1000, fat -100, water 0): "
-            "apply the rescale slope and intercept",
-        )
-    limits = np.iinfo(np.int16)
-    if np.issubdtype(values.dtype, np.integer) and limits.min <= lowest and highest <= limits.max:
-        return values.astype(np.int16, copy=False)
-    return values.astype(np.float32, copy=False)
-
-
-def _shortened(error: BaseException) -> str:
-    """What SimpleITK has to say, in a sentence."""
-    text = str(error).rsplit("ERROR: ", 1)[-1]
-    if "Unable to determine ImageIO reader" in text:
-        return f"its content is not what its name says, or not a format we read; use {_FORMATS}"
-    if "MetaImageIO" in text and "cannot be read" in text:
-        return "it is cut off, or the file that holds its voxels is missing"
-    if "orthonormal" in text:
-        return (
-            "its direction matrix is sheared (gantry tilt?), not a rotation; resample it to a rectangular volume first"
-        )
-    last = text.strip().splitlines()[-1] if text.strip() else type(error).__name__
-    last = re.sub(r"^(\[nrrd\] \w+: |\w+\(0x[0-9a-f]+\): )+", "", last).strip()
-    return f"it is cut off ({last})" if re.match(r"expected \d+ bytes|fread got only", last) else last
