@@ -15,11 +15,10 @@ from typing import Any
 
 import lightning as L
 import torch
-import yaml
 from torch import Tensor, nn
 
 from fmcib_ssl.components import build_module
-from fmcib_ssl.safety import check_targets
+from fmcib_ssl.safety import check_targets, read_yaml
 from fmcib_ssl.settings import ConfigError, Settings, settings_of
 from fmcib_ssl.training.faults import bad_views, fault_folder, newest_fault, read_faults
 from fmcib_ssl.training.rng import set_random_state
@@ -72,7 +71,7 @@ def replay(
         step: which; None is the last that was kept.
         device: where to compute.
         trusted_modules: packages of the user's that `config.yaml` may name. The folder may come from elsewhere, so
-            it may else build only the parts of this package and of torch, torchvision, MONAI, timm and lightly.
+            it may else build only what `fmcib_ssl.safety` lists.
 
     Raises:
         ConfigError: a configuration that cannot be used.
@@ -107,11 +106,11 @@ def replay(
 def _settings(run: Path, trusted_modules: Collection[str]) -> Settings:
     file = run / "config.yaml"
     try:
-        values = yaml.safe_load(file.read_text())
+        values = read_yaml(file)
     except FileNotFoundError as error:
         raise ConfigError(f"{file}: there is no such file; give the folder of a run: run=DIR") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if not isinstance(values, dict):
         raise ConfigError(f"{file} is not the configuration of a run")
     try:

@@ -7,6 +7,8 @@ import os
 import stat
 import subprocess
 import sys
+import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from fmcib_ssl.safety import (
     check_targets,
     is_trusted,
     no_world_write,
+    read_yaml,
     redacted,
 )
 
@@ -103,7 +106,9 @@ TRUSTED = [
     "fmcib_ssl.training.schedules.warmup_cosine",
     "torch.nn.Linear",
     "torch.optim.AdamW",
+    "torch.optim.lr_scheduler.CosineAnnealingLR",
     "torchvision.models.video.r3d_18",
+    "timm.models.resnet.resnet18",
     "monai.networks.nets.DenseNet",
 ]
 UNTRUSTED = [
@@ -113,6 +118,15 @@ UNTRUSTED = [
     "builtins.exec",
     "torch.hub.load",
     "torch.load",
+    "timm.models.load_state_dict",
+    "timm.models.create_model",
+    "timm.create_model",
+    "torchvision.models.get_model",
+    "monai.losses.PerceptualLoss",  # fetches code from a repository
+    "monai.networks.nets.HoVerNet",
+    "monai.networks.nets.get_pretrained_resnet_medicalnet",
+    "torch.optim.Optimizer.load_state_dict",
+    "torch.nn.modules.utils.consume_prefix_in_state_dict_if_present",
     "torch.utils.cpp_extension.load",
     "torch.nn.modules.module.torch.hub.load",  # a way round by what a module imports
     "torch.nn.functional.torch.load",
@@ -149,9 +163,10 @@ def test_nothing_else_may(target: Any) -> None:
 def test_every_shipped_option_is_a_part_of_a_run() -> None:
     import yaml
 
-    for folder in ("method", "encoder", "head", "loss", "optimizer", "schedule"):
+    for folder in ("method", "encoder", "head", "loss", "optimizer", "schedule", "augment"):
         for file in (REPO / "configs" / folder).glob("*.yaml"):
-            check_targets(yaml.safe_load(file.read_text(encoding="utf-8")), file)
+            text = file.read_text(encoding="utf-8").replace("${", "$ {")  # in a run folder its value stands instead
+            check_targets(yaml.safe_load(text), file)
 
 
 def test_a_package_that_is_not_trusted_is_not_even_imported(tmp_path: Path) -> None:
@@ -164,10 +179,81 @@ def test_a_package_that_is_not_trusted_is_not_even_imported(tmp_path: Path) -> N
     assert "trusted_modules=[harmful]" in done.stdout and not (tmp_path / "canary").exists()
 
 
-def test_names_are_trusted_whole() -> None:
+def test_names_are_trusted_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_trusted("mine.net.Net", ["mine"]) and is_trusted("mine.net.Net", ["mine.net.Net"])
     assert not is_trusted("mine_not.Net", ["mine"]) and not is_trusted("mine.Net", ["", "mine.Network"])
-    check_targets({"_target_": "mine.net.Net"}, "f", ["mine"])
+    (tmp_path / "own_parts.py").write_text("import os\nfrom os import system\nclass Net: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    check_targets({"_target_": "own_parts.Net"}, "f", ["own_parts"])
+    for other in ("own_parts.os.system", "own_parts.system", "own_parts.Absent"):  # what it imports is not its own
+        with pytest.raises(UntrustedTargetError, match="defined in another package"):
+            check_targets({"_target_": other}, "f", ["own_parts"])
+
+
+LOADING = [
+    {"_target_": "monai.networks.nets.resnet50", "pretrained": True},
+    {"_target_": "monai.networks.nets.ResNet", "pretrained": "/theirs/weights.pt"},
+    {"_target_": "monai.networks.nets.resnet50", "_args_": [True]},
+    {"_target_": "torchvision.models.video.r3d_18", "weights": "DEFAULT"},
+    {"_target_": "timm.models.resnet.resnet18", "pretrained": True},
+    {"_target_": "timm.models.resnet.resnet18", "pretrained_cfg": {"file": "/theirs/weights.bin"}},
+    {"_target_": "timm.models.vision_transformer.vit_tiny_patch16_224", "checkpoint_path": "/theirs/weights.bin"},
+]
+
+
+@pytest.mark.parametrize("component", LOADING, ids=str)
+def test_networks_of_others_may_be_built_but_not_load(component: dict[str, Any]) -> None:
+    with pytest.raises(UntrustedTargetError, match="read or fetch a file"):
+        check_targets({"encoder": component}, "config.yaml")
+    check_targets({"encoder": {"_target_": component["_target_"], "pretrained": False}}, "config.yaml")
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["${oc.env:HOME}", "a${b}", {"deep": ["${oc.create:{_target_: torch.load, f: x}}"]}, {"${oc.env:HOME}": 1}, "???"],
+    ids=str,
+)
+def test_nothing_is_interpolated(value: Any) -> None:
+    with pytest.raises(UntrustedTargetError, match="plain values only"):
+        check_targets({"encoder": {"_target_": "fmcib_ssl.models.encoders.small_resnet", "widths": value}}, "f")
+
+
+BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in pairwise("abcdefghi")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (BOMB, "aliases"),
+        ("a: &a [*a]", "aliases"),
+        ("[" * 500 + "]" * 500, "too deeply"),
+        ("[" * 5000, "too deeply"),
+        ("- &a 1\n" * 200_000, "1 MB"),
+        ("!!python/object/apply:os.system ['true']", "os.system"),
+        ("a: [", "expected"),
+        ("a: \x00", "cannot be read"),
+        ("1: {[]: 2}\n? {}\n: 1", "unhashable"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_yaml_that_is_a_bomb(text: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=reason) as error:
+        read_yaml(tmp_path / "config.yaml")
+    assert str(tmp_path) in str(error.value) and time.monotonic() - started < 10
+
+
+def test_yaml_as_the_usual_reader_reads_it(tmp_path: Path) -> None:
+    import yaml
+
+    text = "a: &x [1, 2.5, null, yes, text]\nb: *x\nc: {d: {<<: {e: 1}}}\n"
+    (tmp_path / "config.yaml").write_text(text)
+    assert read_yaml(tmp_path / "config.yaml") == yaml.safe_load(text)
+    (tmp_path / "config.yaml").write_text("")
+    assert read_yaml(tmp_path / "config.yaml") is None
 
 
 SECRETS = [
@@ -177,6 +263,14 @@ SECRETS = [
     ("s3://bucket?token=abc123&x=1", f"s3://bucket?token={HIDDEN}&x=1"),
     (["train.py", "+logger.wandb.api_key=abc123"], ["train.py", f"+logger.wandb.api_key={HIDDEN}"]),
     ("password=abc123", f"password={HIDDEN}"),
+    (["password=abc123 with blanks"], [f"password={HIDDEN}"]),
+    ("say password='abc123 with blanks' twice", f"say password={HIDDEN} twice"),
+    (["hydra.job.env_set.MY_API_KEY=abc123"], [f"hydra.job.env_set.MY_API_KEY={HIDDEN}"]),
+    (["hydra.job.env_set.PLAIN=abc123"], [f"hydra.job.env_set.PLAIN={HIDDEN}"]),
+    ({"env_set": {"PLAIN": "abc123"}}, {"env_set": {"PLAIN": HIDDEN}}),
+    (["logger={api_key: abc123, project: p}"], [f"logger={{api_key: {HIDDEN}, project: p}}"]),
+    (["--api-key", "abc123", "x"], ["--api-key", HIDDEN, "x"]),
+    ({"tokens": ["abc123", {"deep": "abc123"}]}, {"tokens": [HIDDEN, {"deep": HIDDEN}]}),
     # what is no secret stays
     ({"token": None, "num_tokens": 5}, {"token": None, "num_tokens": 5}),
     ("data.annotations=/a/b.csv", "data.annotations=/a/b.csv"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fmcib_ssl.evaluation.feature_table import FeatureTableError
-from fmcib_ssl.models.export import OWN_TARGETS, load_encoder
-from fmcib_ssl.safety import is_trusted
+from fmcib_ssl.models.export import find_builder, load_encoder
 from fmcib_ssl.types import Preprocessing
 
 
@@ -78,18 +76,12 @@ def random_encoder(
     """
     arguments = dict(spec)
     target = str(arguments.pop("_target_", None))
-    module_name, _, name = target.rpartition(".")
-    if target not in OWN_TARGETS and not is_trusted(target, trusted_targets):
-        raise FeatureTableError(
-            f"the encoder is built by {target}, which is not one of fmcib_ssl's: if you trust that code, give "
-            f"trusted_targets=[{target!r}]"
-        )
     try:
-        build: Any = OWN_TARGETS.get(target) or getattr(importlib.import_module(module_name), name)
+        build = find_builder(target, trusted_targets, "random weights")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             module = build(**arguments)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise FeatureTableError(f"{target} with {arguments} cannot be built: {error}") from error
     about = {
         "name": "random weights", "kind": "random_weights", "weights": None, "sha256": None,

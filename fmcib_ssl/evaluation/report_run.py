@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from fmcib_ssl.evaluation.figures import read_metrics, training_curves
 from fmcib_ssl.evaluation.report import ReportFigure, Section
+from fmcib_ssl.safety import read_yaml
 
 #: What `fmcib_ssl.training.learning_signals` logs, and what is to be said of it.
 SIGNALS = {
@@ -25,7 +25,7 @@ _SHOWN = ("method", "loss", "encoder", "head", "augment", "optimizer", "schedule
 def read_config(run: Path) -> dict[str, Any]:
     """The run's settings; empty where there are none."""
     file = run / "config.yaml"
-    return yaml.safe_load(file.read_text()) if file.is_file() else {}
+    return read_yaml(file) or {} if file.is_file() else {}
 
 
 def learning_section(run: Path) -> Section | None:

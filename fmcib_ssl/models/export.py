@@ -7,7 +7,6 @@ has named as trusted.
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 import fmcib_ssl
 from fmcib_ssl.models import encoders
 from fmcib_ssl.models.concentric import ConcentricResNet
-from fmcib_ssl.safety import is_trusted
+from fmcib_ssl.safety import is_trusted, trusted_callable
 from fmcib_ssl.types import Preprocessing
 from fmcib_ssl.whole_file import write_whole
 
@@ -154,7 +153,7 @@ def load_encoder(path: str | os.PathLike[str], *, trusted_targets: Collection[st
         raise EncoderFileError(f"{path}: its description of the encoder is damaged: {error!r}") from error
     _check_weights(weights, path)
 
-    build = _find_builder(target, trusted_targets, path)
+    build = find_builder(target, trusted_targets, path)
     try:
         if target in OWN_TARGETS:
             with torch.device("meta"):  # sizes that do not fit are refused before they take any memory
@@ -238,19 +237,23 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return metadata, weights
 
 
-def _find_builder(target: str, trusted_targets: Collection[str], path: Path) -> Callable[..., nn.Module]:
-    """What a file's `_target_` stands for; imports it only if it is ours or trusted."""
+def find_builder(target: str, trusted_targets: Collection[str], source: object) -> Callable[..., nn.Module]:
+    """What a file's `_target_` stands for; imports it only if it is ours or trusted.
+
+    Raises:
+        EncoderFileError: it is neither, or there is no such thing.
+    """
     if target in OWN_TARGETS:
         return OWN_TARGETS[target]
     if not is_trusted(target, trusted_targets):
         raise EncoderFileError(
-            f"{path}: its encoder is built by {target}, which is not one of fmcib_ssl's. If you trust the file and "
-            f"that code, allow it: load_encoder(path, trusted_targets=[{target!r}])."
+            f"{source}: its encoder is built by {target}, which is not one of fmcib_ssl's. If you trust the file and "
+            f"that code, allow it: trusted_targets=[{target!r}]."
         )
-    module, _, name = target.rpartition(".")
-    try:
-        return cast(Callable[..., nn.Module], getattr(importlib.import_module(module), name))
-    except (ImportError, AttributeError, ValueError) as error:
+    build = trusted_callable(target, trusted_targets)
+    if build is None:
         raise EncoderFileError(
-            f"{path}: its encoder is built by {target}, which cannot be imported: {error}"
-        ) from error
+            f"{source}: its encoder is built by {target}, which cannot be imported, or is defined in another package "
+            "than that."
+        )
+    return build

@@ -120,6 +120,10 @@ def test_skipping_goes_on_to_the_end(phantom_table: Path, tmp_path: Path) -> Non
     assert all(bool(torch.isfinite(value).all()) for value in weights.values())
 
 
+#: What OmegaConf's own resolver would make of a text, once a section is given to Hydra.
+HARMFUL = "${oc.create:{_target_: os.system, command: touch X}}"
+
+
 def test_a_foreign_configuration_builds_nothing(stopped: dict[str, tuple[Path, str]], tmp_path: Path) -> None:
     run, _ = stopped["view"]
     folder, canary = tmp_path / "run", tmp_path / "canary"
@@ -129,6 +133,14 @@ def test_a_foreign_configuration_builds_nothing(stopped: dict[str, tuple[Path, s
     values["encoder"] = {"_target_": "os.system", "command": f"touch {canary}"}
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(ConfigError, match=r"os\.system.*trusted_modules"):
+        list(replay(folder))
+    assert not canary.exists()
+    values["encoder"] = {
+        "_target_": "fmcib_ssl.models.encoders.small_resnet",
+        "widths": HARMFUL.replace("X", str(canary)),
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match="plain values only"):
         list(replay(folder))
     assert not canary.exists()
     for text in ("", "[1", "- 1\n- 2"):
