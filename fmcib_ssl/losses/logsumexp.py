@@ -15,7 +15,7 @@ from torch import Tensor
 from fmcib_ssl.losses import streamed
 from fmcib_ssl.losses.across_ranks import num_ranks, swap
 
-#: How the sums over negatives are computed; "auto" decides by size and device. `docs/contrast_kernel.md` explains each.
+#: How the sums over negatives are computed; "auto" decides by size. `docs/contrast_kernel.md` explains each.
 Kernel = Literal["auto", "plain", "streamed", "triton"]
 
 #: From this many logits on, streaming is faster than the matrix (docs/contrast_kernel.md has the measurement).
@@ -37,14 +37,12 @@ def choose_kernel(kernel: Kernel, anchors: Tensor, num_keys: int) -> Literal["pl
     Raises:
         ValueError: "triton" was asked for, and cannot compute this.
     """
-    if kernel in ("plain", "streamed"):
-        return kernel
-    if kernel == "auto" and math.prod(anchors.shape[:-1]) * num_keys < _WORTH_STREAMING:
-        return "plain"
-    obstacle = _obstacle_to_triton(anchors)
-    if kernel == "triton" and obstacle:
+    if kernel == "auto":
+        num_logits = math.prod(anchors.shape[:-1]) * num_keys
+        return "plain" if num_logits < _WORTH_STREAMING else "streamed"
+    if kernel == "triton" and (obstacle := _obstacle_to_triton(anchors)):
         raise ValueError(f'kernel="triton" cannot run here: {obstacle}; "auto" takes what can')
-    return "streamed" if obstacle else "triton"
+    return kernel
 
 
 def _obstacle_to_triton(anchors: Tensor) -> str | None:

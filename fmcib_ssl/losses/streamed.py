@@ -10,14 +10,18 @@ it sees all negatives of an anchor at once, so its share of the gradients is kno
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _LOG2_E = math.log2(math.e)
 _LN_2 = math.log(2.0)
@@ -94,8 +98,35 @@ class _Once(torch.autograd.Function):
         )
 
 
-# An operator of its own, so that torch.compile takes it as it is and does not unroll its loop.
-@torch.library.custom_op("fmcib_ssl::streamed_cross_entropy_sum", mutates_args=())
+def _operator(fake: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a function an operator to torch.compile, which then takes it as it is and does not unroll its loop.
+
+    Elsewhere the function itself runs: the first call of an operator loads torch's compiler, 900 modules.
+    """
+
+    def register(function: Callable[P, R]) -> Callable[P, R]:
+        name = f"fmcib_ssl::streamed_{function.__name__.lstrip('_')}"
+        operator = torch.library.custom_op(name, function, mutates_args=())
+        operator.register_fake(fake)
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if torch.compiler.is_compiling():
+                return cast("R", operator(*args, **kwargs))
+            with torch.no_grad():
+                return function(*args, **kwargs)
+
+        return call
+
+    return register
+
+
+@_operator(
+    lambda queries, positive_logits, keys, *_: (
+        positive_logits.new_empty(()),
+        *map(torch.empty_like, (queries, positive_logits, keys)),
+    )
+)
 def _cross_entropy_sum(  # noqa: PLR0917
     queries: Tensor,
     positive_logits: Tensor,
@@ -124,15 +155,12 @@ def _cross_entropy_sum(  # noqa: PLR0917
     return loss, of_queries, of_positives, of_keys
 
 
-_cross_entropy_sum.register_fake(
-    lambda queries, positive_logits, keys, *_: (
-        positive_logits.new_empty(()),
-        *map(torch.empty_like, (queries, positive_logits, keys)),
+@_operator(
+    lambda queries, query_scale, keys, key_scale, own_key: (
+        torch.empty_like(query_scale),
+        torch.empty_like(queries, dtype=query_scale.dtype),
     )
 )
-
-
-@torch.library.custom_op("fmcib_ssl::streamed_attend", mutates_args=())
 def attend(
     queries: Tensor, query_scale: Tensor, keys: Tensor, key_scale: Tensor, own_key: int | None
 ) -> tuple[Tensor, Tensor]:
@@ -160,7 +188,7 @@ def attend(
     return logsumexp, mean_key
 
 
-@torch.library.custom_op("fmcib_ssl::streamed_key_gradient", mutates_args=())
+@_operator(lambda queries, query_scale, keys, key_scale, *_: torch.empty_like(keys, dtype=key_scale.dtype))
 def key_gradient(  # noqa: PLR0917
     queries: Tensor,
     query_scale: Tensor,
@@ -182,17 +210,6 @@ def key_gradient(  # noqa: PLR0917
         panel.sub_(shift[rows]).exp2_()
         of_keys.addmm_(panel.T, queries[rows] * grad[rows, None])
     return of_keys
-
-
-attend.register_fake(
-    lambda queries, query_scale, keys, key_scale, own_key: (
-        torch.empty_like(query_scale),
-        torch.empty_like(queries, dtype=query_scale.dtype),
-    )
-)
-key_gradient.register_fake(
-    lambda queries, query_scale, keys, key_scale, *_: torch.empty_like(keys, dtype=key_scale.dtype)
-)
 
 
 def _bounded(queries: Tensor, keys: Tensor) -> bool:

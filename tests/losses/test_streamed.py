@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from naive_contrast import KERNELS, LOSSES, NEGATIVES, gradients, leaves, make_loss, random_views, with_leaves
+from torch._subclasses import FakeTensorMode
 
 from fmcib_ssl.losses import NTXentNegativeMinedLoss, streamed
 from fmcib_ssl.losses.logsumexp import choose_kernel, logsumexp_similarity, streamed_logsumexp
@@ -132,10 +136,31 @@ def test_nan_shows(kernel):
 def test_who_computes():
     anchors = torch.zeros(2, 1024, 8)
     assert choose_kernel("auto", anchors[:, :32], 32) == "plain"
-    assert choose_kernel("auto", anchors.double(), 4096) == "streamed"
+    assert choose_kernel("auto", anchors, 4096) == "streamed"
+    with FakeTensorMode():
+        on_gpu = torch.empty(2, 1024, 8, device="cuda")
+    assert choose_kernel("auto", on_gpu, 4096) == "streamed"  # Triton's kernels have never run on one
     with pytest.raises(ValueError, match=r"triton.*float64|triton.*GPU"):
         choose_kernel("triton", anchors.double(), 4096)
     with pytest.raises(ValueError, match="plain, streamed, triton; got 'fast'"):
         NTXentNegativeMinedLoss(kernel="fast")
     with pytest.raises(ValueError, match="True, False or \"ring\"; got 'all'"):
         NTXentNegativeMinedLoss(gather_distributed="all")
+
+
+def test_training_on_a_cpu_does_not_load_the_compiler():
+    code = """
+import sys
+import torch
+from fmcib_ssl.losses import NTXentNegativeMinedLoss
+from fmcib_ssl.losses.logsumexp import streamed_logsumexp
+views = [torch.randn(8, 4, requires_grad=True) for _ in range(4)]
+for negatives in ("mined", "mined_and_lesions"):
+    loss = NTXentNegativeMinedLoss(negatives=negatives, kernel="streamed")
+    loss({"positive": tuple(views[:2]), "negative": tuple(views[2:])}).backward()
+streamed_logsumexp(views[0][None], torch.ones(1, 8), views[2], torch.ones(8)).sum().backward()
+assert all(view.grad.abs().sum() > 0 for view in views)
+print(sorted({"sympy", "torch._dynamo"} & set(sys.modules)))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == "[]", run.stdout + run.stderr[-2000:]
