@@ -31,7 +31,7 @@ class InfoNCELoss(nn.Module):
         gather_distributed: `forward` contrasts with the negatives of all ranks, with gradients: True gathers them,
             "ring" takes one rank's at a time and holds two ranks' at most. Leave it off where the caller gathers.
         kernel: how `forward` computes the sums over negatives: "plain" holds the matrix of similarities, "streamed" and
-            "triton" (GPUs) never do, and differentiate once only; "auto" decides by size and device.
+            "triton" (GPUs) never do, and differentiate once only; "auto" takes one of the first two, by size.
 
     Raises:
         ValueError: a negative or infinite margin, a temperature below 1e-8 or not finite, an unknown `reduction`

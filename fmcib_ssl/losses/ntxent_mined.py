@@ -1,4 +1,4 @@
-"""NT-Xent with mined negatives, the loss of the published pretraining."""
+"""NT-Xent with mined negatives, as the published class of the same name; its authors' run used another criterion."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class NTXentNegativeMinedLoss(nn.Module):
         negatives: what `forward` contrasts an anchor with. "mined": the mined negatives of the same view number;
             "lesions": both views of the other lesions (SimCLR); "mined_and_lesions": all of these.
         kernel: how `forward` computes the sums over negatives: "plain" holds the matrix of similarities, "streamed" and
-            "triton" (GPUs) never do, and differentiate once only; "auto" decides by size and device.
+            "triton" (GPUs) never do, and differentiate once only; "auto" takes one of the first two, by size.
 
     Raises:
         ValueError: `abs(temperature) < 1e-8` or not finite; an unknown choice of negatives, ranks or kernel.
