@@ -20,7 +20,7 @@ from hydra import compose, initialize_config_dir
 from lidc_data import PREPROCESSING, TrainingPatches
 from torch import Tensor, nn
 
-from fmcib_ssl.components import build, build_module
+from fmcib_ssl.components import build, build_module, build_views
 from fmcib_ssl.config import read_settings
 from fmcib_ssl.data.datamodule import LesionDataModule
 from fmcib_ssl.evaluation.embedding_inference import encode
@@ -134,7 +134,7 @@ def pretrain(settings: Settings, positives: Tensor, pool: Tensor, accelerator: s
     patches = TrainingPatches(positives, pool, settings.seed, settings.data.per_lesion)
     batch_size = settings.data.batch_size
     assert isinstance(batch_size, int)
-    data = LesionDataModule(patches, build("augment", settings.augment), batch_size=batch_size, seed=settings.seed)
+    data = LesionDataModule(patches, build_views(settings), batch_size=batch_size, seed=settings.seed)
     epochs = settings.trainer.max_epochs
     assert epochs is not None
     module = build_module(settings, PREPROCESSING, batch_size, epochs * (len(patches) // batch_size))

@@ -34,7 +34,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from fmcib_ssl.command import Command, parse_command
-from fmcib_ssl.components import accelerate, build, build_module
+from fmcib_ssl.components import accelerate, build_module, build_views
 from fmcib_ssl.config import CONFIG_NAME, read_settings
 from fmcib_ssl.data.datamodule import LesionDataModule
 from fmcib_ssl.methods import MinedContrast
@@ -145,7 +145,7 @@ class Contender:
         self.optimizer = module.make_optimizer(module.named_parameters())
         precision = resolve_precision(settings.hardware.precision, settings.hardware.accelerator)
         self.autocast = torch.autocast(case.device.type, torch.bfloat16) if precision == "bf16-mixed" else nullcontext()
-        view_transform = build("augment", settings.augment)
+        view_transform = build_views(settings)
         num_batches = case.steps * self.accumulate + NUM_UNTIMED
         self.data = LesionDataModule(
             Patches(num_batches * per_pass, case.patch),

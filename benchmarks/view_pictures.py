@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
             for number, recipe in enumerate(RECIPES):
                 row = lesion * len(RECIPES) + number
                 views = shipped(recipe, SIZE).views(patch.expand(NUM_VIEWS, -1, -1, -1, -1), torch.arange(NUM_VIEWS))
-                for column, image in enumerate([preprocessing.normalize(patch), *views]):
+                for column, image in enumerate(preprocessing.normalize(torch.stack([patch.float(), *views]))):
                     axes = figure.add_subplot(grid[row, column])
                     _show(axes, image)
                     if column == 0:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
+import numpy as np
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
@@ -29,9 +31,12 @@ from fmcib_ssl.models.export import encoder_metadata
 from fmcib_ssl.settings import Component, ConfigError, Hardware, Settings
 from fmcib_ssl.training.flops import flops_of_lesion
 from fmcib_ssl.training.optimizers import scaled_learning_rate
-from fmcib_ssl.types import Preprocessing
+from fmcib_ssl.types import Preprocessing, ViewTransform
 
 logger = logging.getLogger(__name__)
+
+#: A view of noise over hundreds of HU reaches further than this; one that was normalised does not.
+_NOT_IN_HU = 20.0
 
 
 def build(section: str, component: Component, **arguments: Any) -> Any:
@@ -64,6 +69,27 @@ def build_optimizer(settings: Settings, batch_size: int) -> Any:
     """What makes the optimizer of named parameters, at the rate that the batch asks for."""
     arguments = {key: value for key, value in settings.optimizer.items() if key not in ("base_lr", "reference_batch")}
     return build("optimizer", arguments, lr=learning_rate(settings, batch_size))
+
+
+def build_views(settings: Settings) -> ViewTransform:
+    """What makes the views of patches, once it has been tried on noise.
+
+    Raises:
+        ConfigError: it cannot be built or fails, or it leaves HU, so that its views would be normalised twice.
+    """
+    view_transform: ViewTransform = build("augment", settings.augment)
+    if not callable(view_transform):
+        raise ConfigError("section augment of the configuration makes no view of a single patch: choose another")
+    noise = np.random.default_rng(0).normal(-300, 400, (1, *settings.data.patch_size)).clip(-1000, 1000)
+    with blame("augment"):
+        low, high = view_transform(torch.from_numpy(noise.astype(np.int16)), 0).aminmax()
+    if max(-low, high) < _NOT_IN_HU:
+        raise ConfigError(
+            f"section augment of the configuration: of noise from -1000 to 1000 HU it makes a view from {low:.3g} to "
+            f"{high:.3g}, so it scales intensities itself. Leave that step out: a view stays in HU and is normalised "
+            "once, after augmentation, as the exported encoder's preprocessing says"
+        )
+    return view_transform
 
 
 def build_module(settings: Settings, preprocessing: Preprocessing, batch_size: int, num_steps: int) -> Pretraining:

@@ -23,7 +23,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fmcib_ssl.components import accelerate, blame, build, build_optimizer, build_trainer, refuse_unused
+from fmcib_ssl.components import accelerate, blame, build, build_optimizer, build_trainer, build_views, refuse_unused
 from fmcib_ssl.data.labelled import LabelledPatches
 from fmcib_ssl.data.sampler import EpochSampler
 from fmcib_ssl.evaluation.bootstrap import patient_weights
@@ -189,9 +189,7 @@ def _train_part(settings: Settings, asked: FineTune, task: Task, part: Part, fol
 
 
 def _datasets(settings: Settings, task: Task, part: Part) -> dict[str, LabelledPatches]:
-    view_transform = build("augment", settings.augment)
-    if not callable(view_transform):
-        raise ConfigError("section augment of the configuration makes no view of a single patch: choose another")
+    view_transform = build_views(settings)
     classes = task.labels.num_classes > 0
     labels: Array = np.zeros(len(task.patches), np.int64 if classes else np.float32)
     labels[task.labels.rows] = task.labels.values

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fmcib_ssl import signals
 from fmcib_ssl.auto_batch import fit_to_memory
-from fmcib_ssl.components import accelerate, blame, build, build_module, build_trainer
+from fmcib_ssl.components import accelerate, blame, build, build_module, build_trainer, build_views
 from fmcib_ssl.data.datamodule import LesionDataModule
 from fmcib_ssl.data.store import StoreError
 from fmcib_ssl.data.tables import AnnotationsError, ScanError
@@ -89,11 +89,12 @@ def _train(settings: Settings, folder: RunFolder, main_process: bool) -> float:
 
     source = open_lesions(settings, main_process=main_process)
     folder.hold_to(checksum(_files_that_list_lesions(settings)), trained=checkpoint is not None)
-    view_transform = build("augment", settings.augment)
+    view_transform = build_views(settings)
     with blame("hardware"):
         data = LesionDataModule(
             source.patches,
             view_transform,
+            preprocessing=source.preprocessing,
             batch_size=settings.data.batch_size,
             max_batch_size=settings.data.max_batch_size,
             num_workers=settings.hardware.num_workers,

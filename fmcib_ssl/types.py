@@ -1,13 +1,16 @@
 """What the rooms of the package hand each other.
 
 `data` and `methods` know nothing of each other; they agree on the names in this file.
-Importing it costs nothing: torch is needed only by a type checker.
+Importing it costs little: torch is needed only by a type checker.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, Protocol, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, Protocol, TypedDict, overload, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,10 +49,10 @@ class ViewPairs(TypedDict):
 
 
 class ViewTransform(Protocol):
-    """Makes one view of one patch. What it draws is a function of `seed`, of nothing else."""
+    """Makes one view of one patch, in HU too. What it draws is a function of `seed`, of nothing else."""
 
     def __call__(self, patch: Tensor, seed: int) -> Tensor:
-        """Turn an int16 HU patch `(1, z, y, x)` into a float32 view of the same shape."""
+        """Turn an int16 HU patch `(1, z, y, x)` into a float32 HU view of the same shape."""
         ...
 
 
@@ -58,7 +61,7 @@ class BatchViewTransform(ViewTransform, Protocol):
     """Makes the views of many patches at once, on their device; one by one they are the same to rounding."""
 
     def views(self, patches: Tensor, seeds: Tensor) -> Tensor:
-        """Turn int16 HU patches `(n, 1, z, y, x)` into float32 views, with one int64 seed each, on any device."""
+        """Turn int16 HU patches `(n, 1, z, y, x)` into float32 HU views, with one int64 seed each, on any device."""
         ...
 
 
@@ -80,9 +83,18 @@ class Preprocessing:
     hu_offset: float = 1024.0
     hu_scale: float = 3072.0
 
-    def normalize(self, patch_hu: Tensor) -> Tensor:
-        """HU to the encoder's range, float32: `(max(hu, padding_hu) + hu_offset) / hu_scale`."""
-        return (patch_hu.float().clamp_min(self.padding_hu) + self.hu_offset) / self.hu_scale
+    @overload
+    def normalize(self, patch_hu: Tensor) -> Tensor: ...
+
+    @overload
+    def normalize(self, patch_hu: npt.NDArray[Any]) -> npt.NDArray[np.float32]: ...
+
+    def normalize(self, patch_hu: Tensor | npt.NDArray[Any]) -> Tensor | npt.NDArray[np.float32]:
+        """HU to the encoder's range, float32: `(max(hu, padding_hu) + hu_offset) / hu_scale`; of an array an array."""
+        if isinstance(patch_hu, np.ndarray):
+            floored = np.maximum(patch_hu.astype(np.float32), np.float32(self.padding_hu))
+            return (floored + np.float32(self.hu_offset)) / np.float32(self.hu_scale)
+        return patch_hu.float().clamp_min(self.padding_hu).add_(self.hu_offset).div_(self.hu_scale)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

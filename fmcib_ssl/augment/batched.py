@@ -16,7 +16,6 @@ from fmcib_ssl.augment.resolution import RandomGaussianSmooth
 from fmcib_ssl.augment.streams import derived_seeds
 from fmcib_ssl.augment.transform import BatchedTransform, Size, size_of
 from fmcib_ssl.augment.work import Work
-from fmcib_ssl.types import Preprocessing
 
 #: Voxels that are worked on at a time: on a GPU so many that it is busy, and still a small part of its memory (some ten
 #: float32 numbers a voxel); on a CPU so many that calling torch costs little beside the work.
@@ -39,7 +38,7 @@ def _full_precision() -> Iterator[None]:
 
 
 class BatchedViews:
-    """Makes views of batches of patches: random transforms in HU, then the encoder's preprocessing.
+    """Makes views of batches of patches: random transforms in HU.
 
     What is drawn for a view follows from its seed alone, whatever else is in the batch and wherever it is made. On a
     CPU and a GPU the views are the same to rounding.
@@ -47,19 +46,15 @@ class BatchedViews:
     Args:
         transforms: by name, applied in their order. The name decides, with the seed, what a transform draws: to leave
             one out does not change the others.
-        preprocessing: of the encoder; its intensity range is used, not its patch size.
 
     Raises:
         ValueError: `transforms` is empty.
     """
 
-    def __init__(
-        self, transforms: Mapping[str, BatchedTransform[Any]], *, preprocessing: Preprocessing | None = None
-    ) -> None:
+    def __init__(self, transforms: Mapping[str, BatchedTransform[Any]]) -> None:
         if not transforms:
             raise ValueError("no transforms: the views of a patch would all be the same; give at least one.")
         self.transforms = dict(transforms)
-        self.preprocessing = preprocessing or Preprocessing()
 
     def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> dict[str, Any]:
         """Parameters of `n` views by the transform's name, on the CPU; `apply` makes the views again from them.
@@ -77,7 +72,7 @@ class BatchedViews:
 
     @torch.no_grad()
     def apply(self, patches: Tensor, params: Mapping[str, Any]) -> Float[Tensor, "n 1 z y x"]:
-        """Make the views that `params` describe, on the device of the patches.
+        """Make the views that `params` describe, float32 HU on the device of the patches.
 
         Args:
             patches: HU `(n, 1, z, y, x)`, of any number type; left as they are.
@@ -98,11 +93,11 @@ class BatchedViews:
                 end = min(first + at_a_time, len(patches))
                 work = Work(patches[first:end])
                 work.run(step.part(first, end) for step in steps)
-                views[first:end] = self.preprocessing.normalize(work.finished())
+                views[first:end] = work.finished()
         return views
 
     def views(self, patches: Tensor, seeds: Int64[Tensor, " n"]) -> Float[Tensor, "n 1 z y x"]:
-        """Make one view of each patch.
+        """Make one view of each patch, float32 HU.
 
         Args:
             patches: HU `(n, 1, z, y, x)`, of any number type; left as they are.
@@ -126,7 +121,6 @@ class BatchedPublishedViews(BatchedViews):
         flip_prob: probability of a flip of one random axis.
         histogram_shift_prob: probability of a histogram shift with 10 control points.
         smooth_prob: probability of a blur with a sigma of 0.25 to 1.5 voxels.
-        preprocessing: of the encoder; its intensity range is used, not its patch size.
     """
 
     def __init__(
@@ -137,15 +131,13 @@ class BatchedPublishedViews(BatchedViews):
         flip_prob: float = 0.5,
         histogram_shift_prob: float = 0.5,
         smooth_prob: float = 0.5,
-        preprocessing: Preprocessing | None = None,
     ) -> None:
         super().__init__(
             {
                 "geometry": RandomGeometry(size_zyx, crop_edge=crop_edge, flip_prob=flip_prob),
                 "histogram_shift": RandomHistogramShift(histogram_shift_prob),
                 "smooth": RandomGaussianSmooth(smooth_prob, padding="zeros"),
-            },
-            preprocessing=preprocessing,
+            }
         )
 
 

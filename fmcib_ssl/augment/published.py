@@ -12,18 +12,13 @@ from jaxtyping import Float
 from monai.data.meta_obj import get_track_meta, set_track_meta
 from monai.transforms import (
     Compose,
-    NormalizeIntensity,
     RandAxisFlip,
     RandGaussianSmooth,
     RandHistogramShift,
     Randomizable,
-    SpatialPad,
-    ThresholdIntensity,
     Transform,
 )
 from torch import Tensor
-
-from fmcib_ssl.types import Preprocessing
 
 
 @contextmanager
@@ -44,8 +39,8 @@ class MonaiViews:
     generator (`Randomizable.R`), as all of MONAI's do, and none may depend on metadata: a patch has none.
 
     Args:
-        transforms: applied in order to a float32 tensor `(1, z, y, x)` in HU; what leaves the last one is
-            the view. Intensities are theirs to normalise.
+        transforms: applied in order to a float32 tensor `(1, z, y, x)` in HU; what leaves the last one is the view,
+            still in HU: views are normalised once, by whoever serves them.
 
     Raises:
         ValueError: `transforms` is empty.
@@ -53,11 +48,11 @@ class MonaiViews:
 
     def __init__(self, transforms: Sequence[Callable[[Tensor], Tensor]]) -> None:
         if not transforms:
-            raise ValueError("no transforms: a view would be its patch in raw HU; give at least one.")
+            raise ValueError("no transforms: the views of a patch would all be the same; give at least one.")
         self._compose = Compose(list(transforms))
 
     def __call__(self, patch: Tensor, seed: int) -> Float[Tensor, "1 z y x"]:
-        """Make one view.
+        """Make one view, float32 HU.
 
         Args:
             patch: HU `(1, z, y, x)`, of any number type; left as it is.
@@ -102,8 +97,9 @@ class PublishedViews(MonaiViews):
     """The augmentation of the published CT foundation model: geometry, then contrast, then blur, in HU.
 
     Random resized crop, flip of one random axis, histogram shift, Gaussian blur with a sigma of 0.25 to 1.5
-    voxels on each axis, then clamping from below and scaling as `Preprocessing` says. The order is the published
-    one, and with it one of its marks: MONAI's blur takes what lies outside the view for 0 HU.
+    voxels on each axis. The published list ends with a padding that finds nothing left to pad, a threshold and a
+    scaling; the latter two are `Preprocessing.normalize`. The order is the published one, and with it one of its
+    marks: MONAI's blur takes what lies outside the view for 0 HU.
 
     Args:
         size_zyx: voxels of a view.
@@ -111,7 +107,6 @@ class PublishedViews(MonaiViews):
         flip_prob: probability of a flip.
         histogram_shift_prob: probability of a histogram shift with 10 control points.
         smooth_prob: probability of a blur.
-        preprocessing: of the encoder; its intensity range is used, not its patch size.
 
     Source: Pai et al. 2024, Foundation model for cancer imaging biomarkers, Nature Machine Intelligence 6, and
     `experiments/pretraining/fmcib_pretrain.yaml` of its code. Departs from it in drawing from seeds, where
@@ -126,18 +121,12 @@ class PublishedViews(MonaiViews):
         flip_prob: float = 0.5,
         histogram_shift_prob: float = 0.5,
         smooth_prob: float = 0.5,
-        preprocessing: Preprocessing | None = None,
     ) -> None:
-        preprocessing = preprocessing or Preprocessing()
-        air_hu = preprocessing.padding_hu
         super().__init__(
             [
                 RandResizedCrop(size_zyx, crop_edge),
                 RandAxisFlip(prob=flip_prob),
                 RandHistogramShift(prob=histogram_shift_prob),
                 RandGaussianSmooth(prob=smooth_prob),
-                SpatialPad(size_zyx, value=air_hu),  # published; after the resize nothing is left to pad
-                ThresholdIntensity(threshold=air_hu, above=True, cval=air_hu),
-                NormalizeIntensity(subtrahend=-preprocessing.hu_offset, divisor=preprocessing.hu_scale),
             ]
         )

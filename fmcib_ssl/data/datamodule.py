@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from fmcib_ssl import signals
 from fmcib_ssl.data.sampler import EpochSampler
 from fmcib_ssl.data.views import PatchPairs, SeededPairDataset, ViewCollation, ViewPairDataset, batch_of_views
-from fmcib_ssl.types import BatchViewTransform, PatchPair, SampleKey, ViewTransform
+from fmcib_ssl.types import BatchViewTransform, PatchPair, Preprocessing, SampleKey, ViewTransform
 
 
 def _start_worker(_worker: int) -> None:
@@ -71,7 +71,8 @@ class LesionDataModule(LightningDataModule):
 
     Args:
         patches: one pair of patches a lesion.
-        view_transform: makes one view of one patch, or those of a batch.
+        view_transform: makes one view of one patch, or those of a batch, in HU.
+        preprocessing: of the encoder, which every view is normalised for; its patch size is not used.
         batch_size: lesions per device; `"auto"` takes as many as there are for each device, up to
             `max_batch_size`.
         max_batch_size: bound of `"auto"`.
@@ -92,6 +93,7 @@ class LesionDataModule(LightningDataModule):
         patches: PatchPairs,
         view_transform: ViewTransform,
         *,
+        preprocessing: Preprocessing = Preprocessing(),  # noqa: B008  (frozen)
         batch_size: int | Literal["auto"] = "auto",
         max_batch_size: int = 16,
         num_workers: int = 0,
@@ -110,7 +112,7 @@ class LesionDataModule(LightningDataModule):
                 f"views_on='device', and {type(view_transform).__name__} makes one view at a time: choose "
                 "views_on='auto', or an augmentation for batches, such as batched_published."
             )
-        self.dataset = ViewPairDataset(patches, view_transform, seed)
+        self.dataset = ViewPairDataset(patches, view_transform, seed, preprocessing)
         self.num_workers = num_workers
         self.seed = seed
         self.shuffle = shuffle
@@ -138,7 +140,7 @@ class LesionDataModule(LightningDataModule):
         """Data of the same shapes, made in the same places, but of one lesion and one view over and over."""
         rehearsal = copy.copy(self)
         patches = _OneLesion(self.dataset.patches[SampleKey(0, 0)], batch_size * num_batches)
-        rehearsal.dataset = ViewPairDataset(patches, self.dataset.view_transform, self.seed)
+        rehearsal.dataset = ViewPairDataset(patches, self.dataset.view_transform, self.seed, self.dataset.preprocessing)
         if not isinstance(self.dataset.view_transform, BatchViewTransform):
             rehearsal.dataset.view_transform = _OneView(self.dataset.view_transform)
         rehearsal.batch_size = batch_size
@@ -160,7 +162,7 @@ class LesionDataModule(LightningDataModule):
         view_transform = self.dataset.view_transform
         views: dict[str, Any] = {"dataset": self.dataset}
         if isinstance(view_transform, BatchViewTransform):
-            collate = None if self._views_on_device() else ViewCollation(view_transform)
+            collate = None if self._views_on_device() else ViewCollation(view_transform, self.dataset.preprocessing)
             views = {"dataset": SeededPairDataset(self.dataset.patches, self.seed), "collate_fn": collate}
         return ResumableLoader(
             lesions,
@@ -184,7 +186,7 @@ class LesionDataModule(LightningDataModule):
         view_transform = self.dataset.view_transform
         if "view_seeds" not in batch or not isinstance(view_transform, BatchViewTransform):
             return batch
-        views = batch_of_views(batch, view_transform)
+        views = batch_of_views(batch, view_transform, self.dataset.preprocessing)
         # A trainer whose precision is half throughout has cast the batch before there were views in it.
         return self.trainer.precision_plugin.convert_input(views) if self.trainer else views
 

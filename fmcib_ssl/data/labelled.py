@@ -32,8 +32,8 @@ class LabelledPatches(Dataset[LabelledView]):
         read: gives a lesion's patch by its row, int16 HU `(1, z, y, x)`.
         rows: of the lesions to serve.
         labels: of all rows: class numbers or values.
-        preprocessing: how patches are scaled where there is no transform.
-        view_transform: makes one view of one patch.
+        preprocessing: how patches and views are scaled.
+        view_transform: makes one view of one patch, in HU.
         seed: non-negative.
     """
 
@@ -62,10 +62,9 @@ class LabelledPatches(Dataset[LabelledView]):
         """One lesion; a plain number means epoch 0."""
         epoch, place = key if isinstance(key, SampleKey) else (0, key)
         row = int(self.rows[place])
-        patch = self.read(row)
-        if self.view_transform is None:
-            view = self.preprocessing.normalize(patch)
-        else:
+        view_hu = self.read(row)
+        if self.view_transform is not None:
             seed = np.random.SeedSequence(self.seed, spawn_key=(epoch, row)).generate_state(1)[0]
-            view = self.view_transform(patch, int(seed))
+            view_hu = self.view_transform(view_hu, int(seed))
+        view = self.preprocessing.normalize(view_hu)
         return LabelledView(view=view, label=torch.as_tensor(self.labels[row]), row=row)

@@ -2,6 +2,7 @@
 
 One by one in the data loader's workers (`ViewPairDataset`), or a batch at a time, in the workers or on the device
 (`SeededPatches`, then `batch_of_views`). Both draw from the same seeds, so a transform that can do both gives the same.
+A transform, whosever it is, gives HU; here and nowhere else views are normalised, as the encoder's preprocessing says.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from fmcib_ssl.types import BatchViewTransform, PatchPair, SampleKey, ViewPairs, ViewTransform
+from fmcib_ssl.types import BatchViewTransform, PatchPair, Preprocessing, SampleKey, ViewPairs, ViewTransform
 
 
 class PatchPairs(Protocol):
@@ -63,12 +64,20 @@ class ViewPairDataset(Dataset[LesionViews]):
         patches: where the patches come from.
         view_transform: makes one view of one patch.
         seed: non-negative; with epoch and index it decides every view.
+        preprocessing: of the encoder; its intensity range is used, not its patch size.
     """
 
-    def __init__(self, patches: PatchPairs, view_transform: ViewTransform, seed: int) -> None:
+    def __init__(
+        self,
+        patches: PatchPairs,
+        view_transform: ViewTransform,
+        seed: int,
+        preprocessing: Preprocessing = Preprocessing(),  # noqa: B008  (frozen)
+    ) -> None:
         self.patches = patches
         self.view_transform = view_transform
         self.seed = seed
+        self.preprocessing = preprocessing
 
     def __len__(self) -> int:
         """Number of usable lesions."""
@@ -82,7 +91,7 @@ class ViewPairDataset(Dataset[LesionViews]):
         negatives = pair["negative"] if several else pair["negative"][None]
         seeds = view_seeds(self.seed, key, len(negatives))
         views = [
-            self.view_transform(patch, seed)
+            self.preprocessing.normalize(self.view_transform(patch, seed))
             for patch, seed in zip((p for p in (pair["positive"], *negatives) for _ in range(2)), seeds, strict=True)
         ]
         mined = views[2::2], views[3::2]
@@ -136,14 +145,15 @@ class SeededPairDataset(Dataset[SeededPair]):
         return SeededPair(**pair, view_seeds=torch.tensor(view_seeds(self.seed, key, num_negatives)))
 
 
-def batch_of_views(batch: SeededPatches, view_transform: BatchViewTransform) -> ViewPairs:
+def batch_of_views(batch: SeededPatches, view_transform: BatchViewTransform, preprocessing: Preprocessing) -> ViewPairs:
     """Make the views of a batch, on the device it is on; the same that `ViewPairDataset` makes lesion by lesion."""
     positive, negative, seeds = batch["positive"], batch["negative"], torch.as_tensor(batch["view_seeds"])
     several = negative.ndim == 6
     patches = torch.cat([positive, negative.flatten(0, 1) if several else negative])
     # Columns: both views of the lesion, then both of its first negative, ...; all in one go, which a GPU does at once.
     by_view = [torch.cat([seeds[:, view], seeds[:, 2 + view :: 2].flatten()]) for view in (0, 1)]
-    made = view_transform.views(torch.cat([patches, patches]), torch.cat(by_view)).chunk(2)
+    views_hu = view_transform.views(torch.cat([patches, patches]), torch.cat(by_view))
+    made = preprocessing.normalize(views_hu).chunk(2)
     lesions = [views[: len(positive)] for views in made]
     mined = [views[len(positive) :].view(*negative.shape[:-4], *views.shape[1:]) for views in made]
     return ViewPairs(
@@ -159,14 +169,16 @@ class ViewCollation:
 
     Args:
         view_transform: makes the views of a batch.
+        preprocessing: of the encoder.
     """
 
-    def __init__(self, view_transform: BatchViewTransform) -> None:
+    def __init__(self, view_transform: BatchViewTransform, preprocessing: Preprocessing) -> None:
         self.view_transform = view_transform
+        self.preprocessing = preprocessing
 
     def __call__(self, pairs: list[SeededPair]) -> ViewPairs:
         """Turn lesions into a batch."""
-        return batch_of_views(default_collate(pairs), self.view_transform)
+        return batch_of_views(default_collate(pairs), self.view_transform, self.preprocessing)
 
 
 def _stacked(views: list[Tensor], patches: Tensor) -> Tensor:

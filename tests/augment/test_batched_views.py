@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 import fmcib_ssl.augment.batched as module
-from fmcib_ssl.augment import BatchedPublishedViews, BatchedViews, PublishedViews, RandomNoise
+from fmcib_ssl.augment import BatchedPublishedViews, BatchedViews, PublishedViews
 from fmcib_ssl.types import BatchViewTransform, Preprocessing
 
 REPO = Path(__file__).resolve().parents[2]
@@ -59,8 +59,7 @@ def test_the_published_recipe_is_monais_chain_with_the_same_parameters(size: tup
             image = shift(image, randomize=False)
         if smooth.active[i]:
             image = GaussianSmooth(smooth.sigma_zyx[i].tolist())(image)
-        expected = (np.maximum(np.asarray(image, dtype=np.float64), -1024) + 1024) / 3072
-        np.testing.assert_allclose(made[i].numpy(), expected, atol=2e-5)  # 0.06 HU, where slopes reach 10
+        np.testing.assert_allclose(made[i].numpy(), np.asarray(image), atol=0.06)  # HU, where slopes reach 10
         met.add((len(flipped), bool(histogram.active[i]), bool(smooth.active[i])))
     assert len(met) == 8
 
@@ -83,12 +82,12 @@ def test_a_view_does_not_depend_on_the_batch(views: BatchedViews, monkeypatch: p
     together = views.views(patches, seeds)
     assert together.shape == (40, 1, *SIZE) and together.dtype == torch.float32
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(views.views(patches[order], seeds[order]), together[order], atol=1e-6, rtol=0)
+    torch.testing.assert_close(views.views(patches[order], seeds[order]), together[order], atol=3e-3, rtol=0)
     for i in range(40):
-        torch.testing.assert_close(views(patches[i], int(seeds[i])), together[i], atol=1e-6, rtol=0)
+        torch.testing.assert_close(views(patches[i], int(seeds[i])), together[i], atol=3e-3, rtol=0)
     for at_a_time in (1, 2, 3, 7):
         monkeypatch.setitem(module.CHUNK_VOXELS, "cpu", at_a_time * 10 * 14 * 12)
-        torch.testing.assert_close(views.views(patches, seeds), together, atol=1e-6, rtol=0)
+        torch.testing.assert_close(views.views(patches, seeds), together, atol=3e-3, rtol=0)
     assert torch.equal(views.views(patches, seeds), views.views(patches, seeds))
     for i in range(1, 40):
         assert not torch.equal(views(patches[0], i), views(patches[0], i - 1))
@@ -105,8 +104,7 @@ def test_parameters_replay_a_view(views: BatchedViews) -> None:
     images = patches
     for name, transform in views.transforms.items():
         images = transform.apply(images, params[name])
-    by_hand = Preprocessing().normalize(images)
-    torch.testing.assert_close(views.apply(patches, params), by_hand, atol=3e-5, rtol=0)
+    torch.testing.assert_close(views.apply(patches, params), images, atol=0.1, rtol=0)
 
 
 def test_a_transform_that_is_left_out_does_not_change_the_others() -> None:
@@ -128,13 +126,7 @@ def test_views_of_another_size_than_the_patch() -> None:
     assert bent.views(patches_hu(1, SIZE)[:0], torch.arange(0)).shape == (0, 1, 8, 9, 7)
 
 
-def test_preprocessing_is_followed_and_is_last() -> None:
-    lung = Preprocessing(padding_hu=-900, hu_offset=900.0, hu_scale=1000.0)
-    patches = patches_hu(4, SIZE)
-    still = BatchedViews({"noise": RandomNoise(0.0)}, preprocessing=lung)
-    assert torch.equal(still.views(patches, torch.arange(4)), lung.normalize(patches))
-    noisy = BatchedViews({"noise": RandomNoise(1.0, (500, 500))}, preprocessing=lung)
-    assert noisy.views(patches, torch.arange(4)).min() == 0  # clamped after the noise
+def test_a_recipe_without_transforms_is_refused() -> None:
     with pytest.raises(ValueError, match="no transforms"):
         BatchedViews({})
 
@@ -163,7 +155,7 @@ def test_the_strong_recipe_keeps_the_meaning_of_hu() -> None:
     views = strong((24, 24, 24))
     for hu in (-1000, -100, 0, 700):
         uniform = torch.full((200, 1, 24, 24, 24), hu, dtype=torch.int16)
-        mean_hu = views.views(uniform, torch.arange(200)).mean((1, 2, 3, 4)) * 3072 - 1024
+        mean_hu = views.views(uniform, torch.arange(200)).clamp_min(-1024).mean((1, 2, 3, 4))
         assert (mean_hu - hu).abs().max() < 20 + 0.05 * (hu + 1000) + 30  # shift, scale, noise clamped at air
 
 
@@ -187,7 +179,7 @@ def test_views_are_the_same_on_a_gpu(views: BatchedViews, tf32: str) -> None:
     finally:
         torch.set_float32_matmul_precision(before)
     assert made.is_cuda
-    torch.testing.assert_close(made.cpu(), views.views(patches, seeds), atol=1e-4, rtol=0)
+    torch.testing.assert_close(made.cpu(), views.views(patches, seeds), atol=0.3, rtol=0)
 
 
 def test_both_ways_are_for_the_data_module() -> None:
@@ -204,6 +196,6 @@ def test_views_of_a_real_scan(real_data: Path) -> None:
     patches = volume[None, None, z, y, x].repeat(12, 1, 1, 1, 1)
     plain = Preprocessing().normalize(patches)
     for views in (strong(tuple(patches.shape[2:])), BatchedPublishedViews(tuple(patches.shape[2:]))):
-        made = views.views(patches, torch.arange(12))
+        made = Preprocessing().normalize(views.views(patches, torch.arange(12)))
         assert made.min() >= 0 and made.std() > 0.02
         assert made.max() < plain.max() + 0.2

@@ -5,12 +5,102 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pytest
 import torch
+from monai.transforms import RandFlip
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from fmcib_ssl.augment import (
+    BatchedPublishedViews,
+    BatchedViews,
+    MonaiViews,
+    PublishedViews,
+    RandomGamma,
+    RandomNoise,
+)
+from fmcib_ssl.data.datamodule import LesionDataModule
+from fmcib_ssl.data.labelled import LabelledPatches
 from fmcib_ssl.data.views import SeededPairDataset, ViewCollation, ViewPairDataset, batch_of_views
-from fmcib_ssl.types import PatchPair, SampleKey
+from fmcib_ssl.types import BatchViewTransform, PatchPair, Preprocessing, SampleKey, ViewTransform
+
+SIZE = (6, 8, 10)
+
+
+class AsTheyAre(Preprocessing):
+    """Hands on what views show, which is no HU here."""
+
+    def normalize(self, patch_hu: Tensor) -> Tensor:  # type: ignore[override]
+        return patch_hu
+
+
+AS_THEY_ARE = AsTheyAre()
+
+
+#: Of every kind of transform one that changes nothing.
+IDENTITIES: dict[str, ViewTransform] = {
+    "monai": MonaiViews([RandFlip(prob=0.0)]),
+    "published": PublishedViews(SIZE, crop_edge=(1, 1), flip_prob=0, histogram_shift_prob=0, smooth_prob=0),
+    "batched_published": BatchedPublishedViews(
+        SIZE, crop_edge=(1, 1), flip_prob=0, histogram_shift_prob=0, smooth_prob=0
+    ),
+    "batched": BatchedViews({"gamma": RandomGamma(0.0), "noise": RandomNoise(0.0)}),
+    "own": lambda patch, seed: patch.float(),
+}
+
+
+@pytest.mark.parametrize("transform", IDENTITIES.values(), ids=IDENTITIES)
+@pytest.mark.parametrize("place", ["one by one", "workers", "device", "labelled"])
+def test_views_of_every_kind_are_normalised_as_the_preprocessing_says(transform: ViewTransform, place: str) -> None:
+    lung = Preprocessing(SIZE, padding_hu=-900, hu_offset=800.0, hu_scale=1500.0)
+    pairs = [Noise()[SampleKey(0, index)] for index in range(3)]
+    expected = [(pair["positive"].double().clamp_min(-900) + 800) / 1500 for pair in pairs]
+    data = LesionDataModule(Noise(), transform, preprocessing=lung, batch_size=3, shuffle=False)
+    if place == "one by one":
+        views = [data.dataset[index]["positive"][1] for index in range(3)]
+    elif place == "labelled":
+        labelled = LabelledPatches(
+            lambda row: pairs[row]["positive"], range(3), np.zeros(3), lung, view_transform=transform
+        )
+        views = [labelled[index]["view"] for index in range(3)]
+    else:
+        if place == "device" and not isinstance(transform, BatchViewTransform):
+            pytest.skip("makes one view at a time, in workers")
+        data = LesionDataModule(
+            Noise(), transform, preprocessing=lung, batch_size=3, shuffle=False,
+            views_on="device" if place == "device" else "workers",
+        )  # fmt: skip
+        batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+        views = list(batch["positive"][1])
+        mined = (torch.stack([pair["negative"] for pair in pairs]).double().clamp_min(-900) + 800) / 1500
+        torch.testing.assert_close(batch["negative"][0].double(), mined, atol=1e-6, rtol=0)
+    for view, patch in zip(views, expected, strict=True):
+        assert view.dtype == torch.float32
+        torch.testing.assert_close(view.double(), patch, atol=1e-6, rtol=0)
+
+
+def test_an_array_is_normalised_as_a_tensor_is() -> None:
+    lung, patch = Preprocessing(padding_hu=-900, hu_offset=800.0, hu_scale=1500.0), Noise()[SampleKey(0, 1)]["positive"]
+    for given in (patch, patch.float(), patch.double() + 0.3):
+        before, found = given.clone(), lung.normalize(given.numpy())
+        assert isinstance(found, np.ndarray) and found.dtype == np.float32
+        assert np.array_equal(found, lung.normalize(given).numpy())
+        assert torch.equal(given, before)
+
+
+class Noise:
+    """Patches of noise over all that a CT can hold, and below."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, key: SampleKey) -> PatchPair:
+        draw = np.random.default_rng(key.index)
+        positive, negative = torch.from_numpy(draw.integers(-2000, 3000, (2, 1, *SIZE), dtype=np.int16))
+        return {"positive": positive, "negative": negative, "lesion": key.index, "negative_from_other_scan": False}
+
+    def title(self, lesion: int) -> str:
+        return ""
 
 
 class Constants:
@@ -31,20 +121,20 @@ def show_seed(patch: Tensor, seed: int) -> Tensor:
 def test_every_view_has_a_seed_of_its_own_that_follows_from_the_key() -> None:
     drawn: dict[tuple[int, int, int, str, int], int] = {}
     for seed, epoch, index in itertools.product(range(2), range(3), range(7)):
-        views = ViewPairDataset(Constants(), show_seed, seed)[SampleKey(epoch, index)]
+        views = ViewPairDataset(Constants(), show_seed, seed, AS_THEY_ARE)[SampleKey(epoch, index)]
         for number in range(2):
             drawn[seed, epoch, index, "positive", number] = int(views["positive"][number][1])
             drawn[seed, epoch, index, "negative", number] = int(views["negative"][number][1])
     assert len(set(drawn.values())) == len(drawn)
 
-    dataset = ViewPairDataset(Constants(), show_seed, 1)
+    dataset = ViewPairDataset(Constants(), show_seed, 1, AS_THEY_ARE)
     for epoch, index in ((2, 6), (0, 0), (2, 6)):  # in any order, again and again
         assert int(dataset[SampleKey(epoch, index)]["negative"][1][1]) == drawn[1, epoch, index, "negative", 1]
 
 
 def test_seeds_share_no_stream_with_the_plain_key() -> None:
     # NumPy: SeedSequence([a, b]) and SeedSequence([a, b, 0]) are one stream; whoever draws patches may use either.
-    views = ViewPairDataset(Constants(), show_seed, 4)[SampleKey(2, 0)]
+    views = ViewPairDataset(Constants(), show_seed, 4, AS_THEY_ARE)[SampleKey(2, 0)]
     own = {int(view[1]) for view in (*views["positive"], *views["negative"])}
     for entropy in ([4, 2], [4, 2, 0], [4, 2, 0, 0]):
         assert own.isdisjoint(np.random.SeedSequence(entropy).generate_state(8).tolist())
@@ -52,7 +142,7 @@ def test_seeds_share_no_stream_with_the_plain_key() -> None:
 
 
 def test_patches_go_to_their_views_and_the_rest_is_passed_on() -> None:
-    dataset = ViewPairDataset(Constants(), show_seed, 0)
+    dataset = ViewPairDataset(Constants(), show_seed, 0, AS_THEY_ARE)
     views = dataset[SampleKey(2, 3)]
     assert [float(view[0]) for view in views["positive"]] == [203, 203]
     assert [float(view[0]) for view in views["negative"]] == [-203, -203]
@@ -62,7 +152,7 @@ def test_patches_go_to_their_views_and_the_rest_is_passed_on() -> None:
 
 
 def test_a_number_is_a_lesion_in_epoch_0() -> None:
-    dataset = ViewPairDataset(Constants(), show_seed, 0)
+    dataset = ViewPairDataset(Constants(), show_seed, 0, AS_THEY_ARE)
     assert torch.equal(dataset[5]["positive"][0], dataset[SampleKey(0, 5)]["positive"][0])
 
 
@@ -83,8 +173,8 @@ def test_several_negatives_have_views_each() -> None:
     def see(patch: Tensor, seed: int) -> Tensor:
         return torch.full(patch.shape, float(patch.flatten()[0])) + seed / 2**33
 
-    views = ViewPairDataset(Several(3), see, 0)[SampleKey(2, 3)]
-    one = ViewPairDataset(Constants(), see, 0)[SampleKey(2, 3)]
+    views = ViewPairDataset(Several(3), see, 0, AS_THEY_ARE)[SampleKey(2, 3)]
+    one = ViewPairDataset(Constants(), see, 0, AS_THEY_ARE)[SampleKey(2, 3)]
     for number in range(2):
         several = views["negative"][number]
         assert several.shape == (3, 1, 2, 3, 4)
@@ -115,11 +205,13 @@ class ShowSeeds:
 def test_a_batch_of_views_is_made_of_the_views_of_its_lesions() -> None:
     for patches in (Constants(), Several(3), Several(0)):
         keys = [SampleKey(2, index) for index in (3, 0, 6, 5)]
-        one_by_one, together = ViewPairDataset(patches, ShowSeeds(), 7), SeededPairDataset(patches, 7)
+        one_by_one = ViewPairDataset(patches, ShowSeeds(), 7, AS_THEY_ARE)
+        together = SeededPairDataset(patches, 7)
         expected = default_collate([one_by_one[key] for key in keys])
         sent = default_collate([together[key] for key in keys])
         assert sent["positive"].dtype == sent["negative"].dtype == torch.int16
-        for batch in (batch_of_views(sent, ShowSeeds()), ViewCollation(ShowSeeds())([together[key] for key in keys])):
+        collated = ViewCollation(ShowSeeds(), AS_THEY_ARE)([together[key] for key in keys])
+        for batch in (batch_of_views(sent, ShowSeeds(), AS_THEY_ARE), collated):
             assert set(batch) == set(expected)
             for name in ("positive", "negative"):
                 for view, wanted in zip(batch[name], expected[name], strict=True):

@@ -27,6 +27,12 @@ WIDE_KERNEL = (
 #: One that forgets to flatten.
 FEATURE_MAPS = f"+encoder={{_target_: {TORCH}.Conv3d, in_channels: 1, out_channels: 2, kernel_size: 3}}"
 
+#: Augmentation that scales intensities itself.
+SCALED = (
+    "+augment={_target_: fmcib_ssl.augment.MonaiViews, transforms: "
+    "[{_target_: monai.transforms.NormalizeIntensity, subtrahend: -1024, divisor: 3072}]}"
+)
+
 CONTRADICTIONS = [
     (["data.batch_size=7"], ["data.batch_size=7", "6 that can be used", "data.batch_size=auto"]),
     (["data.batch_size=4", "hardware.devices=2"], ["2 devices", "8 lesions", "6 that can be used"]),
@@ -49,6 +55,7 @@ CONTRADICTIONS = [
     (["+loss.temprature=0.2"], ["section loss", "temprature"]),
     (["loss.negatives=none"], ["section loss", "'none'", "mined_and_lesions"]),
     (["augment.crop_edge=[2,3]"], ["section augment", "crop_edge"]),
+    (["~augment", SCALED], ["section augment", "view from 0.00", "normalised once"]),
     (["optimizer.base_lr=-1"], ["section optimizer", "learning rate"]),
     (["~optimizer.base_lr"], ["section optimizer", "base_lr"]),
     (["schedule.warmup=10"], ["section schedule", "warm-up of 10 steps", "the 2 steps of training"]),
