@@ -28,7 +28,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # several machines may write the same one
     try:
         # Never writable by everybody, whatever the umask.
-        with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o664), "wb") as file:
+        with os.fdopen(os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o664), "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

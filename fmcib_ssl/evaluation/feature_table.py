@@ -6,11 +6,13 @@ What made them is JSON in the schema's metadata, under `fmcib_ssl`.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +26,10 @@ FEATURES_COLUMN = "features"
 ID_COLUMN = "lesion_id"
 #: Key of the origin in the metadata of the Parquet schema.
 METADATA_KEY = b"fmcib_ssl"
+#: In the file's metadata: SHA-256 of the file's bytes, itself taken as zeros. Files of earlier versions have none.
+DIGEST_KEY = b"fmcib_ssl_digest"
+_SEAL = b"sha256:"
+_UNSEALED = _SEAL + b"0" * 64
 
 _NUM_IDS_SHOWN = 5
 _MOST_ROWS = 50_000_000
@@ -115,12 +121,16 @@ class FeatureTable:
         column = pa.FixedSizeListArray.from_arrays(values, self.features.shape[1])
         table = table.append_column(FEATURES_COLUMN, column)
         origin = json.dumps(self.origin).encode()
-        table = table.replace_schema_metadata({**(table.schema.metadata or {}), METADATA_KEY: origin})
+        ours = {METADATA_KEY: origin, DIGEST_KEY: _UNSEALED}
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), **ours})
         try:
             with whole_file(path) as file:
                 # Features are noise to a dictionary and to a compressor; the lesions' columns are not.
                 names = [str(name) for name in self.lesions]
                 pq.write_table(table, file, use_dictionary=names, compression=dict.fromkeys(names, "zstd"))
+                place, digest = _digest(file, _UNSEALED)
+                file.seek(place)
+                file.write(digest)
         except OSError as error:
             raise FeatureTableError(f"{path} cannot be written: {error.strerror or error}") from error
         return path
@@ -137,8 +147,10 @@ class FeatureTable:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: there is no such file; scripts/embed.py makes one")
         try:
-            if (num_rows := pq.read_metadata(path).num_rows) > _MOST_ROWS:  # a file of kilobytes may claim any number
-                raise ValueError(f"it claims {num_rows} rows")
+            about = pq.read_metadata(path)
+            if about.num_rows > _MOST_ROWS:  # a file of kilobytes may claim any number
+                raise ValueError(f"it claims {about.num_rows} rows")
+            _check_digest(path, about.metadata or {})
             table = pq.read_table(path)
             table.validate(full=True)
             origin = json.loads(table.schema.metadata[METADATA_KEY])
@@ -154,6 +166,35 @@ class FeatureTable:
                 "with scripts/embed.py"
             ) from error
         return cls(lesions, features, origin)
+
+
+def _digest(file: BinaryIO, seal: bytes) -> tuple[int, bytes]:
+    """Place of the seal in a Parquet file's footer, and what it should be: the digest with zeros in its place."""
+    size = file.seek(-8, os.SEEK_END) + 8
+    footer = size - 8 - int.from_bytes(file.read(4), "little")
+    file.seek(footer)
+    place = footer + file.read().rindex(seal)  # after all statistics, which might hold the same text
+    digest, position = hashlib.sha256(), file.seek(0)
+    while data := file.read(min(1 << 20, place - position) if position < place else 1 << 20):
+        digest.update(data)
+        position += len(data)
+        if position == place:
+            digest.update(_UNSEALED)
+            position = file.seek(place + len(seal))
+    return place, _SEAL + digest.hexdigest().encode()
+
+
+def _check_digest(path: Path, metadata: Mapping[bytes, bytes]) -> None:
+    """Refuse a file that is not as it was written; its seal is known by its key or, if that is damaged, by itself."""
+    seal = metadata.get(DIGEST_KEY) or next((value for value in metadata.values() if value.startswith(_SEAL)), None)
+    if seal is None:
+        return
+    with path.open("rb") as file:
+        if len(seal) != len(_UNSEALED) or _digest(file, seal)[1] != seal:
+            raise ValueError(
+                "its bytes are not those that were written: it is damaged, or was changed by another program, which "
+                f"should have taken {DIGEST_KEY.decode()} out of its metadata"
+            )
 
 
 def _some(values: Iterable[object]) -> str:

@@ -7,6 +7,7 @@ has named as trusted.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -35,6 +36,9 @@ METADATA_KEY = "fmcib_ssl"
 CHECKPOINT_PREFIX = "encoder."
 
 _FORMAT_VERSION = 1
+#: In an exported file's description; what is there besides it is what files had before they had it.
+_DIGEST = "digest"
+_DESCRIPTION = {"format_version", "encoder", "feature_dim", "preprocessing", "versions", "extra"}
 #: Voxels along an edge; a larger one in a file is damage.
 _LARGEST_PATCH = 4096
 #: What a file may name without being trusted.
@@ -104,6 +108,7 @@ def export_encoder(
     path = Path(path)
     metadata = encoder_metadata(encoder, spec, preprocessing, extra)
     weights = {name: _portable(weight) for name, weight in encoder.state_dict().items()}
+    metadata[_DIGEST] = _digest(metadata, weights)
     # Not safetensors' save_file: it makes files that only their owner may read.
     write_whole(path, save(weights, metadata={METADATA_KEY: json.dumps(metadata)}))
 
@@ -144,6 +149,8 @@ def load_encoder(path: str | os.PathLike[str], *, trusted_targets: Collection[st
             f"{path}: format version {version}, and this is fmcib_ssl {fmcib_ssl.__version__}, "
             f"which reads version {_FORMAT_VERSION}; use the version of fmcib_ssl that wrote it, or a newer one."
         )
+    if not is_checkpoint:
+        _check_digest(metadata, weights, path)
     try:
         spec = dict(metadata["encoder"])
         target = str(spec.pop("_target_"))
@@ -193,11 +200,20 @@ def _check_weights(weights: Mapping[str, Any], path: Path) -> None:
             )
 
 
+def _digest(description: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of all that a file says: the description as JSON with sorted keys, then each weight by its name."""
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    for name, weight in sorted(weights.items()):
+        digest.update(f"\n{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        digest.update(weight.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
-            metadata, names = json.loads((file.metadata() or {})[METADATA_KEY]), file.keys()
-            return metadata, {name: file.get_tensor(name) for name in names}
+            metadata = json.loads((file.metadata() or {})[METADATA_KEY])
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dictionary
     except SafetensorError as error:
         raise EncoderFileError(
             f"{path}: neither a whole safetensors file nor a training checkpoint ({error}); export or copy it again."
@@ -208,19 +224,48 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ) from error
     except (ValueError, TypeError, RecursionError) as error:
         raise EncoderFileError(f"{path}: its description of the encoder is damaged: {error}") from error
+    return metadata, weights
 
 
-def _read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _check_digest(description: dict[str, Any], weights: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse an exported file that is not as it was written."""
+    # A file of an earlier version has no digest; one whose digest has another name by a damaged bit has an unknown key.
+    digest, unknown = description.pop(_DIGEST, None), description.keys() - _DESCRIPTION
+    if unknown or (digest is not None and digest != _digest(description, weights)):
+        raise EncoderFileError(
+            f"{path}: its contents are not those that were exported "
+            f"({f'unknown: {sorted(unknown)}' if unknown else 'the digest differs'}): it is damaged, or was changed by "
+            "another program. Export or copy it again."
+        )
+
+
+def read_archive(path: Path) -> Any:
+    """What `torch.save` wrote: weights and plain values; nothing in it is run.
+
+    The check sum of each part is compared first, which torch's own reader does not do.
+
+    Raises:
+        ValueError: not such a file, or a damaged one.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                 raise ValueError("its parts are compressed, which those of a checkpoint are not")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"the check sum of {damaged} is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch's readers fail in every way there is on a damaged file
-        reason = str(error) or type(error).__name__
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise ValueError(f"damaged, or not of this kind: {reason}") from error
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        checkpoint = read_archive(path)
+    except ValueError as error:
         raise EncoderFileError(
             f"{path}: not a checkpoint of fmcib_ssl, or not a whole one; nothing but weights and plain values is read "
-            f"from it: {reason}"
+            f"from it: {error}"
         ) from error
     if not isinstance(checkpoint, dict) or not {METADATA_KEY, "state_dict"} <= checkpoint.keys():
         raise EncoderFileError(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-import zipfile
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +23,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from fmcib_ssl import signals
+from fmcib_ssl.models.export import read_archive
 from fmcib_ssl.training.requeue import requeue
 from fmcib_ssl.training.rng import random_state, set_random_state
 from fmcib_ssl.training.run_folder import CHECKPOINT_NAME, RunFolderError
@@ -284,14 +284,9 @@ def find_checkpoint(folder: Path, run_id: str, *, main_process: bool = True) -> 
 def checkpoint_problem(path: Path, run_id: str) -> str | None:
     """What keeps a file from being gone on with, in words; None if nothing does."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # reads everything and compares the check sums
-        if damaged is not None:
-            return f"damaged: the check sum of {damaged} is wrong"
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch's readers fail in every way there is on a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return f"damaged, or no checkpoint at all: {reason[:200]}"
+        checkpoint = read_archive(path)
+    except ValueError as error:
+        return str(error)
     if not isinstance(checkpoint, dict) or not {"fmcib_ssl", "loops", "optimizer_states"} <= checkpoint.keys():
         return "not a checkpoint of a training run of fmcib_ssl"
     about = checkpoint["fmcib_ssl"]

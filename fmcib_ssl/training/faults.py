@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fmcib_ssl.models.export import read_archive
 from fmcib_ssl.whole_file import whole_file, write_whole
 
 FOLDER = "faults"
@@ -59,12 +60,11 @@ def read_faults(folder: Path) -> list[dict[str, Any]]:
     faults = []
     for path in sorted(folder.glob("rank-*.pt"), key=lambda file: int("0" + file.stem.partition("-")[2])):
         try:
-            fault = torch.load(path, map_location="cpu", weights_only=True)
+            fault = read_archive(path)
             if fault["format"] != FAULT_FORMAT:
                 raise ValueError(f"format {fault['format']}")
-        except Exception as error:  # a damaged file fails in every way there is
-            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            raise ValueError(f"{path} cannot be read ({reason}); copy it again, or replay another step") from error
+        except (ValueError, TypeError, LookupError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); copy it again, or replay another step") from error
         faults.append(fault)
     if not faults:
         raise ValueError(f"{folder} holds no rank-*.pt: there is nothing to replay")

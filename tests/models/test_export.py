@@ -140,9 +140,10 @@ def test_what_cannot_be_described_is_not_exported(
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the description in an exported file."""
+    """Change the description in an exported file, which has no digest then, as those of earlier versions."""
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = json.loads(file.metadata()["fmcib_ssl"])
+    metadata.pop("digest", None)
     change(metadata)
     weights = safetensors.torch.load_file(path)
     safetensors.torch.save_file(weights, path, metadata={"fmcib_ssl": json.dumps(metadata)})
@@ -203,7 +204,14 @@ def test_descriptions_that_do_not_fit_are_named(
     assert str(exported) in str(caught.value)
 
 
+def test_files_of_earlier_versions_are_read(exported: Path) -> None:
+    weights = load_encoder(exported).state_dict()
+    rewrite(exported, lambda metadata: None)
+    assert all(torch.equal(value, weights[name]) for name, value in load_encoder(exported).state_dict().items())
+
+
 def test_missing_weight_is_an_error(exported: Path) -> None:
+    rewrite(exported, lambda metadata: None)
     with safetensors.safe_open(exported, framework="pt") as file:
         metadata = file.metadata()
     weights = safetensors.torch.load_file(exported)
