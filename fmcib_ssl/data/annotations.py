@@ -1,15 +1,15 @@
 """The table of lesions: read it, and find every row that cannot be used before training starts.
 
-A row is a lesion: `image_path, coordX, coordY, coordZ` (mm, or voxel indices), optionally `series_uid`; further
-columns are kept. A row whose `cropped` is true names a file that holds one lesion and little else: it may be smaller
-than a patch, and without a point its centre is taken.
+A row is a lesion: `image_path, coordX, coordY, coordZ` (mm, or voxel indices), optionally `series_uid` and `modality`;
+further columns are kept. A row whose `cropped` is true names a file that holds one lesion and little else: it may be
+smaller than a patch, and without a point its centre is taken.
 Rows are numbered as in the file, 1 being the first below the header.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -50,6 +50,7 @@ Coordinates = Literal["lps", "ras", "voxel"]
 PATH_COLUMN = "image_path"
 COORDINATE_COLUMNS = ("coordX", "coordY", "coordZ")
 SERIES_COLUMN = "series_uid"
+MODALITY_COLUMN = "modality"
 MASK_COLUMN = "mask_path"
 CROPPED_COLUMN = "cropped"
 
@@ -227,7 +228,7 @@ def _row_problem(
             return _Problem(f"{column}={value}", what, f"give coordinates in {unit}, with a decimal point")
     geometry = outcomes[scan]
     if isinstance(geometry, ScanError):
-        remedy = "repair or leave out the scan"
+        remedy = geometry.remedy
         if not os.path.exists(scan.path):  # noqa: PTH110  (False for what is no path; `Path.exists` raises)
             remedy = "correct the path, or set image_root (and path_prefix for a table made elsewhere)"
         return _Problem(geometry.path, geometry.reason, remedy)
@@ -370,8 +371,15 @@ def resolve_path(text: Any, root: Path, path_prefix: str | None = None) -> Path 
     return root / relative
 
 
+def scan_source(path: Path, row: Mapping[Any, Any]) -> ScanSource:
+    """The scan of a row at a path, read as the row's other columns say."""
+    uid = row.get(SERIES_COLUMN)
+    any_modality = str(row.get(MODALITY_COLUMN)).strip().lower() == "any"
+    return ScanSource(path, None if pd.isna(uid) else str(uid).strip(), any_modality)
+
+
 def _scan_sources(rows: pd.DataFrame, root: Path, path_prefix: str | None) -> Iterator[ScanSource | None]:
-    uids = rows[SERIES_COLUMN] if SERIES_COLUMN in rows else [None] * len(rows)
-    for text, uid in zip(rows[PATH_COLUMN], uids, strict=True):
-        path = resolve_path(text, root, path_prefix)
-        yield None if path is None else ScanSource(path, None if uid is None or pd.isna(uid) else str(uid).strip())
+    columns = [column for column in (PATH_COLUMN, SERIES_COLUMN, MODALITY_COLUMN) if column in rows]
+    for row in rows[columns].to_dict("records"):
+        path = resolve_path(row[PATH_COLUMN], root, path_prefix)
+        yield None if path is None else scan_source(path, row)

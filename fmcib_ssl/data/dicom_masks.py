@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import SimpleITK as sitk
 from matplotlib.path import Path as Polygon
 
+from fmcib_ssl.data.dicom_files import is_dicom, series_at
 from fmcib_ssl.data.geometry import ScanGeometry
 from fmcib_ssl.data.masks import Region
 from fmcib_ssl.data.scans import ScanSource, read_header
@@ -123,12 +123,12 @@ def _draw(mask: npt.NDArray[np.bool_], index_xyz: npt.NDArray[np.float64], name:
 
 def _require_frame(frame_uid: Any, path: Path, scan: ScanSource) -> None:
     """Refuse a mask that says it belongs to another frame of reference than its DICOM series."""
-    if not frame_uid or not scan.path.is_dir():
-        return
-    file = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(scan.path), scan.series_uid or "")[0]
-    of_scan = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["FrameOfReferenceUID"])
-    if (expected := of_scan.get("FrameOfReferenceUID")) and expected != frame_uid:
-        raise ScanError(path, f"belongs to the frame of reference {frame_uid}, the scan to {expected}: another scan's")
+    if frame_uid and (scan.path.is_dir() or is_dicom(scan.path)):
+        expected = series_at(scan.path, scan.series_uid, any_modality=True)[0].header.get("FrameOfReferenceUID")
+        if expected and expected != frame_uid:
+            raise ScanError(
+                path, f"belongs to the frame of reference {frame_uid}, the scan to {expected}: another scan's"
+            )
 
 
 def _triple(values: Any) -> tuple[float, float, float]:

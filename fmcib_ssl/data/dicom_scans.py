@@ -1,132 +1,319 @@
-"""A CT from a folder of DICOM slices: which files, in which order, and where they lie."""
+"""A CT from DICOM: a folder of slices, or one file of many frames (enhanced CT).
+
+The tags alone say where slices lie and what their values mean, and every slice must lie on one regular grid.
+SimpleITK only decompresses: it inverts MONOCHROME1, takes one rescale for all frames, and knows frames in the file's
+order only. Where it reads a slice's place, it must agree.
+"""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import SimpleITK as sitk
+from pydicom.dataset import Dataset
 
+from fmcib_ssl.data.dicom_files import DicomFile, numbers, read_stored_values, series_at, text
 from fmcib_ssl.data.geometry import ScanGeometry
-from fmcib_ssl.data.scan_checks import checked_geometry, decoded, shortened
+from fmcib_ssl.data.scan_checks import checked_geometry
 from fmcib_ssl.data.tables import ScanError
 
-#: Slices of one series may drift sideways by this much, mm, over the whole stack: rounding in the headers.
-MAX_DRIFT_MM = 1.0
-#: A step between slices may differ from the mean step by this part of it.
-MAX_STEP_DEVIATION = 0.1
+FloatArray = npt.NDArray[np.float64]
+
+#: A corner of a slice may lie this far from the regular grid, mm: rounding in the headers, jitter of the table.
+MAX_OFF_GRID_MM = 0.5
+#: Along the normal it is this part of the distance between slices, but within these limits, mm.
+MAX_OFF_DEPTH, MAX_OFF_DEPTH_MM = 0.1, (0.1, MAX_OFF_GRID_MM)
+#: The header and SimpleITK may place the corner of a slice this far apart, mm.
+MAX_READERS_APART_MM = 0.1
+#: How far lengths and scalar product of the orientation's vectors may be from 1 and 0: cosines are rounded.
+MAX_COSINE_ERROR = 1e-3
+#: RescaleTypes that name something else than HU: optical and electron density, concentrations, atomic numbers.
+_NOT_HU = ("OD", "ED", "EDW", "MGML", "Z_EFF", "PCT")
 
 
-def read_dicom_header(folder: Path, series_uid: str | None) -> ScanGeometry:
-    """Geometry of a series, from the headers of its slices."""
-    return _read_headers(folder, series_uid)[1]
-
-
-def read_dicom_volume(folder: Path, series_uid: str | None) -> tuple[npt.NDArray[Any], ScanGeometry]:
-    """Values of a series in HU, `(z, y, x)`, and its geometry."""
-    files, geometry = _read_headers(folder, series_uid)
-    reader = sitk.ImageSeriesReader()
-    reader.SetFileNames(files)
-    reader.SetNumberOfThreads(1)
-    return decoded(reader, folder), geometry
-
-
-def _read_headers(folder: Path, series_uid: str | None) -> tuple[list[str], ScanGeometry]:
-    """Files of one series from its first to its last slice, and its geometry."""
-    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-    if not series:
-        raise ScanError(folder, "is a folder without DICOM slices (folders inside it are not searched)")
-    if series_uid is None and len(series) > 1:
-        raise ScanError(
-            folder,
-            f"holds {len(series)} DICOM series; name one in a column `series_uid`: {', '.join(sorted(series))}",
-        )
-    if series_uid is not None and series_uid not in series:
-        raise ScanError(folder, f"has no series {series_uid!r}; it holds {', '.join(sorted(series))}")
-    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series_uid or series[0])
-    if len(files) < 2:
-        raise ScanError(folder, "holds one DICOM slice; a volume needs at least two")
-    slices = [_read_slice_header(Path(file)) for file in files]
-    first = slices[0]
-    for file, one in zip(files, slices, strict=True):
-        if one.size != first.size or not np.allclose(
-            [*one.spacing, *one.axes.flat], [*first.spacing, *first.axes.flat], atol=1e-4
-        ):
-            raise ScanError(
-                folder,
-                f"its slices differ in size, spacing or orientation ({Path(file).name} from {Path(files[0]).name}): "
-                "is a localizer among them?",
-            )
-    normal = first.axes[:, 2]
-    positions = np.array([one.position_lps_mm for one in slices])
-    order = np.argsort(positions @ normal, kind="stable")
-    files, positions = [files[i] for i in order], positions[order]
-    spacing_mm = _slice_distance_mm(folder, positions, normal)
-    columns, rows = first.size
-    geometry = checked_geometry(
-        folder, (columns, rows, len(files)), (*first.spacing, spacing_mm), positions[0], first.axes
-    )
-    return files, geometry
+#: Of an enhanced CT: what says where a frame lies, how it is turned, how large its voxels are, what their values mean.
+_GROUPS = (
+    "PlanePositionSequence",
+    "PlaneOrientationSequence",
+    "PixelMeasuresSequence",
+    "PixelValueTransformationSequence",
+)
 
 
 class _Slice(NamedTuple):
-    size: tuple[int, int]
-    spacing: tuple[float, float]
-    position_lps_mm: tuple[float, float, float]
-    axes: npt.NDArray[np.float64]
+    """A frame of a file, by its header."""
+
+    file: DicomFile
+    frame: int
+    size: tuple[int, int]  # columns, rows
+    spacing_mm: FloatArray  # along a row, along a column
+    position_lps_mm: FloatArray
+    axes: FloatArray  # columns: direction of a row, of a column, their normal
+    rescale: tuple[float, float] | None  # slope and intercept
+
+    def corners(self) -> FloatArray:
+        """Centres of its corner voxels, `(4, 3)`, LPS mm."""
+        return _corners(self.position_lps_mm, self.axes, self.spacing_mm, self.size)
 
 
-def _read_slice_header(file: Path) -> _Slice:
+def read_dicom_header(path: Path, series_uid: str | None, any_modality: bool) -> ScanGeometry:
+    """Geometry of a series, from the headers of its slices.
+
+    Raises:
+        ScanError: as `read_header` has it for DICOM; nothing else leaves this module.
+    """
+    return _read_slices(path, series_uid, any_modality)[1]
+
+
+def read_dicom_volume(path: Path, series_uid: str | None, any_modality: bool) -> tuple[npt.NDArray[Any], ScanGeometry]:
+    """Values of a series in HU, `(z, y, x)`, as whole numbers where they are, and its geometry.
+
+    Raises:
+        ScanError: as `read_dicom_header`, and for voxels that cannot be decoded.
+    """
+    slices, geometry = _read_slices(path, series_uid, any_modality)
+    hu: npt.NDArray[Any] = np.empty(geometry.size_xyz[::-1], dtype=np.int16)
+    places: dict[Path, list[int]] = {}  # of each file's frames in the stack
+    for place, one in enumerate(slices):
+        places.setdefault(one.file.path, []).append(place)
+    with tempfile.TemporaryDirectory() as scratch:
+        for own in places.values():
+            file, frames = slices[own[0]].file, [slices[place].frame for place in own]
+            try:
+                for place, stored in zip(own, read_stored_values(file, frames, Path(scratch)), strict=True):
+                    values = _rescaled(stored, *(slices[place].rescale or (1.0, 0.0)))
+                    hu = hu.astype(np.promote_types(hu.dtype, values.dtype), copy=False)
+                    hu[place] = values
+            except (ScanError, MemoryError):
+                raise
+            except Exception as error:  # what pydicom and NumPy make of a damaged file
+                raise ScanError(file.path, f"cannot be decoded: {type(error).__name__}: {error}") from error
+    if slices[0].rescale is None and hu.min() >= 0:
+        raise ScanError(
+            path,
+            f"has no RescaleSlope and RescaleIntercept, and stored values from {hu.min()} to {hu.max()} are not HU",
+            "export it with the rescale tags that it was made with, or leave it out",
+        )
+    return hu, geometry
+
+
+def _rescaled(stored: npt.NDArray[Any], slope: float, intercept: float) -> npt.NDArray[Any]:
+    """Stored values in HU: int16 where they are whole numbers that fit, else float32."""
+    if slope.is_integer() and intercept.is_integer():
+        values, limits = stored.astype(np.int64) * int(slope) + int(intercept), np.iinfo(np.int16)
+        if limits.min <= values.min() and values.max() <= limits.max:
+            return values.astype(np.int16)
+    return (stored * np.float64(slope) + intercept).astype(np.float32)
+
+
+def _read_slices(path: Path, series_uid: str | None, any_modality: bool) -> tuple[list[_Slice], ScanGeometry]:
+    """Slices of a series in the order of their normal, and its geometry."""
+    try:
+        files = series_at(path, series_uid, any_modality)
+        slices = [one for file in files for one in _slices_of(file, any_modality)]
+        if len(slices) < 2:
+            kind = "holds one DICOM slice" if path.is_dir() else "is one DICOM slice"
+            raise ScanError(path, f"{kind}; a volume needs at least two", "name the folder of the whole series")
+        return _stacked(path, slices)
+    except (ScanError, MemoryError):
+        raise
+    except Exception as error:  # a broken tag must not end what reads a thousand scans
+        raise ScanError(path, f"cannot be read as DICOM: {type(error).__name__}: {error}") from error
+
+
+def _slices_of(file: DicomFile, any_modality: bool) -> Iterator[_Slice]:
+    """The slice of a file, or its frames."""
+    path, header = file.path, file.header
+    kind = text(header, "PhotometricInterpretation")
+    if int(header.get("SamplesPerPixel", 1)) != 1 or kind not in ("MONOCHROME1", "MONOCHROME2"):
+        raise ScanError(path, f"is a colour image ({kind or 'of no PhotometricInterpretation'}), not a CT slice")
+    num_frames = int(text(header, "NumberOfFrames") or 1)
+    groups = header.get("PerFrameFunctionalGroupsSequence") or [Dataset()]
+    if len(groups) != num_frames:
+        raise ScanError(
+            path,
+            f"has {num_frames} frames, and no PerFrameFunctionalGroupsSequence of so many: where they lie is not known",
+            "export the series as single slices, or as enhanced CT",
+        )
+    shared = (header.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
+    for frame, own in enumerate(groups):
+        # What holds for a frame, or else for all; a plain slice has no such groups but the file itself.
+        plane, orientation, measures, values = (
+            next((level[group].value[0] for level in (own, shared) if level.get(group)), header) for group in _GROUPS
+        )
+        where = f"frame {frame + 1} " if num_frames > 1 else ""
+        position = numbers(plane, "ImagePositionPatient", 3, path)
+        if position is None:
+            raise ScanError(path, f"{where}has no ImagePositionPatient: where the slice lies is not known")
+        one = _Slice(
+            file,
+            frame,
+            (int(header.Columns), int(header.Rows)),
+            _spacing_mm(measures, path, where),
+            position,
+            _axes(orientation, path, where),
+            _rescale(values, path, any_modality),
+        )
+        if num_frames == 1 and "PerFrameFunctionalGroupsSequence" not in header:
+            _compare_with_itk(one)
+        yield one
+
+
+def _spacing_mm(tags: Dataset, path: Path, where: str) -> FloatArray:
+    spacing = numbers(tags, "PixelSpacing", 2, path)
+    if spacing is None:
+        at_detector = " (ImagerPixelSpacing is that at the detector)" if "ImagerPixelSpacing" in tags else ""
+        raise ScanError(path, f"{where}has no PixelSpacing{at_detector}: how large its voxels are is not known")
+    if not (spacing > 0).all():
+        raise ScanError(path, f"{where}has the PixelSpacing {text(tags, 'PixelSpacing')!r}: both must be above 0 mm")
+    return spacing[::-1]  # DICOM names the distance between rows first
+
+
+def _axes(tags: Dataset, path: Path, where: str) -> FloatArray:
+    cosines = numbers(tags, "ImageOrientationPatient", 6, path)
+    if cosines is None:
+        raise ScanError(path, f"{where}has no ImageOrientationPatient: how the slice lies in the patient is not known")
+    row, column = cosines[:3], cosines[3:]
+    lengths = np.linalg.norm([row, column], axis=1)
+    if abs(row @ column) > MAX_COSINE_ERROR or (np.abs(lengths - 1) > MAX_COSINE_ERROR).any():
+        angle = np.degrees(np.arccos(np.clip(row @ column / np.prod(lengths), -1, 1)))
+        raise ScanError(
+            path,
+            f"{where}has the ImageOrientationPatient {text(tags, 'ImageOrientationPatient')}: sheared, or not of "
+            f"length 1; rows and columns are {angle:.2f} degrees apart, {lengths[0]:.4f} and {lengths[1]:.4f} long",
+        )
+    normal = np.cross(row, column)
+    return np.stack([row / lengths[0], column / lengths[1], normal / np.linalg.norm(normal)], axis=1)
+
+
+def _rescale(tags: Dataset, path: Path, any_modality: bool) -> tuple[float, float] | None:
+    slope, intercept = (numbers(tags, keyword, 1, path) for keyword in ("RescaleSlope", "RescaleIntercept"))
+    if (kind := text(tags, "RescaleType")) in _NOT_HU and not any_modality:
+        raise ScanError(path, f"has values of the RescaleType {kind}, not HU")
+    if slope is not None and slope[0] == 0:
+        raise ScanError(path, "has a RescaleSlope of 0")
+    if slope is None and intercept is None:
+        return None
+    return (1.0 if slope is None else float(slope[0])), (0.0 if intercept is None else float(intercept[0]))
+
+
+def _compare_with_itk(one: _Slice) -> None:
+    """Refuse a slice that SimpleITK places elsewhere than its tags do, unless it cannot read them at all."""
     reader = sitk.ImageFileReader()
-    reader.SetFileName(str(file))
+    reader.SetFileName(str(one.file.path))
     reader.SetImageIO("GDCMImageIO")
     try:
         reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise ScanError(file, f"cannot be read: {shortened(error)}") from error
-    if not reader.HasMetaDataKey("0020|0032"):
-        raise ScanError(file, "has no ImagePositionPatient: where the slice lies is not known")
-    if reader.GetNumberOfComponents() != 1:
-        raise ScanError(file, "is a colour image, not a CT slice")
-    return _Slice(
-        reader.GetSize()[:2],
-        reader.GetSpacing()[:2],
-        reader.GetOrigin(),
-        np.reshape(reader.GetDirection(), (3, 3)),
-    )
+    except RuntimeError:
+        return
+    axes = np.reshape(reader.GetDirection(), (3, 3))
+    corners = _corners(np.array(reader.GetOrigin()), axes, np.array(reader.GetSpacing()[:2]), reader.GetSize()[:2])
+    apart_mm = np.linalg.norm(corners - one.corners(), axis=1)
+    if apart_mm.max() > MAX_READERS_APART_MM:
+        at = int(apart_mm.argmax())
+        raise ScanError(
+            one.file.path,
+            f"has a corner at {_point(one.corners()[at])} LPS mm by its tags, but at {_point(corners[at])} by "
+            f"SimpleITK, {apart_mm[at]:.1f} mm apart: its header contradicts itself",
+        )
 
 
-def _slice_distance_mm(
-    folder: Path, positions_lps_mm: npt.NDArray[np.float64], normal: npt.NDArray[np.float64]
-) -> float:
-    """Distance between slices, if they stand one above the other at equal distances.
+def _corners(origin: FloatArray, axes: FloatArray, spacing_mm: FloatArray, size: Sequence[int]) -> FloatArray:
+    ends = [(i * (size[0] - 1), j * (size[1] - 1)) for j in (0, 1) for i in (0, 1)]
+    corners: FloatArray = origin + (np.array(ends) * spacing_mm) @ axes[:, :2].T
+    return corners
+
+
+def _stacked(path: Path, slices: list[_Slice]) -> tuple[list[_Slice], ScanGeometry]:
+    """Slices in the order of their normal, and the regular grid that they all lie on.
 
     Raises:
-        ScanError: missing, doubled or unequally spaced slices, or a stack that is not at right angles (gantry tilt).
+        ScanError: missing, doubled or unequally spaced slices, gantry tilt, slices that differ in size, spacing,
+            orientation or in having a rescale.
     """
-    depth = positions_lps_mm @ normal
-    steps = np.diff(depth)
-    step = float(np.median(steps))
-    if (steps < 0.01).any():
-        at = int(np.argmin(steps))
-        raise ScanError(folder, f"has two slices at one place ({depth[at]:.2f} mm along the slice normal)")
-    wrong = np.flatnonzero(np.abs(steps - step) > MAX_STEP_DEVIATION * step)
-    if wrong.size:
-        at = int(wrong[0])
-        raise ScanError(
-            folder,
-            f"slices are missing or not equally spaced: {steps[at]:.2f} mm from slice {at + 1} to {at + 2} "
-            f"(at {depth[at]:.1f} mm), {step:.2f} mm elsewhere; {wrong.size} such step(s)",
-        )
-    shift = positions_lps_mm[-1] - positions_lps_mm[0]
-    drift_mm = float(np.linalg.norm(shift - (shift @ normal) * normal))
-    if drift_mm > MAX_DRIFT_MM:
+    first = slices[0]
+    for one in slices:
+        turned = np.degrees(np.arccos(np.clip((one.axes * first.axes).sum(axis=0).min(), -1, 1)))
+        differs = [
+            *(["size"] if one.size != first.size else []),
+            *(["spacing"] if not np.allclose(one.spacing_mm, first.spacing_mm, rtol=0.01) else []),
+            *([f"orientation (by {turned:.1f} degrees)"] if turned > 1 else []),
+        ]
+        if differs:
+            raise ScanError(
+                path,
+                f"its slices differ in {' and '.join(differs)} ({_name(one)} from {_name(first)}): "
+                "is a localizer among them?",
+            )
+        if (one.rescale is None) != (first.rescale is None):
+            without, has = (one, first) if one.rescale is None else (first, one)
+            raise ScanError(
+                path,
+                f"{_name(without)} has no RescaleSlope and RescaleIntercept, {_name(has)} has: "
+                "what its values mean is not known",
+            )
+    normal = first.axes[:, 2]
+    depth = np.array([one.position_lps_mm @ normal for one in slices])
+    order = np.argsort(depth, kind="stable")
+    slices, depth = [slices[i] for i in order], depth[order]
+    first, last = slices[0], slices[-1]
+    step = _step_mm(path, slices, depth)
+    off_grid = np.array([one.corners() - first.corners() for one in slices])  # (slices, 4 corners, 3)
+    off_grid -= step * np.arange(len(slices))[:, None, None] * normal
+    drift_mm = np.linalg.norm(off_grid[-1].mean(axis=0))
+    if drift_mm > MAX_OFF_GRID_MM:
         angle = np.degrees(np.arctan2(drift_mm, depth[-1] - depth[0]))
         raise ScanError(
-            folder,
-            f"gantry tilt of {angle:.1f} degrees: the slices drift sideways by {drift_mm:.1f} mm; "
+            path,
+            f"gantry tilt of {angle:.1f} degrees: the slices drift sideways by {drift_mm:.1f} mm",
             "resample the series to a rectangular volume first",
         )
-    return float((depth[-1] - depth[0]) / (len(depth) - 1))
+    off_mm = np.linalg.norm(off_grid, axis=2).max(axis=1)
+    if off_mm.max() > MAX_OFF_GRID_MM:
+        at = int(off_mm.argmax())
+        raise ScanError(
+            path,
+            f"its slices are shifted or not parallel: a corner of {_name(slices[at])} lies {off_mm[at]:.2f} mm off the "
+            f"regular grid from {_name(first)} to {_name(last)}; {MAX_OFF_GRID_MM} mm are allowed",
+        )
+    columns, rows = first.size
+    size, spacing = (columns, rows, len(slices)), (*first.spacing_mm, step)
+    return slices, checked_geometry(path, size, spacing, first.position_lps_mm, first.axes)
+
+
+def _step_mm(path: Path, slices: Sequence[_Slice], depth: FloatArray) -> float:
+    """Distance between slices that stand, by their depth along the normal, at equal distances."""
+    steps = np.diff(depth)
+    if (steps < 0.01).any():
+        at = int(np.argmin(steps))
+        raise ScanError(
+            path,
+            f"has two slices at one place ({depth[at]:.2f} mm along the slice normal): {_name(slices[at])} and "
+            f"{_name(slices[at + 1])}",
+            "keep one of them; of several phases or energies keep one",
+        )
+    step = float((depth[-1] - depth[0]) / len(steps))
+    off_mm = np.abs(depth - depth[0] - step * np.arange(len(depth)))
+    if off_mm.max() > np.clip(MAX_OFF_DEPTH * step, *MAX_OFF_DEPTH_MM):
+        usual, at = float(np.median(steps)), int(np.argmax(off_mm))
+        longest = int(np.argmax(np.abs(steps - usual)))
+        raise ScanError(
+            path,
+            f"slices are missing or not equally spaced: {steps[longest]:.2f} mm from slice {longest + 1} to "
+            f"{longest + 2} (at {depth[longest]:.1f} mm), {usual:.2f} mm elsewhere; slice {at + 1} lies "
+            f"{off_mm[at]:.2f} mm from its place on a regular grid",
+        )
+    return step
+
+
+def _name(one: _Slice) -> str:
+    return one.file.path.name + (f" frame {one.frame + 1}" if one.frame else "")
+
+
+def _point(point: FloatArray) -> str:
+    return "(" + ", ".join(f"{v:.1f}" for v in point) + ")"

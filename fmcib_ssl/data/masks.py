@@ -21,7 +21,15 @@ import SimpleITK as sitk
 from scipy import ndimage
 from tqdm import tqdm
 
-from fmcib_ssl.data.annotations import COORDINATE_COLUMNS, MASK_COLUMN, PATH_COLUMN, SERIES_COLUMN, resolve_path
+from fmcib_ssl.data.annotations import (
+    COORDINATE_COLUMNS,
+    MASK_COLUMN,
+    PATH_COLUMN,
+    SERIES_COLUMN,
+    resolve_path,
+    scan_source,
+)
+from fmcib_ssl.data.dicom_files import is_dicom
 from fmcib_ssl.data.geometry import ScanGeometry
 from fmcib_ssl.data.scans import ScanSource, read_header
 from fmcib_ssl.data.tables import REJECTED_COLUMNS, OnBadRow, ScanError, read_table, refuse_or_skip, require_columns
@@ -54,14 +62,6 @@ class MaskLesion(NamedTuple):
     center_lps_mm: tuple[float, float, float]  # mean of its voxels; of a curved lesion it may lie outside
     volume_mm3: float
     diameter_mm: float
-
-
-def is_dicom(path: Path) -> bool:
-    """Whether a file is read as DICOM: by its name, or by its first bytes, since archives often leave names bare."""
-    if path.suffix.lower() in (".dcm", ".dicom") or not path.is_file():
-        return path.suffix.lower() in (".dcm", ".dicom")
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
 
 
 def read_regions(path: Path | str, scan: ScanSource) -> list[Region]:
@@ -158,8 +158,9 @@ def lesions_from_masks(
 ) -> pd.DataFrame:
     """One row for each lesion of the masks that a table names, with its point in LPS mm.
 
-    The table has `image_path, mask_path`, optionally `series_uid`; further columns are repeated for each lesion of the
-    row. Added are `coordX, coordY, coordZ` (in place of what stood there), `region`, `volume_mm3`, `diameter_mm`.
+    The table has `image_path, mask_path`, optionally `series_uid` and `modality`; further columns are repeated for each
+    lesion of the row. Added are `coordX, coordY, coordZ` (in place of what stood there), `region`, `volume_mm3`,
+    `diameter_mm`.
 
     Args:
         path: the CSV file.
@@ -186,11 +187,10 @@ def lesions_from_masks(
 
     def of_row(row: dict[str, Any]) -> list[MaskLesion] | ScanError:
         image, mask = (resolve_path(row[column], root, path_prefix) for column in (PATH_COLUMN, MASK_COLUMN))
-        uid = row.get(SERIES_COLUMN)
         try:
             if image is None or mask is None:
                 raise ScanError(PATH_COLUMN if image is None else MASK_COLUMN, "is empty; fill it in")
-            return choice.lesions(mask, ScanSource(image, None if uid is None or pd.isna(uid) else str(uid).strip()))
+            return choice.lesions(mask, scan_source(image, row))
         except ScanError as error:
             return error
 

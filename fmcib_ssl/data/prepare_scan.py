@@ -16,6 +16,7 @@ import SimpleITK as sitk
 from jaxtyping import Int16
 
 from fmcib_ssl.data.coarse_map import build_coarse_map
+from fmcib_ssl.data.dicom_files import series_files
 from fmcib_ssl.data.scans import Scan, ScanSource, read_scan
 from fmcib_ssl.data.store import (
     STORE_VERSION,
@@ -119,7 +120,7 @@ def prepare_scan(folder: Path, settings: StoreSettings, task: ScanTask) -> Outco
     except StoreError:
         raise
     except ScanError as error:
-        return Outcome(problem=(error.reason or str(error), "repair or leave out the scan"))
+        return Outcome(problem=(error.reason or str(error), error.remedy))
     except MemoryError:
         return Outcome(problem=("needs more memory than there is", "prepare it with num_workers=1, or coarser voxels"))
     except Exception as error:  # whatever a library makes of a broken file, the night goes on
@@ -198,8 +199,7 @@ def _resample_oblique(scan: Scan, grid: StoreGrid, settings: StoreSettings) -> I
 def source_files(source: ScanSource) -> list[Path]:
     """The files whose bytes are a scan: slices of a series, a header and its detached voxels; sorted by name."""
     if source.series_uid is not None and source.path.is_dir():
-        names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(source.path), source.series_uid)
-        return sorted(Path(name) for name in names)
+        return series_files(source.path, source.series_uid)
     return _files_at(source.path)
 
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import SimpleITK as sitk
 from jaxtyping import Int16
 
+from fmcib_ssl.data.dicom_files import is_dicom
 from fmcib_ssl.data.dicom_scans import read_dicom_header, read_dicom_volume
 from fmcib_ssl.data.geometry import PatchGrid, ScanGeometry
 from fmcib_ssl.data.scan_checks import as_hu, checked_geometry, decoded, shortened
@@ -29,6 +30,7 @@ class ScanSource(NamedTuple):
 
     path: Path
     series_uid: str | None = None
+    any_modality: bool = False  # read DICOM that says to be no CT
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +51,7 @@ class Scan:
         return Scan(self.hu[z, y, x], self.geometry.part((x, y, z)))
 
 
-def read_header(path: Path | str, series_uid: str | None = None) -> ScanGeometry:
+def read_header(path: Path | str, series_uid: str | None = None, any_modality: bool = False) -> ScanGeometry:
     """Geometry of a scan, without its voxels.
 
     Finds what a header can tell, also NIfTI files that end too early, which ITK would fill with zeros.
@@ -57,31 +59,36 @@ def read_header(path: Path | str, series_uid: str | None = None) -> ScanGeometry
     Args:
         path: a file, or a folder with the slices of a DICOM series.
         series_uid: which series, if the folder holds several.
+        any_modality: of DICOM, accept a modality that is not CT.
 
     Raises:
         ScanError: no such file, not an image, empty, cut off, 2D, 4D, colour, a direction that is no rotation, absurd
-            spacing; of DICOM: several series, missing slices, gantry tilt.
+            spacing; of DICOM: several series, another modality, slices that are missing, damaged or not on a regular
+            grid, tags without which place or values are not known.
     """
     path = Path(path)
-    if path.is_dir():
-        return read_dicom_header(path, series_uid)
+    if path.is_dir() or is_dicom(path):
+        return read_dicom_header(path, series_uid, any_modality)
     return _read_file_header(path)[1]
 
 
-def read_scan(path: Path | str, series_uid: str | None = None, verify: bool = False) -> Scan:
+def read_scan(
+    path: Path | str, series_uid: str | None = None, any_modality: bool = False, *, verify: bool = False
+) -> Scan:
     """Decode a scan.
 
     Args:
         path: a file, or a folder with the slices of a DICOM series.
         series_uid: which series, if the folder holds several.
+        any_modality: of DICOM, accept a modality that is not CT.
         verify: also test the checksum of a `.nii.gz`, which ITK does not; takes as long again as decoding.
 
     Raises:
         ScanError: as `read_header`, and for damaged data, NaN or Inf, a constant image, values that are not HU.
     """
     path = Path(path)
-    if path.is_dir():
-        values, geometry = read_dicom_volume(path, series_uid)
+    if path.is_dir() or is_dicom(path):
+        values, geometry = read_dicom_volume(path, series_uid, any_modality)
     else:
         reader, geometry = _read_file_header(path)
         if verify and path.name.lower().endswith(".gz"):

@@ -37,9 +37,10 @@ class ScanError(Exception):
     With `path` alone it is the message as a whole, as a worker of a `DataLoader` rebuilds it.
     """
 
-    def __init__(self, path: object, reason: str = "") -> None:
+    def __init__(self, path: object, reason: str = "", remedy: str = "repair or leave out the scan") -> None:
         self.path = str(path)
         self.reason = reason
+        self.remedy = remedy
         super().__init__(f"{path}: {reason}" if reason else str(path))
 
 

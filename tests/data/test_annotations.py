@@ -211,9 +211,9 @@ def test_each_scan_is_opened_once(archive: Path, monkeypatch: pytest.MonkeyPatch
     opened: list[Path] = []
     original = annotations.read_header
 
-    def counted(path: Path, series_uid: str | None = None) -> object:
+    def counted(path: Path, *how: object) -> object:
         opened.append(path)
-        return original(path, series_uid)
+        return original(path, *how)  # type: ignore[arg-type]
 
     monkeypatch.setattr(annotations, "read_header", counted)
     check(archive, *(f"a.nii.gz,{-80 + i},220,30" for i in range(9)), "sub folder/b.nrrd,-80,220,30")

@@ -386,7 +386,7 @@ def test_dicom_coronal_series(tmp_path: Path) -> None:
 def test_dicom_several_series(tmp_path: Path) -> None:
     write_series(tmp_path / "a", "1.2.7", straight(4))
     hu = write_series(tmp_path / "a", "1.2.8", straight(5))
-    with pytest.raises(ScanError, match=r"holds 2 DICOM series.*`series_uid`: 1\.2\.7, 1\.2\.8"):
+    with pytest.raises(ScanError, match=r"holds 2 DICOM series.*`series_uid`: 1\.2\.7 \(CT, 4 files\), 1\.2\.8"):
         read_header(tmp_path / "a")
     np.testing.assert_array_equal(read_scan(tmp_path / "a", "1.2.8").hu, hu)
     with pytest.raises(ScanError, match=r"has no series '1\.2\.9'; it holds 1\.2\.7"):

@@ -1,0 +1,285 @@
+"""What DICOM files say: which of a folder are one series, the values of their tags, and their stored pixel values.
+
+Numbers are taken from the text of a tag as it stands in the file, so that what is no number can be shown.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pydicom
+import SimpleITK as sitk
+from pydicom import uid
+from pydicom.dataset import Dataset, FileMetaDataset
+
+from fmcib_ssl.data.scan_checks import decoded
+from fmcib_ssl.data.tables import ScanError
+
+_SUFFIXES = (".dcm", ".dicom", ".ima")
+#: Begin the UIDs of CT Image Storage, its enhanced and its legacy converted form.
+_CT_STORAGE = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")
+_PIXEL_DATA, _DELIMITER, _UNDEFINED = b"\xe0\x7f\x10\x00", b"\xfe\xff\xdd\xe0", 0xFFFFFFFF
+#: Transfer syntaxes of plain voxels; a file without one is a file without meta information.
+_NATIVE = (
+    None,
+    uid.ImplicitVRLittleEndian,
+    uid.ExplicitVRLittleEndian,
+    uid.ExplicitVRBigEndian,
+    uid.DeflatedExplicitVRLittleEndian,
+)
+_TAGS = [
+    *("SOPClassUID", "Modality", "SeriesInstanceUID", "FrameOfReferenceUID", "NumberOfFrames"),
+    *("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation"),
+    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
+    *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "ImagerPixelSpacing"),
+    *("RescaleSlope", "RescaleIntercept", "RescaleType"),
+    *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
+]
+
+
+class DicomFile(NamedTuple):
+    """A file and its header."""
+
+    path: Path
+    header: Dataset
+    damage: str  # what is wrong with its pixel data, or empty
+    pixels_at: int | None  # byte of the file where they begin, if they stand there as they are
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file is read as DICOM: by its name, or by its first bytes, since archives often leave names bare."""
+    if path.suffix.lower() in _SUFFIXES or not path.is_file():
+        return path.suffix.lower() in _SUFFIXES
+    with path.open("rb") as file:
+        return _starts_as_dicom(file.read(132))
+
+
+def _starts_as_dicom(head: bytes) -> bool:
+    """With the preamble; or without, when the first tag is one of the groups 2 and 8, in little endian."""
+    return head[128:132] == b"DICM" or (head[:2] in (b"\x02\x00", b"\x08\x00") and head[3:4] == b"\x00")
+
+
+def series_at(path: Path, series_uid: str | None, any_modality: bool) -> list[DicomFile]:
+    """The files of one series, in the order of their names.
+
+    Args:
+        path: a folder, or a file.
+        series_uid: which series; may be None if there is but one, or but one CT.
+        any_modality: accept a modality that is not CT.
+
+    Raises:
+        ScanError: no images, several series and none named, another modality, files that are cut off or damaged.
+    """
+    files, unreadable = _images_at(path)
+    series: dict[str, list[DicomFile]] = {}
+    for one in files:
+        series.setdefault(text(one.header, "SeriesInstanceUID"), []).append(one)
+    if not series:
+        for file, damage in unreadable.items():
+            if file == path or is_dicom(file):
+                raise ScanError(file, damage)
+        nothing = "is a folder without DICOM slices (folders inside it are not searched)"
+        raise ScanError(path, nothing if path.is_dir() else "is a DICOM file without an image")
+    modalities = {name: _modality(own[0].header) for name, own in sorted(series.items())}
+    listing = ", ".join(f"{name} ({kind}, {len(series[name])} files)" for name, kind in modalities.items())
+    if series_uid is None:
+        ct = [name for name, kind in modalities.items() if kind == "CT"]
+        names = list(series) if any_modality or not ct else ct
+        if len(names) > 1:
+            raise ScanError(
+                path,
+                f"holds {len(series)} DICOM series; name one in a column `series_uid`: {listing}",
+                f"name the series in a column series_uid, such as series_uid={min(names)}",
+            )
+        series_uid = names[0]
+    if series_uid not in series:
+        raise ScanError(path, f"has no series {series_uid!r}; it holds {listing}", "correct series_uid")
+    chosen = series[series_uid]
+    if not any_modality and modalities[series_uid] != "CT":
+        raise ScanError(
+            path,
+            f"is of modality {modalities[series_uid]}, not CT",
+            "leave it out; if its values are HU all the same, write modality=any: `any` in a column `modality`",
+        )
+    patterns = {_pattern(one.path) for one in chosen}
+    for file, damage in unreadable.items():  # only its name can tell a lost slice from another file
+        if file.suffix.lower() in _SUFFIXES or _pattern(file) in patterns:
+            raise ScanError(file, damage, "copy it again; remove it if it is no slice of the series")
+    for one in chosen:
+        if one.damage:
+            raise ScanError(one.path, one.damage, "copy it again")
+    return chosen
+
+
+def series_files(folder: Path, series_uid: str | None) -> list[Path]:
+    """The files of a series in the order of their names, read or not; of all series if none is named."""
+    return [
+        one.path
+        for one in _images_at(folder)[0]
+        if series_uid is None or text(one.header, "SeriesInstanceUID") == series_uid
+    ]
+
+
+def _modality(header: Dataset) -> str:
+    kind = "CT" if header.get("SOPClassUID") in _CT_STORAGE else "(none given)"
+    return text(header, "Modality") or kind
+
+
+def _pattern(path: Path) -> str:
+    return re.sub(r"\d+", "#", path.name)
+
+
+def _images_at(path: Path) -> tuple[list[DicomFile], dict[Path, str]]:
+    """All images of a folder, or one file, and what may be an image but cannot be read."""
+    images, unreadable = [], {}
+    # macOS leaves a `._slice.dcm` beside each slice.
+    files = [file for file in path.iterdir() if not file.name.startswith(".")] if path.is_dir() else [path]
+    for file in sorted(file for file in files if not file.is_dir()):
+        try:
+            one = _read_header(file)
+        except OSError as error:
+            unreadable[file] = f"cannot be opened: {error.strerror}"
+        except Exception as error:  # whatever pydicom makes of it
+            unreadable[file] = f"is damaged: {type(error).__name__}: {error}"
+        else:
+            if isinstance(one, str):
+                unreadable[file] = one
+            elif one.damage and "SeriesInstanceUID" not in one.header:
+                unreadable[file] = one.damage
+            elif "Rows" in one.header or one.damage:
+                images.append(one)
+    return images, unreadable
+
+
+def _read_header(path: Path) -> DicomFile | str:
+    """A header, or what is wrong with a file that has none."""
+    with path.open("rb") as file:
+        head = file.read(132)
+        if not _starts_as_dicom(head):
+            return "is no DICOM file" if head else "is empty (0 bytes)"
+        file.seek(0)
+        header = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=_TAGS)
+        kind = header.get("SOPClassUID", header.file_meta.get("MediaStorageSOPClassUID"))
+        if kind is None and "Rows" not in header:
+            return "is cut off, or no DICOM file"
+        is_image = "Rows" in header or kind in _CT_STORAGE
+        return DicomFile(path, header, *(_pixel_data(file, header) if is_image else ("", None)))
+
+
+def _pixel_data(file: BinaryIO, header: Dataset) -> tuple[str, int | None]:
+    """`damage` and `pixels_at` of a file that stands at the beginning of its pixel data; no voxel is read."""
+    if header.file_meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian:
+        return "", None  # was inflated as a whole, which fails if it is cut off
+    implicit, little = header.original_encoding
+    order = "little" if little else "big"
+    start = file.read(8 if implicit else 12)
+    if start[:4] != (_PIXEL_DATA if little else b"\x7f\xe0\x00\x10"):
+        return "has no pixel data: it is cut off, or was saved without", None
+    length, num_bytes = int.from_bytes(start[-4:], order), os.fstat(file.fileno()).st_size  # type: ignore[arg-type]
+    if length != _UNDEFINED:
+        frames = int(text(header, "NumberOfFrames") or 1)
+        bits = frames * int(header.Rows) * int(header.Columns) * int(header.get("BitsAllocated", 16))
+        missing = max(file.tell() + length - num_bytes, bits * int(header.get("SamplesPerPixel", 1)) // 8 - length)
+        return f"is cut off: {missing} bytes of its pixel data are missing" if missing > 0 else "", file.tell()
+    while len(item := file.read(8)) == 8:
+        if item[:4] == _DELIMITER:
+            return "", None
+        file.seek(int.from_bytes(item[4:], "little"), os.SEEK_CUR)
+    return "is cut off: its pixel data has no end", None
+
+
+def text(dataset: Dataset, keyword: str) -> str:
+    """A tag as it stands in the file, without the blanks and zeros that pad it; empty if there is none."""
+    if keyword not in dataset:
+        return ""
+    element = dataset.get_item(keyword)
+    if isinstance(element.value, bytes) and element.VR not in ("FD", "FL"):
+        return element.value.decode("latin-1").strip(" \0\r\n")
+    value = dataset[keyword].value
+    parts = [] if value is None else [value] if isinstance(value, str) else np.atleast_1d(value).tolist()
+    return "\\".join(map(str, parts))
+
+
+def numbers(dataset: Dataset, keyword: str, count: int, path: Path) -> npt.NDArray[np.float64] | None:
+    """The numbers of a tag, None if it is absent or empty.
+
+    Raises:
+        ScanError: they are not as many, or no finite numbers.
+    """
+    if not (written := text(dataset, keyword)):
+        return None
+    try:
+        values = np.array([float(part) for part in written.split("\\")])
+    except ValueError:
+        values = np.array([np.nan])
+    if len(values) != count or not np.isfinite(values).all():
+        wanted = "a number" if count == 1 else f"{count} numbers"
+        raise ScanError(path, f"has the {keyword} {written!r}, which is not {wanted} (with a decimal point)")
+    return values
+
+
+def read_stored_values(file: DicomFile, frames: Collection[int], scratch: Path) -> Iterator[npt.NDArray[Any]]:
+    """Stored values `(rows, columns)` of some frames of a file: before any rescale, MONOCHROME1 as it is.
+
+    Args:
+        file: as `series_at` gave it.
+        frames: which, from 0.
+        scratch: a folder for what SimpleITK is to decompress.
+
+    Raises:
+        ScanError: damaged, or in a form that is not read.
+    """
+    header, little = file.header, file.header.original_encoding[1]
+    allocated, stored, high_bit = int(header.BitsAllocated), int(header.BitsStored), int(header.HighBit)
+    if allocated not in ((8, 16, 32) if little else (16, 32)) or not 0 < stored <= high_bit + 1 <= allocated:
+        raise ScanError(file.path, f"has {stored} bits stored of {allocated} allocated, which is not read")
+    dtype = np.dtype(("<" if little else ">") + ("i" if int(header.PixelRepresentation) else "u") + str(allocated // 8))
+    shape = (int(header.Rows), int(header.Columns))
+    num_pixels = shape[0] * shape[1]
+    start = file.pixels_at
+    whole = header if start is not None else pydicom.dcmread(file.path)
+    syntax = header.file_meta.get("TransferSyntaxUID")
+    compressed = start is None and whole["PixelData"].is_undefined_length
+    if not compressed and syntax not in _NATIVE:
+        raise ScanError(file.path, f"is in the transfer syntax {syntax.name}, which is not read")
+    for frame in frames:
+        if compressed:
+            yield _decompressed(whole, file.path, frame, scratch)
+            continue
+        offset = frame * num_pixels * dtype.itemsize
+        if start is None:
+            values = np.frombuffer(whole.PixelData, dtype, num_pixels, offset)
+        else:
+            values = np.fromfile(file.path, dtype, num_pixels, offset=start + offset)
+        # Other bits than those stored may hold overlays; shifting out and back also extends the sign.
+        values = values.reshape(shape).astype(dtype.newbyteorder("="), copy=False)
+        yield values << (allocated - 1 - high_bit) >> (allocated - stored) if stored < allocated else values
+
+
+def _decompressed(dataset: Dataset, path: Path, frame: int, scratch: Path) -> npt.NDArray[Any]:
+    """One frame, by SimpleITK from a file of that frame that has no rescale and is not inverted."""
+    plain = Dataset()
+    plain.file_meta = FileMetaDataset()
+    plain.file_meta.TransferSyntaxUID = dataset.file_meta.TransferSyntaxUID
+    plain.SOPClassUID, plain.SOPInstanceUID = uid.CTImageStorage, uid.generate_uid()
+    for keyword in ("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"):
+        setattr(plain, keyword, dataset[keyword].value)
+    plain.SamplesPerPixel, plain.PhotometricInterpretation = 1, "MONOCHROME2"
+    count = int(text(dataset, "NumberOfFrames") or 1)
+    plain.PixelData = pydicom.encaps.encapsulate(
+        [pydicom.encaps.get_frame(dataset.PixelData, frame, number_of_frames=count)]
+    )
+    file = scratch / "frame.dcm"
+    plain.save_as(file, enforce_file_format=True)
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(file))
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetNumberOfThreads(1)
+    values: npt.NDArray[Any] = decoded(reader, path)
+    return values.reshape(values.shape[-2:])
