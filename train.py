@@ -74,7 +74,7 @@ def run(settings: Settings) -> float:
 if __name__ == "__main__":
     no_world_write()
     try:
-        check_command_line(sys.argv[1:], CONFIG_DIR)
+        sys.argv += check_command_line(sys.argv[1:], CONFIG_DIR)
         main()
     except ConfigError as error:
         sys.exit(f"error: {error}")

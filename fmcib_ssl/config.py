@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fmcib_ssl.job import run_key
 from fmcib_ssl.settings import ConfigError, Settings, settings_of
+from fmcib_ssl.training.same_run import LENGTHS
 
 #: `train.py` composes this file.
 CONFIG_NAME = "train"
@@ -35,8 +36,16 @@ CONFIG_NAME = "train"
 #: Sections whose keys are not ours to list: columns of the user's table, arguments of Lightning's Trainer.
 _FREE_SECTIONS = ("data.select.", "trainer.")
 
-# Known wherever a configuration is composed; asked once, so that what follows in a process is the same folder.
-OmegaConf.register_new_resolver("run_key", run_key, use_cache=True, replace=True)
+
+def _run_key(folder: str, *keyed: str, _root_: DictConfig) -> str:
+    """`run_key` of the configuration that asks for it: `${run_key:FOLDER}`."""
+    values = cast(dict[str, Any], OmegaConf.to_container(_root_, resolve=False))
+    values.pop("hydra", None)
+    values["paths"]["run"] = folder  # it is what is asked for
+    return run_key(read_settings(OmegaConf.create(values)), Path(folder), keyed)
+
+
+OmegaConf.register_new_resolver("run_key", _run_key, replace=True)  # known wherever a configuration is composed
 
 
 def read_settings(config: DictConfig) -> Settings:
@@ -56,25 +65,31 @@ def read_settings(config: DictConfig) -> Settings:
     return settings_of(cast(dict[str, Any], values))
 
 
-def check_command_line(arguments: Sequence[str], config_dir: Path) -> None:
+def check_command_line(arguments: Sequence[str], config_dir: Path) -> list[str]:
     """Check names and values of a `train.py` command line; sweeps are checked value by value.
 
     Args:
         arguments: the command line without the program's name.
         config_dir: absolute folder of the shipped configs.
 
+    Returns:
+        What to add to it: a sweep over lengths of training needs a folder for each.
+
     Raises:
         ConfigError: with the key or group that is wrong, and the nearest right one.
     """
     options, _ = get_args_parser().parse_known_args(list(arguments))
     if options.help or options.hydra_help or options.info or options.cfg or options.shell_completion:
-        return  # nothing will be trained
+        return []  # nothing will be trained
     if options.config_path:
         config_dir = _existing(Path(options.config_path), "--config-path")
     # Plugins (colours in the log, launchers) answer to the `hydra` key and are Hydra's to check.
     parsed = _parse(options.overrides)
     overrides = [o for o in parsed if not str(o.key_or_group).startswith("hydra")]
     hydras = {str(o.key_or_group): o for o in parsed if str(o.key_or_group).startswith("hydra.")}
+    anew = any(o.key_or_group == "run" and o.value() == "new" for o in overrides)
+    if anew and "hydra.run.dir" in hydras and os.environ.get("LOCAL_RANK", "0") == "0":  # Lightning names it to others
+        raise ConfigError("run=new chooses a folder by itself, and hydra.run.dir names one: leave one of them out")
     config_name = options.config_name or CONFIG_NAME
     with initialize_config_dir(version_base="1.3", config_dir=str(config_dir)):
         if "hydra.searchpath" in hydras:
@@ -86,6 +101,10 @@ def check_command_line(arguments: Sequence[str], config_dir: Path) -> None:
             if not options.multirun:
                 of_user = hydras.get("hydra.run.dir")
                 _check_run_folder(config_name, [*one_run, *([of_user.input_line or ""] if of_user else [])])
+    lengths = [str(o.key_or_group) for o in overrides if o.key_or_group in LENGTHS and o.is_sweep_override()]
+    if not lengths or not options.multirun or "hydra.sweep.subdir" in hydras:
+        return []
+    return [f"hydra.sweep.subdir='${{run_key:{','.join(['${hydra.sweep.dir}', *lengths])}}}'"]
 
 
 def _existing(folder: Path, option: str) -> Path:

@@ -39,7 +39,8 @@ from fmcib_ssl.models.export import EncoderFileError, encoder_metadata, export_e
 from fmcib_ssl.safety import redacted
 from fmcib_ssl.settings import Component, ConfigError, FineTune, Settings
 from fmcib_ssl.training.provenance import environment, write_json
-from fmcib_ssl.training.run_folder import RunFolder, check_same_run
+from fmcib_ssl.training.run_folder import RunFolder, saved_settings
+from fmcib_ssl.training.same_run import check_same_run
 from fmcib_ssl.types import ViewTransform
 from fmcib_ssl.whole_file import whole_file, write_whole
 
@@ -81,8 +82,8 @@ def finetune(settings: Settings) -> float:
     folder = RunFolder(settings.paths.run)
     try:
         config, shown = folder.path / "config.yaml", redacted(settings.model_dump(mode="json"))
-        if config.is_file():
-            for change in check_same_run(yaml.safe_load(config.read_text()), shown, config):
+        if (before := saved_settings(folder.path)) is not None:
+            for change in check_same_run(before, shown, folder.path):
                 logger.info("with another %s", change)
         write_whole(config, yaml.safe_dump(shown, sort_keys=False))
         write_json(environment(), folder.path / "environment.json")

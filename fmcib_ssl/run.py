@@ -37,7 +37,8 @@ from fmcib_ssl.summary import num_steps, summary
 from fmcib_ssl.training.checkpoints import RunCheckpoints, WholeFileIO, find_checkpoint, step_of
 from fmcib_ssl.training.faults import TrainingFaultError
 from fmcib_ssl.training.provenance import environment, write_json
-from fmcib_ssl.training.run_folder import RunFolder, RunFolderError, check_same_run, checksum
+from fmcib_ssl.training.run_folder import ANEW, RunFolder, RunFolderError, checksum, saved_settings
+from fmcib_ssl.training.same_run import check_same_run, unlike_the_last
 from fmcib_ssl.training.tracking import Resumable, Start, WeightsAndBiases, read_metrics
 from fmcib_ssl.types import Preprocessing, SampleKey
 from fmcib_ssl.whole_file import write_whole
@@ -163,14 +164,15 @@ def _prepare_process(settings: Settings, main_process: bool) -> None:
 
 def _checkpoint_to_go_on_with(settings: Settings, folder: RunFolder, main_process: bool) -> Path | None:
     checkpoint = find_checkpoint(folder.checkpoints, folder.run_id, main_process=main_process)
+    now = redacted(settings.model_dump(mode="json"))
     if checkpoint is None:
+        if main_process and (difference := unlike_the_last(folder.path, now)):
+            logger.warning("%s", difference)
         return None
-    config = folder.path / "config.yaml"
-    if config.is_file() and main_process:  # rank 0 is about to write it anew
-        before = yaml.safe_load(config.read_text())
-        changes = check_same_run(before, redacted(settings.model_dump(mode="json")), folder.path)
+    if main_process and (before := saved_settings(folder.path)) is not None:  # rank 0 is about to write it anew
+        changes = check_same_run(before, now, folder.path)
         if not _is_finished(settings, folder, quietly=True):
-            logger.info("going on from %s", checkpoint)
+            logger.info("resuming %s at step %d; run=new starts afresh", folder.path, step_of(checkpoint))
             for change in changes:
                 logger.info("  with another %s", change)
     return checkpoint
@@ -191,7 +193,7 @@ def _is_finished(settings: Settings, folder: RunFolder, *, quietly: bool = False
     if done and finished and not quietly:
         logger.info(
             "the run in %s is finished, after %d steps: nothing to do. To train it for longer raise "
-            "trainer.max_epochs; for a new run give another folder (hydra.run.dir=DIR)", folder.path, done["step"],
+            "trainer.max_epochs; %s", folder.path, done["step"], ANEW,
         )  # fmt: skip
     return finished
 

@@ -134,6 +134,7 @@ class Settings(_Section):
     """The whole configuration of a run, typed."""
 
     name: str = Field(min_length=1)
+    run: Literal["resume", "new"] = "resume"
     seed: int = Field(ge=0, lt=2**32)
     contact_sheet_rows: int = Field(ge=0)
     data: Data

@@ -187,7 +187,7 @@ def test_a_damaged_run_folder(seed: int, tmp_path: Path) -> None:
         assert isinstance(again.run_id, str)
         again.release()
     except RunFolderError as error:
-        assert "damaged" in str(error) and "hydra.run.dir" in str(error)
+        assert "damaged" in str(error) and "run=new" in str(error)
 
 
 @pytest.mark.parametrize("seed", range(16))

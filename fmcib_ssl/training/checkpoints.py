@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -26,7 +27,7 @@ from fmcib_ssl import signals
 from fmcib_ssl.models.export import read_archive
 from fmcib_ssl.training.requeue import requeue
 from fmcib_ssl.training.rng import random_state, set_random_state
-from fmcib_ssl.training.run_folder import CHECKPOINT_NAME, RunFolderError
+from fmcib_ssl.training.run_folder import ANEW, CHECKPOINT_NAME, RunFolderError
 from fmcib_ssl.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
@@ -234,10 +235,11 @@ class RunCheckpoints(Checkpoint):
         if trainer.is_global_zero:
             newest = next(iter(_newest_first(self.dirpath)), None)
             logger.warning(
-                "stopped by %s after step %d; %s. The same command goes on from there",
+                "stopped by %s after step %d; %s. The same command%s resumes from there",
                 signum.name,
                 trainer.global_step,
                 f"saved in {newest}" if newest else "nothing was learned yet",
+                ", without run=new," if "run=new" in sys.argv else "",
             )
             exit_code = requeue(signum, self.dirpath.parent, ask=self.requeue)
         exit_code = trainer.strategy.broadcast(exit_code)
@@ -276,7 +278,7 @@ def find_checkpoint(folder: Path, run_id: str, *, main_process: bool = True) -> 
         raise RunFolderError(
             f"no checkpoint in {folder} can be used:\n"
             + "\n".join(f"  {path.name}: {reason}" for path, reason in passed_over)
-            + "\nTo begin anew, take these files away or train in another folder (hydra.run.dir=DIR)"
+            + f"\n{ANEW}"
         )
     return None
 

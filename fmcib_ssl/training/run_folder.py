@@ -16,39 +16,23 @@ import secrets
 import socket
 import string
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
+
 from fmcib_ssl.whole_file import remove_leftovers, write_whole
 
-STATE_FILE = "run.json"
+STATE_FILE, CONFIG_FILE = "run.json", "config.yaml"
 CHECKPOINT_NAME = re.compile(r"step-(\d+)(-epoch-(\d+))?\.ckpt")
 
 #: A run that is killed may take a moment to let go.
 LOCK_PATIENCE_S = 10.0
 
-#: Settings that a run may be gone on with changed: where and how fast it runs, where its data lie, what is watched.
-FREE_SETTINGS = (
-    "name",
-    "contact_sheet_rows",
-    "hardware.",
-    "logger",
-    "callbacks",
-    "paths.",
-    "trainer.log_every_n_steps",
-    "trainer.enable_",
-    "trainer.profiler",
-    "data.store",
-    "data.annotations",
-    "data.image_root",
-    "data.path_prefix",
-    "data.cache_scans",
-    "data.phantom.folder",
-)
-#: These may only grow.
-LENGTHS = ("trainer.max_epochs", "trainer.max_steps")
+#: What to do for another run with the same settings, in a message.
+ANEW = "run=new (without hydra.run.dir) starts afresh"
 
 
 class RunFolderError(ValueError):
@@ -143,8 +127,7 @@ class RunFolder:
         if trained and known != data_checksum:
             raise RunFolderError(
                 f"{self.path} was trained on other lesions: the files that list them have changed since (checksum "
-                f"{known[:12]}, now {data_checksum[:12]}). Go on with the lesions it began with, or train in another "
-                "folder (hydra.run.dir=DIR)"
+                f"{known[:12]}, now {data_checksum[:12]}). Resume it with the lesions it began with; {ANEW}"
             )
         self.state["data_checksum"] = data_checksum
         self._write()
@@ -165,9 +148,7 @@ class RunFolder:
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
-            raise RunFolderError(
-                f"{file} is damaged ({error!r}): restore it, or train in another folder (hydra.run.dir=DIR)"
-            ) from error
+            raise RunFolderError(f"{file} is damaged ({error!r}): restore it; {ANEW}") from error
         return dict(state)
 
     def _new(self) -> dict[str, Any]:
@@ -179,38 +160,26 @@ class RunFolder:
             write_whole(self.path / STATE_FILE, json.dumps(self.state, indent=2, default=str) + "\n")
 
 
-def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> list[str]:
-    """Compare the settings that a folder was trained with to those of now.
-
-    Args:
-        before: as in the folder's `config.yaml`.
-        now: plain values.
-        folder: for the message.
-
-    Returns:
-        What differs and may, in words.
+def saved_settings(folder: Path) -> dict[str, Any] | None:
+    """The settings in a run folder's `config.yaml`; None if there is none.
 
     Raises:
-        RunFolderError: naming what differs and may not.
+        RunFolderError: it is damaged.
     """
-    old, new = _flat(before), _flat(now)
-    allowed: list[str] = []
-    refused: list[str] = []
-    for key in dict.fromkeys([*old, *new]):
-        there, asked = old.get(key, "not set"), new.get(key, "not set")
-        if there == asked:
-            continue
-        line = f"{key}: {there} before, {asked} now"
-        longer = key in LENGTHS and _at_least(asked, there)
-        (allowed if longer or key.startswith(FREE_SETTINGS) else refused).append(line)
-    if refused:
+    file = folder / CONFIG_FILE
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("it holds no settings")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
         raise RunFolderError(
-            f"{folder} holds a run with other settings:\n"
-            + "\n".join(f"  {line}" for line in refused)
-            + "\nTo go on with it give the settings it had; for a new run give another folder (hydra.run.dir=DIR). "
-            "Only hardware, logger, callbacks, paths and a longer training may differ"
-        )
-    return allowed
+            f"{file} is damaged ({reason}), so the run's settings cannot be compared: restore it, or remove it if the "
+            f"settings are the same; {ANEW}"
+        ) from error
+    return settings
 
 
 def checksum(files: Iterable[Path]) -> str:
@@ -237,8 +206,7 @@ def _only_one(folder: Path) -> IO[str]:
                 holder = file.read().strip() or "unknown"
                 file.close()
                 raise RunFolderError(
-                    f"{folder}: another process trains in this folder ({holder}): wait for it, stop it, or train in "
-                    "another folder (hydra.run.dir=DIR)"
+                    f"{folder}: another process trains in this folder ({holder}): wait for it or stop it; {ANEW}"
                 ) from error
             time.sleep(0.2)
         else:
@@ -246,24 +214,6 @@ def _only_one(folder: Path) -> IO[str]:
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
             return file
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _at_least(asked: object, there: object) -> bool:
-    """Whether one length of training is no shorter than another; none at all is the longest."""
-    endless = (None, -1)
-    if asked in endless:
-        return True
-    return isinstance(asked, int) and isinstance(there, int) and there not in endless and asked >= there
 
 
 def _now() -> str:

@@ -144,7 +144,7 @@ class Watchdog(L.Callback):
                 others = f" Nothing from rank{'s' * (len(silent) > 1)} {ranks}: stopped, or its machine is gone."
             logger.critical(
                 "no step was finished for %g s (callbacks.watchdog.timeout_s); last seen at %s. The run ends; %s.%s "
-                "The same command goes on from the last checkpoint. If steps are meant to take as long, raise "
+                "The same command resumes from the last checkpoint. If steps are meant to take as long, raise "
                 "callbacks.watchdog.timeout_s and hardware.collective_timeout_s",
                 self.timeout_s, self._place, where, others,
             )  # fmt: skip

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.cluster
 def assert_gone_on_in_the_same_folder(job: TrainingJob, whole: Path) -> None:
     assert_same_runs(job.run, whole)
     assert [start["step"] for start in starts_of(job.run)] == [0, HELD_AT]
-    assert "going on from" in job.printed
+    assert "resuming" in job.printed
 
 
 def urgent_job(bench: Bench) -> str:
@@ -114,9 +114,9 @@ def test_cancelled_and_submitted_again_by_hand(bench: Bench, whole_one: Path) ->
     job.wait_until_held()
     bench.cluster.run("scancel", job.number)
     assert job.wait()["JobState"] == "CANCELLED" and job.state()["Restarts"] == "0"
-    bench.cluster.wait_until(lambda: "The same command goes on" in job.printed or None, "the last words", 60)
+    bench.cluster.wait_until(lambda: "The same command resumes" in job.printed or None, "the last words", 60)
     assert f"stopped by SIGTERM after step {HELD_AT}" in job.printed
-    again = bench.train(f"hydra.run.dir={job.run}")
+    again = bench.train()  # the same line
     again.wait_until_complete()
     assert_gone_on_in_the_same_folder(again, whole_one)
 

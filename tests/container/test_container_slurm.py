@@ -15,7 +15,7 @@ def assert_gone_on_in_the_same_folder(job: TrainingJob, whole: Path) -> None:
     job.wait_until_complete(restarts=1)
     assert_same_runs(job.run, whole)
     assert [start["step"] for start in starts_of(job.run)] == [0, HELD_AT]
-    assert f"after step {HELD_AT}" in job.printed and "going on from" in job.printed
+    assert f"after step {HELD_AT}" in job.printed and "resuming" in job.printed
 
 
 def push_out(bench: ContainerBench) -> None:
@@ -65,7 +65,7 @@ def test_cancelled_is_not_queued_again(bench: ContainerBench) -> None:
     bench.cluster.run("scancel", job.number)
     assert job.wait()["JobState"] == "CANCELLED"
     assert job.state()["Restarts"] == "0"
-    bench.cluster.wait_until(lambda: "The same command goes on" in job.printed or None, "the last words", 30)
+    bench.cluster.wait_until(lambda: "The same command resumes" in job.printed or None, "the last words", 30)
 
 
 def test_the_batch_script_ends_as_training_does(bench: ContainerBench) -> None:

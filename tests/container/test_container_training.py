@@ -55,7 +55,7 @@ def test_stopped_and_gone_on(workspace: Workspace, whole: Path) -> None:
     assert time.monotonic() - began < 100, "it was killed"
     assert f"stopped by SIGTERM after step {HELD_AT}" in printed
     printed = workspace.run(*command).stdout
-    assert "going on from" in printed
+    assert "resuming" in printed
     run = workspace.folder / "runs" / "1"
     assert [start["step"] for start in starts_of(run)] == [0, HELD_AT]
     assert_same_runs(run, whole)

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fmcib_ssl.training import run_folder
-from fmcib_ssl.training.run_folder import RunFolder, RunFolderError, check_same_run
+from fmcib_ssl.training.run_folder import RunFolder, RunFolderError, saved_settings
+from fmcib_ssl.training.same_run import check_same_run, unlike_the_last
 
 BEFORE = {
     "seed": 0,
@@ -86,7 +88,7 @@ def test_what_may_differ(now: dict[str, object], tmp_path: Path) -> None:
 def test_what_may_not(now: dict[str, object], line: str, tmp_path: Path) -> None:
     with pytest.raises(RunFolderError) as caught:
         check_same_run(BEFORE, now, tmp_path)
-    assert line in str(caught.value) and "hydra.run.dir=DIR" in str(caught.value)
+    assert line in str(caught.value) and "run=new" in str(caught.value)
 
 
 def test_other_lesions(tmp_path: Path) -> None:
@@ -96,3 +98,23 @@ def test_other_lesions(tmp_path: Path) -> None:
     folder.hold_to("b" * 64, trained=True)
     with pytest.raises(RunFolderError, match="bbbbbbbbbbbb, now aaaaaaaaaaaa"):
         folder.hold_to("a" * 64, trained=True)
+
+
+@pytest.mark.parametrize("content", ["a: [", "", "- 1", "42", "a: \x00"])
+def test_damaged_settings_are_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(RunFolderError, match=r"config\.yaml is damaged .*run=new"):
+        saved_settings(tmp_path)
+
+
+def test_a_run_that_is_not_finished_is_named_to_the_next(tmp_path: Path) -> None:
+    now = {**BEFORE, "seed": 1, "hardware": {"devices": 2}}
+    assert unlike_the_last(tmp_path / "now", now) is None
+    folder = RunFolder(tmp_path / "before")
+    (folder.path / "config.yaml").write_text(yaml.safe_dump(BEFORE))
+    folder.begin(step=0)
+    expected = f"{folder.path} is not finished; this is another run: seed: 0 before, 1 now"
+    assert unlike_the_last(tmp_path / "now", now) == expected
+    assert unlike_the_last(tmp_path / "now", BEFORE) is None  # run=new
+    folder.finish(step=3)
+    assert unlike_the_last(tmp_path / "now", now) is None
