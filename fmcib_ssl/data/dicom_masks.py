@@ -1,4 +1,4 @@
-"""Masks from DICOM SEG and RTSTRUCT files, by way of highdicom and pydicom (`pip install "fmcib_ssl[dicom]"`).
+"""Masks from DICOM SEG and RTSTRUCT files, by way of highdicom (`pip install "fmcib_ssl[dicom]"`).
 
 A SEG brings voxels on a grid of its own, mostly the slices of the scan that are not empty. An RTSTRUCT brings polygons
 in the planes of the scan's slices; they are drawn onto the scan's grid, a voxel belonging to a polygon if its centre
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pydicom
 from matplotlib.path import Path as Polygon
 
 from fmcib_ssl.data.dicom_files import is_dicom, series_at
@@ -23,7 +24,6 @@ from fmcib_ssl.data.tables import ScanError
 
 try:
     import highdicom
-    import pydicom
 except ImportError as error:  # pragma: no cover  # the tests install it
     raise ImportError('DICOM SEG and RTSTRUCT need highdicom: pip install "fmcib_ssl[dicom]"') from error
 

@@ -325,100 +325,6 @@ def test_scan_error_survives_workers() -> None:
     assert str(ScanError("Caught ScanError in DataLoader worker process 0.")).startswith("Caught")
 
 
-# --- DICOM ---
-
-
-def write_series(
-    folder: Path, uid: str, positions: list[tuple[float, float, float]], iop: str = "1\\0\\0\\0\\1\\0", size: int = 16
-) -> np.ndarray:
-    """A CT series with these slices; returns its voxels in HU."""
-    folder.mkdir(exist_ok=True)
-    hu = np.random.default_rng(0).integers(-1000, 1000, (len(positions), size, size)).astype(np.int16)
-    writer = sitk.ImageFileWriter()
-    writer.KeepOriginalImageUIDOn()
-    order = np.random.default_rng(1).permutation(len(positions))  # file names say nothing about the order
-    for name, i in enumerate(order):
-        image = sitk.GetImageFromArray(hu[i][None])
-        image.SetSpacing((0.5, 0.75, 1.0))
-        tags = {
-            "0008|0060": "CT",
-            "0008|0016": "1.2.840.10008.5.1.4.1.1.2",
-            "0008|0018": f"{uid}.{i + 1}",
-            "0020|000d": "1.2.3",
-            "0020|000e": uid,
-            "0020|0013": str(name),
-            "0020|0032": "\\".join(str(v) for v in positions[i]),
-            "0020|0037": iop,
-            "0028|1052": "0",
-            "0028|1053": "1",
-        }
-        for tag, value in tags.items():
-            image.SetMetaData(tag, value)
-        writer.SetFileName(str(folder / f"{uid}_{name:03}.dcm"))
-        writer.Execute(image)
-    return hu
-
-
-def straight(num: int, step: float = 2.5) -> list[tuple[float, float, float]]:
-    return [(-10.0, 20.0, -50.0 + step * k) for k in range(num)]
-
-
-def test_dicom_folder(tmp_path: Path) -> None:
-    hu = write_series(tmp_path / "a", "1.2.7", straight(6))
-    scan = read_scan(tmp_path / "a")
-    np.testing.assert_array_equal(scan.hu, hu)
-    assert scan.geometry == ScanGeometry((16, 16, 6), (0.5, 0.75, 2.5), (-10.0, 20.0, -50.0))
-    assert read_header(tmp_path / "a") == scan.geometry
-
-
-def test_dicom_coronal_series(tmp_path: Path) -> None:
-    """Rows along x, columns down; the stack runs from back to front, so slices come in the order of -y x z."""
-    positions = [(-10.0, 20.0 + 3.0 * k, 100.0) for k in range(5)]
-    hu = write_series(tmp_path / "a", "1.2.7", positions, iop="1\\0\\0\\0\\0\\-1")
-    scan = read_scan(tmp_path / "a")
-    for k, position in enumerate(positions):
-        x, y, z = np.rint(scan.geometry.to_index_xyz(np.array(position) + np.array([0.5 * 3, 0, -0.75 * 4]))).astype(
-            int
-        )
-        assert scan.hu[z, y, x] == hu[k, 4, 3]
-
-
-def test_dicom_several_series(tmp_path: Path) -> None:
-    write_series(tmp_path / "a", "1.2.7", straight(4))
-    hu = write_series(tmp_path / "a", "1.2.8", straight(5))
-    with pytest.raises(ScanError, match=r"holds 2 DICOM series.*`series_uid`: 1\.2\.7 \(CT, 4 files\), 1\.2\.8"):
-        read_header(tmp_path / "a")
-    np.testing.assert_array_equal(read_scan(tmp_path / "a", "1.2.8").hu, hu)
-    with pytest.raises(ScanError, match=r"has no series '1\.2\.9'; it holds 1\.2\.7"):
-        read_header(tmp_path / "a", "1.2.9")
-
-
-def test_dicom_series_that_are_no_volume(tmp_path: Path) -> None:
-    gap = straight(6)
-    del gap[3]
-    write_series(tmp_path / "gap", "1.2.7", gap)
-    with pytest.raises(
-        ScanError, match=r"missing or not equally spaced: 5\.00 mm from slice 3 to 4.*2\.50 mm elsewhere"
-    ):
-        read_header(tmp_path / "gap")
-    write_series(tmp_path / "twice", "1.2.7", [*straight(4), straight(4)[2]])
-    with pytest.raises(ScanError, match=r"two slices at one place"):
-        read_header(tmp_path / "twice")
-    tilted = [(x, y + 2.5 * k * np.tan(np.radians(15)), z) for k, (x, y, z) in enumerate(straight(6))]
-    write_series(tmp_path / "tilt", "1.2.7", [tuple(np.round(p, 5)) for p in tilted])
-    with pytest.raises(ScanError, match=r"gantry tilt of 15\.0 degrees"):
-        read_header(tmp_path / "tilt")
-    write_series(tmp_path / "one", "1.2.7", straight(1))
-    with pytest.raises(ScanError, match=r"one DICOM slice"):
-        read_header(tmp_path / "one")
-    write_series(tmp_path / "mixed", "1.2.7", straight(4))
-    other = write_series(tmp_path / "b", "1.2.7", [(0.0, 0.0, -30.0)], size=20)
-    assert other.shape == (1, 20, 20)
-    (tmp_path / "b" / "1.2.7_000.dcm").rename(tmp_path / "mixed" / "scout.dcm")
-    with pytest.raises(ScanError, match=r"differ in size.*localizer"):
-        read_header(tmp_path / "mixed")
-
-
 # --- real scans ---
 
 
@@ -457,20 +363,6 @@ def test_real_flipped_abdomen_against_nibabel(real_data: Path, name: str) -> Non
         center = (lps @ [*(rng.uniform(0, 1, 3) * voxels.shape), 1])[:3]
         grid = PatchGrid(tuple(center.tolist()), (30, 30, 30), 1.3)
         assert_same_patch(crop_patch(scan, grid), voxels.transpose(2, 1, 0), lps, grid)
-
-
-def test_real_dicom_series_slice_by_slice(real_data: Path) -> None:
-    folder = real_data / "ct" / "dicom_series"
-    scan = read_scan(folder)
-    assert scan.geometry.size_xyz == (512, 512, 99)
-    assert scan.geometry.spacing_mm_xyz[2] == pytest.approx(3.0)
-    for file in sorted(folder.glob("*.dcm"))[::20]:
-        image = sitk.ReadImage(str(file))
-        position = [float(v) for v in image.GetMetaData("0020|0032").split("\\")]
-        x, y, z = scan.geometry.to_index_xyz(position)
-        assert (x, y) == pytest.approx((0, 0), abs=1e-6)
-        assert z == pytest.approx(round(z), abs=1e-6)
-        np.testing.assert_array_equal(scan.hu[round(z)], sitk.GetArrayFromImage(image)[0])
 
 
 def test_real_mha(real_data: Path) -> None:

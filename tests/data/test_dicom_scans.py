@@ -1,0 +1,501 @@
+"""DICOM scans against DICOM's own equations and pydicom: read right, or refused with what is wrong."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+from odd_dicom import (
+    CORONAL,
+    ORIGIN,
+    PRONE,
+    SHAPE,
+    SPACING,
+    UPRIGHT,
+    assert_read_right,
+    ct_hu,
+    ct_series,
+    encode,
+    enhanced,
+    file_of,
+    positions,
+    save,
+    set_raw,
+    store,
+    strip_preamble,
+    write,
+)
+from pydicom.data import get_testdata_file
+from pydicom.dataset import Dataset
+from scipy.spatial.transform import Rotation
+
+from fmcib_ssl.data import dicom_scans
+from fmcib_ssl.data.annotations import check_annotations, read_annotations
+from fmcib_ssl.data.geometry import ScanGeometry
+from fmcib_ssl.data.scans import read_header, read_scan
+from fmcib_ssl.data.tables import ScanError
+from fmcib_ssl.types import Preprocessing
+
+Spoil = Callable[[list[Dataset]], object]
+
+
+def rotated(degrees: float, axis: str = "z") -> tuple[float, ...]:
+    return tuple(Rotation.from_euler(axis, degrees, degrees=True).as_matrix()[:, :2].T.ravel().tolist())
+
+
+# --- values ---
+
+
+def test_a_folder(tmp_path: Path) -> None:
+    hu = ct_hu()
+    scan = read_scan(write(tmp_path / "a", ct_series(hu)))
+    np.testing.assert_array_equal(scan.hu, hu)
+    assert scan.hu.dtype == np.int16
+    assert scan.geometry == ScanGeometry(SHAPE[::-1], SPACING[::-1], tuple(ORIGIN))
+    assert read_header(tmp_path / "a") == scan.geometry
+
+
+@pytest.mark.parametrize(("signed", "bits", "intercept"), [(False, 12, -1024), (False, 16, -1024), (True, 16, 0)])
+def test_monochrome1_is_not_inverted(tmp_path: Path, signed: bool, bits: int, intercept: int) -> None:
+    hu = ct_hu()
+    slices = ct_series(hu, signed=signed, bits=bits, intercept=intercept)
+    for one in slices:
+        one.PhotometricInterpretation = "MONOCHROME1"
+    np.testing.assert_array_equal(read_scan(write(tmp_path / "plain", slices)).hu, hu)
+    compressed = [encode(one, "JPEG2000") for one in slices]
+    np.testing.assert_array_equal(read_scan(write(tmp_path / "compressed", compressed)).hu, hu)
+
+
+def test_every_slice_has_its_own_rescale(tmp_path: Path) -> None:
+    hu = 4 * ct_hu(low=-250)
+    hu[0] = np.abs(hu[0])
+    slices = ct_series(hu, slope=2)
+    for k, (slope, intercept, signed) in enumerate([(1, 0, False), (1, -1024, False), (4, 0, True), (2, -2000, False)]):
+        store(slices[k], (hu[k] - intercept) // slope, signed)
+        slices[k].RescaleSlope, slices[k].RescaleIntercept = slope, intercept
+    scan = read_scan(write(tmp_path / "a", slices))
+    np.testing.assert_array_equal(scan.hu, hu)
+    assert scan.hu.dtype == np.int16
+
+
+def test_values_that_are_no_int16(tmp_path: Path) -> None:
+    hu = ct_hu()
+    hu[2, 3, 4] = 70_000
+    scan = read_scan(write(tmp_path / "large", ct_series(hu, bits=32)))
+    np.testing.assert_array_equal(scan.hu, hu)
+    slices = ct_series(ct_hu(), slope=0.5, intercept=-1000.25)
+    stored = np.stack([np.frombuffer(one.PixelData, "<u2").reshape(SHAPE[1:]) for one in slices])
+    np.testing.assert_allclose(read_scan(write(tmp_path / "half", slices)).hu, stored * 0.5 - 1000.25)
+
+
+@pytest.mark.parametrize("padding", [-2000, -3024])
+def test_padding_is_a_value_below_air(tmp_path: Path, padding: int) -> None:
+    hu = ct_hu()
+    hu[:, :2] = padding
+    slices = ct_series(hu, signed=True, intercept=-24)
+    np.testing.assert_array_equal(read_scan(write(tmp_path / "a", slices)).hu, hu)
+
+
+def test_overlays_in_unused_bits_are_no_values(tmp_path: Path) -> None:
+    hu = ct_hu()
+    for signed in (False, True):
+        slices = ct_series(hu, bits=12, signed=signed, intercept=0 if signed else -1024)
+        for one in slices:
+            one.PixelData = (np.frombuffer(one.PixelData, "<u2") | 0x5000).tobytes()
+        np.testing.assert_array_equal(read_scan(write(tmp_path / str(signed), slices)).hu, hu)
+
+
+@pytest.mark.parametrize("how", ["implicit", "big", "deflated", "rle", "JPEG2000", "JPEG", "bare"])
+@pytest.mark.parametrize("signed", [False, True])
+def test_transfer_syntaxes(tmp_path: Path, how: str, signed: bool) -> None:
+    hu = ct_hu()
+    slices = [encode(one, how) for one in ct_series(hu, signed=signed)]
+    folder = write(tmp_path / "a", slices, "{}" if how == "bare" else "{}.dcm")
+    for file in folder.iterdir():
+        if how == "bare":
+            strip_preamble(file)
+    scan = read_scan(folder)
+    np.testing.assert_array_equal(scan.hu, hu)
+    assert scan.geometry.origin_lps_mm == tuple(ORIGIN)
+
+
+@pytest.mark.parametrize("name", ["jpeg_ls_lossless", "jp2klossless", "RLE", "bigendian", "implicit", "expb"])
+def test_files_of_other_tools(tmp_path: Path, name: str) -> None:
+    """The files that pydicom ships, three times one above the other; they are one MR, called a CT here."""
+    slices = []
+    for k in range(3):
+        one = pydicom.dcmread(get_testdata_file(f"MR_small_{name}.dcm", download=False))
+        one.Modality, one.RescaleSlope, one.RescaleIntercept = "CT", 1, -1024
+        one.ImagePositionPatient = [0, 0, 3 * k]
+        one.ImageOrientationPatient = [*UPRIGHT]
+        slices.append(one)
+    expected = pydicom.dcmread(get_testdata_file("MR_small.dcm", download=False)).pixel_array - 1024
+    scan = read_scan(write(tmp_path / "a", slices))
+    np.testing.assert_array_equal(scan.hu, [expected] * 3)
+
+
+def test_jpeg2000_whose_sign_contradicts_its_tags(tmp_path: Path) -> None:
+    """The values are those that pydicom's own tests state for this file."""
+    slices = []
+    for k in range(2):
+        one = pydicom.dcmread(get_testdata_file("J2K_pixelrep_mismatch.dcm", download=False))
+        one.ImagePositionPatient = [*one.ImagePositionPatient[:2], k]
+        slices.append(one)
+    hu = read_scan(write(tmp_path / "a", slices)).hu
+    intercept = int(slices[0].get("RescaleIntercept", 0))
+    assert hu[0, 0, 0] == -2000 + intercept
+    assert (hu[1, 47:57, 279] - intercept).tolist() == [621, 412, 138, -193, -520, -767, -907, -966, -988, -995]
+
+
+# --- places ---
+
+
+@pytest.mark.parametrize("step", [0.25, 1.0, 10.0])
+@pytest.mark.parametrize("orientation", [UPRIGHT, PRONE, CORONAL, rotated(20), rotated(35, "x")])
+def test_places(tmp_path: Path, orientation: tuple[float, ...], step: float) -> None:
+    hu, at = ct_hu(), positions(step=step, orientation=orientation)
+    slices = ct_series(hu, at, orientation=orientation)
+    for k, one in enumerate(slices):  # neither tells where slices lie
+        one.SpacingBetweenSlices, one.InstanceNumber, one.SliceLocation = 0, 100 - k, 0
+    assert_read_right(read_scan(write(tmp_path / "a", slices)), hu, at, orientation)
+
+
+def test_headers_that_are_rounded(tmp_path: Path) -> None:
+    """Places to 0.1 mm, and slices turned by 3e-4 against each other."""
+    hu, at = ct_hu(), positions(step=0.25).round(1)
+    at[0], at[-1] = positions(step=0.25)[[0, -1]]
+    slices = ct_series(hu, at)
+    slices[2].ImageOrientationPatient = [1, 3e-4, 0, -3e-4, 1, 0]
+    scan = read_scan(write(tmp_path / "a", slices))
+    np.testing.assert_array_equal(scan.hu, hu)
+    assert scan.geometry.spacing_mm_xyz == pytest.approx((0.5, 0.75, 0.25))
+
+
+def test_pixel_spacing_of_another_representation(tmp_path: Path) -> None:
+    slices = ct_series(ct_hu())
+    for one in slices:
+        set_raw(one, "PixelSpacing", "UT", b"0.75\\0.5")
+    assert_read_right(read_scan(write(tmp_path / "a", slices)), ct_hu(), positions())
+
+
+# --- several frames in a file ---
+
+
+@pytest.mark.parametrize("order", [range(6), range(5, -1, -1), [3, 0, 5, 1, 4, 2]])
+@pytest.mark.parametrize("orientation", [UPRIGHT, PRONE, CORONAL])
+def test_enhanced_ct(tmp_path: Path, order: list[int], orientation: tuple[float, ...]) -> None:
+    hu, at = ct_hu(), positions(orientation=orientation)
+    slices = ct_series(hu, orientation=orientation)
+    for k, one in enumerate(slices):  # each frame has its own rescale
+        store(one, hu[k] + 1024 + 24 * k)
+        one.RescaleIntercept = -1024 - 24 * k
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    file = save(enhanced(slices, order), folder / "scan.dcm")
+    for path in (file, folder):
+        scan = read_scan(path)
+        assert_read_right(scan, hu, at, orientation)
+        assert read_header(path) == scan.geometry
+    save(encode(enhanced(slices, order), "rle"), file)
+    assert_read_right(read_scan(file), hu, at, orientation)
+    file = file.rename(folder / "bare name")
+    assert_read_right(read_scan(file), hu, at, orientation)
+
+
+def test_enhanced_ct_of_highdicom(tmp_path: Path) -> None:
+    highdicom = pytest.importorskip("highdicom")
+    hu = ct_hu()
+    slices = ct_series(hu, signed=True, intercept=0)
+    for one in slices:
+        save(one, tmp_path / "one.dcm")
+        one.file_meta.MediaStorageSOPClassUID = one.SOPClassUID
+    one = highdicom.legacy.LegacyConvertedEnhancedCTImage(
+        slices[::-1],
+        series_instance_uid="1.2.8",
+        series_number=2,
+        sop_instance_uid="1.2.8.1",
+        instance_number=1,
+    )
+    one.save_as(tmp_path / "legacy.dcm")
+    assert_read_right(read_scan(tmp_path / "legacy.dcm"), hu, positions())
+
+
+def test_enhanced_ct_gets_the_checks_of_a_series(tmp_path: Path) -> None:
+    slices = ct_series(ct_hu())
+    gap = save(enhanced(slices, [0, 1, 2, 4, 5]), tmp_path / "gap.dcm")
+    with pytest.raises(ScanError, match=r"missing or not equally spaced: 5\.00 mm from slice 3 to 4"):
+        read_header(gap)
+    phases = save(enhanced([*slices, *slices]), tmp_path / "phases.dcm")
+    with pytest.raises(ScanError, match=r"two slices at one place.*phases.dcm.* and phases.dcm frame"):
+        read_header(phases)
+    lost = enhanced(slices)
+    del lost.PerFrameFunctionalGroupsSequence
+    with pytest.raises(ScanError, match=r"has 6 frames, and no PerFrameFunctionalGroupsSequence"):
+        read_header(save(lost, tmp_path / "lost.dcm"))
+    lost = enhanced(slices)
+    del lost.PerFrameFunctionalGroupsSequence[3].PlanePositionSequence
+    with pytest.raises(ScanError, match=r"frame 4 has no ImagePositionPatient"):
+        read_header(save(lost, tmp_path / "lost.dcm"))
+    with pytest.raises(ScanError, match=r"is one DICOM slice; a volume needs at least two"):
+        read_header(save(slices[0], tmp_path / "slice.dcm"))
+
+
+# --- what is refused ---
+
+
+def all_slices(spoil: Callable[[Dataset], object]) -> Spoil:
+    return lambda slices: [spoil(one) for one in slices]
+
+
+def drift(angle: float = 0.0, jump: float = 0.0) -> Spoil:
+    """Move slices sideways, and the second half of them apart."""
+
+    def move(slices: list[Dataset]) -> None:
+        for k, one in enumerate(slices):
+            x, y, z = (float(v) for v in one.ImagePositionPatient)
+            later = max(0, k - len(slices) // 2)
+            one.ImagePositionPatient = [x, round(y + 2.5 * k * np.tan(np.radians(angle)), 4), z + jump * later]
+
+    return move
+
+
+def set_all(**tags: object) -> Spoil:
+    return all_slices(lambda one: [setattr(one, keyword, value) for keyword, value in tags.items()])
+
+
+def remove_all(keyword: str) -> Spoil:
+    return all_slices(lambda one: delattr(one, keyword))
+
+
+def only_imager_spacing(one: Dataset) -> None:
+    one.ImagerPixelSpacing = one.PixelSpacing
+    del one.PixelSpacing
+
+
+def localizer(slices: list[Dataset]) -> None:
+    slices.append(ct_series(ct_hu((1, 8, 10)), np.array([[0.0, 0, 0]]), orientation=CORONAL)[0])
+
+
+SPOILS: dict[str, tuple[Spoil, str]] = {
+    "no orientation": (remove_all("ImageOrientationPatient"), r"has no ImageOrientationPatient"),
+    "no position": (remove_all("ImagePositionPatient"), r"has no ImagePositionPatient"),
+    "no spacing": (remove_all("PixelSpacing"), r"has no PixelSpacing: how large"),
+    "empty spacing": (set_all(PixelSpacing=None), r"has no PixelSpacing: how large"),
+    "spacing of 0": (set_all(PixelSpacing=[0, 0]), r"has the PixelSpacing '0\.0\\\\0\.0': both must be above 0 mm"),
+    "imager spacing": (all_slices(only_imager_spacing), r"no PixelSpacing \(ImagerPixelSpacing is that at the detec"),
+    "decimal comma": (
+        all_slices(lambda one: set_raw(one, "PixelSpacing", "DS", b"0,75\\0,5 ")),
+        r"has the PixelSpacing '0,75\\\\0,5', which is not 2 numbers \(with a decimal point\)",
+    ),
+    "one number": (all_slices(lambda one: set_raw(one, "PixelSpacing", "DS", b"0.75")), r"'0.75', which is not 2 numb"),
+    "nan": (
+        all_slices(lambda one: set_raw(one, "ImagePositionPatient", "DS", b"0\\nan\\0 ")),
+        r"ImagePositionPatient.*which is not 3 numbers",
+    ),
+    "metres": (set_all(PixelSpacing=[7e-4, 7e-4]), r"has a spacing of \(0\.0007, 0\.0007, 2\.5\) mm.*another unit"),
+    "sheared rows": (
+        set_all(ImageOrientationPatient=[-1, 0, 0, np.sin(np.radians(0.07)).round(6), -1, 0]),
+        r"sheared, or not of length 1; rows and columns are 90\.07 degrees apart",
+    ),
+    "half a vector": (set_all(ImageOrientationPatient=[0.5, 0, 0, 0, 1, 0]), r"not of length 1.*0\.5000 and 1\.0000"),
+    "gantry tilt": (drift(angle=15), r"gantry tilt of 15\.0 degrees: the slices drift sideways by 3\.3 mm"),
+    "slice missing": (lambda s: s.pop(3), r"missing or not equally spaced: 5\.00 mm from slice 3 to 4.*2\.50 mm else"),
+    "slice twice": (lambda s: s.append(s[2]), r"has two slices at one place \(-45\.00 mm.*dcm and .*dcm"),
+    "steps that grow": (drift(jump=0.3), r"not equally spaced.*lies 0\.\d\d mm from its place on a regular grid"),
+    "slice turned": (
+        lambda s: setattr(s[3], "ImageOrientationPatient", list(rotated(9))),
+        r"differ in orientation \(by 9\.0 degrees\).*localizer",
+    ),
+    "slice shifted": (
+        lambda s: setattr(s[3], "ImagePositionPatient", [-9.2, 20, -42.5]),
+        r"shifted or not parallel: a corner of .*dcm lies 0\.80 mm off the regular grid.*0\.5 mm are allowed",
+    ),
+    "localizer": (localizer, r"its slices differ in orientation.*is a localizer among them\?"),
+    "other size": (lambda s: store(s[3], np.zeros((9, 9))), r"differ in size .*is a localizer among them\?"),
+    "other spacing": (lambda s: setattr(s[3], "PixelSpacing", [0.8, 0.8]), r"differ in spacing"),
+    "one slice": (lambda s: s.__delitem__(slice(1, None)), r"holds one DICOM slice; a volume needs at least two"),
+    "no rescale in the first": (
+        lambda s: [s[0].__delattr__(keyword) for keyword in ("RescaleSlope", "RescaleIntercept")],
+        r"dcm has no RescaleSlope and RescaleIntercept, .*dcm has: what its values mean",
+    ),
+    "slope of 0": (set_all(RescaleSlope=0), r"has a RescaleSlope of 0"),
+    "not HU": (set_all(RescaleType="Z_EFF"), r"has values of the RescaleType Z_EFF, not HU"),
+    "colour": (set_all(PhotometricInterpretation="PALETTE COLOR"), r"is a colour image \(PALETTE COLOR\)"),
+    "PET": (set_all(Modality="PT"), r"is of modality PT, not CT"),
+    "MR": (set_all(Modality="MR"), r"is of modality MR, not CT"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILS)
+def test_refused_by_its_headers(tmp_path: Path, name: str) -> None:
+    spoil, message = SPOILS[name]
+    slices = ct_series(ct_hu())
+    spoil(slices)
+    folder = write(tmp_path / "a", slices)
+    for read in (read_header, read_scan):
+        with pytest.raises(ScanError, match=message):
+            read(folder)
+
+
+def test_long_drifts_are_seen(tmp_path: Path) -> None:
+    """Steps of 1.0 and then 1.09 mm: each is near the mean, the slices are up to 1.1 mm from their place."""
+    steps = np.r_[0, np.full(25, 1.0), np.full(25, 1.09)]
+    at = ORIGIN + np.cumsum(steps)[:, None] * [0, 0, 1]
+    folder = write(tmp_path / "a", ct_series(ct_hu((51, 4, 4)), at))
+    with pytest.raises(ScanError, match=r"slice 26 lies 1\.1\d mm from its place"):
+        read_header(folder)
+
+
+def test_without_any_rescale(tmp_path: Path) -> None:
+    def without_tags(slices: list[Dataset]) -> list[Dataset]:
+        for one in slices:
+            del one.RescaleSlope, one.RescaleIntercept
+        return slices
+
+    folder = write(tmp_path / "stored", without_tags(ct_series(ct_hu())))
+    with pytest.raises(ScanError, match=r"has no RescaleSlope and RescaleIntercept, and stored values from .* not HU"):
+        read_scan(folder)
+    hu = ct_hu()  # HU as they are, which some tools write
+    folder = write(tmp_path / "hu", without_tags(ct_series(hu, signed=True, intercept=0)))
+    np.testing.assert_array_equal(read_scan(folder).hu, hu)
+
+
+def test_readers_that_contradict_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "a", ct_series(ct_hu()))
+
+    class Elsewhere(sitk.ImageFileReader):  # type: ignore[misc]
+        def GetOrigin(self) -> tuple[float, float, float]:  # noqa: N802
+            x, y, z = super().GetOrigin()
+            return x, y + 0.2, z
+
+    monkeypatch.setattr(dicom_scans.sitk, "ImageFileReader", Elsewhere)
+    with pytest.raises(ScanError, match=r"corner at \(.*\) LPS mm by its tags, but at \(.*\) by SimpleITK, 0\.2 mm"):
+        read_header(folder)
+
+
+@pytest.mark.parametrize("instance", [1, 4, 6])
+@pytest.mark.parametrize("name", ["{}.dcm", "IM{:04}"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_slices_that_are_cut_off(tmp_path: Path, instance: int, name: str, compressed: bool) -> None:
+    """At the ends of the stack the others look like a whole series."""
+    slices = ct_series(ct_hu())
+    if compressed:
+        slices = [encode(one, "JPEG2000") for one in slices]
+    folder = write(tmp_path / "a", slices, name)
+    victim = file_of(folder, instance)
+    whole = victim.read_bytes()
+    for length in (len(whole) - 20, len(whole) // 2, 600, 300, 140, 10, 0):
+        victim.write_bytes(whole[:length])
+        with pytest.raises(ScanError, match=r"cut off|no pixel data|is empty|no DICOM file|damaged") as raised:
+            read_header(folder)
+        assert raised.value.path == str(victim)
+    dataset = pydicom.dcmread(folder / name.format(0 if victim.name != name.format(0) else 1))
+    del dataset.PixelData
+    save(dataset, victim)
+    with pytest.raises(ScanError, match=r"has no pixel data") as raised:
+        read_scan(folder)
+    assert raised.value.path == str(victim)
+
+
+# --- a folder as archives leave it ---
+
+
+def test_other_files_beside_the_slices(tmp_path: Path) -> None:
+    hu = ct_hu()
+    folder = write(tmp_path / "Aufnahme für Ärzte 患者", ct_series(hu), "IM{:04}")
+    (folder / "README").write_text("exported 2020")
+    (folder / "._IM0001.dcm").write_bytes(b"\0\5\x16\7" + bytes(200))
+    (folder / "thumbnails").mkdir()
+    (folder / "DONE").touch()
+    shutil.copy(get_testdata_file("DICOMDIR-empty.dcm", download=False), folder / "DICOMDIR")
+    shutil.copy(get_testdata_file("test-SR.dcm", download=False), folder / "IM0099")
+    shutil.copy(get_testdata_file("rtstruct.dcm", download=False), folder / "structures.dcm")
+    shutil.copy(get_testdata_file("rtdose.dcm", download=False), folder / "dose.dcm")
+    save(ct_series(hu, series="1.2.99", modality="PT")[0], folder / "pet.dcm")
+    np.testing.assert_array_equal(read_scan(folder).hu, hu)
+    with pytest.raises(ScanError, match="is of modality RTDOSE, not CT"):
+        read_header(folder / "dose.dcm")
+    with pytest.raises(ScanError, match="is a DICOM file without an image"):
+        read_header(folder / "structures.dcm")
+
+
+def test_links(tmp_path: Path) -> None:
+    hu = ct_hu()
+    folder = write(tmp_path / "a", ct_series(hu))
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for file in folder.iterdir():
+        (linked / file.name).symlink_to(file)
+    np.testing.assert_array_equal(read_scan(linked).hu, hu)
+    file_of(folder, 6).unlink()
+    with pytest.raises(ScanError, match=r"dcm: cannot be opened: No such file"):
+        read_header(linked)
+
+
+def test_several_series(tmp_path: Path) -> None:
+    hu = ct_hu((5, 8, 10))
+    write(tmp_path / "a", ct_series(ct_hu((4, 8, 10)), series="1.2.6"), "a{}.dcm")
+    folder = write(tmp_path / "a", ct_series(hu), "b{}.dcm")
+    with pytest.raises(ScanError, match=r"holds 2 DICOM series.*1\.2\.6 \(CT, 4 files\), 1\.2\.7 \(CT, 5 files\)"):
+        read_header(folder)
+    np.testing.assert_array_equal(read_scan(folder, "1.2.7").hu, hu)
+    with pytest.raises(ScanError, match=r"has no series '1\.2\.9'; it holds 1\.2\.6"):
+        read_header(folder, "1.2.9")
+    victim = next(folder.glob("a*"))
+    victim.write_bytes(victim.read_bytes()[:-20])
+    np.testing.assert_array_equal(read_scan(folder, "1.2.7").hu, hu)  # the damage is the other's
+
+
+def test_rows_of_a_table(tmp_path: Path) -> None:
+    """What the remedy column says, and that `any` in a column `modality` reads what says to be no CT."""
+    write(tmp_path / "two", ct_series(ct_hu(), series="1.2.6"), "a{}.dcm")
+    write(tmp_path / "two", ct_series(ct_hu()), "b{}.dcm")
+    write(tmp_path / "mr", ct_series(ct_hu(), modality="MR"))
+    point = ",".join(f"{v:g}" for v in ORIGIN)
+    rows = [f"two,{point},,CT", f"two,{point},1.2.7,CT", f"mr,{point},,MR", f"mr,{point},,Any", f"none.dcm,{point},,"]
+    (tmp_path / "a.csv").write_text("\n".join(["image_path,coordX,coordY,coordZ,series_uid,modality", *rows]))
+    table = read_annotations(tmp_path / "a.csv")
+    usable, rejected = check_annotations(table, Preprocessing(), on_bad_row="skip", allow_short_scans=True)
+    assert usable.rows.index.tolist() == [2, 4]
+    assert rejected["row"].tolist() == [1, 3, 5]
+    two, mr, none = rejected["remedy"]
+    assert "series_uid=1.2.6" in two
+    assert "modality=any" in mr
+    assert "correct the path" in none
+
+
+def test_whatever_happens_is_a_rejected_scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "a", ct_series(ct_hu()))
+    with monkeypatch.context() as patch, pytest.raises(ScanError, match="cannot be read as DICOM: KeyError: 'odd'"):
+        patch.setattr(dicom_scans, "series_at", _raise)
+        read_header(folder)
+    with monkeypatch.context() as patch, pytest.raises(ScanError, match="cannot be decoded: KeyError: 'odd'"):
+        patch.setattr(dicom_scans, "_rescaled", _raise)
+        read_scan(folder)
+
+
+def _raise(*_: object) -> None:
+    raise KeyError("odd")
+
+
+# --- real scans ---
+
+
+def test_real_series_against_pydicom(real_data: Path) -> None:
+    folder = real_data / "ct" / "dicom_series"
+    scan = read_scan(folder)
+    files = sorted(folder.glob("*.dcm"))
+    assert scan.geometry.size_xyz == (512, 512, len(files))
+    for file in files:
+        one = pydicom.dcmread(file)
+        position = np.array(one.ImagePositionPatient, dtype=float)
+        x, y, z = scan.geometry.to_index_xyz(position)
+        k = round(z)
+        assert (x, y, z) == pytest.approx((0, 0, k), abs=1e-6)
+        np.testing.assert_allclose(scan.geometry.to_lps_mm([0, 0, k]), position, atol=1e-6)
+        np.testing.assert_array_equal(scan.hu[k], one.pixel_array * one.RescaleSlope + one.RescaleIntercept)
