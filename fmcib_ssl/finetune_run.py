@@ -21,11 +21,11 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
+from torch.utils.data import DataLoader
 
 from fmcib_ssl.components import accelerate, blame, build, build_optimizer, build_trainer, build_views, refuse_unused
 from fmcib_ssl.data.labelled import LabelledPatches
 from fmcib_ssl.data.sampler import EpochSampler
-from fmcib_ssl.data.workers import WatchedLoader, no_worker_left
 from fmcib_ssl.evaluation.bootstrap import patient_weights
 from fmcib_ssl.evaluation.feature_table import ID_COLUMN, FeatureTableError
 from fmcib_ssl.evaluation.folds import Part
@@ -38,7 +38,6 @@ from fmcib_ssl.models.encoders import feature_dim
 from fmcib_ssl.models.export import EncoderFileError, encoder_metadata, export_encoder, load_encoder
 from fmcib_ssl.safety import redacted
 from fmcib_ssl.settings import Component, ConfigError, FineTune, Settings
-from fmcib_ssl.training.progress import Progress
 from fmcib_ssl.training.provenance import environment, write_json
 from fmcib_ssl.training.run_folder import RunFolder, saved_settings
 from fmcib_ssl.training.same_run import check_same_run
@@ -106,8 +105,7 @@ def _finetune(settings: Settings, asked: FineTune, run: Path) -> float:
         if done.is_file():
             logger.info("%s is finished", folder)
         else:
-            with no_worker_left():
-                _train_part(settings, asked, task, part, folder)
+            _train_part(settings, asked, task, part, folder)
         tables.append(pd.read_parquet(done))
     predictions = pd.concat(tables, ignore_index=True)
     predictions.to_parquet(run / "predictions.parquet", index=False)
@@ -153,9 +151,8 @@ def _train_part(settings: Settings, asked: FineTune, task: Task, part: Part, fol
         "generator": torch.Generator().manual_seed(settings.seed),
     }
     order = EpochSampler(len(part.train), batch_size, seed=settings.seed)
-    loading["batch_size"] = batch_size
-    train = _loader(task, datasets["train"], sampler=order, drop_last=True, **loading)
-    val, test = (_loader(task, datasets[side], **loading) for side in ("val", "test"))
+    train = DataLoader(datasets["train"], batch_size=batch_size, sampler=order, drop_last=True, **loading)
+    val, test = (DataLoader(datasets[side], batch_size=batch_size, **loading) for side in ("val", "test"))
 
     L.seed_everything(settings.seed, verbose=False)
     metadata = encoder_metadata(encoder, spec, task.preprocessing, extra={"run": settings.name, "fold": part.name})
@@ -165,14 +162,13 @@ def _train_part(settings: Settings, asked: FineTune, task: Task, part: Part, fol
     )
     patience = EarlyStopping(monitor="val/score", mode="max", patience=asked.patience)
     accelerate(module, module.encoder, settings.hardware)
-    shown = (settings.trainer.model_extra or {}).get("enable_progress_bar", True)
     trainer = build_trainer(
         settings,
         devices=1,
         num_sanity_val_steps=0,
         default_root_dir=folder,
         logger=CSVLogger(folder, name="", version=""),
-        callbacks=[best, patience, *([Progress()] if shown else [])],
+        callbacks=[best, patience],
     )
     for earlier in (folder / "checkpoints").glob("*.ckpt"):
         earlier.unlink()  # of a training that was stopped
@@ -191,11 +187,6 @@ def _train_part(settings: Settings, asked: FineTune, task: Task, part: Part, fol
         tables.append(_table(task, part.name, side, rows, scores))
     with whole_file(folder / "predictions.parquet") as file:
         pd.concat(tables).to_parquet(file, index=False)
-
-
-def _loader(task: Task, dataset: LabelledPatches, **arguments: Any) -> WatchedLoader:
-    ids = task.patches.lesions[ID_COLUMN].to_numpy()
-    return WatchedLoader(dataset, title=lambda place: str(ids[dataset.rows[place]]), **arguments)
 
 
 def _datasets(settings: Settings, task: Task, part: Part) -> dict[str, LabelledPatches]:
@@ -261,7 +252,7 @@ def _score(task: Task, labels: Array, scores: Array) -> float:
     return float(metric(labels, scores, np.ones((1, len(labels))))[0])
 
 
-def _predict(trainer: L.Trainer, module: FineTuning, loader: WatchedLoader, rows: Array) -> Array:
+def _predict(trainer: L.Trainer, module: FineTuning, loader: DataLoader[Any], rows: Array) -> Array:
     """Scores in the order of `rows`, found by the rows that come back with them."""
     batches = cast(list[tuple[torch.Tensor, torch.Tensor]], trainer.predict(module, loader))
     found, scores = (torch.cat(column).cpu().numpy() for column in zip(*batches, strict=True))

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
-import time
 import warnings
 from contextlib import nullcontext
 from datetime import timedelta
@@ -28,7 +26,6 @@ from fmcib_ssl.components import accelerate, blame, build, build_module, build_t
 from fmcib_ssl.data.datamodule import LesionDataModule
 from fmcib_ssl.data.store import StoreError
 from fmcib_ssl.data.tables import AnnotationsError, ScanError
-from fmcib_ssl.data.workers import WorkerDiedError, no_worker_left
 from fmcib_ssl.evaluation.figures import ContactRow, contact_sheet, training_curves
 from fmcib_ssl.lesion_source import open_lesions
 from fmcib_ssl.methods.pretraining import Pretraining
@@ -39,12 +36,10 @@ from fmcib_ssl.settings import ConfigError, Settings
 from fmcib_ssl.summary import num_steps, summary
 from fmcib_ssl.training.checkpoints import RunCheckpoints, WholeFileIO, find_checkpoint, step_of
 from fmcib_ssl.training.faults import TrainingFaultError
-from fmcib_ssl.training.online_probe import OnlineProbe
 from fmcib_ssl.training.provenance import environment, write_json
 from fmcib_ssl.training.run_folder import ANEW, RunFolder, RunFolderError, checksum, saved_settings
 from fmcib_ssl.training.same_run import check_same_run, unlike_the_last
-from fmcib_ssl.training.throughput import duration
-from fmcib_ssl.training.tracking import Resumable, ShowsPictures, Start, WeightsAndBiases, read_metrics
+from fmcib_ssl.training.tracking import Resumable, Start, WeightsAndBiases, read_metrics
 from fmcib_ssl.types import Preprocessing, SampleKey
 from fmcib_ssl.whole_file import write_whole
 
@@ -58,7 +53,6 @@ UserError = (
     StoreError,
     RunFolderError,
     TrainingFaultError,
-    WorkerDiedError,
     torch.OutOfMemoryError,
 )
 
@@ -74,7 +68,6 @@ def train(settings: Settings) -> float:
         ConfigError: settings that contradict each other, the data or the machine.
         AnnotationsError, ScanError, StoreError: data that cannot be used.
         RunFolderError: a folder that holds another run, or no checkpoint that can be used.
-        WorkerDiedError: a data worker was killed.
         fmcib_ssl.signals.Stopped: by a signal; what was learned is saved.
     """
     main_process = getattr(rank_zero_only, "rank", 0) == 0
@@ -121,7 +114,6 @@ def _train(settings: Settings, folder: RunFolder, main_process: bool) -> float:
         settings, data, module, trainer, folder, batch_size=batch_size, trained=checkpoint is not None
     )
     trackers = [its for its in trainer.loggers if isinstance(its, WeightsAndBiases)]
-    began = time.monotonic()
 
     if main_process:
         check_disk(folder.path, 3 * sum(p.numel() * p.element_size() for p in module.parameters()))
@@ -132,21 +124,20 @@ def _train(settings: Settings, folder: RunFolder, main_process: bool) -> float:
             logger.info("views to look at before anything is learned: %s", sheet)
         _begin_tracking(trainer, settings, folder, step)
     asks = any(isinstance(callback, RunCheckpoints) for callback in trainer.checkpoint_callbacks)
-    with signals.deferred() if asks else nullcontext(), no_worker_left():
+    with signals.deferred() if asks else nullcontext():
         exit_code = 1
         try:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
             exit_code = 0
             loss = float(trainer.callback_metrics.get("train/loss", _last_loss(folder)))
             if trainer.is_global_zero:
-                _write_results(module, settings, source.preprocessing, folder.path)
+                _write_results(module, settings, source.preprocessing, folder.path, trackers)
                 if asks and folder.num_saved() != trainer.global_step:
                     raise RunFolderError(
                         f"{folder.checkpoints} lacks the last checkpoint, which could not be saved: make room, then "
                         "give the same command again"
                     )
                 folder.finish(step=trainer.global_step, loss=loss, **_length(settings))
-                logger.info("%s", _outcome(settings, trainer, loss, time.monotonic() - began))
         finally:
             for tracker in trackers:
                 tracker.finish(exit_code)
@@ -163,15 +154,12 @@ def _prepare_process(settings: Settings, main_process: bool) -> None:
     for of_no_use in (  # Lightning's to mend, or meant so; nothing a user can do
         ".*isinstance.treespec, LeafSpec.* is deprecated",
         ".*all_gather is deprecated",
-        ".*Grad strides do not match bucket view strides",  # of 1 x 1 x 1 kernels laid out channels last
-        ".*It is recommended to use .self.log.'online/.* sync_dist=True",  # the probe's figures are the same on all
         ".*overridden `transfer_batch_to_device` in `LightningModule`",
         ".*`srun` command is available on your system but is not used",  # preflight has looked
     ):
         warnings.filterwarnings("ignore", message=of_no_use)
     if not main_process:
         logging.getLogger("fmcib_ssl").setLevel(logging.ERROR)  # what every process would say is said once
-        warnings.simplefilter("ignore")
 
 
 def _checkpoint_to_go_on_with(settings: Settings, folder: RunFolder, main_process: bool) -> Path | None:
@@ -233,7 +221,7 @@ def _begin_tracking(trainer: L.Trainer, settings: Settings, folder: RunFolder, s
     for its in trainer.loggers:
         if isinstance(its, Resumable):
             its.go_on(start)
-        if isinstance(its, ShowsPictures):
+        if isinstance(its, WeightsAndBiases):
             its.show("contact_sheet", folder.path / "contact_sheet.png")
 
 
@@ -326,7 +314,9 @@ def _write_provenance(settings: Settings, folder: RunFolder, step: int) -> None:
     folder.begin(step=step, commit=facts["git"]["commit"], job=os.environ.get("SLURM_JOB_ID"))
 
 
-def _write_results(module: Pretraining, settings: Settings, preprocessing: Preprocessing, run: Path) -> None:
+def _write_results(
+    module: Pretraining, settings: Settings, preprocessing: Preprocessing, run: Path, trackers: list[WeightsAndBiases]
+) -> None:
     trainer = module.trainer
     extra = {"run": settings.name, "step": trainer.global_step, "epoch": trainer.current_epoch, "seed": settings.seed}
     weights = run / "encoder.safetensors"
@@ -335,24 +325,6 @@ def _write_results(module: Pretraining, settings: Settings, preprocessing: Prepr
     if (run / "metrics.csv").is_file():
         curves = training_curves(run / "metrics.csv", run / "curves.png")
         lines.append(f"curves     {curves}")
-        for its in trainer.loggers:
-            if isinstance(its, ShowsPictures):
-                its.show("curves", curves)
+        for tracker in trackers:
+            tracker.show("curves", curves)
     logger.info("%s", "\n".join(lines))
-
-
-def _outcome(settings: Settings, trainer: L.Trainer, loss: float, seconds: float) -> str:
-    """What came of the run, and the command that a user is likely to want next."""
-    data, run = settings.data, settings.paths.run
-    lines = [f"done       {trainer.global_step} steps, loss {loss:.4g}; this start took {duration(seconds)}"]
-    probes = (callback for callback in trainer.callbacks if isinstance(callback, OnlineProbe))  # type: ignore[attr-defined]
-    lines += [f"probe      {probe.last_result}" for probe in probes if probe.last_result]
-    source = {"store": data.store}
-    if data.store is None:
-        source = {"annotations": data.annotations, "image_root": data.image_root, "path_prefix": data.path_prefix}
-        if data.coordinates != "lps":
-            source["coordinates"] = data.coordinates
-    arguments = {"checkpoint": run, **source, "output": run / "features.parquet"}
-    given = [f"{key}={value}" for key, value in arguments.items() if value is not None]
-    lines.append(f"next       {shlex.join(['python', 'scripts/embed.py', *given])}")
-    return "\n".join(lines)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from fmcib_ssl.data.geometry import PatchGrid, ScanGeometry, ras_to_lps
+from fmcib_ssl.data.nifti_scans import Affine
 from fmcib_ssl.data.scans import ScanSource, read_header, read_scan
 from fmcib_ssl.data.tables import (
     REJECTED_COLUMNS,
@@ -43,6 +44,7 @@ __all__ = [
     "check_annotations",
     "read_annotations",
     "resolve_path",
+    "scan_source",
 ]
 
 Coordinates = Literal["lps", "ras", "voxel"]
@@ -51,6 +53,7 @@ PATH_COLUMN = "image_path"
 COORDINATE_COLUMNS = ("coordX", "coordY", "coordZ")
 SERIES_COLUMN = "series_uid"
 MODALITY_COLUMN = "modality"
+AFFINE_COLUMN = "affine"
 MASK_COLUMN = "mask_path"
 CROPPED_COLUMN = "cropped"
 
@@ -126,7 +129,8 @@ def read_annotations(
         path_prefix: beginning of the paths in the table, to be replaced by `image_root`, for tables made elsewhere.
 
     Raises:
-        AnnotationsError: no file, no text, no rows, rows of unequal length, or a column missing.
+        AnnotationsError: no file, no text, no rows, rows of unequal length, a column missing, or an `affine` that is
+            neither sform nor qform.
     """
     path = Path(path)
     if coordinates not in get_args(Coordinates):
@@ -228,7 +232,7 @@ def _row_problem(
             return _Problem(f"{column}={value}", what, f"give coordinates in {unit}, with a decimal point")
     geometry = outcomes[scan]
     if isinstance(geometry, ScanError):
-        remedy = geometry.remedy or "repair or leave out the scan"
+        remedy = geometry.remedy
         if not os.path.exists(scan.path):  # noqa: PTH110  (False for what is no path; `Path.exists` raises)
             remedy = "correct the path, or set image_root (and path_prefix for a table made elsewhere)"
         return _Problem(geometry.path, geometry.reason, remedy)
@@ -339,11 +343,9 @@ def _inspect_scans(
 
     def inspect(scan: ScanSource) -> ScanGeometry | ScanError:
         try:
-            return read_scan(*scan, verify=True).geometry if check == "full" else read_header(*scan)
+            return read_scan(*scan).geometry if check == "full" else read_header(*scan)
         except ScanError as error:
             return error
-        except (OSError, ValueError) as error:  # what is no path at all: with a NUL, or too long
-            return ScanError(str(scan.path)[:200], str(getattr(error, "strerror", None) or error))
 
     scans = sorted({scan for scan in table.scans if scan is not None}, key=str)
     # Headers wait for the disk; decoding fills cores and memory.
@@ -372,14 +374,24 @@ def resolve_path(text: Any, root: Path, path_prefix: str | None = None) -> Path 
 
 
 def scan_source(path: Path, row: Mapping[Any, Any]) -> ScanSource:
-    """The scan of a row at a path, read as the row's other columns say."""
-    uid = row.get(SERIES_COLUMN)
+    """The scan of a row at a path, read as the row's other columns say.
+
+    Raises:
+        AnnotationsError: an `affine` that is neither sform nor qform.
+    """
+    uid, affine = row.get(SERIES_COLUMN), row.get(AFFINE_COLUMN)
     any_modality = str(row.get(MODALITY_COLUMN)).strip().lower() == "any"
-    return ScanSource(path, None if pd.isna(uid) else str(uid).strip(), any_modality)
+    chosen = "" if pd.isna(affine) else str(affine).strip().lower()
+    if chosen not in ("", *get_args(Affine)):
+        raise AnnotationsError(
+            f"column {AFFINE_COLUMN!r} has {affine!r} for {path}; sform, qform or nothing is allowed"
+        )
+    series_uid = None if pd.isna(uid) else str(uid).strip()
+    return ScanSource(path, series_uid, any_modality, cast(Affine, chosen) if chosen else None)
 
 
 def _scan_sources(rows: pd.DataFrame, root: Path, path_prefix: str | None) -> Iterator[ScanSource | None]:
-    columns = [column for column in (PATH_COLUMN, SERIES_COLUMN, MODALITY_COLUMN) if column in rows]
+    columns = [column for column in (PATH_COLUMN, SERIES_COLUMN, MODALITY_COLUMN, AFFINE_COLUMN) if column in rows]
     for row in rows[columns].to_dict("records"):
         path = resolve_path(row[PATH_COLUMN], root, path_prefix)
         yield None if path is None else scan_source(path, row)

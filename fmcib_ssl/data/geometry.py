@@ -7,6 +7,7 @@ A point is turned into an index only by the grid whose voxels are read with it; 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,8 @@ import numpy.typing as npt
 from jaxtyping import Bool, Float
 
 FloatArray = npt.NDArray[np.float64]
+
+_CORNERS = np.array(list(itertools.product((0.0, 1.0), repeat=3)))
 
 
 def ras_to_lps(points_ras_mm: npt.ArrayLike) -> Float[np.ndarray, "*points 3"]:
@@ -72,6 +75,14 @@ class ScanGeometry:
     origin_lps_mm: tuple[float, float, float]
     direction: tuple[tuple[float, float, float], ...] = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
 
+    @classmethod
+    def of(cls, size_xyz: tuple[int, int, int], index_to_lps_mm: FloatArray) -> ScanGeometry:
+        """The geometry of a 4x4 matrix from voxel indices to LPS mm, whether a scan can have it or not."""
+        spacing = np.linalg.norm(index_to_lps_mm[:3, :3], axis=0)
+        direction = index_to_lps_mm[:3, :3] / np.where(spacing > 0, spacing, 1) + 0.0  # no minus before a zero
+        (sx, sy, sz), (x, y, z) = spacing.tolist(), (index_to_lps_mm[:3, 3] + 0.0).tolist()
+        return cls(size_xyz, (sx, sy, sz), (x, y, z), tuple((a, b, c) for a, b, c in direction.tolist()))
+
     @property
     def _index_to_mm(self) -> FloatArray:
         return np.array(self.direction, dtype=np.float64) * self.spacing_mm_xyz
@@ -99,10 +110,18 @@ class ScanGeometry:
         nearest = np.clip(index, -0.5, np.array(self.size_xyz) - 0.5)
         return float(np.linalg.norm(self._index_to_mm @ (index - nearest)))
 
+    def corners_lps_mm(self, margin: float = 0.0) -> Float[np.ndarray, "8 3"]:
+        """The eight corners, that of the first voxel first, of the last last.
+
+        Args:
+            margin: how far beyond the centres of the corner voxels, in voxels; 0.5 is where the scan ends.
+        """
+        return self.to_lps_mm(_CORNERS * (np.array(self.size_xyz) - 1 + 2 * margin) - margin)
+
     def bounds_lps_mm(self) -> tuple[FloatArray, FloatArray]:
         """Lowest and highest x, y, z that a voxel of the scan reaches."""
-        corners = self.to_lps_mm(np.stack(np.meshgrid(*([-0.5, n - 0.5] for n in self.size_xyz)), -1))
-        return corners.min(axis=(0, 1, 2)), corners.max(axis=(0, 1, 2))
+        corners = self.corners_lps_mm(0.5)
+        return corners.min(axis=0), corners.max(axis=0)
 
     def region_of(self, grid: PatchGrid) -> tuple[slice, slice, slice]:
         """The voxels needed to interpolate a patch linearly, as slices x, y, z; an empty slice if there are none."""

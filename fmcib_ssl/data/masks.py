@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import SimpleITK as sitk
 from scipy import ndimage
 from tqdm import tqdm
 
@@ -31,7 +30,8 @@ from fmcib_ssl.data.annotations import (
 )
 from fmcib_ssl.data.dicom_files import is_dicom
 from fmcib_ssl.data.geometry import ScanGeometry
-from fmcib_ssl.data.scans import ScanSource, read_header
+from fmcib_ssl.data.itk_scans import header_fields
+from fmcib_ssl.data.scans import ScanSource, read_header, read_volume
 from fmcib_ssl.data.tables import REJECTED_COLUMNS, OnBadRow, ScanError, read_table, refuse_or_skip, require_columns
 
 logger = logging.getLogger(__name__)
@@ -82,11 +82,9 @@ def read_regions(path: Path | str, scan: ScanSource) -> list[Region]:
         return read_dicom_regions(path, scan)
     if path.is_dir():
         raise ScanError(path, "is a folder; name the mask file itself")
-    geometry = read_header(path)
-    try:
-        labels = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
-    except RuntimeError as error:
-        raise ScanError(path, f"cannot be decoded: {str(error).strip().splitlines()[-1]}") from error
+    labels, geometry = read_volume(ScanSource(path, affine=scan.affine), layered=True)
+    if labels.ndim == 4:
+        return _layered_regions(path, labels, geometry)
     values = np.unique(labels[labels != 0])  # most are 0: leaving them out first saves the sorting
     if values.size == 0:
         raise ScanError(path, "is an empty mask: every voxel is 0")
@@ -96,6 +94,20 @@ def read_regions(path: Path | str, scan: ScanSource) -> list[Region]:
             f"is no mask: values from {values[0]:g} to {values[-1]:g}, not labels 0, 1, 2, ...; threshold it first",
         )
     return [Region(f"{value:g}", labels == value, geometry) for value in values]
+
+
+def _layered_regions(path: Path, labels: npt.NDArray[Any], geometry: ScanGeometry) -> list[Region]:
+    """The segments of a 3D Slicer segmentation some of which overlap: each is a label value of one of its layers."""
+    fields = header_fields(path)
+    regions = []
+    for number in range(sum(name.endswith("_labelvalue") for name in fields)):
+        name, label, layer = (fields.get(f"segment{number}_{key}", "") for key in ("name", "labelvalue", "layer"))
+        if not (label.isdecimal() and layer.isdecimal() and int(layer) < labels.shape[3]):
+            break
+        regions.append(Region(name or f"{layer}.{label}", labels[..., int(layer)] == int(label), geometry))
+    if not regions:
+        raise ScanError(path, f"has {labels.shape[3]} values a voxel, and does not say which segment is which")
+    return regions
 
 
 def find_lesions(region: Region) -> list[MaskLesion]:
@@ -203,7 +215,7 @@ def lesions_from_masks(
     problems = []
     for number, row, outcome in zip(rows.index, records, found, strict=True):
         if isinstance(outcome, ScanError):
-            remedy = outcome.remedy or "correct the mask or its path, or leave out the row"
+            remedy = "correct the mask or its path, or leave out the row"
             problems.append((number, row[PATH_COLUMN], outcome.path, outcome.reason, remedy))
             continue
         for lesion in outcome:

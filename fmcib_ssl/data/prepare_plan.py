@@ -81,7 +81,8 @@ def scan_id_of(source: ScanSource, root: Path) -> str:
     name = re.sub(r"(\.(nii|img|hdr|nrrd|nhdr|mha|mhd))?(\.gz)?$", "", path.name, flags=re.IGNORECASE)
     plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
     readable = re.sub(r"[^A-Za-z0-9_.-]+", "_", plain).strip("._-")[:40] or "scan"
-    digits = hashlib.sha256(f"{place.as_posix()}\n{source.series_uid or ''}".encode()).hexdigest()[:10]
+    which = "\n".join([place.as_posix(), source.series_uid or "", *([source.affine] if source.affine else [])])
+    digits = hashlib.sha256(which.encode()).hexdigest()[:10]
     return f"{readable}-{digits}"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from jaxtyping import Int16
 
 from fmcib_ssl.data.coarse_map import build_coarse_map
 from fmcib_ssl.data.dicom_files import series_files
+from fmcib_ssl.data.nifti_scans import header_and_voxels, is_nifti
 from fmcib_ssl.data.scans import Scan, ScanSource, read_scan
 from fmcib_ssl.data.store import (
     STORE_VERSION,
@@ -30,8 +30,6 @@ from fmcib_ssl.data.tables import ScanError
 #: Slices of the store's grid that are resampled at a time; as fast as all at once, and floats of a whole body would
 #: need gigabytes.
 _SLAB = 32
-#: What zlib calls the gzip format.
-_GZIP = 31
 #: Headers whose voxels may stand in another file: what names it.
 _DETACHED = {
     ".mhd": re.compile(rb"^ElementDataFile *= *(.+?)\s*$", re.MULTILINE),
@@ -90,8 +88,10 @@ def prepare_scan(folder: Path, settings: StoreSettings, task: ScanTask) -> Outco
     try:
         listing = source_listing(task.source.path)  # before reading: a change while it is read shows next time
         files = source_files(task.source)
-        state = SourceState(listing, checksum(files, verify=True), len(files), sum(f.stat().st_size for f in files))
+        state = SourceState(listing, checksum(files), len(files), sum(f.stat().st_size for f in files))
         scan = read_scan(*task.source)
+        summary = scan.summary
+        assert summary is not None  # read from a file
         grid = StoreGrid.of(scan.geometry, settings.spacing_mm)
         hu = resample(scan, grid, settings)
         coarse_map = build_coarse_map(hu, grid.spacing_mm)
@@ -110,8 +110,8 @@ def prepare_scan(folder: Path, settings: StoreSettings, task: ScanTask) -> Outco
                 "source_spacing_mm_xyz": scan.geometry.spacing_mm_xyz,
                 "source_origin_lps_mm": scan.geometry.origin_lps_mm,
                 "source_direction": np.ravel(scan.geometry.direction).tolist(),
-                "hu_min": float(scan.hu.min()),
-                "hu_max": float(scan.hu.max()),
+                "hu_min": summary.hu_min,
+                "hu_max": summary.hu_max,
                 "body_volume_ml": coarse_map.body_volume_ml,
             },
             **task.sidecar,
@@ -120,7 +120,7 @@ def prepare_scan(folder: Path, settings: StoreSettings, task: ScanTask) -> Outco
     except StoreError:
         raise
     except ScanError as error:
-        return Outcome(problem=(error.reason or str(error), error.remedy or "repair or leave out the scan"))
+        return Outcome(problem=(error.reason or str(error), error.remedy))
     except MemoryError:
         return Outcome(problem=("needs more memory than there is", "prepare it with num_workers=1, or coarser voxels"))
     except Exception as error:  # whatever a library makes of a broken file, the night goes on
@@ -213,8 +213,8 @@ def _files_at(path: Path) -> list[Path]:
             named = pattern.search(file.read(1 << 16))
         if named and (voxels := path.parent / named[1].decode("utf-8", "replace")).is_file():
             files.append(voxels)
-    elif path.suffix.lower() == ".hdr" and path.with_suffix(".img").is_file():
-        files.append(path.with_suffix(".img"))
+    elif is_nifti(path):
+        files += [file for file in header_and_voxels(path) if file != path and file.is_file()]
     return files
 
 
@@ -230,30 +230,11 @@ def source_listing(path: Path) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def checksum(files: list[Path], *, verify: bool = False) -> str:
-    """SHA-256 of the files' bytes; of one file what `sha256sum` says.
-
-    Args:
-        files: in the order that counts.
-        verify: also test the checksums inside gzip files, which ITK does not.
-
-    Raises:
-        ScanError: a gzip file is cut off or damaged.
-    """
+def checksum(files: list[Path]) -> str:
+    """SHA-256 of the files' bytes, one after the other; of one file what `sha256sum` says."""
     digest = hashlib.sha256()
     for path in files:
-        gzipped = zlib.decompressobj(_GZIP) if verify and path.name.lower().endswith(".gz") else None
         with path.open("rb") as file:
             while data := file.read(1 << 20):
                 digest.update(data)
-                try:
-                    while gzipped and data:
-                        gzipped.decompress(data, 1 << 20)
-                        data = gzipped.unconsumed_tail
-                        if gzipped.eof and (rest := gzipped.unused_data.lstrip(b"\0")):  # the next of several members
-                            data, gzipped = rest, zlib.decompressobj(_GZIP)
-                except zlib.error as error:
-                    raise ScanError(path, f"is cut off or damaged ({error}); copy it again") from error
-        if gzipped and not gzipped.eof:
-            raise ScanError(path, "is cut off or damaged (it ends in the middle); copy it again")
     return digest.hexdigest()

@@ -1,13 +1,14 @@
 """Read a CT from disk with its geometry, refuse what is not one, and cut patches from it.
 
 A decoded scan is a NumPy array and its geometry: no SimpleITK image outlives a call, so scans may be held across `fork`
-and pickled, and every filter here runs on one thread. DICOM is read in `dicom_scans`; everything else here.
+and pickled, and every filter here runs on one thread. `dicom_scans`, `nifti_scans` and `itk_scans` read the formats.
 """
 
 from __future__ import annotations
 
-import gzip
-import zlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,17 +21,28 @@ from jaxtyping import Int16
 from fmcib_ssl.data.dicom_files import is_dicom
 from fmcib_ssl.data.dicom_scans import read_dicom_header, read_dicom_volume
 from fmcib_ssl.data.geometry import PatchGrid, ScanGeometry
-from fmcib_ssl.data.scan_checks import as_hu, checked_geometry, decoded, shortened
+from fmcib_ssl.data.hounsfield import HuSummary, as_hu
+from fmcib_ssl.data.itk_scans import read_itk_header, read_itk_volume
+from fmcib_ssl.data.nifti_scans import Affine, is_nifti, read_nifti_header, read_nifti_volume
+from fmcib_ssl.data.scan_checks import shortened
 from fmcib_ssl.data.tables import ScanError
 from fmcib_ssl.types import PADDING_HU
 
 
 class ScanSource(NamedTuple):
-    """Where a scan is: a file, or a folder of DICOM slices and, if it holds several series, which one."""
+    """Where a scan is, and how it is to be read.
+
+    Attributes:
+        path: a file, or a folder of DICOM slices.
+        series_uid: which series, if the folder holds several.
+        any_modality: of DICOM, accept a modality that is not CT.
+        affine: which transform, if a NIfTI header's two contradict each other.
+    """
 
     path: Path
     series_uid: str | None = None
-    any_modality: bool = False  # read DICOM that says to be no CT
+    any_modality: bool = False
+    affine: Affine | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,10 +52,12 @@ class Scan:
     Attributes:
         hu: `(z, y, x)`, int16 where the file's values are integers that fit, else float32.
         geometry: where its voxels are.
+        summary: of its values, if it was read from a file.
     """
 
     hu: npt.NDArray[np.int16] | npt.NDArray[np.float32]
     geometry: ScanGeometry
+    summary: HuSummary | None = None
 
     def thinned(self, spacing_mm: float) -> Scan:
         """Every n-th voxel of each axis, as far apart as they can be without exceeding `spacing_mm`; no copy."""
@@ -51,29 +65,33 @@ class Scan:
         return Scan(self.hu[z, y, x], self.geometry.part((x, y, z)))
 
 
-def read_header(path: Path | str, series_uid: str | None = None, any_modality: bool = False) -> ScanGeometry:
+def read_header(
+    path: Path | str, series_uid: str | None = None, any_modality: bool = False, affine: Affine | None = None
+) -> ScanGeometry:
     """Geometry of a scan, without its voxels.
 
-    Finds what a header can tell, also NIfTI files that end too early, which ITK would fill with zeros.
+    Finds what a header can tell, also NIfTI files that end too early.
 
     Args:
         path: a file, or a folder with the slices of a DICOM series.
         series_uid: which series, if the folder holds several.
         any_modality: of DICOM, accept a modality that is not CT.
+        affine: which transform, if a NIfTI header's two contradict each other.
 
     Raises:
-        ScanError: no such file, not an image, empty, cut off, 2D, 4D, colour, a direction that is no rotation, absurd
-            spacing; of DICOM: several series, another modality, slices that are missing, damaged or not on a regular
-            grid, tags without which place or values are not known.
+        ScanError: no such file, not an image, empty, cut off, 2D, 4D, colour; no geometry, two that contradict each
+            other, a direction that is no rotation, absurd spacing; of DICOM: several series, missing slices, gantry
+            tilt; whatever else a library has to say of it.
     """
-    path = Path(path)
-    if path.is_dir() or is_dicom(path):
-        return read_dicom_header(path, series_uid, any_modality)
-    return _read_file_header(path)[1]
+    source = ScanSource(Path(path), series_uid, any_modality, affine)
+    with _rejecting(source):
+        if _is_dicom(source):
+            return read_dicom_header(source.path, series_uid, any_modality)
+        return read_nifti_header(source.path, affine) if is_nifti(source.path) else read_itk_header(source.path)
 
 
 def read_scan(
-    path: Path | str, series_uid: str | None = None, any_modality: bool = False, *, verify: bool = False
+    path: Path | str, series_uid: str | None = None, any_modality: bool = False, affine: Affine | None = None
 ) -> Scan:
     """Decode a scan.
 
@@ -81,22 +99,41 @@ def read_scan(
         path: a file, or a folder with the slices of a DICOM series.
         series_uid: which series, if the folder holds several.
         any_modality: of DICOM, accept a modality that is not CT.
-        verify: also test the checksum of a `.nii.gz`, which ITK does not; takes as long again as decoding.
+        affine: which transform, if a NIfTI header's two contradict each other.
 
     Raises:
         ScanError: as `read_header`, and for damaged data, NaN or Inf, a constant image, values that are not HU.
     """
-    path = Path(path)
-    if path.is_dir() or is_dicom(path):
-        values, geometry = read_dicom_volume(path, series_uid, any_modality)
-    else:
-        reader, geometry = _read_file_header(path)
-        if verify and path.name.lower().endswith(".gz"):
-            _verify_gzip(path)
-        values = decoded(reader, path)
-    if values.shape != geometry.size_xyz[::-1]:
-        raise ScanError(path, f"holds {values.shape[::-1]} voxels, its header says {geometry.size_xyz}")
-    return Scan(as_hu(values, path), geometry)
+    source = ScanSource(Path(path), series_uid, any_modality, affine)
+    values, geometry = read_volume(source)
+    with _rejecting(source):
+        hu, summary = as_hu(values, path)
+    if summary.num_clipped:
+        warnings.warn(f"{path}: {summary.num_clipped} voxels above 32767 HU are read as 32767", stacklevel=2)
+    return Scan(hu, geometry, summary)
+
+
+def read_volume(source: ScanSource, *, layered: bool = False) -> tuple[npt.NDArray[Any], ScanGeometry]:
+    """Values of a file or series as they are, `(z, y, x)`, HU or not, and where they lie.
+
+    Args:
+        source: what to read.
+        layered: accept several values a voxel, as 3D Slicer stores segments that overlap: `(z, y, x, layers)`.
+
+    Raises:
+        ScanError: as `read_header`, and for damaged data.
+    """
+    path = source.path
+    with _rejecting(source):
+        if _is_dicom(source):
+            values, geometry = read_dicom_volume(path, source.series_uid, source.any_modality)
+        elif is_nifti(path):
+            values, geometry = read_nifti_volume(path, source.affine)
+        else:
+            values, geometry = read_itk_volume(path, layered=layered)
+        if values.shape[:3] != geometry.size_xyz[::-1]:
+            raise ScanError(path, f"holds {values.shape[::-1]} voxels, its header says {geometry.size_xyz}")
+        return values, geometry
 
 
 def crop_patch(scan: Scan, grid: PatchGrid, padding_hu: int = PADDING_HU) -> Int16[np.ndarray, "z y x"]:
@@ -129,59 +166,25 @@ def crop_patch(scan: Scan, grid: PatchGrid, padding_hu: int = PADDING_HU) -> Int
     return hu
 
 
-def _read_file_header(path: Path) -> tuple[Any, ScanGeometry]:
-    """A reader that stands before the voxels of a file, and the file's geometry."""
+def _is_dicom(source: ScanSource) -> bool:
+    if source.path.is_dir():
+        return True
+    if source.path.stat().st_size == 0:
+        raise ScanError(source.path, "is empty (0 bytes)")
+    return not is_nifti(source.path) and is_dicom(source.path)
+
+
+@contextmanager
+def _rejecting(source: ScanSource) -> Iterator[None]:
+    """Whatever a library makes of a broken file rejects this scan alone."""
+    name = str(source.path)[:200]
     try:
-        num_bytes = path.stat().st_size
+        yield
+    except ScanError:
+        raise
+    except MemoryError as error:
+        raise ScanError(name, "needs more memory than there is", "read it on a larger machine") from error
     except OSError as error:
-        raise ScanError(path, f"cannot be opened: {error.strerror}") from error
-    if num_bytes == 0:
-        raise ScanError(path, "is empty (0 bytes)")
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    reader.SetNumberOfThreads(1)
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise ScanError(path, f"cannot be read: {shortened(error)}") from error
-    size = reader.GetSize()
-    if len(size) != 3 or min(size) < 2:
-        hint = "; for DICOM name the folder of the series, not one slice" if len(size) == 3 else ""
-        kind = "2D" if len(size) == 2 or min(size) < 2 else f"{len(size)}D"
-        raise ScanError(path, f"is a {kind} image of size {size}, not a volume{hint}")
-    if (components := reader.GetNumberOfComponents()) != 1:
-        raise ScanError(path, f"has {components} values a voxel (colour or vectors), not one HU value")
-    if reader.HasMetaDataKey("vox_offset"):
-        _check_nifti_length(path, reader)
-    return reader, checked_geometry(
-        path, size, reader.GetSpacing(), reader.GetOrigin(), np.reshape(reader.GetDirection(), (3, 3))
-    )
-
-
-def _check_nifti_length(path: Path, reader: Any) -> None:
-    """Refuse a NIfTI file that ends before its last voxel.
-
-    ITK reads such a file without a word and fills the rest with zeros, which is the HU of water.
-    """
-    with path.open("rb") as file:
-        head, num_bytes = file.read(2), path.stat().st_size
-        if head == b"\x1f\x8b":
-            # The last four bytes of a gzip file are its uncompressed length; of one cut short they are noise.
-            file.seek(-4, 2)
-            num_bytes = int.from_bytes(file.read(4), "little")
-    voxels = int(np.prod([int(n) for n in reader.GetSize()], dtype=np.int64))
-    expected = int(float(reader.GetMetaData("vox_offset"))) + voxels * int(reader.GetMetaData("bitpix")) // 8
-    if head == b"\x1f\x8b":
-        if num_bytes != expected % 2**32:
-            _verify_gzip(path)  # a file of several members, or with something after the voxels, is in order
-    elif num_bytes < expected and not path.name.lower().endswith((".hdr", ".img")):
-        raise ScanError(path, f"is cut off: {num_bytes} of {expected} bytes; copy it again")
-
-
-def _verify_gzip(path: Path) -> None:
-    try:
-        with gzip.open(path) as file:
-            while file.read(1 << 22):
-                pass
-    except (EOFError, OSError, zlib.error) as error:
-        raise ScanError(path, f"is cut off or damaged ({error}); copy it again") from error
+        raise ScanError(name, f"cannot be opened: {error.strerror or error}") from error
+    except Exception as error:
+        raise ScanError(name, f"cannot be read ({type(error).__name__}: {shortened(error)})") from error

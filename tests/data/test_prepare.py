@@ -19,7 +19,7 @@ from scipy.spatial.transform import Rotation
 from fmcib_ssl.data import prepare as prepare_module
 from fmcib_ssl.data.annotations import read_annotations
 from fmcib_ssl.data.geometry import PatchGrid, ScanGeometry
-from fmcib_ssl.data.prepare_scan import checksum, resample
+from fmcib_ssl.data.prepare_scan import resample
 from fmcib_ssl.data.scans import Scan, ScanSource, crop_patch, read_scan
 from fmcib_ssl.data.store import Store, StoreGrid, StoreSettings
 from fmcib_ssl.data.tables import ScanError
@@ -187,13 +187,11 @@ def test_gzip_files_of_several_members_are_in_order(tmp_path: Path) -> None:
     data = (tmp_path / "plain.nii").read_bytes()
     parts = [gzip.compress(data[i : i + 5000]) for i in range(0, len(data), 5000)]
     (tmp_path / "a.nii.gz").write_bytes(b"".join(parts))
-    expected = hashlib.sha256((tmp_path / "a.nii.gz").read_bytes()).hexdigest()
-    assert checksum([tmp_path / "a.nii.gz"], verify=True) == expected
+    np.testing.assert_array_equal(read_scan(tmp_path / "a.nii.gz").hu, sitk.GetArrayFromImage(scan_image()))
     for cut in (3, len(parts[0]) + 1, len(b"".join(parts)) - 1):
         (tmp_path / "cut.nii.gz").write_bytes(b"".join(parts)[:cut])
         with pytest.raises(ScanError, match=r"cut\.nii\.gz: is cut off or damaged"):
-            checksum([tmp_path / "cut.nii.gz"], verify=True)
-        checksum([tmp_path / "cut.nii.gz"])
+            read_scan(tmp_path / "cut.nii.gz")
 
 
 def test_two_series_of_one_folder_are_two_scans(real_data: Path, tmp_path: Path) -> None:

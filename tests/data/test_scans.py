@@ -154,7 +154,7 @@ def test_every_format_gives_its_voxels_and_geometry(tmp_path: Path, suffix: str,
     folder.mkdir()
     path = folder / f"scan 1{suffix}"
     sitk.WriteImage(image, str(path), useCompression=True)
-    scan = read_scan(path, verify=True)
+    scan = read_scan(path)
     assert scan.hu.dtype == (np.float32 if dtype is np.float32 else np.int16)
     np.testing.assert_array_equal(scan.hu, sitk.GetArrayFromImage(image))
     assert read_header(path) == scan.geometry
@@ -225,7 +225,7 @@ def test_damage_inside_a_gzip_is_found_by_verify(tmp_path: Path) -> None:
     damaged[middle : middle + 64] = bytes(64)
     path.write_bytes(bytes(damaged))
     with pytest.raises(ScanError, match=r"cut off or damaged"):
-        read_scan(path, verify=True)
+        read_scan(path)
 
 
 def test_gzip_of_several_members_is_in_order(tmp_path: Path) -> None:
