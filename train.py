@@ -4,15 +4,17 @@ from fmcib_ssl import signals
 
 signals.listen(starting=True)  # before anything slow is imported: a signal is never too early
 
+import logging  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 from signal import SIGINT  # noqa: E402
 
 import hydra  # noqa: E402
+from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
-from fmcib_ssl.config import CONFIG_NAME, check_command_line, read_settings  # noqa: E402
+from fmcib_ssl.config import CONFIG_NAME, check_command_line, fit_experiment, read_settings  # noqa: E402
 from fmcib_ssl.preflight import check_machine  # noqa: E402
 from fmcib_ssl.safety import no_world_write  # noqa: E402
 from fmcib_ssl.settings import ConfigError, Settings  # noqa: E402
@@ -25,6 +27,8 @@ CONFIG_DIR = Path(__file__).resolve().parent / "configs"
 def main(config: DictConfig) -> float:
     """Train; the return value is the last loss, for sweepers."""
     try:
+        job = HydraConfig.get()
+        dropped = fit_experiment(config, str(job.job.config_name), job.overrides.task)
         settings = read_settings(config)
     except ConfigError as error:
         sys.exit(f"error: {error}")
@@ -33,6 +37,8 @@ def main(config: DictConfig) -> float:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             signals.end_with_parent()
         check_machine(settings, os.environ)
+        if dropped and os.environ.get("LOCAL_RANK", "0") == "0":
+            logging.getLogger("fmcib_ssl").info("not taken from the experiment: %s", "; ".join(dropped))
         return run(settings)
     except ConfigError as error:
         sys.exit(f"error: {error}")
@@ -74,7 +80,7 @@ def run(settings: Settings) -> float:
 if __name__ == "__main__":
     no_world_write()
     try:
-        sys.argv += check_command_line(sys.argv[1:], CONFIG_DIR)
+        sys.argv[1:] = check_command_line(sys.argv[1:], CONFIG_DIR)
         main()
     except ConfigError as error:
         sys.exit(f"error: {error}")

@@ -3,13 +3,19 @@
 Every override on the command line and every key of the user's own files must be one that the chosen options have; a
 misspelt one is refused with the nearest right one. The YAML files under `configs/` are the only list of names. What
 values may be is said in `settings.py`.
+
+An experiment composes with every option of every group: what it sets of an option that the command line replaces holds
+for the new option too, if that has the key, and else is dropped (`fit_experiment`).
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from numbers import Number
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,13 +23,14 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fmcib_ssl.job import run_key
@@ -35,6 +42,8 @@ CONFIG_NAME = "train"
 
 #: Sections whose keys are not ours to list: columns of the user's table, arguments of Lightning's Trainer.
 _FREE_SECTIONS = ("data.select.", "trainer.")
+#: Sections that `settings.py` does not type: a value there must be of the kind that the option declares.
+_COMPONENTS = ("method", "augment", "encoder", "head", "loss", "optimizer", "schedule", "logger", "callbacks")
 
 
 def _run_key(folder: str, *keyed: str, _root_: DictConfig) -> str:
@@ -73,18 +82,26 @@ def check_command_line(arguments: Sequence[str], config_dir: Path) -> list[str]:
         config_dir: absolute folder of the shipped configs.
 
     Returns:
-        What to add to it: a sweep over lengths of training needs a folder for each.
+        The command line in the form that Hydra takes.
 
     Raises:
         ConfigError: with the key or group that is wrong, and the nearest right one.
+        SystemExit: `--cfg job` was asked for, and is answered.
     """
-    options, _ = get_args_parser().parse_known_args(list(arguments))
-    if options.help or options.hydra_help or options.info or options.cfg or options.shell_completion:
-        return []  # nothing will be trained
+    parser = get_args_parser()
+    parser.allow_abbrev = False  # or --experiment would be --experimental-rerun
+    options, unknown = parser.parse_known_intermixed_args(list(arguments))
+    _refuse_options([*unknown, *["--experimental-rerun"] * bool(options.experimental_rerun)], options.overrides)
+    parsed = _parse(options.overrides)
+    flags = list(arguments)
+    for override in options.overrides:
+        flags.remove(override)
+    in_order = _lines(parsed)  # Hydra wants them in one place
+    if options.help or options.hydra_help or options.info or options.shell_completion or options.cfg in ("all", "hydra"):
+        return [*in_order, *flags]  # nothing will be trained
     if options.config_path:
         config_dir = _existing(Path(options.config_path), "--config-path")
     # Plugins (colours in the log, launchers) answer to the `hydra` key and are Hydra's to check.
-    parsed = _parse(options.overrides)
     overrides = [o for o in parsed if not str(o.key_or_group).startswith("hydra")]
     hydras = {str(o.key_or_group): o for o in parsed if str(o.key_or_group).startswith("hydra.")}
     anew = any(o.key_or_group == "run" and o.value() == "new" for o in overrides)
@@ -97,14 +114,94 @@ def check_command_line(arguments: Sequence[str], config_dir: Path) -> list[str]:
         if options.config_dir:
             _search_also([f"file://{_existing(Path(options.config_dir), '--config-dir')}"])
         for one_run in _single_runs(overrides):
-            read_settings(_compose_checked(config_name, one_run))
+            config = _compose_checked(config_name, one_run)
+            if options.cfg == "job":
+                _show(config, options.package, resolve=options.resolve)
+                raise SystemExit(0)
+            config.paths.run = config.paths.runs  # known only once Hydra has made the run's folder
+            read_settings(config)
             if not options.multirun:
                 of_user = hydras.get("hydra.run.dir")
                 _check_run_folder(config_name, [*one_run, *([of_user.input_line or ""] if of_user else [])])
     lengths = [str(o.key_or_group) for o in overrides if o.key_or_group in LENGTHS and o.is_sweep_override()]
     if not lengths or not options.multirun or "hydra.sweep.subdir" in hydras:
+        return [*in_order, *flags]
+    # A sweep over lengths of training needs a folder for each.
+    subdir = f"hydra.sweep.subdir='${{run_key:{','.join(['${hydra.sweep.dir}', *lengths])}}}'"
+    return [*in_order, subdir, *flags]
+
+
+def fit_experiment(config: DictConfig, config_name: str, overrides: Sequence[str]) -> list[str]:
+    """Drop what an experiment sets of an option that the command line replaces, where the new option lacks the key.
+
+    Args:
+        config: as Hydra composed it from `overrides`; changed in place.
+        config_name: of the file that was composed.
+        overrides: of one run, no sweep.
+
+    Returns:
+        The keys that were dropped, with the option that lacks them.
+    """
+    parsed = _parse(overrides)
+    replaced = {str(o.key_or_group): o for o in parsed if "." not in o.key_or_group and _group_options(o.key_or_group)}
+    replaced = {group: o for group, o in replaced.items() if not group.startswith("hydra")}
+    if replaced.pop("experiment", None) is None or not replaced:
         return []
-    return [f"hydra.sweep.subdir='${{run_key:{','.join(['${hydra.sweep.dir}', *lengths])}}}'"]
+    of_them = [o for o in parsed if o.key_or_group.split(".")[0] in replaced]
+    declared = _compose(config_name, _lines(of_them))
+    OmegaConf.set_struct(config, False)
+    dropped = []
+    for group, override in replaced.items():
+        keys = _drop_undeclared(config, declared, group)
+        dropped += [f"{key}, which {override.input_line} does not have" for key in keys]
+    return dropped
+
+
+def _drop_undeclared(config: DictConfig, declared: DictConfig, key: str) -> list[str]:
+    """Bring `config[key]` to what is declared; gives the dotted keys that are gone."""
+    if key not in config:
+        return []
+    if key not in declared:
+        del config[key]
+        return [key]
+    if any(OmegaConf.is_missing(c, key) or OmegaConf.is_interpolation(c, key) for c in (config, declared)):
+        return []
+    mine, option = config[key], declared[key]
+    if not isinstance(mine, DictConfig) or not isinstance(option, DictConfig):
+        return []
+    if mine.get("_target_") != option.get("_target_"):  # the experiment's own object, with arguments of its own
+        config[key] = option
+        return [key]
+    return [f"{key}.{gone}" for name in list(mine) for gone in _drop_undeclared(mine, option, str(name))]
+
+
+def _refuse_options(unknown: Sequence[str], overrides: Sequence[str]) -> None:
+    """Refuse what begins with a dash and is no option of Hydra's, with the form that it should have."""
+    for argument in unknown:
+        key, _, value = argument.lstrip("-").partition("=")
+        value = value or next((o for o in overrides if "=" not in o), "...")
+        plus = "+" if key == "experiment" else ""
+        raise ConfigError(
+            f"{argument}: there is no such option. What is trained is chosen without dashes, such as "
+            f"{plus}{key}={value}; --help lists the groups and keys, --hydra-help the options"
+        )
+
+
+def _show(config: DictConfig, package: str | None, *, resolve: bool) -> None:
+    """Print what a run would use, as `--cfg job` asks for; wrong values are refused, missing ones are not."""
+    complete = copy.deepcopy(config)
+    complete.paths.run = complete.paths.runs
+    if not OmegaConf.missing_keys(complete):
+        if complete.data.store is None and complete.data.annotations is None:
+            complete.data.annotations = "FILE.csv"
+        read_settings(complete)
+    if resolve:
+        config.paths.run = None  # known only once Hydra has made the run's folder
+        OmegaConf.resolve(config)
+    part = config if package in (None, "_global_") else OmegaConf.select(config, str(package))
+    if part is None:
+        raise ConfigError(f"--package {package}: there is no such section.{_nearest_key(str(package), _keys(config))}")
+    print(OmegaConf.to_yaml(part) if OmegaConf.is_config(part) else part, end="")
 
 
 def _existing(folder: Path, option: str) -> Path:
@@ -146,10 +243,31 @@ def _check_run_folder(config_name: str, overrides: list[str]) -> None:
 
 
 def _parse(overrides: Iterable[str]) -> list[Override]:
-    try:
-        return OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise ConfigError(f"the command line cannot be read: {error}") from error
+    """Read overrides by Hydra's grammar; text that it has no rule for, such as a path with `=` in it, is put in quotes.
+
+    Raises:
+        ConfigError: one that cannot be read so either.
+    """
+    parser = OverridesParser.create()
+    parsed = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        quoted = f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+        try:
+            parsed.append(parser.parse_override(override))
+        except HydraException as error:
+            try:
+                if not equals or value.startswith(("[", "{", "'", '"')) or "," in value:
+                    raise error
+                parsed.append(parser.parse_override(quoted))
+            except HydraException:
+                hint = f"; if its value is meant as text, put it in double quotes: {quoted!r}" if equals else ""
+                raise ConfigError(f"{override}: is not of the form key=value{hint}") from error
+    return parsed
+
+
+def _lines(overrides: Iterable[Override]) -> list[str]:
+    return [o.input_line or "" for o in overrides]
 
 
 def _single_runs(overrides: Sequence[Override]) -> Iterator[list[str]]:
@@ -173,12 +291,13 @@ def _compose_checked(config_name: str, overrides: list[str]) -> DictConfig:
     by_group = [o for o in parsed if _check_group(o)]
     by_key = [o for o in parsed if o not in by_group]
 
-    chosen = _compose(config_name, [o.input_line or "" for o in by_group])
+    chosen = _compose(config_name, _lines(by_group))
+    fit_experiment(chosen, config_name, _lines(by_group))
     choices = OmegaConf.to_container(chosen.hydra.runtime.choices)
     assert isinstance(choices, dict)
     by_user = {o.key_or_group: o for o in by_group}
     experiment = by_user.pop("experiment", None)
-    without_experiment = [o.input_line or "" for o in by_user.values()] + [
+    without_experiment = _lines(by_user.values()) + [
         f"{group!s}={option!s}" if option else f"~{group!s}"
         for group, option in choices.items()
         if group not in by_user and not str(group).startswith(("hydra/", "experiment"))
@@ -191,8 +310,8 @@ def _compose_checked(config_name: str, overrides: list[str]) -> DictConfig:
         _check_key(override, chosen)
 
     config = _compose(config_name, overrides)
+    fit_experiment(config, config_name, overrides)
     del config["hydra"]
-    config.paths.run = config.paths.runs  # known only once Hydra has made the run's folder
     return config
 
 
@@ -205,12 +324,17 @@ def _compose(config_name: str, overrides: list[str]) -> DictConfig:
     return config
 
 
+@lru_cache(maxsize=128)  # of one loader: every question lists all folders of its search path
+def _listed(loader: ConfigLoader, group: str, kind: ObjectType) -> tuple[str, ...]:
+    return tuple(loader.get_group_options(group, results_filter=kind))
+
+
 def _group_options(group: str) -> list[str]:
-    return list(GlobalHydra.instance().config_loader().get_group_options(group, results_filter=ObjectType.CONFIG))
+    return list(_listed(GlobalHydra.instance().config_loader(), group, ObjectType.CONFIG))
 
 
 def _groups() -> list[str]:
-    groups = GlobalHydra.instance().config_loader().get_group_options("", results_filter=ObjectType.GROUP)
+    groups = _listed(GlobalHydra.instance().config_loader(), "", ObjectType.GROUP)
     return [group for group in groups if group != "hydra"]
 
 
@@ -242,6 +366,7 @@ def _check_key(override: Override, config: DictConfig) -> None:
         return
     if name in _keys(config):
         value = override.value()
+        _check_kind(name, value, config)
         if isinstance(value, dict) and "_target_" in value:
             raise ConfigError(
                 f"{name}={{_target_: ...}} would be mixed with the arguments of the option it replaces; take that out: "
@@ -254,6 +379,17 @@ def _check_key(override: Override, config: DictConfig) -> None:
     else:
         hint = ""
     raise ConfigError(f"{name}: there is no such key.{_nearest_key(name, _keys(config))}{hint}")
+
+
+def _check_kind(name: str, value: object, config: DictConfig) -> None:
+    """Refuse text where the option has a number, a truth value or a list."""
+    if name.partition(".")[0] not in _COMPONENTS or not isinstance(value, str):
+        return
+    declared = OmegaConf.select(config, name, throw_on_resolution_failure=False)
+    kinds = ((bool, "true or false"), (Number, "a number"), (ListConfig, "a list"))
+    kind = next((kind for type_, kind in kinds if isinstance(declared, type_)), None)
+    if kind is not None and "${" not in value:
+        raise ConfigError(f"{name}={value}: should be {kind}, such as {name}={str(declared).lower()}")
 
 
 def _check_keys_of_experiment(config: DictConfig, declared: DictConfig, experiment: str) -> None:

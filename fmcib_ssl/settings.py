@@ -201,6 +201,8 @@ _PLAIN_WORDS = {
     "extra_forbidden": "there is no such key",
     "missing": "has no value",
     "tuple_type": "should be a list such as [50, 50, 50]",
+    "too_long": "should be three numbers such as [50, 50, 50]",
+    "too_short": "should be three numbers such as [50, 50, 50]",
 }
 
 
@@ -209,8 +211,11 @@ def _describe(error: ValidationError) -> str:
     for problem in error.errors():
         # Of a union every member complains; its own name at the end of the location is noise to a user.
         union_members = ("literal[", "constrained-", "function-")
-        key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(union_members))
-        message = _PLAIN_WORDS.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
-        value = "" if isinstance(problem["input"], dict) or problem["type"] == "missing" else f"={problem['input']}"
+        place, kind = list(problem["loc"]), problem["type"]
+        if kind == "missing" and isinstance(place[-1], int):  # of a list
+            place, kind = place[:-1], "too_short"
+        key = ".".join(str(part) for part in place if not str(part).startswith(union_members))
+        message = _PLAIN_WORDS.get(kind) or problem["msg"].removeprefix("Value error, ")
+        value = "" if isinstance(problem["input"], dict) or kind == "missing" else f"={problem['input']}"
         lines.append(f"  {key}{value}: {message}" if key else f"  {message}")
     return "\n".join(dict.fromkeys(lines))

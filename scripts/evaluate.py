@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fmcib_ssl.evaluation.scoring import Setup
     from fmcib_ssl.evaluation.tasks import PublishedTask
 
-TASKS = Path(__file__).resolve().parents[1] / "configs" / "task"
+TASKS = Path(__file__).resolve().parent / "tasks"
 #: Other spellings that are taken.
 ALIASES = {"out": "output", "groups": "group", "seeds": "repeats"}
 
@@ -43,7 +43,7 @@ class Evaluate(Command):
     output: Path = Field(description="folder for results.json and predictions.parquet")
     label: str | None = Field(default=None, description="column to predict")
     task: str = Field(
-        default="binary", description="binary, multiclass, ordinal, continuous, survival; or a task of configs/task"
+        default="binary", description="binary, multiclass, ordinal, continuous, survival; or a task of scripts/tasks"
     )
     threshold: str | None = Field(default=None, description="binary: what is 1, such as '<5' or '>=3'")
     time: str | None = Field(default=None, description="survival: column with the time to the event or last contact")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from fmcib_ssl import config as config_module
 from fmcib_ssl.config import check_command_line, read_settings
 from fmcib_ssl.settings import ConfigError
 
@@ -25,7 +28,7 @@ TABLE = "data.annotations=my.csv"
 OPTIONS = sorted(
     (path.parent.relative_to(CONFIGS).as_posix(), path.stem)
     for path in CONFIGS.glob("*/*.yaml")
-    if path.parent.name not in ("hydra", "task")  # tasks are read by scripts/evaluate.py
+    if path.parent.name != "hydra"
 )
 
 
@@ -43,9 +46,9 @@ def choosing(group: str, option: str) -> str:
     return f"{'+' * (group == 'experiment')}{group}={option}"
 
 
-@pytest.mark.parametrize(("group", "option"), OPTIONS)
-def test_every_shipped_option_is_accepted(group: str, option: str) -> None:
-    check(choosing(group, option), TABLE)
+@pytest.mark.parametrize("experiment", [option for group, option in OPTIONS if group == "experiment"])
+def test_every_shipped_experiment_is_accepted(experiment: str) -> None:
+    check(f"+experiment={experiment}", TABLE)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +64,7 @@ def test_every_shipped_option_is_accepted(group: str, option: str) -> None:
         pytest.param([TABLE, "~encoder", "+encoder={_target_: my.Net, width: 3}"], id="an encoder of one's own"),
         pytest.param([TABLE, "-m", "loss=ntxent_mined,infonce", "seed=range(3)"], id="a sweep"),
         pytest.param([TABLE, "hydra.run.dir=here"], id="a folder of one's own"),
+        pytest.param(["data.store=/data/site=A (2)/store"], id="a path that Hydra's grammar has no rule for"),
     ],
 )
 def test_accepted(arguments: list[str]) -> None:
@@ -92,6 +96,15 @@ REFUSED = [
     (["data.batch_size=big"], ["data.batch_size=big", "valid integer", "'auto'"]),
     (["data.patch_size=50"], ["data.patch_size=50", "[50, 50, 50]"]),
     (["data.patch_size=[50,50,0]"], ["data.patch_size.2=0", "greater than 0"]),
+    (["data.patch_size=[32,32]"], ["data.patch_size=[32, 32]", "three numbers", "[50, 50, 50]"]),
+    (["data.patch_size=[32,32,32,1]"], ["data.patch_size=[32, 32, 32, 1]", "three numbers"]),
+    (["--cfg", "job", "data.patch_size=[32,32]"], ["data.patch_size=[32, 32]", "three numbers"]),
+    (["optimizer.base_lr=1e-3x"], ["optimizer.base_lr=1e-3x", "a number", "optimizer.base_lr=0.001"]),
+    (["--cfg", "job", "optimizer.base_lr=1e-3x"], ["optimizer.base_lr=1e-3x", "a number"]),
+    (["head.batch_norm=yes"], ["head.batch_norm=yes", "true or false"]),
+    (["augment.crop_edge=half"], ["augment.crop_edge=half", "a list", "[0.5, 1.0]"]),
+    (["callbacks.signals.window=two"], ["callbacks.signals.window=two", "a number"]),
+    (["data.select={split: train"], ["data.select={split: train: is not of the form key=value"]),
     (["data.spacing_mm=-1"], ["data.spacing_mm=-1"]),
     (["data.coordinates=LPS"], ["data.coordinates=LPS", "'lps', 'ras' or 'voxel'"]),
     (["data.on_bad_row=ignore"], ["data.on_bad_row=ignore", "'refuse' or 'skip'"]),
@@ -113,6 +126,11 @@ REFUSED = [
     (["-m", "loss=ntxent_mined,infonc"], ["loss=infonc", "Did you mean infonce?"]),
     (["-m", "+experiment=ct_infonce,ct_infonec"], ["ct_infonec", "Did you mean ct_infonce?"]),
     (["-m", "loss=infonce,ntxent_mined", "loss.margin=0.1"], ["loss.margin"]),
+    (["loss.temperature=0.1,x", "-m"], ["loss.temperature=x", "a number"]),
+    # Options.
+    (["--experiment", "ct_infonce"], ["--experiment: there is no such option", "+experiment=ct_infonce"]),
+    (["--loss.temperature=0.2"], ["no such option", "such as loss.temperature=0.2"]),
+    (["--experimental-rerun", "job.pickle"], ["--experimental-rerun: there is no such option"]),
     # Folders.
     (["--config-dir", "no_such_folder"], ["--config-dir no_such_folder", "no such folder"]),
 ]
@@ -122,6 +140,13 @@ REFUSED = [
 def test_refused_with_the_key_and_the_remedy(arguments: list[str], fragments: list[str]) -> None:
     message = refusal(*arguments, TABLE)
     assert not [fragment for fragment in fragments if fragment not in message], message
+
+
+def test_hydra_gets_the_overrides_in_one_place_and_quoted() -> None:
+    given = ["--config-dir", str(CONFIGS), "seed=1,2", "-m", TABLE, "paths.runs=/a=b/it's"]
+    expected = ["seed=1,2", TABLE, r"paths.runs='/a=b/it\'s'", "--config-dir", str(CONFIGS), "-m"]
+    assert check_command_line(given, CONFIGS) == expected
+    assert check_command_line(expected, CONFIGS) == expected, "it is checked again in every process of a run"
 
 
 def test_a_missing_table_is_named() -> None:
@@ -183,6 +208,69 @@ def test_the_check_leaves_no_hydra_behind(own_configs: Path) -> None:
     assert not GlobalHydra.instance().is_initialized()
 
 
+# An experiment with every option of every group.
+
+GROUPS = {group: [o for g, o in OPTIONS if g == group] for group, _ in OPTIONS}
+EXPERIMENTS = GROUPS.pop("experiment")
+
+
+@pytest.fixture
+def composing_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same overrides are composed once: that is what takes the time."""
+    compose_ = config_module._compose
+    known: dict[tuple[str, ...], bytes] = {}
+
+    def compose_once(config_name: str, overrides: list[str]) -> DictConfig:
+        if (key := tuple(overrides)) not in known:
+            known[key] = pickle.dumps(compose_(config_name, overrides))
+        composed: DictConfig = pickle.loads(known[key])
+        return composed
+
+    monkeypatch.setattr(config_module, "_compose", compose_once)
+
+
+@pytest.mark.parametrize("row", range(max(map(len, GROUPS.values()))))
+def test_every_experiment_composes_with_every_option(row: int, composing_once: None) -> None:
+    """Each row takes one option of every group, and the rows together take them all."""
+    choices = [f"{group}={options[row % len(options)]}" for group, options in GROUPS.items()]
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+        alone = config_module._compose_checked("train", choices)
+        for experiment in [[], *([f"+experiment={name}"] for name in EXPERIMENTS)]:
+            config = config_module._compose_checked("train", [*experiment, *choices])
+            for group in GROUPS:
+                # The keys of the option, no more and no less: its constructor takes them.
+                assert set(config_module._keys(config[group])) == set(config_module._keys(alone[group]))
+                assert config[group].get("_target_") == alone[group].get("_target_")
+            config.paths.run = "run"
+            config.data.annotations = "my.csv"
+            read_settings(config)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_composes_with_an_option_of_the_users(
+    experiment: str, own_configs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--config-dir", str(own_configs), f"+experiment={experiment}", "loss=mine", "loss.sharpness=4"]
+    arguments += ["data.per_lesion=1"]  # without mined negatives only a loss that says it wants none is taken
+    with pytest.raises(SystemExit):
+        check(*arguments, "--cfg", "job", "-p", "loss")
+    assert yaml.safe_load(capsys.readouterr().out) == {"_target_": "my_package.MyLoss", "sharpness": 4}
+
+
+def test_what_an_experiment_sets_holds_for_an_option_that_has_the_key(
+    own_configs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = "# @package _global_\nencoder: {_target_: my.Net, depth: 7}\nloss: {negatives: lesions}\n"
+    (own_configs / "experiment/own_encoder.yaml").write_text(own)
+    arguments = ["--config-dir", str(own_configs), "+experiment=own_encoder", "encoder=resnet34", "loss=infonce"]
+    with pytest.raises(SystemExit):
+        check(*arguments, "--cfg", "job")
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["loss"] == {**yaml.safe_load((CONFIGS / "loss/infonce.yaml").read_text()), "negatives": "lesions"}
+    # The experiment's own object, with arguments that are no other's.
+    assert shown["encoder"] == yaml.safe_load((CONFIGS / "encoder/resnet34.yaml").read_text())
+
+
 # The command line as a user sees it.
 
 
@@ -222,6 +310,7 @@ def test_help_names_every_option_and_needs_no_torch(tmp_path: Path) -> None:
     }
     for group, option in OPTIONS:
         assert option in listed[group]
+    assert set(listed) & {"task", "hydra"} == set(), "what is listed can be chosen"
     assert not list(tmp_path.iterdir()), "--help wrote something"
 
 

@@ -38,7 +38,7 @@ class PublishedFigure(BaseModel):
 
 
 class PublishedTask(BaseModel):
-    """A task of `configs/task`."""
+    """A task of `scripts/tasks`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

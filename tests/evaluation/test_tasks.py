@@ -13,7 +13,7 @@ from fmcib_ssl.evaluation.folds import given_split, shared_patients
 from fmcib_ssl.evaluation.labels import EvaluationError, column_text, read_labels
 from fmcib_ssl.evaluation.tasks import PublishedTask, join_task, load_task
 
-TASKS = Path(__file__).resolve().parents[2] / "configs" / "task"
+TASKS = Path(__file__).resolve().parents[2] / "scripts" / "tasks"
 NAMES = sorted(path.stem for path in TASKS.glob("*.yaml"))
 
 
