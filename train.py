@@ -14,7 +14,8 @@ import hydra  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
-from fmcib_ssl.config import CONFIG_NAME, check_command_line, fit_experiment, read_settings  # noqa: E402
+from fmcib_ssl.composition import fit_experiment  # noqa: E402
+from fmcib_ssl.config import CONFIG_NAME, check_command_line, read_settings  # noqa: E402
 from fmcib_ssl.preflight import check_machine  # noqa: E402
 from fmcib_ssl.safety import no_world_write  # noqa: E402
 from fmcib_ssl.settings import ConfigError, Settings  # noqa: E402

@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from fmcib_ssl import config as config_module
+from fmcib_ssl import composition
 from fmcib_ssl.config import check_command_line, read_settings
 from fmcib_ssl.settings import ConfigError
 
@@ -217,7 +217,7 @@ EXPERIMENTS = GROUPS.pop("experiment")
 @pytest.fixture
 def composing_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same overrides are composed once: that is what takes the time."""
-    compose_ = config_module._compose
+    compose_ = composition.compose_plain
     known: dict[tuple[str, ...], bytes] = {}
 
     def compose_once(config_name: str, overrides: list[str]) -> DictConfig:
@@ -226,7 +226,7 @@ def composing_once(monkeypatch: pytest.MonkeyPatch) -> None:
         composed: DictConfig = pickle.loads(known[key])
         return composed
 
-    monkeypatch.setattr(config_module, "_compose", compose_once)
+    monkeypatch.setattr(composition, "compose_plain", compose_once)
 
 
 @pytest.mark.parametrize("row", range(max(map(len, GROUPS.values()))))
@@ -234,12 +234,12 @@ def test_every_experiment_composes_with_every_option(row: int, composing_once: N
     """Each row takes one option of every group, and the rows together take them all."""
     choices = [f"{group}={options[row % len(options)]}" for group, options in GROUPS.items()]
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
-        alone = config_module._compose_checked("train", choices)
+        alone = composition.compose_run("train", choices)
         for experiment in [[], *([f"+experiment={name}"] for name in EXPERIMENTS)]:
-            config = config_module._compose_checked("train", [*experiment, *choices])
+            config = composition.compose_run("train", [*experiment, *choices])
             for group in GROUPS:
                 # The keys of the option, no more and no less: its constructor takes them.
-                assert set(config_module._keys(config[group])) == set(config_module._keys(alone[group]))
+                assert set(composition.keys_of(config[group])) == set(composition.keys_of(alone[group]))
                 assert config[group].get("_target_") == alone[group].get("_target_")
             config.paths.run = "run"
             config.data.annotations = "my.csv"

