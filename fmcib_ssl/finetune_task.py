@@ -125,5 +125,5 @@ def _with_validation(part: Part, labels: Labels, patients: Array, share: float, 
     values = labels.values[part.train]
     num_folds = max(2, min(round(1 / share), np.bincount(strata(labels.kind, values)).max()))
     folds = grouped_folds(labels.kind, values, patients[part.train], num_folds, seed)
-    fit, check = next(folds)
+    fit, check = folds[0]
     return replace(part, train=part.train[fit], val=part.train[check])

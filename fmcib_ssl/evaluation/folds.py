@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,9 +44,7 @@ def strata(kind: Kind, labels: Array) -> Array:
     return np.searchsorted(cuts, labels)
 
 
-def grouped_folds(
-    kind: Kind, labels: Array, patients: Array, num_folds: int, seed: int
-) -> Iterator[tuple[Array, Array]]:
+def grouped_folds(kind: Kind, labels: Array, patients: Array, num_folds: int, seed: int) -> list[tuple[Array, Array]]:
     """Row numbers to fit and to check, no patient on both sides, classes in equal shares.
 
     There are fewer folds than asked for where a class has fewer patients than that; fifths of grades or values
@@ -65,7 +62,7 @@ def grouped_folds(
             "two classes are the least"
         )
     splitter = StratifiedGroupKFold(min(num_folds, fewest), shuffle=True, random_state=seed)
-    yield from splitter.split(np.zeros((len(labels), 1)), classes, patients)
+    return list(splitter.split(np.zeros((len(labels), 1)), classes, patients))
 
 
 def cross_validation(

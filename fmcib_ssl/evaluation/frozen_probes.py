@@ -1,34 +1,35 @@
 """Probes of frozen features: logistic regression, nearest neighbours, ridge, Cox. The test set chooses nothing.
 
-A probe is fitted for all its settings at once. The one that is best on folds of the training patients, or on a given
-validation set, is fitted on all training rows. Features are standardised by the rows that a fit sees.
+The setting that is best on folds of the training patients, or on a given validation set, is fitted on all training
+rows. Features are standardised by the rows that a fit sees.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import minimize
 from sklearn.compose import ColumnTransformer
 from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 
-from fmcib_ssl.evaluation.folds import grouped_folds
 from fmcib_ssl.evaluation.metrics import Kind, auc, concordance
 from fmcib_ssl.evaluation.survival import cox_path
 
 Array = npt.NDArray[Any]
 
-#: Inverse strengths of the ridge penalty of logistic regression.
+#: From the strongest regularisation to the weakest; of logistic regression inverse strengths of the ridge penalty.
 C_GRID = tuple(float(c) for c in np.logspace(-5, 2, 15))
-ALPHA_GRID = tuple(float(a) for a in np.logspace(-1, 6, 15))
-COX_GRID = tuple(float(a) for a in np.logspace(0, 5, 11))
-NEIGHBOR_GRID = (1.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0)
+ALPHA_GRID = tuple(float(a) for a in np.logspace(6, -1, 15))
+COX_GRID = tuple(float(a) for a in np.logspace(5, 0, 11))
+NEIGHBOR_GRID = (80.0, 40.0, 20.0, 10.0, 5.0, 3.0, 1.0)
+#: Along the penalties log loss falls, then rises: after so many that are worse than the best, weaker ones are left out.
+PATIENCE = 2
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,17 @@ class Probe:
     Attributes:
         name: as it is asked for.
         kinds: labels that it can learn.
-        settings: among which the training rows choose.
+        settings: among which the training rows choose, from the strongest regularisation to the weakest.
         path: from training rows, their labels, test rows, the number of classes and the settings to the test rows'
-            scores for each setting, `(settings, n)` or `(settings, n, classes)`: probabilities, values or log-hazards.
+            scores for one setting after the other, `(n,)` or `(n, classes)`: probabilities, values or log-hazards.
+        by_log_loss: scores are probabilities to be taken at their word: the setting is chosen by the log loss.
     """
 
     name: str
     kinds: tuple[Kind, ...]
     settings: tuple[float, ...]
-    path: Callable[[Array, Array, Array, int, Sequence[float]], Array]
+    path: Callable[[Array, Array, Array, int, Sequence[float]], Iterable[Array]]
+    by_log_loss: bool = False
 
 
 def preparation(x: Array, num_components: int | None, seed: int, num_beside: int = 0) -> Pipeline:
@@ -80,12 +83,45 @@ def preparation(x: Array, num_components: int | None, seed: int, num_beside: int
     return make_pipeline(*steps).fit(x)
 
 
-def _logistic(x: Array, y: Array, x_test: Array, num_classes: int, settings: Sequence[float]) -> Array:
-    scores = np.zeros((len(settings), len(x_test), num_classes))
-    for k, c in enumerate(settings):
-        model = LogisticRegression(C=c, max_iter=5000).fit(x, y)
-        scores[k][:, model.classes_] = model.predict_proba(x_test)
-    return scores[:, :, 1] if num_classes == 2 else scores
+def _logistic(x: Array, y: Array, x_test: Array, num_classes: int, settings: Sequence[float]) -> Iterator[Array]:
+    """The minimum that scikit-learn's `LogisticRegression` has, for each setting from where the last one ended.
+
+    In the basis of the rows' singular vectors the penalty is the same, there are no more columns than rows, and the
+    Hessian is nearly diagonal, so that a few steps of L-BFGS on columns that are scaled by it reach the minimum.
+    """
+    classes, of_class = np.unique(y.astype(int), return_inverse=True)
+    one_hot = np.eye(len(classes))[:, of_class] / len(y)
+    u, s, v = np.linalg.svd(x, full_matrices=False)
+    rows, rows_test = (np.column_stack([part, np.ones(len(part))]) for part in (u * s, x_test @ v.T))
+    curvature = np.append(s**2 / len(y), 1.0)
+    coefficients = np.zeros((1 if len(classes) == 2 else len(classes), len(s) + 1))
+    coefficients[:, -1] = np.log(one_hot.sum(1))[-len(coefficients) :]
+    if len(classes) == 2:
+        coefficients[:, -1] -= np.log(one_hot.sum(1))[0]
+
+    def log_probabilities(of: Array, b: Array) -> Array:
+        """`(classes, n)`. Of two classes the first has a logit of 0."""
+        logits = np.stack([of @ column for column in b])  # many times as fast as one product of so narrow a matrix
+        logits = np.pad(logits, ((len(classes) - len(b), 0), (0, 0)))
+        return np.asarray(logits - np.logaddexp.reduce(logits, axis=0))
+
+    def loss(flat: Array, scale: Array, penalty: Array) -> tuple[float, Array]:
+        b = flat.reshape(scale.shape) * scale
+        log_p = log_probabilities(rows, b)
+        residuals = (np.exp(log_p) / len(y) - one_hot)[-len(b) :]
+        slope = np.stack([residual @ rows for residual in residuals]) + penalty * b
+        return float((penalty * b * b).sum() / 2 - (one_hot * log_p).sum()), (slope * scale).ravel()
+
+    for c in settings:
+        penalty = np.append(np.full(len(s), 1 / (c * len(y))), 0.0)
+        p = np.exp(log_probabilities(rows, coefficients))[-len(coefficients) :]
+        scale = 1 / np.sqrt(np.outer(np.maximum((p * (1 - p)).mean(1), 1e-3), curvature) + penalty)
+        start, options = (coefficients / scale).ravel(), {"maxiter": 5000, "ftol": 1e-14, "gtol": 1e-7}
+        fit = minimize(loss, start, (scale, penalty), "L-BFGS-B", jac=True, options=options)
+        coefficients = fit.x.reshape(scale.shape) * scale
+        scores = np.zeros((len(x_test), num_classes))
+        scores[:, classes] = np.exp(log_probabilities(rows_test, coefficients)).T
+        yield scores[:, 1] if num_classes == 2 else scores
 
 
 def _neighbors(x: Array, y: Array, x_test: Array, num_classes: int, settings: Sequence[float]) -> Array:
@@ -118,7 +154,7 @@ def _cox(x: Array, y: Array, x_test: Array, num_classes: int, settings: Sequence
 PROBES = {
     probe.name: probe
     for probe in (
-        Probe("logistic", ("binary", "multiclass"), C_GRID, _logistic),
+        Probe("logistic", ("binary", "multiclass"), C_GRID, _logistic, by_log_loss=True),
         Probe("knn", ("binary", "multiclass", "ordinal", "continuous"), NEIGHBOR_GRID, _neighbors),
         Probe("ridge", ("ordinal", "continuous"), ALPHA_GRID, _ridge),
         Probe("cox", ("survival",), COX_GRID, _cox),
@@ -131,14 +167,19 @@ LINEAR_PROBE: dict[Kind, str] = {
 }
 
 
-def setting_scores(kind: Kind, labels: Array, scores: Array) -> Array:
-    """How good each setting is, higher is better: AUC, C-index, or for values the squared error, negative."""
+def setting_score(probe: Probe, kind: Kind, labels: Array, scores: Array) -> float:
+    """How good a setting is, higher is better: log loss and squared error, negative, else AUC or C-index.
+
+    An AUC cannot tell penalties of a single column apart, whose probabilities may all be about the same.
+    """
+    if probe.by_log_loss:
+        by_class = scores if scores.ndim == 2 else np.stack([1 - scores, scores], axis=1)
+        of_truth = np.take_along_axis(by_class, labels.astype(int)[:, None], axis=1)
+        return float(np.log(np.maximum(of_truth, np.finfo(float).eps)).mean())
     if kind in ("ordinal", "continuous"):
-        error: Array = -np.square(scores - labels).mean(axis=1)
-        return error
+        return float(-np.square(scores - labels).mean())
     metric = concordance if kind == "survival" else auc
-    one = np.ones((1, len(labels)))
-    return np.array([metric(labels, of_setting, one)[0] for of_setting in scores])
+    return float(metric(labels, scores, np.ones((1, len(labels))))[0])
 
 
 def choose_setting(
@@ -146,41 +187,44 @@ def choose_setting(
     kind: Kind,
     inputs: Inputs,
     labels: Array,
-    patients: Array,
+    folds: Sequence[tuple[Array, Array]],
     *,
     num_classes: int,
     validation: tuple[Array, Array] | None = None,
-    num_folds: int = 5,
     seed: int = 0,
 ) -> float:
-    """The setting with the best mean over folds of the patients, or the best on a validation set.
+    """The setting with the best mean over folds, or the best on a validation set.
+
+    Of equally good ones that with the weakest regularisation.
 
     Args:
         probe: what is fitted.
         kind: of the labels.
         inputs: the training rows.
         labels: of the training rows.
-        patients: of the training rows; a patient is in one fold.
+        folds: of the training rows: which are fitted on and which judge; not used with a validation set.
         num_classes: 0 unless the labels are classes.
         validation: rows and labels to choose by, instead of folds.
-        num_folds: at most; fewer where a class has fewer patients.
-        seed: of the folds and of a PCA.
-
-    Raises:
-        ValueError: a class has fewer than two patients, so that there are no folds.
+        seed: of a PCA.
     """
-    options: dict[str, Any] = {"num_classes": num_classes, "settings": probe.settings, "seed": seed}
+    sides = [(fit, inputs.x[check], labels[check]) for fit, check in folds]
     if validation is not None:
-        scores = _scores(probe, inputs, labels, validation[0], **options)
-        return probe.settings[int(np.argmax(np.nan_to_num(setting_scores(kind, validation[1], scores), nan=-np.inf)))]
-    found = []
-    for fit, check in grouped_folds(kind, labels, patients, num_folds, seed):
-        train = Inputs(inputs.name, inputs.x[fit], inputs.num_components, inputs.num_beside)
-        scores = _scores(probe, train, labels[fit], inputs.x[check], **options)
-        found.append(setting_scores(kind, labels[check], scores))
-    folds = np.array(found)
-    folds = folds[~np.isnan(folds).any(axis=1)]  # a fold without an event, or without one of two classes
-    return probe.settings[int(np.argmax(folds.mean(axis=0)))] if len(folds) else probe.settings[0]
+        sides = [(np.arange(len(labels)), *validation)]
+    options: dict[str, Any] = {"num_classes": num_classes, "settings": probe.settings, "seed": seed}
+    paths = [
+        _path(probe, replace(inputs, x=inputs.x[fit]), labels[fit], x_check, **options) for fit, x_check, _ in sides
+    ]
+    means: list[float] = []
+    best = 0
+    for k, of_setting in enumerate(zip(*paths, strict=True)):
+        values = [setting_score(probe, kind, y, scores) for (_, _, y), scores in zip(sides, of_setting, strict=True)]
+        known = [value for value in values if not np.isnan(value)]  # not of a fold without an event, or of one class
+        means.append(float(np.mean(known)) if known else -np.inf)
+        if means[k] >= means[best] - 1e-6 * abs(means[best]) > -np.inf:
+            best = k
+        elif probe.by_log_loss and k - best >= PATIENCE:
+            break
+    return probe.settings[best]
 
 
 def fit_and_score(
@@ -194,12 +238,13 @@ def fit_and_score(
     seed: int = 0,
 ) -> Array:
     """Scores of the test rows by a probe that was fitted on all training rows, `(n,)` or `(n, classes)`."""
-    scores: Array = _scores(probe, inputs, labels, x_test, num_classes=num_classes, settings=(setting,), seed=seed)[0]
+    (scores,) = _path(probe, inputs, labels, x_test, num_classes=num_classes, settings=(setting,), seed=seed)
     return scores
 
 
-def _scores(
+def _path(
     probe: Probe, train: Inputs, labels: Array, x_test: Array, *, num_classes: int, settings: Sequence[float], seed: int
-) -> Array:
+) -> Iterator[Array]:
+    """Scores of the test rows for one setting after the other."""
     prepare = preparation(train.x, train.num_components, seed, train.num_beside)
-    return probe.path(prepare.transform(train.x), labels, prepare.transform(x_test), num_classes, settings)
+    yield from probe.path(prepare.transform(train.x), labels, prepare.transform(x_test), num_classes, settings)

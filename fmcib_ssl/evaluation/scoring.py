@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fmcib_ssl.evaluation.bootstrap import Estimate, interval, patient_weights
-from fmcib_ssl.evaluation.folds import Part, nested_share
+from fmcib_ssl.evaluation.folds import Part, grouped_folds, nested_share
 from fmcib_ssl.evaluation.frozen_probes import Inputs, Probe, choose_setting, fit_and_score
 from fmcib_ssl.evaluation.labels import Labels
 from fmcib_ssl.evaluation.metrics import Metric, balanced_accuracy, most_raised
@@ -37,6 +37,26 @@ class Setup:
     split: str
     seed: int = 0
     num_inner_folds: int = 5
+    _training: dict[tuple[str, float], tuple[Array, list[tuple[Array, Array]]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def training(self, part: Part, fraction: float) -> tuple[Array, list[tuple[Array, Array]]]:
+        """Rows to train on, a share of the part's, and folds of them by which a probe's setting is chosen.
+
+        They are drawn once for all features. There are no folds where the part has validation rows.
+
+        Raises:
+            ValueError: too few patients of a class for folds.
+        """
+        if (part.name, fraction) not in self._training:
+            kind, labels, patients = self.labels.kind, self.labels.values, self.patients
+            rows = nested_share(kind, labels, patients, part.train, fraction=fraction, seed=self.seed)
+            folds = []
+            if part.val is None:
+                folds = grouped_folds(kind, labels[rows], patients[rows], self.num_inner_folds, self.seed)
+            self._training[part.name, fraction] = rows, folds
+        return self._training[part.name, fraction]
 
     def weights(self, num_bootstrap: int) -> Array:
         """Weights of every lesion: a first row of ones, for the value, then the resamples."""
@@ -65,12 +85,12 @@ def score(probe: Probe, inputs: Inputs, setup: Setup, fraction: float = 1.0) -> 
     labels, values = setup.labels, setup.labels.values
     found = []
     for part in setup.parts:
-        rows = nested_share(labels.kind, values, setup.patients, part.train, fraction=fraction, seed=setup.seed)
-        train = Inputs(inputs.name, inputs.x[rows], inputs.num_components, inputs.num_beside)
+        rows, folds = setup.training(part, fraction)
+        train = replace(inputs, x=inputs.x[rows])
         given = None if part.val is None else (inputs.x[part.val], values[part.val])
         setting = choose_setting(
-            probe, labels.kind, train, values[rows], setup.patients[rows], num_classes=labels.num_classes,
-            validation=given, num_folds=setup.num_inner_folds, seed=setup.seed,
+            probe, labels.kind, train, values[rows], folds,
+            num_classes=labels.num_classes, validation=given, seed=setup.seed,
         )  # fmt: skip
         scores = fit_and_score(
             probe, train, values[rows], inputs.x[part.test],

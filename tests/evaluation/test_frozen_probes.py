@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import log_loss
 from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.pipeline import make_pipeline
@@ -13,6 +14,7 @@ from sklearn.preprocessing import StandardScaler
 
 from fmcib_ssl.evaluation.folds import grouped_folds
 from fmcib_ssl.evaluation.frozen_probes import PROBES, Inputs, choose_setting, fit_and_score, preparation
+from fmcib_ssl.evaluation.metrics import Kind
 from fmcib_ssl.evaluation.survival import cox_path
 
 RNG = np.random.default_rng(0)
@@ -28,13 +30,34 @@ def scored(name: str, labels: np.ndarray, num_classes: int, setting: float) -> n
     return fit_and_score(PROBES[name], Inputs("x", X), labels, X_TEST, num_classes=num_classes, setting=setting)
 
 
+@pytest.mark.parametrize("rows", [NUM, 15])
 @pytest.mark.parametrize("num_classes", [2, 3])
-def test_logistic(num_classes: int) -> None:
+def test_logistic(num_classes: int, rows: int) -> None:
+    """For each penalty the minimum of scikit-learn; of 15 rows there are more features than rows."""
     labels = np.minimum(CLASSES, num_classes - 1)
-    oracle = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=5000)).fit(X, labels)
-    expected = oracle.predict_proba(X_TEST)
-    found = scored("logistic", labels, num_classes, 0.1)
-    np.testing.assert_allclose(found, expected[:, 1] if num_classes == 2 else expected, rtol=1e-9)
+    x, x_test = (StandardScaler().fit(X[:rows]).transform(part) for part in (X[:rows], X_TEST))
+    found = list(PROBES["logistic"].path(x, labels[:rows], x_test, num_classes, PROBES["logistic"].settings))
+    solver = "newton-cholesky" if num_classes == 2 else "newton-cg"  # lbfgs is far from the minimum for weak penalties
+    for c, probabilities in zip(PROBES["logistic"].settings, found, strict=True):
+        oracle = LogisticRegression(C=c, max_iter=5000, tol=1e-9, solver=solver).fit(x, labels[:rows])
+        expected = oracle.predict_proba(x_test)
+        np.testing.assert_allclose(probabilities, expected[:, 1] if num_classes == 2 else expected, atol=1e-3)
+        if c <= 0.1:
+            np.testing.assert_allclose(probabilities, expected[:, 1] if num_classes == 2 else expected, atol=1e-5)
+
+
+def test_the_size_alone_gives_probabilities_and_not_only_an_order() -> None:
+    """All penalties of one column order the lesions alike; those that keep its probabilities apart are chosen."""
+    rng = np.random.default_rng(0)
+    diameter = rng.lognormal(2, 0.5, (400, 1))
+    malignant = (rng.random(400) < 1 / (1 + np.exp(-3 * (np.log(diameter[:, 0]) - 2)))).astype(int)
+    lesions = Inputs("size", diameter, linear_only=True)
+    folds = grouped_folds("binary", malignant, np.arange(400), 5, 0)
+    c = choose_setting(PROBES["logistic"], "binary", lesions, malignant, folds, num_classes=2)
+    found = fit_and_score(PROBES["logistic"], lesions, malignant, diameter, num_classes=2, setting=c)
+    unpenalised = make_pipeline(StandardScaler(), LogisticRegression(C=np.inf)).fit(diameter, malignant)
+    assert log_loss(malignant, found) <= log_loss(malignant, unpenalised.predict_proba(diameter)) + 1e-3
+    assert np.ptp(found) > 0.8
 
 
 def test_logistic_gives_a_class_that_training_lacks_no_probability() -> None:
@@ -86,33 +109,43 @@ def test_the_setting_is_that_of_a_grid_search_over_folds_of_patients(
     name: str, model: object, parameter: str, scoring: str
 ) -> None:
     settings = [int(s) if name == "knn" else s for s in PROBES[name].settings]
-    folds = list(grouped_folds("continuous", VALUES, PATIENTS, 5, 0))
+    folds = grouped_folds("continuous", VALUES, PATIENTS, 5, 0)
     search = GridSearchCV(make_pipeline(StandardScaler(), model), {parameter: settings}, scoring=scoring, cv=folds)
-    chosen = choose_setting(PROBES[name], "continuous", Inputs("x", X), VALUES, PATIENTS, num_classes=0)
+    chosen = choose_setting(PROBES[name], "continuous", Inputs("x", X), VALUES, folds, num_classes=0)
     assert chosen == search.fit(X, VALUES).best_params_[parameter]
 
 
-def test_the_setting_of_several_classes_is_that_of_a_grid_search() -> None:
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_the_penalty_of_logistic_regression_is_that_of_a_grid_search_by_log_loss(num_classes: int) -> None:
+    labels = np.minimum(CLASSES, num_classes - 1)
+    kind: Kind = "binary" if num_classes == 2 else "multiclass"
     search = GridSearchCV(
         make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000)),
         {"logisticregression__C": PROBES["logistic"].settings},
-        scoring="roc_auc_ovr",
+        scoring="neg_log_loss",
         cv=StratifiedGroupKFold(5, shuffle=True, random_state=0),
     )
-    chosen = choose_setting(PROBES["logistic"], "multiclass", Inputs("x", X), CLASSES, PATIENTS, num_classes=3)
-    assert chosen == search.fit(X, CLASSES, groups=PATIENTS).best_params_["logisticregression__C"]
+    folds = grouped_folds(kind, labels, PATIENTS, 5, 0)
+    chosen = choose_setting(PROBES["logistic"], kind, Inputs("x", X), labels, folds, num_classes=num_classes)
+    assert chosen == search.fit(X, labels, groups=PATIENTS).best_params_["logisticregression__C"]
+
+
+@pytest.mark.parametrize("name", ["cox", "knn"])
+def test_of_equally_good_settings_the_weakest_is_taken(name: str) -> None:
+    """All penalties of one column have one C-index, all numbers of neighbours find classes that lie apart."""
+    side = np.repeat([0, 1], NUM // 2)
+    one, folds = Inputs("one", np.column_stack([side, side - 0.5])), [(np.arange(0, NUM, 2), np.arange(1, NUM, 2))]
+    labels, kind = (np.column_stack([3 - side, np.ones(NUM)]), "survival") if name == "cox" else (side, "binary")
+    assert choose_setting(PROBES[name], kind, one, labels, folds, num_classes=2) == 1.0  # type: ignore[arg-type]
 
 
 def test_a_validation_set_chooses_instead_of_folds() -> None:
-    labels = (CLASSES > 0).astype(int)
     errors = {}
     for alpha in PROBES["ridge"].settings:
         model = make_pipeline(StandardScaler(), Ridge(alpha=alpha)).fit(X[:80], VALUES[:80])
         errors[alpha] = np.square(model.predict(X[80:]) - VALUES[80:]).mean()
     chosen = choose_setting(
-        PROBES["ridge"], "continuous", Inputs("x", X[:80]), VALUES[:80], PATIENTS[:80],
+        PROBES["ridge"], "continuous", Inputs("x", X[:80]), VALUES[:80], [],
         num_classes=0, validation=(X[80:], VALUES[80:]),
     )  # fmt: skip
     assert chosen == min(errors, key=errors.__getitem__)
-    with pytest.raises(ValueError, match="the rarest with 1 patient"):
-        choose_setting(PROBES["logistic"], "binary", Inputs("x", X), labels, np.zeros(NUM), num_classes=2)
