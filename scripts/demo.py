@@ -62,4 +62,7 @@ def show_and_run(script: str, *arguments: str) -> None:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help", "help"} & set(sys.argv[1:]):
+        print(__doc__, "  python scripts/demo.py [key=value ...]     for the training: train.py --help", sep="\n")
+        sys.exit()
     main(sys.argv[1:])

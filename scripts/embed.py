@@ -34,13 +34,13 @@ PROCESS_VARIABLES = (
 class Embed(Command):
     """Turn lesions into features, one Parquet table with every column of the lesions' table.
 
-    python scripts/embed.py checkpoint=runs/x/encoder.safetensors store=/data/store output=features.parquet
+    python scripts/embed.py checkpoint=runs/x store=/data/store output=features.parquet
 
     Stopped or killed, the same command goes on where it was. weights= is another name of checkpoint=, out= of output=.
     """
 
     checkpoint: str = Field(
-        description="exported encoder or .ckpt of a run; random: the one of like=, untrained; raw_voxels: no encoder"
+        description="run folder, exported encoder or .ckpt; random: the one of like=, untrained; raw_voxels: no encoder"
     )
     output: Path = Field(description="FILE.parquet")
     store: Path | None = Field(default=None, description="folder of a store; or give annotations=")
@@ -50,7 +50,7 @@ class Embed(Command):
     coordinates: Literal["lps", "ras", "voxel"] = Field(default="lps", description="frame of the points")
     on_bad_row: Literal["skip", "refuse"] = Field(default="skip", description="rows of annotations that cannot be used")
     select: dict[str, Any] | None = Field(default=None, description="lesions to embed, such as '{split: [val, test]}'")
-    like: Path | None = Field(default=None, description="encoder whose network or patches a baseline takes")
+    like: Path | None = Field(default=None, description="run or encoder whose network or patches a baseline takes")
     seed: NonNegativeInt = Field(default=0, description="of the weights of checkpoint=random")
     patch_size: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(
         default=None, description="z,y,x, for raw_voxels without like=; else the encoder's"
@@ -105,6 +105,7 @@ def main(arguments: list[str]) -> None:
     from fmcib_ssl.evaluation.embedding_parts import embed_to_file  # noqa: PLC0415
     from fmcib_ssl.evaluation.feature_table import FeatureTableError  # noqa: PLC0415
     from fmcib_ssl.models.export import EncoderFileError  # noqa: PLC0415
+    from fmcib_ssl.training.run_folder import RunFolderError  # noqa: PLC0415
 
     try:
         share, local = process(command)
@@ -117,7 +118,14 @@ def main(arguments: list[str]) -> None:
             restart=command.restart,
             progress=local == 0,
         )
-    except (FeatureTableError, StoreError, AnnotationsError, EncoderFileError, FileNotFoundError) as error:
+    except (
+        FeatureTableError,
+        StoreError,
+        AnnotationsError,
+        EncoderFileError,
+        RunFolderError,
+        FileNotFoundError,
+    ) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
@@ -179,15 +187,24 @@ def encoder_of(command: Embed) -> FrozenEncoder:
 
     trusted = [name.strip() for name in (command.trusted_targets or "").split(",") if name.strip()]
     if command.checkpoint not in ("random", "raw_voxels"):
-        return trained_encoder(command.checkpoint, trusted_targets=trusted)
+        return trained_encoder(_weights(Path(command.checkpoint)), trusted_targets=trusted)
     if command.like is None:
         assert command.patch_size is not None
         spacing_mm = 1.0 if command.store is None else open_patches(source_of(command))[2].spacing_mm
         return raw_voxels(Preprocessing(command.patch_size, spacing_mm))
-    like = trained_encoder(command.like, trusted_targets=trusted)
+    like = trained_encoder(_weights(command.like), trusted_targets=trusted)
     if command.checkpoint == "raw_voxels":
         return raw_voxels(like.preprocessing)
     return random_encoder(like.about["encoder"], like.preprocessing, command.seed, trusted_targets=trusted)
+
+
+def _weights(path: Path) -> Path:
+    """The file of weights that a path means: itself, or that of a run folder."""
+    if not path.is_dir():
+        return path
+    from fmcib_ssl.training.checkpoints import weights_of_run  # noqa: PLC0415  (Lightning, which a file does without)
+
+    return weights_of_run(path)
 
 
 def inference_of(command: Embed, local: int) -> Inference:

@@ -24,6 +24,13 @@ class Example(Command):
     count: PositiveInt | None = Field(default=None, description="how many")
 
 
+def test_the_demo_says_what_it_does_instead_of_doing_it(tmp_path: Path) -> None:
+    script = REPO / "scripts" / "demo.py"
+    run = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "synthetic scans" in run.stdout and "demo.py [key=value" in run.stdout and "$ python" not in run.stdout
+    assert not list(tmp_path.iterdir())
+
+
 def test_values_get_their_types() -> None:
     command = parse_command(Example, ["table=with blank=and equals.csv", "count=3"])
     assert command == Example(table=Path("with blank=and equals.csv"), kind="a", count=3)

@@ -130,7 +130,9 @@ def load_encoder(path: str | os.PathLike[str], *, trusted_targets: Collection[st
     Returns:
         The encoder, `(batch, 1, z, y, x)` to `(batch, features)`, float32, on the CPU, in eval mode. Its
         `preprocessing` (`fmcib_ssl.types.Preprocessing`) says how patches are cut and scaled for it; `feature_dim` is
-        the number of features, `spec` the `_target_` and arguments that built it.
+        the number of features, `spec` the `_target_` and arguments that built it. It refuses patches of another size
+        than `preprocessing` says: most networks take them, and give features that mean something else. Who wants them
+        says so: `encoder.preprocessing = dataclasses.replace(encoder.preprocessing, patch_size_zyx=(z, y, x))`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -171,9 +173,21 @@ def load_encoder(path: str | os.PathLike[str], *, trusted_targets: Collection[st
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, ArithmeticError, MemoryError) as error:
         raise EncoderFileError(f"{path}: {target} with {spec} does not fit the weights in the file: {error}") from error
     encoder.preprocessing = preprocessing  # type: ignore[assignment]
+    encoder.register_forward_pre_hook(_check_patches)
     encoder.feature_dim = num_features  # type: ignore[assignment]
     encoder.spec = {"_target_": target, **spec}  # type: ignore[assignment]
     return encoder.float().eval()
+
+
+def _check_patches(encoder: Any, inputs: tuple[Any, ...]) -> None:
+    """A hook before an encoder's forward: the patches must be as large as those it was trained on."""
+    size, given = encoder.preprocessing.patch_size_zyx, tuple(inputs[0].shape)
+    if given[1:] != (1, *size):
+        raise ValueError(
+            f"the encoder takes patches (batch, {', '.join(map(str, (1, *size)))}), of "
+            f"{encoder.preprocessing.spacing_mm:g} mm voxels, as encoder.preprocessing says; got {given}. Cut them so, "
+            "or set encoder.preprocessing to the size that you mean (load_encoder's documentation shows how)"
+        )
 
 
 def _preprocessing(values: Any) -> Preprocessing:

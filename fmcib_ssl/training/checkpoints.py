@@ -7,6 +7,7 @@ is on disk is what was logged. Gradients that are being accumulated are not save
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -281,6 +282,28 @@ def find_checkpoint(folder: Path, run_id: str, *, main_process: bool = True) -> 
             + f"\n{ANEW}"
         )
     return None
+
+
+def weights_of_run(folder: Path) -> Path:
+    """The encoder that a run has exported; of one that is not finished the newest checkpoint that is whole.
+
+    Raises:
+        RunFolderError: no run, or one that has neither.
+    """
+    if (exported := folder / "encoder.safetensors").is_file():
+        return exported
+    try:
+        run_id = str(json.loads((folder / "run.json").read_text(encoding="utf-8"))["run_id"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RunFolderError(
+            f"{folder} is no folder of a run: it has neither encoder.safetensors nor a run.json. Give the folder that "
+            "the run's first line of the log names (of a fine-tuning that of one fold), or a file of weights"
+        ) from error
+    if (checkpoint := find_checkpoint(folder / "checkpoints", run_id, main_process=False)) is None:
+        raise RunFolderError(f"the run in {folder} is not finished, and has no checkpoint yet: there are no weights")
+    step = step_of(checkpoint)
+    logger.warning("the run in %s is not finished: taking its weights after %d steps, %s", folder, step, checkpoint)
+    return checkpoint
 
 
 def checkpoint_problem(path: Path, run_id: str) -> str | None:

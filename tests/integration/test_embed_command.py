@@ -95,7 +95,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_a_run_its_checkpoint_and_its_export(embed: Embed, phantom_table: Path, store: Path, tmp_path: Path) -> None:
+def test_a_run_its_checkpoint_and_its_export(
+    embed: Embed, phantom_table: Path, store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Training, then embedding from both files; the names of the published command line."""
     train(tiny_settings(phantom_table, tmp_path / "run", "encoder=small", "trainer.max_steps=1", "data.batch_size=2"))
     for name, file in (("export", "encoder.safetensors"), ("checkpoint", "checkpoints/last.ckpt")):
@@ -104,6 +106,19 @@ def test_a_run_its_checkpoint_and_its_export(embed: Embed, phantom_table: Path, 
         assert f"{name}.parquet" in result.out and "a second" in result.out
     export, checkpoint = (FeatureTable.read(tmp_path / f"{name}.parquet") for name in ("export", "checkpoint"))
     np.testing.assert_array_equal(export.features, checkpoint.features)
+
+    (tmp_path / "unfinished").mkdir()
+    for name in ("checkpoints", "run.json"):
+        (tmp_path / "unfinished" / name).symlink_to(tmp_path / "run" / name)
+    for folder, weights, said in (("run", export, "lesions"), ("unfinished", checkpoint, "after 1 steps")):
+        result = embed(f"checkpoint={folder}", f"store={store}", f"output={folder}.parquet")
+        assert result.status == 0 and said in result.out + caplog.text, result.status
+        found = FeatureTable.read(tmp_path / f"{folder}.parquet")
+        np.testing.assert_array_equal(found.features, weights.features)
+        assert found.origin["sha256"] == weights.origin["sha256"]
+    result = embed("checkpoint=.", f"store={store}", "output=none.parquet")
+    assert "no folder of a run" in str(result.status) and "run.json" in str(result.status)
+
     patches = LesionPatches(store, (16, 16, 16))
     encoder = fmcib_ssl.load_encoder(tmp_path / "run" / "encoder.safetensors")
     hu = torch.stack([patches.positive(i) for i in range(len(patches))])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,18 @@ def test_there_and_back_again(spec: dict[str, Any], kind: str, tmp_path: Path) -
         assert torch.equal(features, encoder.eval()(patches))
     assert features.shape == (2, loaded.feature_dim)
     assert features.isfinite().all()
+
+
+def test_patches_of_another_size_are_refused_unless_they_are_meant(exported: Path) -> None:
+    encoder = load_encoder(exported)
+    size = encoder.preprocessing.patch_size_zyx
+    for shape in ((2, 1, *size[:2], size[2] + 4), (1, *size), (2, 2, *size)):
+        with pytest.raises(ValueError, match=re.escape(f"(batch, {', '.join(map(str, (1, *size)))})")) as refused:
+            encoder(torch.zeros(shape))
+        assert str(shape) in str(refused.value)
+    larger = (size[0], size[1], size[2] + 4)
+    encoder.preprocessing = replace(encoder.preprocessing, patch_size_zyx=larger)
+    assert encoder(torch.zeros(2, 1, *larger)).shape == (2, encoder.feature_dim)
 
 
 def test_half_precision_is_exported_in_single(tmp_path: Path) -> None:
