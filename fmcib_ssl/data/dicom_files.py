@@ -22,7 +22,7 @@ from fmcib_ssl.data.scan_checks import decoded
 from fmcib_ssl.data.tables import ScanError
 
 _SUFFIXES = (".dcm", ".dicom", ".ima")
-#: Begin the UIDs of CT Image Storage, its enhanced and its legacy converted form.
+#: CT Image Storage, its enhanced and its legacy converted form.
 _CT_STORAGE = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")
 _PIXEL_DATA, _DELIMITER, _UNDEFINED = b"\xe0\x7f\x10\x00", b"\xfe\xff\xdd\xe0", 0xFFFFFFFF
 #: Transfer syntaxes of plain voxels; a file without one is a file without meta information.

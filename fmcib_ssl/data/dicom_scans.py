@@ -233,7 +233,7 @@ def _stacked(path: Path, slices: list[_Slice]) -> tuple[list[_Slice], ScanGeomet
     """Slices in the order of their normal, and the regular grid that they all lie on.
 
     Raises:
-        ScanError: missing, doubled or unequally spaced slices, gantry tilt, slices that differ in size, spacing,
+        ScanError: missing, duplicate or unequally spaced slices, gantry tilt, slices that differ in size, spacing,
             orientation or in having a rescale.
     """
     first = slices[0]
@@ -257,11 +257,10 @@ def _stacked(path: Path, slices: list[_Slice]) -> tuple[list[_Slice], ScanGeomet
                 f"{_name(without)} has no RescaleSlope and RescaleIntercept, {_name(has)} has: "
                 "what its values mean is not known",
             )
-    normal = first.axes[:, 2]
-    depth = np.array([one.position_lps_mm @ normal for one in slices])
-    order = np.argsort(depth, kind="stable")
-    slices, depth = [slices[i] for i in order], depth[order]
+    slices = sorted(slices, key=lambda one: float(one.position_lps_mm @ first.axes[:, 2]))
     first, last = slices[0], slices[-1]
+    normal = first.axes[:, 2]  # from here on all is measured by the slice that the geometry is taken from
+    depth = np.array([one.position_lps_mm @ normal for one in slices])
     step = _step_mm(path, slices, depth)
     off_grid = np.array([one.corners() - first.corners() for one in slices])  # (slices, 4 corners, 3)
     off_grid -= step * np.arange(len(slices))[:, None, None] * normal

@@ -352,6 +352,16 @@ def test_long_drifts_are_seen(tmp_path: Path) -> None:
         read_header(folder)
 
 
+def test_the_slice_that_gives_the_axes_is_turned(tmp_path: Path) -> None:
+    """Small as the images are, the far end of the stack would be half a degree off."""
+    slices = ct_series(ct_hu((40, 4, 4)))
+    slices[0].ImageOrientationPatient = list(rotated(0.5, "x"))
+    with pytest.raises(
+        ScanError, match=r"gantry tilt of 0\.5 degrees: the slices drift sideways by 0\.85 mm|by 0\.9 mm"
+    ):
+        read_header(write(tmp_path / "a", slices))
+
+
 def test_without_any_rescale(tmp_path: Path) -> None:
     def without_tags(slices: list[Dataset]) -> list[Dataset]:
         for one in slices:
