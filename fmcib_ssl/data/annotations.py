@@ -9,7 +9,7 @@ Rows are numbered as in the file, 1 being the first below the header.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -390,8 +390,10 @@ def scan_source(path: Path, row: Mapping[Any, Any]) -> ScanSource:
     return ScanSource(path, series_uid, any_modality, cast(Affine, chosen) if chosen else None)
 
 
-def _scan_sources(rows: pd.DataFrame, root: Path, path_prefix: str | None) -> Iterator[ScanSource | None]:
+def _scan_sources(rows: pd.DataFrame, root: Path, path_prefix: str | None) -> list[ScanSource | None]:
     columns = [column for column in (PATH_COLUMN, SERIES_COLUMN, MODALITY_COLUMN, AFFINE_COLUMN) if column in rows]
-    for row in rows[columns].to_dict("records"):
-        path = resolve_path(row[PATH_COLUMN], root, path_prefix)
-        yield None if path is None else scan_source(path, row)
+    records = rows[columns].to_dict("records")
+    paths = [resolve_path(row[PATH_COLUMN], root, path_prefix) for row in records]
+    scans = [None if path is None else scan_source(path, row) for path, row in zip(paths, records, strict=True)]
+    waived = {scan[:2] for scan in scans if scan and scan.any_modality}  # one row says so for all of its scan
+    return [scan and scan._replace(any_modality=scan[:2] in waived) for scan in scans]

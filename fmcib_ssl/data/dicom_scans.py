@@ -19,7 +19,7 @@ from pydicom.dataset import Dataset
 
 from fmcib_ssl.data.dicom_files import DicomFile, numbers, read_stored_values, series_at, text
 from fmcib_ssl.data.geometry import ScanGeometry
-from fmcib_ssl.data.scan_checks import checked_geometry
+from fmcib_ssl.data.scan_checks import MAX_CONFLICT_MM, checked_geometry
 from fmcib_ssl.data.tables import ScanError
 
 FloatArray = npt.NDArray[np.float64]
@@ -28,8 +28,6 @@ FloatArray = npt.NDArray[np.float64]
 MAX_OFF_GRID_MM = 0.5
 #: Along the normal it is this part of the distance between slices, but within these limits, mm.
 MAX_OFF_DEPTH, MAX_OFF_DEPTH_MM = 0.1, (0.1, MAX_OFF_GRID_MM)
-#: The header and SimpleITK may place the corner of a slice this far apart, mm.
-MAX_READERS_APART_MM = 0.1
 #: How far lengths and scalar product of the orientation's vectors may be from 1 and 0: cosines are rounded.
 MAX_COSINE_ERROR = 1e-3
 #: RescaleTypes that name something else than HU: optical and electron density, concentrations, atomic numbers.
@@ -65,7 +63,7 @@ def read_dicom_header(path: Path, series_uid: str | None, any_modality: bool) ->
     """Geometry of a series, from the headers of its slices.
 
     Raises:
-        ScanError: as `read_header` has it for DICOM; nothing else leaves this module.
+        ScanError: as `read_header` has it for DICOM.
     """
     return _read_slices(path, series_uid, any_modality)[1]
 
@@ -113,17 +111,11 @@ def _rescaled(stored: npt.NDArray[Any], slope: float, intercept: float) -> npt.N
 
 def _read_slices(path: Path, series_uid: str | None, any_modality: bool) -> tuple[list[_Slice], ScanGeometry]:
     """Slices of a series in the order of their normal, and its geometry."""
-    try:
-        files = series_at(path, series_uid, any_modality)
-        slices = [one for file in files for one in _slices_of(file, any_modality)]
-        if len(slices) < 2:
-            kind = "holds one DICOM slice" if path.is_dir() else "is one DICOM slice"
-            raise ScanError(path, f"{kind}; a volume needs at least two", "name the folder of the whole series")
-        return _stacked(path, slices)
-    except (ScanError, MemoryError):
-        raise
-    except Exception as error:  # a broken tag must not end what reads a thousand scans
-        raise ScanError(path, f"cannot be read as DICOM: {type(error).__name__}: {error}") from error
+    slices = [one for file in series_at(path, series_uid, any_modality) for one in _slices_of(file, any_modality)]
+    if len(slices) < 2:
+        kind = "holds one DICOM slice" if path.is_dir() else "is one DICOM slice"
+        raise ScanError(path, f"{kind}; a volume needs at least two", "name the folder of the whole series")
+    return _stacked(path, slices)
 
 
 def _slices_of(file: DicomFile, any_modality: bool) -> Iterator[_Slice]:
@@ -214,7 +206,7 @@ def _compare_with_itk(one: _Slice) -> None:
     axes = np.reshape(reader.GetDirection(), (3, 3))
     corners = _corners(np.array(reader.GetOrigin()), axes, np.array(reader.GetSpacing()[:2]), reader.GetSize()[:2])
     apart_mm = np.linalg.norm(corners - one.corners(), axis=1)
-    if apart_mm.max() > MAX_READERS_APART_MM:
+    if apart_mm.max() > MAX_CONFLICT_MM:
         at = int(apart_mm.argmax())
         raise ScanError(
             one.file.path,

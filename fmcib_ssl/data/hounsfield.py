@@ -125,7 +125,7 @@ def _problem(tissue: npt.NDArray[np.float32], lowest: float, highest: float) -> 
         return float(np.count_nonzero((tissue >= low) & (tissue < high)) / tissue.size)
 
     if lowest > HIGHEST_MINIMUM_HU or highest < lowest + 100 or not tissue.size:
-        return "apply the rescale slope and intercept"
+        return "its rescale slope and intercept were not applied, or are not right"
     inf = float("inf")
     far_below, below = part(-inf, -1500), part(-inf, PADDING_BELOW_HU)
     if far_below > 0.05 or (below > 0.05 and part(*SOFT_TISSUE_HU) < 0.01):

@@ -19,7 +19,7 @@ SPACING_RANGE_MM = (0.05, 25.0)
 #: Two statements about one voxel's place may differ by this much: rounding.
 MAX_CONFLICT_MM = 0.1
 #: What can be read, for messages.
-FORMATS = "NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr), MetaImage (.mha, .mhd) or a folder of DICOM slices"
+FORMATS = "NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr), MetaImage (.mha, .mhd) or DICOM (folder of slices, enhanced CT)"
 
 
 def checked_geometry(
