@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import sys
 from collections.abc import Sequence
 from typing import TypeVar
@@ -37,6 +38,7 @@ def parse_command(command: type[Settings], arguments: Sequence[str]) -> Settings
         SystemExit: with 0 after the help; with 2, and a message on stderr, for an unknown key or a wrong value.
     """
     no_world_write()
+    logging.getLogger("numexpr").setLevel(logging.WARNING)  # on import it says how many threads it takes
     if any(argument in ("-h", "--help", "help") for argument in arguments):
         print(_help(command))
         raise SystemExit(0)

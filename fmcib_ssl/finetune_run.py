@@ -38,6 +38,7 @@ from fmcib_ssl.models.encoders import feature_dim
 from fmcib_ssl.models.export import EncoderFileError, encoder_metadata, export_encoder, load_encoder
 from fmcib_ssl.safety import redacted
 from fmcib_ssl.settings import Component, ConfigError, FineTune, Settings
+from fmcib_ssl.training.progress import Progress
 from fmcib_ssl.training.provenance import environment, write_json
 from fmcib_ssl.training.run_folder import RunFolder, saved_settings
 from fmcib_ssl.training.same_run import check_same_run
@@ -162,13 +163,14 @@ def _train_part(settings: Settings, asked: FineTune, task: Task, part: Part, fol
     )
     patience = EarlyStopping(monitor="val/score", mode="max", patience=asked.patience)
     accelerate(module, module.encoder, settings.hardware)
+    shown = (settings.trainer.model_extra or {}).get("enable_progress_bar", True)
     trainer = build_trainer(
         settings,
         devices=1,
         num_sanity_val_steps=0,
         default_root_dir=folder,
         logger=CSVLogger(folder, name="", version=""),
-        callbacks=[best, patience],
+        callbacks=[best, patience, *([Progress()] if shown else [])],
     )
     for earlier in (folder / "checkpoints").glob("*.ckpt"):
         earlier.unlink()  # of a training that was stopped

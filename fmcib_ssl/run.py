@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
+import time
 import warnings
 from contextlib import nullcontext
 from datetime import timedelta
@@ -36,10 +38,12 @@ from fmcib_ssl.settings import ConfigError, Settings
 from fmcib_ssl.summary import num_steps, summary
 from fmcib_ssl.training.checkpoints import RunCheckpoints, WholeFileIO, find_checkpoint, step_of
 from fmcib_ssl.training.faults import TrainingFaultError
+from fmcib_ssl.training.online_probe import OnlineProbe
 from fmcib_ssl.training.provenance import environment, write_json
 from fmcib_ssl.training.run_folder import ANEW, RunFolder, RunFolderError, checksum, saved_settings
 from fmcib_ssl.training.same_run import check_same_run, unlike_the_last
-from fmcib_ssl.training.tracking import Resumable, Start, WeightsAndBiases, read_metrics
+from fmcib_ssl.training.throughput import duration
+from fmcib_ssl.training.tracking import Resumable, ShowsPictures, Start, WeightsAndBiases, read_metrics
 from fmcib_ssl.types import Preprocessing, SampleKey
 from fmcib_ssl.whole_file import write_whole
 
@@ -114,6 +118,7 @@ def _train(settings: Settings, folder: RunFolder, main_process: bool) -> float:
         settings, data, module, trainer, folder, batch_size=batch_size, trained=checkpoint is not None
     )
     trackers = [its for its in trainer.loggers if isinstance(its, WeightsAndBiases)]
+    began = time.monotonic()
 
     if main_process:
         check_disk(folder.path, 3 * sum(p.numel() * p.element_size() for p in module.parameters()))
@@ -131,13 +136,14 @@ def _train(settings: Settings, folder: RunFolder, main_process: bool) -> float:
             exit_code = 0
             loss = float(trainer.callback_metrics.get("train/loss", _last_loss(folder)))
             if trainer.is_global_zero:
-                _write_results(module, settings, source.preprocessing, folder.path, trackers)
+                _write_results(module, settings, source.preprocessing, folder.path)
                 if asks and folder.num_saved() != trainer.global_step:
                     raise RunFolderError(
                         f"{folder.checkpoints} lacks the last checkpoint, which could not be saved: make room, then "
                         "give the same command again"
                     )
                 folder.finish(step=trainer.global_step, loss=loss, **_length(settings))
+                logger.info("%s", _outcome(settings, trainer, loss, time.monotonic() - began))
         finally:
             for tracker in trackers:
                 tracker.finish(exit_code)
@@ -221,7 +227,7 @@ def _begin_tracking(trainer: L.Trainer, settings: Settings, folder: RunFolder, s
     for its in trainer.loggers:
         if isinstance(its, Resumable):
             its.go_on(start)
-        if isinstance(its, WeightsAndBiases):
+        if isinstance(its, ShowsPictures):
             its.show("contact_sheet", folder.path / "contact_sheet.png")
 
 
@@ -314,9 +320,7 @@ def _write_provenance(settings: Settings, folder: RunFolder, step: int) -> None:
     folder.begin(step=step, commit=facts["git"]["commit"], job=os.environ.get("SLURM_JOB_ID"))
 
 
-def _write_results(
-    module: Pretraining, settings: Settings, preprocessing: Preprocessing, run: Path, trackers: list[WeightsAndBiases]
-) -> None:
+def _write_results(module: Pretraining, settings: Settings, preprocessing: Preprocessing, run: Path) -> None:
     trainer = module.trainer
     extra = {"run": settings.name, "step": trainer.global_step, "epoch": trainer.current_epoch, "seed": settings.seed}
     weights = run / "encoder.safetensors"
@@ -325,6 +329,24 @@ def _write_results(
     if (run / "metrics.csv").is_file():
         curves = training_curves(run / "metrics.csv", run / "curves.png")
         lines.append(f"curves     {curves}")
-        for tracker in trackers:
-            tracker.show("curves", curves)
+        for its in trainer.loggers:
+            if isinstance(its, ShowsPictures):
+                its.show("curves", curves)
     logger.info("%s", "\n".join(lines))
+
+
+def _outcome(settings: Settings, trainer: L.Trainer, loss: float, seconds: float) -> str:
+    """What came of the run, and the command that a user is likely to want next."""
+    data, run = settings.data, settings.paths.run
+    lines = [f"done       {trainer.global_step} steps, loss {loss:.4g}; this start took {duration(seconds)}"]
+    probes = (callback for callback in trainer.callbacks if isinstance(callback, OnlineProbe))  # type: ignore[attr-defined]
+    lines += [f"probe      {probe.last_result}" for probe in probes if probe.last_result]
+    source = {"store": data.store}
+    if data.store is None:
+        source = {"annotations": data.annotations, "image_root": data.image_root, "path_prefix": data.path_prefix}
+        if data.coordinates != "lps":
+            source["coordinates"] = data.coordinates
+    arguments = {"checkpoint": run, **source, "output": run / "features.parquet"}
+    given = [f"{key}={value}" for key, value in arguments.items() if value is not None]
+    lines.append(f"next       {shlex.join(['python', 'scripts/embed.py', *given])}")
+    return "\n".join(lines)

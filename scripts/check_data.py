@@ -44,7 +44,6 @@ def main(arguments: list[str]) -> None:
     """Check, print a summary, draw the contact sheet."""
     command = parse_command(CheckData, arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    logging.getLogger("numexpr").setLevel(logging.WARNING)
     from fmcib_ssl.data.annotations import (  # noqa: PLC0415  # the help is quick
         AnnotationsError,
         check_annotations,

@@ -99,7 +99,6 @@ def main(arguments: list[str]) -> None:
     if command.devices > 1 and command.shard is None and "RANK" not in os.environ:
         sys.exit(start_processes(command.devices, arguments))
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    logging.getLogger("numexpr").setLevel(logging.WARNING)
     from fmcib_ssl.data.store import StoreError  # noqa: PLC0415  # the help is quick
     from fmcib_ssl.data.tables import AnnotationsError  # noqa: PLC0415
     from fmcib_ssl.evaluation.embedding_parts import embed_to_file  # noqa: PLC0415
@@ -135,6 +134,8 @@ def main(arguments: list[str]) -> None:
 
 def start_processes(number: int, arguments: list[str]) -> int:
     """Run this command in several processes; none waits for another, so what one has done stays if another fails."""
+    from fmcib_ssl.data.jobs import num_cores  # noqa: PLC0415
+
     threads = str(max(1, num_cores() // number))
     children = []
     for rank in range(number):
@@ -211,6 +212,7 @@ def inference_of(command: Embed, local: int) -> Inference:
     """How patches go through the encoder on this machine."""
     import torch  # noqa: PLC0415
 
+    from fmcib_ssl.data.jobs import num_cores  # noqa: PLC0415
     from fmcib_ssl.evaluation.embedding_inference import Inference  # noqa: PLC0415
 
     device = command.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -220,11 +222,6 @@ def inference_of(command: Embed, local: int) -> Inference:
     if workers is None:
         workers = 0 if device == "cpu" and command.store is not None else min(4, num_cores())
     return Inference(command.batch_size, command.precision, 8 if command.views == "8" else 1, device, workers)
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def report(outcome: Outcome) -> None:

@@ -57,7 +57,6 @@ def main(arguments: list[str]) -> None:
     """Prepare, print a summary, draw the contact sheet."""
     command = parse_command(Prepare, arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    logging.getLogger("numexpr").setLevel(logging.WARNING)
     from fmcib_ssl.data.annotations import AnnotationsError, read_annotations  # noqa: PLC0415  # the help is quick
     from fmcib_ssl.data.prepare import Shard, merge, prepare  # noqa: PLC0415
     from fmcib_ssl.data.store import StoreError, StoreSettings  # noqa: PLC0415

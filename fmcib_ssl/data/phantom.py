@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -84,7 +85,8 @@ def make_archive(
             spawn = multiprocessing.get_context("spawn")
             pool = stack.enter_context(ProcessPoolExecutor(num_workers, mp_context=spawn))
             done = pool.map(write, missing, chunksize=2)
-        for _ in tqdm(done, "phantom scans", len(missing), unit="scan", disable=not (progress and missing)):
+        hidden, interval_s = not (progress and missing), 0.5 if sys.stderr.isatty() else 30
+        for _ in tqdm(done, "phantom scans", len(missing), unit="scan", disable=hidden, mininterval=interval_s):
             pass
     if not table.is_file():
         rows = [row for n in range(num_scans) for row in _table_rows(seed, n, (few, many))]

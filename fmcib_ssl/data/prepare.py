@@ -7,7 +7,6 @@ index has; voxels are made anew only where a scan's files have changed.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from fmcib_ssl.data.annotations import PATH_COLUMN, BadRowsError, LesionTable, OnBadRow, check_annotations
-from fmcib_ssl.data.jobs import run_jobs
+from fmcib_ssl.data.jobs import num_cores, run_jobs
 from fmcib_ssl.data.prepare_plan import (
     REJECTED_FILE,
     Record,
@@ -223,7 +222,7 @@ def _run(
     by_id = {scan.scan_id: scan for scan in scans}
     num_made = num_bytes = num_failed = 0
     results = run_jobs(
-        partial(prepare_scan, folder, settings), tasks, _num_cores() if num_workers is None else num_workers, _killed
+        partial(prepare_scan, folder, settings), tasks, num_cores() if num_workers is None else num_workers, _killed
     )
     with tqdm(
         total=len(scans),
@@ -246,11 +245,6 @@ def _run(
             progress.set_postfix(set_aside=num_failed, refresh=False)
             progress.update()
     return num_made, num_bytes
-
-
-def _num_cores() -> int:
-    """Cores that this process may use: a batch system gives a part of the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _killed(_task: ScanTask) -> Outcome:

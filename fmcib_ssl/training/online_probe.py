@@ -99,6 +99,7 @@ class OnlineProbe(L.Callback):
         self.batch_size = batch_size
         self._read: Tensor | None = None
         self._at_the_start: dict[str, float] = {}
+        self.last_result: str | None = None
 
     def _folds(self, num_folds: int) -> int:
         held = self.patches.lesions.groupby(self.label)[self.group].nunique()
@@ -221,7 +222,8 @@ class OnlineProbe(L.Callback):
             + (f" ({self._at_the_start[key]:.3f} before training)" if self._at_the_start and when[0] == "e" else "")
             for name, key in (("linear", "online/linear_auc"), ("kNN", "online/knn_auc"))
         )
-        logger.info("online probe of %s, %s: %s", self.label, when, shown)
+        self.last_result = f"{self.label}, {when}: {shown}"
+        logger.info("online probe of %s", self.last_result)
 
 
 def _choose(

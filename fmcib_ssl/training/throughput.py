@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from fmcib_ssl.data.jobs import num_cores
 from fmcib_ssl.data.patches import LesionPatches
 from fmcib_ssl.training.flops import peak_flops
 from fmcib_ssl.training.memory import peak_memory
@@ -95,7 +96,7 @@ class Throughput(L.Callback):
             self._unlogged += 1
             if self._is_due(trainer):
                 self._unlogged = 0
-                figures = self._figures(trainer.world_size)
+                figures = self.figures(trainer.world_size)
                 pl_module.log("perf/samples_per_s", figures.pop("perf/samples_per_s"), prog_bar=True)
                 pl_module.log_dict({**figures, "perf/memory_gb": peak_memory(pl_module.device) / 1e9})
             self._tell_once(trainer, now)
@@ -108,7 +109,10 @@ class Throughput(L.Callback):
             return False
         return row_is_due(trainer)
 
-    def _figures(self, world_size: int) -> dict[str, float]:
+    def figures(self, world_size: int) -> dict[str, float]:
+        """The pace of the last steps, by the names it is logged under; nothing before the first step."""
+        if not self._steps:
+            return {}
         seconds, waited, lesions = (sum(column) for column in zip(*self._steps, strict=True))
         figures = {
             "perf/samples_per_s": lesions * world_size / seconds,
@@ -132,16 +136,16 @@ class Throughput(L.Callback):
             return
         self._told = True
         to_go = passed / (self._num_steps - _WARM_UP) * _batches_to_go(trainer)
-        figures = self._figures(trainer.world_size)
+        figures = self.figures(trainer.world_size)
         wait = figures["perf/data_wait_share"]
         parts = [f"{figures['perf/samples_per_s']:.3g} lesions/s"]
         if "perf/tflops" in figures:
             share = f" ({figures['perf/peak_share']:.0%} of its peak)" if "perf/peak_share" in figures else ""
             parts.append(f"{figures['perf/tflops']:.2g} TFLOP/s on each device{share}")
         parts.append(f"{wait:.0%} of the time waiting for data")
-        logger.info("pace      %s: %s", ", ".join(parts), _time_to_go(trainer, to_go))
+        logger.info("pace       %s: %s", ", ".join(parts), _time_to_go(trainer, to_go))
         if wait > _MUCH_WAITING:
-            logger.info("          to wait less: %s", "; ".join(_remedies(trainer)))
+            logger.info("           to wait less: %s", "; ".join(_remedies(trainer, wait)))
 
 
 def _convolves_in_tf32() -> bool:
@@ -162,11 +166,11 @@ def _time_to_go(trainer: L.Trainer, seconds: float) -> str:
     now = datetime.now().astimezone()
     end = now + timedelta(seconds=seconds)
     when = f"{end:%H:%M}" if end.date() == now.date() else f"{end:%a %d %b, %H:%M}"
-    length = f"{trainer.max_epochs} epochs" if (trainer.max_epochs or -1) > 0 else f"{trainer.max_steps} steps"
-    return f"about {_duration(seconds)} for what is left of {length}, until {when}"
+    steps = int(trainer.estimated_stepping_batches) - trainer.global_step
+    return f"about {duration(seconds)} for the {steps} steps that are left, until {when}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """In the two units that matter, such as `5 h 20 min`."""
     minutes = round(seconds / 60)
     if seconds < 100:
@@ -179,13 +183,16 @@ def _duration(seconds: float) -> str:
     return f"{hours // 24} d {hours % 24} h"
 
 
-def _remedies(trainer: L.Trainer) -> list[str]:
-    loader, dataset = trainer.train_dataloader, getattr(getattr(trainer, "datamodule", None), "dataset", None)
-    remedies = [
-        f"more workers, if there are cores for them (hardware.num_workers={getattr(loader, 'num_workers', '?')})"
-    ]
+def _remedies(trainer: L.Trainer, wait: float) -> list[str]:
+    num_workers = getattr(trainer.train_dataloader, "num_workers", 0)
+    # While the device waits, workers are what takes time: with so many of them they would take as long as the steps.
+    wanted = math.ceil(max(num_workers, wait) / (1 - min(wait, 0.99)))
+    # A core for the training process of each device on this machine.
+    wanted = min(wanted, max(num_cores() // trainer.num_devices - 1, 1))
+    remedies = [f"hardware.num_workers={wanted}"] if wanted > num_workers else []
+    dataset = getattr(getattr(trainer, "datamodule", None), "dataset", None)
     if dataset is not None and not isinstance(dataset.patches, LesionPatches):
         remedies.append("prepare a store and train from that (docs/prepare.md)")
     if dataset is not None and not isinstance(dataset.view_transform, BatchViewTransform):
         remedies.append("make the views of a whole batch at once, on a GPU there (augment=batched_published)")
-    return remedies
+    return remedies or [f"more cores: all {num_cores()} are in use"]

@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyExperiment, Logger  # type: ignore[attr-defined]
 from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
 
 from fmcib_ssl.whole_file import write_whole
 
@@ -49,6 +51,15 @@ class Resumable(Protocol):
 
     def go_on(self, start: Start) -> None:
         """Forget what was logged from `start.step` on: it is going to be logged again."""
+        ...
+
+
+@runtime_checkable
+class ShowsPictures(Protocol):
+    """A logger with a page that pictures can be put on."""
+
+    def show(self, name: str, picture: Path) -> None:
+        """Put a picture on the page; one that is not there is left out."""
         ...
 
 
@@ -150,11 +161,24 @@ class TensorBoard(TensorBoardLogger):
 
     def __init__(self, save_dir: Path | str, name: str = "tensorboard", version: str = "") -> None:
         super().__init__(save_dir, name=name, version=version)
+        self._first_step = 0
 
     def go_on(self, start: Start) -> None:
         """Tell TensorBoard to leave out what earlier files have from this step on."""
         if start.step or any(Path(self.log_dir).glob("events.*")):
             self._kwargs["purge_step"] = start.step
+        self._first_step = start.step
+
+    @rank_zero_only
+    def show(self, name: str, picture: Path) -> None:
+        """Put a picture under the tab for images; one that cannot be written is left out."""
+        if picture.is_file():
+            try:
+                with Image.open(picture) as image:
+                    pixels = np.asarray(image.convert("RGB"))
+                self.experiment.add_image(name, pixels, self._first_step, dataformats="HWC")
+            except Exception as error:  # as of W&B: whatever goes wrong there, training is worth more
+                logger.warning("TensorBoard does not show %s: %s", picture, error)
 
 
 class WeightsAndBiases(WandbLogger):

@@ -151,7 +151,7 @@ def test_two_devices_share_the_work() -> None:
     callback = throughput.Throughput()
     callback._steps.append((2.0, 0.5, 8))
     callback._flops_per_lesion, callback._peak = FLOPS, 112e12
-    figures = callback._figures(world_size=2)  # 8 lesions on each in 2 s
+    figures = callback.figures(world_size=2)  # 8 lesions on each in 2 s
     assert figures["perf/samples_per_s"] == 8
     assert figures["perf/tflops"] == pytest.approx(4 * 7)
     assert figures["perf/peak_share"] == pytest.approx(4 * 7 / 112)
@@ -181,9 +181,28 @@ def test_the_time_to_go(accumulate: int, tmp_path: Path, measured: Measured, cap
     steps = 200 * -(-NUM_BATCHES // accumulate)
     seconds = passed / (told_after - 5) * (steps - steps_done) * NUM_BATCHES / -(-NUM_BATCHES // accumulate)
     hours = round(seconds / 3600)
-    assert f"about {hours // 24} d {hours % 24} h for what is left of 200 epochs, until" in lines[0]
+    assert f"about {hours // 24} d {hours % 24} h for the {steps - steps_done} steps that are left, until" in lines[0]
     assert "TFLOP/s on each device, " in lines[0] and "of the time waiting for data" in lines[0]
-    assert "hardware.num_workers=0" in lines[1]
+    assert "to wait less" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "wait", "cores", "devices", "wanted"),
+    [
+        (0, 0.2, 8, 1, 1),  # loading takes a quarter of the rest
+        (0, 0.75, 8, 1, 3),  # three times the rest
+        (2, 0.5, 8, 1, 4),  # two workers are half as fast as the device
+        (2, 0.99, 8, 1, 7),  # a core is left for training
+        (4, 0.9, 8, 2, None),  # three for each device, and there are four
+    ],
+)
+def test_the_number_of_workers_that_helps(
+    num_workers: int, wait: float, cores: int, devices: int, wanted: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(throughput, "num_cores", lambda: cores)
+    trainer: Any = SimpleNamespace(train_dataloader=SimpleNamespace(num_workers=num_workers), num_devices=devices)
+    expected = f"hardware.num_workers={wanted}" if wanted else f"more cores: all {cores} are in use"
+    assert throughput._remedies(trainer, wait) == [expected]
 
 
 def test_a_later_start_tells_again(tmp_path: Path, measured: Measured, caplog: pytest.LogCaptureFixture) -> None:
@@ -202,16 +221,16 @@ def test_a_short_run_is_not_told(tmp_path: Path, measured: Measured, caplog: pyt
 def test_durations() -> None:
     texts = ["1 s", "99 s", "2 min", "99 min", "1 h 40 min", "5 h 20 min", "47 h 59 min", "2 d 0 h", "4 d 4 h"]
     seconds = [0.2, 99, 100, 5969, 5975, 19200, 172740, 172800, 360000]
-    assert [throughput._duration(value) for value in seconds] == texts
+    assert [throughput.duration(value) for value in seconds] == texts
     # From one text to the next, time goes on.
     assert all(a < b for a, b in pairwise(seconds))
 
 
 def test_the_day_is_named_if_it_is_another() -> None:
-    trainer: Any = SimpleNamespace(max_epochs=-1, max_steps=500)
+    trainer: Any = SimpleNamespace(estimated_stepping_batches=500, global_step=80)
     assert throughput._time_to_go(trainer, float("inf")) == "no end is set"
     later = throughput._time_to_go(trainer, 3 * 86400)
-    assert later.startswith("about 3 d 0 h for what is left of 500 steps, until ")
+    assert later.startswith("about 3 d 0 h for the 420 steps that are left, until ")
     day = datetime.fromtimestamp(datetime.now().timestamp() + 3 * 86400)
     assert f"{day:%a %d %b}" in later
 

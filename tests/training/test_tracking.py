@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fmcib_ssl.training.tracking import MetricsFile, Start, TensorBoard, WeightsAndBiases, read_metrics
@@ -68,6 +71,22 @@ def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
         board.finalize("success")
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss")] == list(range(9))
+
+
+def test_tensorboard_gets_pictures(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "sheet.png")
+    (tmp_path / "damaged.png").write_bytes(b"none")
+    board = TensorBoard(tmp_path)
+    board.go_on(start(tmp_path, 4))
+    for name in ("sheet", "missing", "damaged"):
+        board.show(name, tmp_path / f"{name}.png")
+    board.finalize("success")
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Tags()["images"] == ["sheet"]
+    (image,) = events.Images("sheet")
+    assert image.step == 4
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(image.encoded_image_string))), pixels)
 
 
 class Page:
