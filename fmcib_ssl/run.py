@@ -160,12 +160,15 @@ def _prepare_process(settings: Settings, main_process: bool) -> None:
     for of_no_use in (  # Lightning's to mend, or meant so; nothing a user can do
         ".*isinstance.treespec, LeafSpec.* is deprecated",
         ".*all_gather is deprecated",
+        ".*Grad strides do not match bucket view strides",  # of 1 x 1 x 1 kernels laid out channels last
+        ".*It is recommended to use .self.log.'online/.* sync_dist=True",  # the probe's figures are the same on all
         ".*overridden `transfer_batch_to_device` in `LightningModule`",
         ".*`srun` command is available on your system but is not used",  # preflight has looked
     ):
         warnings.filterwarnings("ignore", message=of_no_use)
     if not main_process:
         logging.getLogger("fmcib_ssl").setLevel(logging.ERROR)  # what every process would say is said once
+        warnings.simplefilter("ignore")
 
 
 def _checkpoint_to_go_on_with(settings: Settings, folder: RunFolder, main_process: bool) -> Path | None:
