@@ -21,11 +21,11 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
-from torch.utils.data import DataLoader
 
 from fmcib_ssl.components import accelerate, blame, build, build_optimizer, build_trainer, build_views, refuse_unused
 from fmcib_ssl.data.labelled import LabelledPatches
 from fmcib_ssl.data.sampler import EpochSampler
+from fmcib_ssl.data.workers import WatchedLoader, no_worker_left
 from fmcib_ssl.evaluation.bootstrap import patient_weights
 from fmcib_ssl.evaluation.feature_table import ID_COLUMN, FeatureTableError
 from fmcib_ssl.evaluation.folds import Part
@@ -106,7 +106,8 @@ def _finetune(settings: Settings, asked: FineTune, run: Path) -> float:
         if done.is_file():
             logger.info("%s is finished", folder)
         else:
-            _train_part(settings, asked, task, part, folder)
+            with no_worker_left():
+                _train_part(settings, asked, task, part, folder)
         tables.append(pd.read_parquet(done))
     predictions = pd.concat(tables, ignore_index=True)
     predictions.to_parquet(run / "predictions.parquet", index=False)
@@ -152,8 +153,9 @@ def _train_part(settings: Settings, asked: FineTune, task: Task, part: Part, fol
         "generator": torch.Generator().manual_seed(settings.seed),
     }
     order = EpochSampler(len(part.train), batch_size, seed=settings.seed)
-    train = DataLoader(datasets["train"], batch_size=batch_size, sampler=order, drop_last=True, **loading)
-    val, test = (DataLoader(datasets[side], batch_size=batch_size, **loading) for side in ("val", "test"))
+    loading["batch_size"] = batch_size
+    train = _loader(task, datasets["train"], sampler=order, drop_last=True, **loading)
+    val, test = (_loader(task, datasets[side], **loading) for side in ("val", "test"))
 
     L.seed_everything(settings.seed, verbose=False)
     metadata = encoder_metadata(encoder, spec, task.preprocessing, extra={"run": settings.name, "fold": part.name})
@@ -189,6 +191,11 @@ def _train_part(settings: Settings, asked: FineTune, task: Task, part: Part, fol
         tables.append(_table(task, part.name, side, rows, scores))
     with whole_file(folder / "predictions.parquet") as file:
         pd.concat(tables).to_parquet(file, index=False)
+
+
+def _loader(task: Task, dataset: LabelledPatches, **arguments: Any) -> WatchedLoader:
+    ids = task.patches.lesions[ID_COLUMN].to_numpy()
+    return WatchedLoader(dataset, title=lambda place: str(ids[dataset.rows[place]]), **arguments)
 
 
 def _datasets(settings: Settings, task: Task, part: Part) -> dict[str, LabelledPatches]:
@@ -254,7 +261,7 @@ def _score(task: Task, labels: Array, scores: Array) -> float:
     return float(metric(labels, scores, np.ones((1, len(labels))))[0])
 
 
-def _predict(trainer: L.Trainer, module: FineTuning, loader: DataLoader[Any], rows: Array) -> Array:
+def _predict(trainer: L.Trainer, module: FineTuning, loader: WatchedLoader, rows: Array) -> Array:
     """Scores in the order of `rows`, found by the rows that come back with them."""
     batches = cast(list[tuple[torch.Tensor, torch.Tensor]], trainer.predict(module, loader))
     found, scores = (torch.cat(column).cpu().numpy() for column in zip(*batches, strict=True))

@@ -28,6 +28,7 @@ from fmcib_ssl.components import accelerate, blame, build, build_module, build_t
 from fmcib_ssl.data.datamodule import LesionDataModule
 from fmcib_ssl.data.store import StoreError
 from fmcib_ssl.data.tables import AnnotationsError, ScanError
+from fmcib_ssl.data.workers import WorkerDiedError, no_worker_left
 from fmcib_ssl.evaluation.figures import ContactRow, contact_sheet, training_curves
 from fmcib_ssl.lesion_source import open_lesions
 from fmcib_ssl.methods.pretraining import Pretraining
@@ -57,6 +58,7 @@ UserError = (
     StoreError,
     RunFolderError,
     TrainingFaultError,
+    WorkerDiedError,
     torch.OutOfMemoryError,
 )
 
@@ -72,6 +74,7 @@ def train(settings: Settings) -> float:
         ConfigError: settings that contradict each other, the data or the machine.
         AnnotationsError, ScanError, StoreError: data that cannot be used.
         RunFolderError: a folder that holds another run, or no checkpoint that can be used.
+        WorkerDiedError: a data worker was killed.
         fmcib_ssl.signals.Stopped: by a signal; what was learned is saved.
     """
     main_process = getattr(rank_zero_only, "rank", 0) == 0
@@ -129,7 +132,7 @@ def _train(settings: Settings, folder: RunFolder, main_process: bool) -> float:
             logger.info("views to look at before anything is learned: %s", sheet)
         _begin_tracking(trainer, settings, folder, step)
     asks = any(isinstance(callback, RunCheckpoints) for callback in trainer.checkpoint_callbacks)
-    with signals.deferred() if asks else nullcontext():
+    with signals.deferred() if asks else nullcontext(), no_worker_left():
         exit_code = 1
         try:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint)

@@ -25,9 +25,6 @@ EXIT_CODES = {
 #: Sent to every process of a job, and not meant for those that a run has started.
 _ANNOUNCED = (signal.SIGUSR1, signal.SIGUSR2)
 
-#: A worker that was told to end, and whose parent does not let it, ends by itself after as many seconds.
-WORKER_GRACE_S = 300
-
 _received: signal.Signals | None = None
 _starting = False
 _deferred = False
@@ -154,13 +151,11 @@ def held() -> Iterator[None]:
 def shield_worker() -> None:
     """Make a data worker deaf to what is meant for its parent, which needs it up to the next step.
 
-    SIGTERM is also how a parent gets rid of a worker that does not end; so it is granted, but late.
+    The parent ends it with SIGKILL; so does the end of the parent.
     """
     end_with_parent()
-    for signum in (signal.SIGHUP, signal.SIGINT, *_ANNOUNCED):
+    for signum in EXIT_CODES:
         signal.signal(signum, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_S))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)
 
 

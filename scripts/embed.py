@@ -101,6 +101,7 @@ def main(arguments: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     from fmcib_ssl.data.store import StoreError  # noqa: PLC0415  # the help is quick
     from fmcib_ssl.data.tables import AnnotationsError  # noqa: PLC0415
+    from fmcib_ssl.data.workers import WorkerDiedError  # noqa: PLC0415
     from fmcib_ssl.evaluation.embedding_parts import embed_to_file  # noqa: PLC0415
     from fmcib_ssl.evaluation.feature_table import FeatureTableError  # noqa: PLC0415
     from fmcib_ssl.models.export import EncoderFileError  # noqa: PLC0415
@@ -118,13 +119,9 @@ def main(arguments: list[str]) -> None:
             progress=local == 0,
         )
     except (
-        FeatureTableError,
-        StoreError,
-        AnnotationsError,
-        EncoderFileError,
-        RunFolderError,
-        FileNotFoundError,
-    ) as error:
+        AnnotationsError, EncoderFileError, FeatureTableError, FileNotFoundError, RunFolderError, StoreError,
+        WorkerDiedError,
+    ) as error:  # fmt: skip
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)

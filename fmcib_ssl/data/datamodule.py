@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from fmcib_ssl import signals
 from fmcib_ssl.data.sampler import EpochSampler
 from fmcib_ssl.data.views import PatchPairs, SeededPairDataset, ViewCollation, ViewPairDataset, batch_of_views
+from fmcib_ssl.data.workers import WatchedLoader
 from fmcib_ssl.types import BatchViewTransform, PatchPair, Preprocessing, SampleKey, ViewTransform
 
 
-def _start_worker(_worker: int) -> None:
-    """A worker is one core, where torch's own threads would fight over the others; signals are for its parent."""
-    signals.shield_worker()
-    torch.set_num_threads(1)
-
-
-class ResumableLoader(DataLoader[Any]):
+class ResumableLoader(WatchedLoader):
     """A loader that a `Trainer` stores in its checkpoints and sets going again in the middle of an epoch.
 
     Workers fetch ahead, so how many batches were trained on is asked of the trainer and not counted here.
@@ -31,23 +24,13 @@ class ResumableLoader(DataLoader[Any]):
     Args:
         lesions: the sampler.
         num_trained: gives the number of batches of the current epoch that were trained on.
-        arguments: of `DataLoader`.
+        arguments: of `WatchedLoader`.
     """
 
     def __init__(self, lesions: EpochSampler, num_trained: Callable[[], int], **arguments: Any) -> None:
         super().__init__(sampler=lesions, batch_size=lesions.batch_size, drop_last=True, **arguments)
         self.lesions = lesions
         self._num_trained = num_trained
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names a class of its own
-        """Deal out the epoch that is set when the first batch is asked for.
-
-        A trainer that goes on from a checkpoint makes the iterator before it sets the epoch, and workers would begin
-        with epoch 0 at once.
-        """
-        with signals.held():
-            batches = super().__iter__()  # starts the workers
-        yield from batches
 
     def state_dict(self) -> dict[str, int]:
         """Epoch, batch and size of the global batch."""
@@ -170,10 +153,11 @@ class LesionDataModule(LightningDataModule):
             **views,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
-            worker_init_fn=_start_worker if in_workers else None,
+            title=self._title,
+            rank=rank if world_size > 1 else None,
             persistent_workers=in_workers,
             prefetch_factor=self.prefetch_factor if in_workers else None,
-            multiprocessing_context=self.multiprocessing_context if in_workers else None,
+            multiprocessing_context=self.multiprocessing_context,
             generator=torch.Generator().manual_seed(self.seed),  # a loader draws a seed, else from the global one
         )
 
@@ -189,6 +173,9 @@ class LesionDataModule(LightningDataModule):
         views = batch_of_views(batch, view_transform, self.dataset.preprocessing)
         # A trainer whose precision is half throughout has cast the batch before there were views in it.
         return self.trainer.precision_plugin.convert_input(views) if self.trainer else views
+
+    def _title(self, lesion: int) -> str:
+        return self.dataset.patches.title(lesion)
 
     def _views_on_device(self) -> bool:
         if self._views_on == "auto":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,12 +13,13 @@ import numpy.typing as npt
 import torch
 from jaxtyping import Float, Int16
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from fmcib_ssl.data.store import StoreError
 from fmcib_ssl.data.tables import ScanError
+from fmcib_ssl.data.workers import WatchedLoader, no_worker_left
 from fmcib_ssl.evaluation.embedding_sources import SourcePatches
-from fmcib_ssl.evaluation.feature_table import FeatureTableError
+from fmcib_ssl.evaluation.feature_table import ID_COLUMN, FeatureTableError
 from fmcib_ssl.types import Preprocessing
 
 Precision = Literal["32", "bf16", "fp16"]
@@ -133,13 +133,13 @@ def embed_shards(
     size = inference.batch_size
     batches = [(k, list(shard[i : i + size])) for k, shard in shards.items() for i in range(0, len(shard), size)]
     device = inference.torch_device
-    loader = DataLoader(
+    loader = WatchedLoader(
         _Reader(patches),
         batch_sampler=[places for _, places in batches],
         num_workers=inference.num_workers,
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_leave_interrupts_to_parent,
+        title=lambda place: str(patches.lesions[ID_COLUMN].iloc[place]),
         generator=torch.Generator(),  # or it would draw from torch's own
     )
     encoder = encoder.to(device)
@@ -149,22 +149,25 @@ def embed_shards(
     features: list[npt.NDArray[np.float32]] = []
     failures: dict[int, str] = {}
     try:
-        for position, ((number, wanted), batch) in enumerate(zip(batches, loader, strict=True)):
-            failures |= batch.failures
-            if batch.patches is not None:
-                on_device = batch.patches.to(device, non_blocking=True)
-                found = encode(encoder, on_device, preprocessing, precision=inference.precision, views=inference.views)
-                values = found.cpu().numpy()
-                finite = np.isfinite(values).all(axis=1)
-                for place in np.array(batch.places)[~finite].tolist():
-                    failures[place] = f"the encoder gives NaN or infinity in precision {inference.precision}"
-                places += np.array(batch.places)[finite].tolist()
-                features.append(values[finite])
-            advance(len(wanted))
-            if position + 1 == len(batches) or batches[position + 1][0] != number:
-                joined = np.concatenate(features) if places else np.empty((0, 1), np.float32)
-                yield EmbeddedShard(number, np.array(places, dtype=np.int64), joined, failures)
-                places, features, failures = [], [], {}
+        with no_worker_left():
+            for position, ((number, wanted), batch) in enumerate(zip(batches, loader, strict=True)):
+                failures |= batch.failures
+                if batch.patches is not None:
+                    on_device = batch.patches.to(device, non_blocking=True)
+                    found = encode(
+                        encoder, on_device, preprocessing, precision=inference.precision, views=inference.views
+                    )
+                    values = found.cpu().numpy()
+                    finite = np.isfinite(values).all(axis=1)
+                    for place in np.array(batch.places)[~finite].tolist():
+                        failures[place] = f"the encoder gives NaN or infinity in precision {inference.precision}"
+                    places += np.array(batch.places)[finite].tolist()
+                    features.append(values[finite])
+                advance(len(wanted))
+                if position + 1 == len(batches) or batches[position + 1][0] != number:
+                    joined = np.concatenate(features) if places else np.empty((0, 1), np.float32)
+                    yield EmbeddedShard(number, np.array(places, dtype=np.int64), joined, failures)
+                    places, features, failures = [], [], {}
     finally:
         encoder.train(was_training)
 
@@ -192,7 +195,3 @@ def _collate(read: list[tuple[int, Tensor | str]]) -> _Batch:
     patches = {place: found for place, found in read if isinstance(found, Tensor)}
     failures = {place: found for place, found in read if isinstance(found, str)}
     return _Batch(list(patches), torch.stack(list(patches.values())) if patches else None, failures)
-
-
-def _leave_interrupts_to_parent(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -37,16 +37,19 @@ OPTIONS = [
 NUM_STEPS = 12
 
 
-def start(table: Path, run: Path, *overrides: str, environ: dict[str, str] | None = None) -> BaseProcess:
+def start(
+    table: Path, run: Path, *overrides: str, environ: dict[str, str] | None = None, start_method: str | None = None
+) -> BaseProcess:
     """Begin `python train.py` on a tiny archive, in the run folder `run`; what it prints goes to `run.out`."""
     arguments = [*OPTIONS, f"data.annotations={table}", f"hydra.run.dir={run}", *overrides]
-    process = _SERVER.Process(target=_train, args=(arguments, run.with_suffix(".out"), environ or {}))
+    process = _SERVER.Process(target=_train, args=(arguments, run.with_suffix(".out"), environ or {}, start_method))
     process.start()
     return process
 
 
-def _train(arguments: list[str], output: Path, environ: dict[str, str]) -> None:
+def _train(arguments: list[str], output: Path, environ: dict[str, str], start_method: str | None) -> None:
     os.environ.update(environ)
+    multiprocessing.set_start_method(start_method, force=True)  # of data workers
     torch.set_num_threads(1)
     with output.open("ab") as file:
         os.dup2(file.fileno(), 1)

@@ -1,0 +1,150 @@
+"""Data workers that die: the run ends, says why, and nothing is left of it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from signal import SIGKILL, SIGSEGV
+
+import pytest
+from dying_workers import die_within_the_lock
+from torch.utils.data import Dataset
+
+from fmcib_ssl.data import workers
+
+#: A program whose worker 0 dies over lesion 4, that of its second batch; it is to end by itself.
+PROGRAM = """
+import contextlib, sys
+sys.path[:0] = {here!r}
+import test_workers as t
+from fmcib_ssl.data import workers
+
+if __name__ == "__main__":
+    loader = workers.WatchedLoader(
+        t.Dying({death!r}), batch_size=2, num_workers=2, persistent_workers=True, multiprocessing_context={method!r},
+        title=lambda lesion: f"patient {{lesion}}",
+    )
+    try:
+        with {guard}():
+            {body}
+    except workers.WorkerDiedError as error:
+        sys.exit(f"error: {{error}}")
+"""
+READ = "for batch in loader: pass"
+
+
+class Dying(Dataset[int]):
+    """Lesions of which one ends its reader."""
+
+    def __init__(self, death: str) -> None:
+        self.death = death
+
+    def __len__(self) -> int:
+        return 400
+
+    def __getitem__(self, lesion: int) -> int:
+        if lesion == 4:
+            getattr(self, self.death)()
+        return lesion
+
+    def within_the_lock(self) -> None:
+        die_within_the_lock()
+
+    def healthy(self) -> None:
+        pass
+
+    def killed(self) -> None:
+        os.kill(os.getpid(), SIGKILL)
+
+    def crashed(self) -> None:
+        os.kill(os.getpid(), SIGSEGV)
+
+    def ended(self) -> None:
+        os._exit(3)
+
+
+def run(
+    tmp_path: Path, death: str, method: str = "fork", body: str = READ, guard: str = "workers.no_worker_left"
+) -> str:
+    """Run it to its end; gives what it says."""
+    file = tmp_path / "program.py"
+    file.write_text(
+        PROGRAM.format(
+            here=[str(folder) for folder in Path(__file__).parents[:2]],
+            death=death,
+            method=method,
+            body=body,
+            guard=guard,
+        )
+    )
+    # The workers hold its output open; so this waits for them too.
+    result = subprocess.run([sys.executable, file], capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 1, result
+    return result.stderr
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_killed_within_the_lock_of_the_queue(method: str, tmp_path: Path) -> None:
+    said = run(tmp_path, "within_the_lock", method)
+    assert "error: data worker 0 (process" in said and "SIGKILL, likely out of memory" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("death", "reason"),
+    [("killed", "was killed by SIGKILL"), ("crashed", "was killed by SIGSEGV"), ("ended", "ended by itself, code 3")],
+)
+def test_the_reason_and_the_lesion(death: str, reason: str) -> None:
+    loader = workers.WatchedLoader(Dying(death), batch_size=2, num_workers=2, title=lambda lesion: f"patient {lesion}")
+    with pytest.raises(workers.WorkerDiedError) as error, workers.no_worker_left():
+        list(loader)
+    assert f"data worker 0 (process {loader._crew._workers[0].pid}) {reason}" in str(error.value)  # type: ignore[union-attr]
+    assert "to read: number 4 (patient 4)" in str(error.value)
+    assert multiprocessing.active_children() == []
+
+
+def test_an_error_that_nobody_lets_through_ends_the_run_too(tmp_path: Path) -> None:
+    said = run(tmp_path, "killed", body="next(iter(loader)); t.deaf()")
+    assert "data worker 0" in said and "patient 4" in said
+
+
+def deaf() -> None:
+    while True:
+        try:
+            time.sleep(60)
+        except Exception as error:
+            print(type(error))
+
+
+def test_workers_that_nobody_ends(tmp_path: Path) -> None:
+    """As when a trainer's teardown is interrupted: Python would wait for them, and they are deaf to its SIGTERM."""
+    said = run(
+        tmp_path, "healthy", body="it = iter(loader); next(it); sys.exit('another')", guard="contextlib.nullcontext"
+    )
+    assert said == "another\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"proc/self/cgroup": "0::/job\n", "sys/fs/cgroup/job/memory.events": "low 0\noom 5\noom_kill 3\n"}, 3),
+        (
+            {
+                "proc/self/cgroup": "4:cpu,memory:/job\n1:cpu:/\n",
+                "sys/fs/cgroup/memory/job/memory.oom_control": "under_oom 0\noom_kill 2\n",
+            },
+            2,
+        ),
+        ({"proc/self/cgroup": "0::/\n"}, 0),
+        ({}, 0),
+    ],
+)
+def test_what_the_kernel_counts(files: dict[str, str], expected: int, tmp_path: Path) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert workers._memory_kills(tmp_path) == expected
