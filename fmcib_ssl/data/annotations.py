@@ -232,7 +232,7 @@ def _row_problem(
             return _Problem(f"{column}={value}", what, f"give coordinates in {unit}, with a decimal point")
     geometry = outcomes[scan]
     if isinstance(geometry, ScanError):
-        remedy = geometry.remedy
+        remedy = geometry.remedy or "repair or leave out the scan"
         if not os.path.exists(scan.path):  # noqa: PTH110  (False for what is no path; `Path.exists` raises)
             remedy = "correct the path, or set image_root (and path_prefix for a table made elsewhere)"
         return _Problem(geometry.path, geometry.reason, remedy)

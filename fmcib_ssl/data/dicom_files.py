@@ -17,6 +17,7 @@ import pydicom
 import SimpleITK as sitk
 from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.tag import Tag
 
 from fmcib_ssl.data.scan_checks import decoded
 from fmcib_ssl.data.tables import ScanError
@@ -33,7 +34,10 @@ _NATIVE = (
     uid.ExplicitVRBigEndian,
     uid.DeflatedExplicitVRLittleEndian,
 )
-_TAGS = [
+#: OverlayBitPosition of the 16 overlays that a file may have: above 0 if it lies in unused bits of the voxels.
+_OVERLAY_BITS = [Tag(0x6000 + 2 * i, 0x0102) for i in range(16)]
+_TAGS: list[Any] = [
+    *_OVERLAY_BITS,
     *("SOPClassUID", "Modality", "SeriesInstanceUID", "FrameOfReferenceUID", "NumberOfFrames"),
     *("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation"),
     *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
@@ -248,6 +252,7 @@ def read_stored_values(file: DicomFile, frames: Collection[int], scratch: Path) 
     compressed = start is None and whole["PixelData"].is_undefined_length
     if not compressed and syntax not in _NATIVE:
         raise ScanError(file.path, f"is in the transfer syntax {syntax.name}, which is not read")
+    overlaid = any(header[tag].value for tag in _OVERLAY_BITS if tag in header) or high_bit != stored - 1
     for frame in frames:
         if compressed:
             yield _decompressed(whole, file.path, frame, scratch)
@@ -257,9 +262,14 @@ def read_stored_values(file: DicomFile, frames: Collection[int], scratch: Path) 
             values = np.frombuffer(whole.PixelData, dtype, num_pixels, offset)
         else:
             values = np.fromfile(file.path, dtype, num_pixels, offset=start + offset)
-        # Other bits than those stored may hold overlays; shifting out and back also extends the sign.
         values = values.reshape(shape).astype(dtype.newbyteorder("="), copy=False)
-        yield values << (allocated - 1 - high_bit) >> (allocated - stored) if stored < allocated else values
+        used = values << (allocated - 1 - high_bit) >> (allocated - stored)  # without other bits, and with its sign
+        if not overlaid and (used != values).any():
+            outside = values[used != values][0]
+            raise ScanError(
+                file.path, f"has the stored value {outside}, which does not fit its {stored} bits (BitsStored)"
+            )
+        yield used
 
 
 def _decompressed(dataset: Dataset, path: Path, frame: int, scratch: Path) -> npt.NDArray[Any]:

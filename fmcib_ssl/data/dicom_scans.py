@@ -124,6 +124,9 @@ def _slices_of(file: DicomFile, any_modality: bool) -> Iterator[_Slice]:
     kind = text(header, "PhotometricInterpretation")
     if int(header.get("SamplesPerPixel", 1)) != 1 or kind not in ("MONOCHROME1", "MONOCHROME2"):
         raise ScanError(path, f"is a colour image ({kind or 'of no PhotometricInterpretation'}), not a CT slice")
+    size = (int(header.Columns), int(header.Rows))
+    if min(size) < 2:
+        raise ScanError(path, f"has {size[0]} x {size[1]} pixels, not a CT slice")
     num_frames = int(text(header, "NumberOfFrames") or 1)
     groups = header.get("PerFrameFunctionalGroupsSequence") or [Dataset()]
     if len(groups) != num_frames:
@@ -145,7 +148,7 @@ def _slices_of(file: DicomFile, any_modality: bool) -> Iterator[_Slice]:
         one = _Slice(
             file,
             frame,
-            (int(header.Columns), int(header.Rows)),
+            size,
             _spacing_mm(measures, path, where),
             position,
             _axes(orientation, path, where),

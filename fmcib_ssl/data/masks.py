@@ -215,7 +215,7 @@ def lesions_from_masks(
     problems = []
     for number, row, outcome in zip(rows.index, records, found, strict=True):
         if isinstance(outcome, ScanError):
-            remedy = "correct the mask or its path, or leave out the row"
+            remedy = outcome.remedy or "correct the mask or its path, or leave out the row"
             problems.append((number, row[PATH_COLUMN], outcome.path, outcome.reason, remedy))
             continue
         for lesion in outcome:

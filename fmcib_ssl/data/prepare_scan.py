@@ -120,7 +120,7 @@ def prepare_scan(folder: Path, settings: StoreSettings, task: ScanTask) -> Outco
     except StoreError:
         raise
     except ScanError as error:
-        return Outcome(problem=(error.reason or str(error), error.remedy))
+        return Outcome(problem=(error.reason or str(error), error.remedy or "repair or leave out the scan"))
     except MemoryError:
         return Outcome(problem=("needs more memory than there is", "prepare it with num_workers=1, or coarser voxels"))
     except Exception as error:  # whatever a library makes of a broken file, the night goes on

@@ -32,12 +32,12 @@ class AnnotationsError(ValueError):
 
 
 class ScanError(Exception):
-    """A scan that cannot be used: which file, why, and what to do.
+    """A scan that cannot be used: which file, why, and what to do if it is not simply to repair or leave it out.
 
     With `path` alone it is the message as a whole, as a worker of a `DataLoader` rebuilds it.
     """
 
-    def __init__(self, path: object, reason: str = "", remedy: str = "repair or leave out the scan") -> None:
+    def __init__(self, path: object, reason: str = "", remedy: str = "") -> None:
         self.path = str(path)
         self.reason = reason
         self.remedy = remedy

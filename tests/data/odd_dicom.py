@@ -76,8 +76,7 @@ def store(one: Dataset, stored: np.ndarray, signed: bool = False, bits: int = 16
     allocated = 32 if bits > 16 else 16
     one.Rows, one.Columns = stored.shape[-2:]
     one.BitsAllocated, one.BitsStored, one.HighBit, one.PixelRepresentation = allocated, bits, bits - 1, int(signed)
-    values = stored.astype(np.int64) & (2**bits - 1)  # a 12-bit signed value keeps its upper four bits empty
-    one.PixelData = values.astype(f"<u{allocated // 8}").tobytes()
+    one.PixelData = stored.astype(np.int64).astype(f"<{'ui'[signed]}{allocated // 8}").tobytes()
 
 
 def write(folder: Path, slices: Sequence[Dataset], name: str = "{}.dcm") -> Path:

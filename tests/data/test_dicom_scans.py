@@ -102,13 +102,19 @@ def test_padding_is_a_value_below_air(tmp_path: Path, padding: int) -> None:
     np.testing.assert_array_equal(read_scan(write(tmp_path / "a", slices)).hu, hu)
 
 
-def test_overlays_in_unused_bits_are_no_values(tmp_path: Path) -> None:
+@pytest.mark.parametrize("signed", [False, True])
+def test_bits_beyond_those_stored(tmp_path: Path, signed: bool) -> None:
+    """They are an overlay's, if its tag says so; else nobody knows whether BitsStored or the value is wrong."""
     hu = ct_hu()
-    for signed in (False, True):
-        slices = ct_series(hu, bits=12, signed=signed, intercept=0 if signed else -1024)
-        for one in slices:
-            one.PixelData = (np.frombuffer(one.PixelData, "<u2") | 0x5000).tobytes()
-        np.testing.assert_array_equal(read_scan(write(tmp_path / str(signed), slices)).hu, hu)
+    slices = ct_series(hu, bits=12, signed=signed, intercept=0 if signed else -1024)
+    np.testing.assert_array_equal(read_scan(write(tmp_path / "plain", slices)).hu, hu)
+    for one in slices:
+        one.PixelData = (np.frombuffer(one.PixelData, "<u2") & 0x0FFF | 0x5000).tobytes()
+    with pytest.raises(ScanError, match=r"stored value \d+, which does not fit its 12 bits \(BitsStored\)"):
+        read_scan(write(tmp_path / "beyond", slices))
+    for one in slices:
+        one.add_new(0x60020102, "US", 12)
+    np.testing.assert_array_equal(read_scan(write(tmp_path / "overlay", slices)).hu, hu)
 
 
 @pytest.mark.parametrize("how", ["implicit", "big", "deflated", "rle", "JPEG2000", "JPEG", "bare"])
@@ -317,6 +323,7 @@ SPOILS: dict[str, tuple[Spoil, str]] = {
         r"shifted or not parallel: a corner of .*dcm lies 0\.80 mm off the regular grid.*0\.5 mm are allowed",
     ),
     "localizer": (localizer, r"its slices differ in orientation.*is a localizer among them\?"),
+    "no pixels": (all_slices(lambda one: store(one, np.zeros((0, 10)))), r"has 10 x 0 pixels, not a CT slice"),
     "other size": (lambda s: store(s[3], np.zeros((9, 9))), r"differ in size .*is a localizer among them\?"),
     "other spacing": (lambda s: setattr(s[3], "PixelSpacing", [0.8, 0.8]), r"differ in spacing"),
     "one slice": (lambda s: s.__delitem__(slice(1, None)), r"holds one DICOM slice; a volume needs at least two"),
