@@ -72,6 +72,7 @@ def _from_store(settings: Settings) -> LesionSource:
         per_lesion=data.per_lesion,
         select=_selected(data, store.lesions),
         padding_hu=store.settings.padding_hu,
+        on_bad_row=data.on_bad_row,
     )
     preprocessing = Preprocessing(data.patch_size, spacing_mm, store.settings.padding_hu)
     return LesionSource(patches, preprocessing, patches.lesions["scan_id"].nunique(), f"store {data.store}")

@@ -26,11 +26,15 @@ class Prepare(Command):
 
     python scripts/prepare.py annotations=lesions.csv store=/data/store image_root=/data/ct
 
-    Stopped or killed, the same command goes on where it was. For job arrays give shard=1/8 to 8/8, then merge=true.
+    Stopped or killed, the same command resumes where it was. For job arrays give shard=1/8 to 8/8, then merge=true.
+    verify=/data/store, alone, reads all of a store and names the files that are damaged; prepare makes them anew.
     """
 
-    annotations: Path = Field(description="CSV with image_path, coordX, coordY, coordZ; one row a lesion")
-    store: Path = Field(description="folder of the store; made if it is not there")
+    annotations: Path | None = Field(
+        default=None, description="CSV with image_path, coordX, coordY, coordZ; one row a lesion"
+    )
+    store: Path | None = Field(default=None, description="folder of the store; made if it is not there")
+    verify: Path | None = Field(default=None, description="folder of a store to look through, alone")
     image_root: Path | None = Field(default=None, description="folder of relative paths; null: the table's own")
     path_prefix: str | None = Field(default=None, description="beginning of the paths that image_root replaces")
     coordinates: Literal["lps", "ras", "voxel"] = Field(default="lps", description="frame of the points")
@@ -47,7 +51,11 @@ class Prepare(Command):
     sheet_lesions: NonNegativeInt = Field(default=24, description="lesions on the contact sheet; 0: no sheet")
 
     @model_validator(mode="after")
-    def _shard_or_merge(self) -> Prepare:
+    def _what_goes_together(self) -> Prepare:
+        if self.verify is not None and self.model_fields_set != {"verify"}:
+            raise ValueError("verify=DIR stands alone: it reads a store, and needs nothing else")
+        if missing := [name for name in ("annotations", "store") if self.verify is None and not getattr(self, name)]:
+            raise ValueError("\n".join(f"{name} is missing" for name in missing))
         if self.shard and self.merge:
             raise ValueError("shard and merge: run all shards first, then once merge=true without shard")
         return self
@@ -60,7 +68,16 @@ def main(arguments: list[str]) -> None:
     from fmcib_ssl.data.annotations import AnnotationsError, read_annotations  # noqa: PLC0415  # the help is quick
     from fmcib_ssl.data.prepare import Shard, merge, prepare  # noqa: PLC0415
     from fmcib_ssl.data.store import StoreError, StoreSettings  # noqa: PLC0415
+    from fmcib_ssl.data.verify import verify  # noqa: PLC0415
 
+    if command.verify is not None:
+        try:
+            verification = verify(command.verify)
+        except StoreError as error:
+            sys.exit(f"error: {error}")
+        print(verification)
+        sys.exit(1 if verification.damaged else 0)
+    assert command.annotations is not None and command.store is not None
     root = command.image_root
     try:
         table = read_annotations(command.annotations, root, command.coordinates, command.path_prefix)

@@ -7,6 +7,7 @@ enough to be memory-mapped, and what is drawn from it costs the same however lar
 from __future__ import annotations
 
 import mmap
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from jaxtyping import Bool, Float, Int16
 from scipy import ndimage
 
+from fmcib_ssl.data.scan_file import open_regular
 from fmcib_ssl.types import PADDING_HU
 
 #: Edge of a cell, mm; as near to it as whole voxels allow.
@@ -72,15 +74,18 @@ class CoarseMap:
         return np.array((_MAGIC, self.shape_zyx, 0, self.spacing_mm), _HEADER).tobytes() + self.cells.tobytes()
 
     @classmethod
-    def open(cls, path: Path) -> CoarseMap:
-        """Map a file into memory: a draw then reads a few pages of it and nothing else.
+    def open(cls, path: Path) -> tuple[CoarseMap, mmap.mmap]:
+        """Map a file into memory, which is given too: a draw then reads a few pages of it and nothing else.
 
         Raises:
             OSError: it cannot be opened.
             ValueError: it is not what `to_bytes` gives, or cut off.
         """
-        with path.open("rb") as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # outlives the descriptor
+        descriptor = open_regular(path)
+        try:
+            content = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)  # outlives the descriptor
+        finally:
+            os.close(descriptor)
         header = np.frombuffer(content, _HEADER, count=1)[0]
         if header["magic"] != _MAGIC:
             raise ValueError("not a coarse map")
@@ -88,7 +93,7 @@ class CoarseMap:
         spacing_mm = float(header["spacing_mm"])
         edge = _voxels_per_cell(spacing_mm)
         cells = np.frombuffer(content, _CELL, offset=_HEADER.itemsize).reshape([-(-n // edge) for n in (z, y, x)])
-        return cls(cells, (z, y, x), spacing_mm)
+        return cls(cells, (z, y, x), spacing_mm), content
 
 
 def build_coarse_map(hu_zyx: Int16[np.ndarray, "z y x"], spacing_mm: float) -> CoarseMap:

@@ -288,6 +288,19 @@ class NegativeMiner:
         yield from (scan for scan in order.tolist() if scan != own_scan and not self._without_place[scan])
 
 
+def stand_ins(key: SampleKey, num_lesions: int, seed: int) -> Iterator[int]:
+    """The lesion itself; then, should its scan fail, others in an order that the seed and the key alone decide.
+
+    Raises:
+        IndexError: there is no such lesion.
+    """
+    if not 0 <= key.index < num_lesions:
+        raise IndexError(f"lesion {key.index} of {num_lesions}")
+    yield key.index
+    order = np.random.default_rng([seed, *key]).permutation(num_lesions)
+    yield from (int(i) for i in order if i != key.index)
+
+
 def no_place(patch_extent_mm_zyx: Sequence[float]) -> str:
     """What to tell a user none of whose scans can give a negative."""
     extent = " x ".join(f"{edge:g}" for edge in patch_extent_mm_zyx)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from jaxtyping import Int16
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fmcib_ssl.data.mining import MiningStrategy, NegativeMiner, NegativeQuery, mining_strategy, no_place
-from fmcib_ssl.data.store import Store, StoreError
+from fmcib_ssl.data.mining import MiningStrategy, NegativeMiner, NegativeQuery, mining_strategy, no_place, stand_ins
+from fmcib_ssl.data.store import DamagedStoreError, Store, StoreError
+from fmcib_ssl.data.tables import OnBadRow
 from fmcib_ssl.types import PADDING_HU, PatchPair, SampleKey
 
 
@@ -38,6 +40,8 @@ class LesionPatches(Dataset[PatchPair]):
         select: places in, or a Boolean mask over, `store.lesions`: the lesions to serve, in that order. What is
             annotated in their scans stays forbidden to negatives all the same.
         padding_hu: what stands outside a scan.
+        on_bad_row: when a scan turns out to be damaged: "refuse" raises; "skip" warns once for each damage and lets
+            another lesion stand in, which the sample's `lesion` names.
 
     Attributes:
         lesions: the rows of `store.lesions` that are served; `lesion` of a sample is the place in it.
@@ -57,12 +61,15 @@ class LesionPatches(Dataset[PatchPair]):
         per_lesion: int = 1,
         select: npt.ArrayLike | None = None,
         padding_hu: int = PADDING_HU,
+        on_bad_row: OnBadRow = "refuse",
     ) -> None:
         self.store = store if isinstance(store, Store) else Store(store)
         if len(patch_size) != 3 or min(patch_size) < 1:
             raise ValueError(f"patch_size={tuple(patch_size)}: need three positive numbers, z, y, x")
         self.patch_size = np.array(patch_size, dtype=np.int64)
         self.padding_hu = padding_hu
+        self.on_bad_row = on_bad_row
+        self._warned: set[str] = set()
         lesions = self.store.lesions
         if absent := [name for name in ("scan_id", "center_z", "center_y", "center_x") if name not in lesions]:
             raise StoreError(f"{self.store.path}: its table of lesions has no {', '.join(absent)}: prepare it anew")
@@ -86,17 +93,29 @@ class LesionPatches(Dataset[PatchPair]):
 
     def __getitem__(self, key: SampleKey | int) -> PatchPair:
         key = key if isinstance(key, SampleKey) else SampleKey(0, key)
-        own = self._scan_of(key.index)
-        drawn = self._miner.draw(key, own, lambda scan: self.negative_query(scan, key.index))
+        for lesion in stand_ins(key, len(self), self._miner.seed):
+            try:
+                return self._pair(key, lesion)
+            except DamagedStoreError as error:
+                if self.on_bad_row == "refuse":
+                    raise DamagedStoreError(f"{error}; lesion {self.title(lesion)}") from error
+                if str(error) not in self._warned:
+                    self._warned.add(str(error))
+                    warnings.warn(f"Skipping lesions of a damaged scan: {error}", stacklevel=2)
+        raise StoreError(f"{self.store.path}: every one of its scans is damaged; run scripts/prepare.py again")
+
+    def _pair(self, key: SampleKey, lesion: int) -> PatchPair:
+        own = self._scan_of(lesion)
+        drawn = self._miner.draw(key, own, lambda scan: self.negative_query(scan, lesion))
         if drawn is None:
             extent = (self.patch_size * self.store.settings.spacing_mm).tolist()
             raise StoreError(f"{self.store.path}: {no_place(extent)}")
         scan, centers = drawn
         negatives = [self.patch_at(scan, center) for center in centers]
         return PatchPair(
-            positive=self.positive(key.index),
+            positive=self.positive(lesion),
             negative=negatives[0] if self._miner.per_lesion == 1 else self._stacked(negatives),
-            lesion=key.index,
+            lesion=lesion,
             negative_from_other_scan=scan != own,
         )
 

@@ -28,7 +28,7 @@ from fmcib_ssl.data.prepare_plan import (
     judge_rows,
     lesion_id_of,
     nameless_rows,
-    read_json,
+    read_record,
     records_of,
     scan_states,
     scans_of,
@@ -150,11 +150,11 @@ def prepare(
         StoreError: the folder is no store, has other settings, is in use, or cannot be written.
     """
     began, folder, settings = time.monotonic(), Path(folder), settings or StoreSettings()
-    with claim_store(folder, settings, None if shard is None else (shard.number, shard.total)):
+    with claim_store(folder, settings, None if shard is None else (shard.number, shard.total)) as was_finished:
         scans = scans_of(table, image_root)
         if shard is not None:
             scans = scans[shard.number - 1 :: shard.total]
-        states = scan_states(folder, settings, scans)
+        states = scan_states(folder, settings, scans, contents=was_finished)
         unfinished = [scan for scan in scans if states[scan.scan_id] != "finished"]
         if unfinished:
             write_settings_file(folder, settings, complete=False, annotations=str(table.source))
@@ -167,11 +167,12 @@ def prepare(
                 set_aside(folder, scan, rejected)
             elif states[scan.scan_id] == "rows changed":
                 file = sidecar_file(folder, scan.scan_id)
-                write_json(file, {**read_json(file), **sidecar})
+                write_json(file, {**read_record(file), **sidecar})
             else:
                 tasks.append(ScanTask(scan.scan_id, scan.source, sidecar))
         num_made, num_bytes = _run(folder, settings, tasks, scans, num_workers)
-        sidecars = {scan.scan_id: read_json(sidecar_file(folder, scan.scan_id)) for scan in scans}
+        _reject_changed(folder, settings, tasks, scans)
+        sidecars = {scan.scan_id: read_record(sidecar_file(folder, scan.scan_id)) for scan in scans}
         rejected_rows = _rejected_rows(table, scans, folder, sidecars, nameless=shard is None)
         num_lesions = None if shard is not None else _finish(folder, settings, table, sidecars, rejected_rows)
     num_aside = sum(not sidecar for sidecar in sidecars.values())
@@ -204,7 +205,7 @@ def merge(
                 f"{folder}: {len(missing)} of {len(scans)} scans are not finished:{names}{more}\n"
                 "Run their shards again (what is finished is kept), or the command without shard and merge"
             )
-        sidecars = {scan.scan_id: read_json(sidecar_file(folder, scan.scan_id)) for scan in scans}
+        sidecars = {scan.scan_id: read_record(sidecar_file(folder, scan.scan_id)) for scan in scans}
         rejected_rows = _rejected_rows(table, scans, folder, sidecars, nameless=True)
         num_lesions = _finish(folder, settings, table, sidecars, rejected_rows)
     num_aside = sum(not sidecar for sidecar in sidecars.values())
@@ -247,6 +248,19 @@ def _run(
     return num_made, num_bytes
 
 
+def _reject_changed(
+    folder: Path, settings: StoreSettings, tasks: Sequence[ScanTask], scans: Sequence[TableScan]
+) -> None:
+    """Leave out scans whose files were written while they, or others after them, were read."""
+    by_id = {task.scan_id: task for task in tasks}
+    made = [scan for scan in scans if scan.scan_id in by_id]
+    states = scan_states(folder, settings, made)
+    for scan in (scan for scan in made if states[scan.scan_id] == "its files have changed"):
+        reason = ("its files have changed while the store was made", "run the same command again once they stay")
+        logger.warning("rejected: %s: %s", scan.source.path, reason[0])
+        set_aside(folder, scan, _rejected_with_scan(by_id[scan.scan_id], *reason))
+
+
 def _killed(_task: ScanTask) -> Outcome:
     reason = "its process was killed twice, the second time alone at work: most likely there is too little memory"
     return Outcome(problem=(reason, "prepare it on a larger machine, or with coarser voxels in another store"))
@@ -267,7 +281,7 @@ def _rejected_rows(
     """All rows that the store has not, in the order of the table; of those that name no scan only if asked for."""
     records: list[Record] = []
     for scan in scans:
-        records += (sidecars[scan.scan_id] or read_json(aside_file(folder, scan)))["rejected"]
+        records += (sidecars[scan.scan_id] or read_record(aside_file(folder, scan)))["rejected"]
     if nameless and (places := nameless_rows(table)):
         try:
             check_annotations(table.select(places), Preprocessing())
@@ -287,9 +301,9 @@ def _finish(
         raise BadRowsError(f"{table.source}: no row can be used; see {folder / REJECTED_FILE}", rejected)
     scans = pd.DataFrame([{**sidecar["scan"], "num_lesions": len(sidecar["lesions"])} for sidecar in finished])
     lesions = pd.DataFrame([lesion for sidecar in finished for lesion in _lesions_of(sidecar)])
-    write_index(folder, scans, lesions.sort_values("row", ignore_index=True))
+    digests = write_index(folder, scans, lesions.sort_values("row", ignore_index=True))
     counts = {"num_scans": len(scans), "num_lesions": len(lesions), "num_rejected_rows": len(rejected)}
-    write_settings_file(folder, settings, complete=True, annotations=str(table.source), **counts)
+    write_settings_file(folder, settings, complete=True, annotations=str(table.source), **counts, checked=digests)
     return len(lesions)
 
 

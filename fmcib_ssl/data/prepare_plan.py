@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from tqdm import tqdm
 
 from fmcib_ssl.data.annotations import BadRowsError, LesionTable, OnBadRow, check_annotations
 from fmcib_ssl.data.prepare_scan import checksum, source_files, source_listing
@@ -30,10 +31,12 @@ from fmcib_ssl.data.store import (
     STORE_VERSION,
     StoreSettings,
     is_whole,
+    read_json,
     remove_file,
     sidecar_file,
     write_json,
 )
+from fmcib_ssl.data.verify import add_sums, scan_problem
 from fmcib_ssl.types import Preprocessing
 
 logger = logging.getLogger(__name__)
@@ -109,18 +112,36 @@ def scans_of(table: LesionTable, image_root: Path | str | None) -> list[TableSca
     return scans
 
 
-def scan_states(folder: Path, settings: StoreSettings, scans: Sequence[TableScan]) -> dict[str, State]:
+def scan_states(
+    folder: Path, settings: StoreSettings, scans: Sequence[TableScan], *, contents: bool = False
+) -> dict[str, State]:
     """What a store has of each scan, by `scan_id`.
 
     A scan whose files are gone from their place stays as it is: raw archives are moved to tape.
+
+    Args:
+        folder: of the store, which is claimed.
+        settings: of the store.
+        scans: to look at.
+        contents: read what is finished and compare its check sums; else sizes are compared.
     """
 
     def state(scan: TableScan) -> State:
-        sidecar = read_json(sidecar_file(folder, scan.scan_id))
+        file = sidecar_file(folder, scan.scan_id)
+        sidecar = read_record(file)
         if not sidecar:
-            return "set aside" if read_json(aside_file(folder, scan)).get("rows") == scan.rows else "not prepared"
-        known = (sidecar["version"], sidecar["settings"]) == (STORE_VERSION, asdict(settings))
+            return "set aside" if read_record(aside_file(folder, scan)).get("rows") == scan.rows else "not prepared"
+        known = (sidecar.get("version"), sidecar.get("settings")) == (STORE_VERSION, asdict(settings))
         if not known or not is_whole(folder, scan.scan_id, sidecar):
+            return "not prepared"
+        problem = None
+        if "sums" not in sidecar["sizes"]:
+            problem = add_sums(folder, scan.scan_id, sidecar)
+        elif contents:
+            problem = scan_problem(folder, scan.scan_id)
+        if problem is not None:
+            logger.warning("%s is damaged and made anew: %s", file.with_suffix(".b2nd"), problem)
+            remove_file(file)  # should this run be stopped, the next one need not look again
             return "not prepared"
         try:
             listing = source_listing(scan.source.path)
@@ -130,11 +151,12 @@ def scan_states(folder: Path, settings: StoreSettings, scans: Sequence[TableScan
             if checksum(source_files(scan.source)) != sidecar["source"]["sha256"]:
                 return "its files have changed"
             sidecar["source"]["listing"] = listing  # copied, or touched
-            write_json(sidecar_file(folder, scan.scan_id), sidecar)
+            write_json(file, sidecar)
         return "finished" if sidecar["rows"] == scan.rows else "rows changed"
 
     with ThreadPoolExecutor(_NUM_IO_THREADS) as pool:
-        return dict(zip((scan.scan_id for scan in scans), pool.map(state, scans), strict=True))
+        found = tqdm(pool.map(state, scans), "Checking", len(scans), unit="scan", disable=not contents)
+        return dict(zip((scan.scan_id for scan in scans), found, strict=True))
 
 
 def judge_rows(table: LesionTable, scans: Sequence[TableScan], on_bad_row: OnBadRow, folder: Path) -> JudgedRows:
@@ -183,18 +205,18 @@ def aside_file(folder: Path, scan: TableScan) -> Path:
 
 def set_aside(folder: Path, scan: TableScan, rejected: list[Record]) -> None:
     """Leave a scan out of the store, with what is wrong with its rows."""
-    for suffix in ("json", "cells", "b2nd"):  # of an earlier version of its files
+    # Of an earlier version of its files; of a scan that is gone they may be all that is left, though damaged.
+    for suffix in ("json", "cells", "sums", "b2nd") if scan.source.path.exists() else ("json",):
         remove_file(folder / SCANS_FOLDER / f"{scan.scan_id}.{suffix}")
     write_json(aside_file(folder, scan), {"rows": scan.rows, "rejected": rejected})
 
 
-def read_json(path: Path) -> Record:
-    """What a JSON file says; nothing if there is none that can be read."""
+def read_record(path: Path) -> Record:
+    """What a JSON file of a store says; nothing if there is none that is as it was written."""
     try:
-        values: Record = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        return read_json(path)
+    except (OSError, ValueError):
         return {}
-    return values
 
 
 def records_of(rows: pd.DataFrame) -> list[Record]:

@@ -4,6 +4,7 @@
 store.json               what it was made with, and whether it is complete
 scans/<scan_id>.b2nd     int16 HU (z, y, x), a Blosc2 array of blocks that decompress on their own
 scans/<scan_id>.cells    the coarse map, from which negatives are drawn, memory-mapped
+scans/<scan_id>.sums     check sums of both, compared when they are read
 scans/<scan_id>.json     what is known of the scan and its lesions; written last, so it marks the scan as finished
 scans.parquet, lesions.parquet   the index, made from the JSON files at the end
 ```
@@ -11,21 +12,25 @@ scans.parquet, lesions.parquet   the index, made from the JSON files at the end
 A scan's grid has its axes along +x, +y, +z of LPS and isotropic voxels, as few as cover the scan's extent, with the
 same middle. Voxel `(z, y, x)` has its centre at `origin + spacing * (x, y, z)`.
 
+JSON files hold a digest of themselves, and `store.json` those of the index. A store from before there were check sums
+and digests is read without them; `scripts/prepare.py verify=DIR` adds them.
+
 Reading needs neither SimpleITK nor torch.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import blosc2
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -34,6 +39,8 @@ from jaxtyping import Float, Int16
 
 from fmcib_ssl.data.coarse_map import CoarseMap
 from fmcib_ssl.data.geometry import ScanGeometry
+from fmcib_ssl.data.scan_file import DamagedScanError, OpenScan, ScanSums, Triple, encode_voxels, read_regular
+from fmcib_ssl.data.store_index import is_name, problem_of_lesions, problem_of_scans
 from fmcib_ssl.types import PADDING_HU
 from fmcib_ssl.whole_file import write_whole
 
@@ -42,23 +49,26 @@ STORE_VERSION = 1
 SETTINGS_FILE = "store.json"
 SCANS_FOLDER = "scans"
 SCANS_INDEX, LESIONS_INDEX = "scans.parquet", "lesions.parquet"
-#: Of the candidates measured on CT (docs/prepare.md) the fastest to read; 50 voxels of an edge touch 27 blocks.
-CHUNK_EDGE, BLOCK_EDGE = 128, 32
-
+#: In `store.json`: digests of the index. Where they are, all scans have check sums.
+CHECKED = "checked"
+_DIGEST = "digest"
+#: Another key is one of these with a damaged bit, and what it says would be missed.
+_SETTINGS_KEYS = {
+    "version", "complete", "settings", "annotations", "num_scans", "num_lesions", "num_rejected_rows", CHECKED,
+}  # fmt: skip
 #: Of an index: a file of kilobytes may claim any number of rows.
 _MOST_ROWS = 50_000_000
-#: In the header of a Blosc2 frame: arrays that are computed, from an expression or a function in the file, or fetched.
-_NOT_PLAIN = (b"LazyArray", b"b2o", b"proxy-source")
-_LONGEST_HEADER = 1 << 20
-_CENTER = ("center_z", "center_y", "center_x")
-_FARTHEST_VOXEL = 1e6
-
+#: Scans that a process keeps open: a lesion's patch and its negatives come from one.
+_NUM_OPEN = 4
 Interpolation = Literal["linear", "nearest", "bspline"]
-Triple = tuple[int, int, int]
 
 
 class StoreError(ValueError):
     """A store that cannot be read, written or gone on with."""
+
+
+class DamagedStoreError(StoreError):
+    """A file of a store is not as it was written, or contradicts another one."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +140,7 @@ def patch_start(center_zyx: Sequence[float], size_zyx: Sequence[int]) -> Triple:
 class Store:
     """A finished store, for reading.
 
-    Holds no file open and keeps nothing of what it reads, so it may be forked, sent to other processes (as its
-    path), and used for any number of scans.
+    Keeps a few scans open and nothing of what it reads; may be forked, and sent to other processes as its path.
 
     Args:
         path: its folder.
@@ -142,42 +151,51 @@ class Store:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        found = read_settings_file(self.path)
-        if found is None:
+        self._about = read_settings_file(self.path) or {}
+        if not self._about:
             raise StoreError(
                 f"{self.path} is not a store (it has no {SETTINGS_FILE}): make one with scripts/prepare.py"
             )
-        if not found["complete"]:
+        if not self._about["complete"]:
             raise StoreError(
                 f"{self.path} is not complete: run the same scripts/prepare.py command again to go on where it "
                 "stopped; after shards have run, once more with merge=true"
             )
         try:
-            self.settings = StoreSettings(**found["settings"])
+            self.settings = StoreSettings(**self._about["settings"])
         except (TypeError, ValueError) as error:
             raise StoreError(f"{self.path / SETTINGS_FILE} has no settings of a store ({error})") from error
-        self._plain: set[str] = set()
+        self._open: OrderedDict[str, OpenScan] = OrderedDict()
+        self._known_maps: set[str] = set()
 
     def __reduce__(self) -> tuple[type[Store], tuple[Path]]:
         return type(self), (self.path,)
 
     @cached_property
     def lesions(self) -> pd.DataFrame:
-        """One row a lesion, in the order of the table.
+        """One row a lesion, in the order of the table; the first use compares the index with itself.
 
         Columns: `lesion_id`, `scan_id`, `center_z, center_y, center_x` (fractional voxels of the store),
         `center_x_lps_mm` and so on, `row` (in the table), then all columns of the table.
         """
         lesions = self._read_index(LESIONS_INDEX)
-        problem = _problem_of_lesions(lesions)
+        problem = problem_of_lesions(lesions, self.scans, self.settings.spacing_mm)
         if problem is not None:
-            raise StoreError(f"{self.path / LESIONS_INDEX} is damaged: {problem}; run scripts/prepare.py again")
+            raise DamagedStoreError(f"{self.path / LESIONS_INDEX} is damaged: {problem}; run scripts/prepare.py again")
         return lesions
 
     @cached_property
     def scans(self) -> pd.DataFrame:
         """One row a scan, by `scan_id`: where it comes from, its geometry there and here, HU range, body volume."""
-        return self._read_index(SCANS_INDEX).set_index("scan_id")
+        scans = self._read_index(SCANS_INDEX)
+        problem = problem_of_scans(scans)
+        if problem is not None:
+            raise DamagedStoreError(f"{self.path / SCANS_INDEX} is damaged: {problem}; run scripts/prepare.py again")
+        return scans.set_index("scan_id")
+
+    @cached_property
+    def _shapes(self) -> dict[str, Triple]:
+        return dict(zip(self.scans.index, map(tuple, self.scans["shape_zyx"]), strict=True))
 
     def grid(self, scan_id: str) -> StoreGrid:
         """The voxels of a scan."""
@@ -192,110 +210,121 @@ class Store:
         """Voxels `start` to `start + size` of a scan; what lies outside it is `padding_hu`.
 
         Raises:
-            StoreError: no such scan, or a damaged file.
+            DamagedStoreError: no such scan, or a damaged file.
         """
-        file = self.path / SCANS_FOLDER / f"{scan_id}.b2nd"
+        file = self._file(scan_id, "b2nd")
         try:
-            if scan_id not in self._plain:
-                _check_scan_file(self.path, scan_id)
-                self._plain.add(scan_id)
-            # One thread: the caller's workers are the parallelism, and a pool of threads does not survive a fork.
-            # Not memory-mapped: as fast from the page cache, three times as fast from the disk (docs/prepare.md).
-            array = blosc2.open(str(file), mode="r", dparams=blosc2.DParams(nthreads=1))
-            if array.ndim != 3 or array.dtype != np.int16:
-                raise RuntimeError(f"{array.dtype} in {array.ndim} dimensions, not int16 in 3")
-            window = [(max(a, 0), min(a + n, m)) for a, n, m in zip(start_zyx, size_zyx, array.shape, strict=True)]
-            patch = np.full(tuple(size_zyx), padding_hu, dtype=np.int16)
-            if all(low < high for low, high in window):
-                here = tuple(slice(low, high) for low, high in window)
-                there = tuple(slice(low - a, high - a) for (low, high), a in zip(window, start_zyx, strict=True))
-                patch[there] = array[here]
+            while True:
+                scan = self._opened(scan_id)
+                window = [
+                    (max(a, 0), min(a + n, m)) for a, n, m in zip(start_zyx, size_zyx, scan.shape_zyx, strict=True)
+                ]
+                if not all(low < high for low, high in window):
+                    return np.full(tuple(size_zyx), padding_hu, dtype=np.int16)
+                voxels = scan.read(window)
+                if voxels is not None:
+                    break
+                del self._open[scan_id]  # prepared anew meanwhile
         except FileNotFoundError as error:
-            raise StoreError(f"{file} is missing: run scripts/prepare.py again to make it anew") from error
-        except StoreError:
-            raise
+            raise DamagedStoreError(f"{file} is missing: run scripts/prepare.py again to make it anew") from error
         except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, MemoryError, OSError) as error:
-            raise StoreError(f"{file} is damaged ({error}): delete it and run scripts/prepare.py again") from error
+            raise DamagedStoreError(
+                f"{file} is damaged ({error}): run scripts/prepare.py again to make it anew"
+            ) from error
+        if voxels.shape == tuple(size_zyx):
+            return voxels
+        patch = np.full(tuple(size_zyx), padding_hu, dtype=np.int16)
+        patch[tuple(slice(low - a, high - a) for (low, high), a in zip(window, start_zyx, strict=True))] = voxels
         return patch
 
     def coarse_map(self, scan_id: str) -> CoarseMap:
-        """The coarse map of a scan.
+        """The coarse map of a scan; each process compares its check sum once.
 
         Raises:
-            StoreError: no such scan, or a damaged file.
+            DamagedStoreError: no such scan, or a damaged file.
         """
-        file = self.path / SCANS_FOLDER / f"{scan_id}.cells"
+        file = self._file(scan_id, "cells")
         try:
-            _check_scan_id(self.path, scan_id)
-            return CoarseMap.open(file)
+            found, content = CoarseMap.open(file)
+            if scan_id not in self._known_maps:
+                if (sums := self._sums(scan_id)) is not None:
+                    sums.check_coarse_map(content)
+                if (found.shape_zyx, found.spacing_mm) != (self._shapes[scan_id], self.settings.spacing_mm):
+                    raise ValueError(f"it is of {found.shape_zyx} voxels of {found.spacing_mm:g} mm")
+                self._known_maps.add(scan_id)
+            return found
         except (OSError, ValueError) as error:
-            raise StoreError(f"{file} cannot be read ({error}): run scripts/prepare.py again") from error
+            raise DamagedStoreError(f"{file} cannot be read ({error}): run scripts/prepare.py again") from error
+
+    def _opened(self, scan_id: str) -> OpenScan:
+        if scan_id not in self._open:
+            scan = OpenScan(self.path / SCANS_FOLDER / f"{scan_id}.b2nd", self._sums(scan_id))
+            if scan.shape_zyx != self._shapes[scan_id]:
+                raise DamagedScanError(f"it has {scan.shape_zyx} voxels, and the index says {self._shapes[scan_id]}")
+            while len(self._open) >= _NUM_OPEN:
+                self._open.popitem(last=False)
+            self._open[scan_id] = scan
+        self._open.move_to_end(scan_id)
+        return self._open[scan_id]
+
+    def _sums(self, scan_id: str) -> ScanSums | None:
+        try:
+            return ScanSums.open(self.path / SCANS_FOLDER / f"{scan_id}.sums", scan_id)
+        except FileNotFoundError as error:
+            if self._about.get(CHECKED):
+                raise DamagedScanError("its check sums are missing") from error
+            return None
+
+    def _file(self, scan_id: str, suffix: str) -> Path:
+        """A file of a scan; refuses a name that leads out of the store, or is not in its index."""
+        if not is_name(scan_id) or scan_id not in self._shapes:
+            raise DamagedStoreError(f"{self.path} is damaged: {scan_id[:200]!r} is no scan of it; prepare it anew")
+        return self.path / SCANS_FOLDER / f"{scan_id}.{suffix}"
 
     def _read_index(self, name: str) -> pd.DataFrame:
         try:
-            if (num_rows := pq.read_metadata(self.path / name).num_rows) > _MOST_ROWS:
+            content = read_regular(self.path / name)
+            known = (self._about.get(CHECKED) or {}).get(name)
+            if known is not None and known != hashlib.sha256(content).hexdigest():
+                raise ValueError(f"it is not the one that {SETTINGS_FILE} was written with: its digest differs")
+            if (num_rows := pq.read_metadata(pa.BufferReader(content)).num_rows) > _MOST_ROWS:
                 raise ValueError(f"it claims {num_rows} rows")
-            table = pq.read_table(self.path / name)
+            table = pq.read_table(pa.BufferReader(content))
             table.validate(full=True)
             frame: pd.DataFrame = table.to_pandas()
             return frame
         except (pa.ArrowException, OSError, ValueError, TypeError, LookupError) as error:
-            raise StoreError(f"{self.path / name} cannot be read ({error}): run scripts/prepare.py again") from error
-
-
-def _problem_of_lesions(lesions: pd.DataFrame) -> str | None:
-    """What keeps a table from being one of lesions in a store."""
-    if "scan_id" in lesions and not all(isinstance(scan_id, str) for scan_id in lesions["scan_id"]):
-        return "a scan_id is no text"
-    for name in (name for name in _CENTER if name in lesions):
-        bad = ~(pd.to_numeric(lesions[name], errors="coerce").abs() < _FARTHEST_VOXEL)  # NaN is not below it either
-        if bad.any():
-            return f"{name} is {lesions[name][bad].iloc[0]} in {int(bad.sum())} rows, first in the {bad.argmax() + 1}."
-    return None
-
-
-def _check_scan_id(folder: Path, scan_id: str) -> None:
-    """Refuse a name that leads out of the store."""
-    if not scan_id or scan_id != Path(scan_id).name or scan_id in (".", "..") or "\0" in scan_id:
-        raise StoreError(f"{folder} is damaged: {scan_id[:200]!r} is no name of a scan; prepare it anew")
-
-
-def _check_scan_file(folder: Path, scan_id: str) -> None:
-    """Refuse a file whose opening could run something: Blosc2 keeps functions and expressions in its headers."""
-    _check_scan_id(folder, scan_id)
-    path = folder / SCANS_FOLDER / f"{scan_id}.b2nd"
-    with path.open("rb") as file:
-        header = file.read(_LONGEST_HEADER)
-    length = int.from_bytes(header[11:15], "big")
-    if header[2:9] != b"b2frame" or not 15 < length <= _LONGEST_HEADER:
-        raise StoreError(f"{path} is damaged (no Blosc2 array): delete it and run scripts/prepare.py again")
-    if found := [mark.decode() for mark in _NOT_PLAIN if mark in header[:length]]:
-        raise StoreError(f"{path} holds no voxels but {', '.join(found)}, which is not read: prepare the store anew")
+            raise DamagedStoreError(
+                f"{self.path / name} cannot be read ({error}): run scripts/prepare.py again"
+            ) from error
 
 
 def read_settings_file(folder: Path) -> dict[str, Any] | None:
     """What `store.json` says; None if there is none.
 
     Raises:
-        StoreError: it is no such file, or of another version.
+        DamagedStoreError: it is no such file, or not as it was written.
+        StoreError: it is of another version.
     """
     file = folder / SETTINGS_FILE
     try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        version = found["version"]
+        found = read_json(file)
         if not isinstance(found["complete"], bool) or not isinstance(found["settings"], dict):
             raise TypeError("complete or settings")
-    except FileNotFoundError:
+        if not isinstance(found.get(CHECKED, {}), dict) or (unknown := found.keys() - _SETTINGS_KEYS):
+            raise ValueError(f"it has {CHECKED if not unknown else sorted(unknown)}")
+        version = found["version"]
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise StoreError(f"{file} cannot be read ({error})") from error
+        raise DamagedStoreError(f"{file} cannot be read ({error}): run scripts/prepare.py again") from error
     if version != STORE_VERSION:
         raise StoreError(f"{folder} has version {version}, this package reads {STORE_VERSION}: prepare it anew")
     return found
 
 
 def write_settings_file(folder: Path, settings: StoreSettings, *, complete: bool, **about: object) -> None:
-    """Write `store.json`; `about` is for people who look at it."""
+    """Write `store.json`; `about` is for people who look at it, and `checked` what `write_index` gave."""
     write_json(
         folder / SETTINGS_FILE,
         {"version": STORE_VERSION, "complete": complete, "settings": asdict(settings), **about},
@@ -314,20 +343,14 @@ def write_scan(
     coarse_map: CoarseMap,
     sidecar: Mapping[str, object],
 ) -> int:
-    """Write a scan's three files, the JSON last, each whole or not at all; gives the compressed size in bytes.
+    """Write a scan's four files, the JSON last, each whole or not at all; gives the compressed size in bytes.
 
     Raises:
         StoreError: the folder cannot be written.
     """
     remove_file(sidecar_file(folder, scan_id))  # of an earlier version: what follows is not its voxels
-    array = blosc2.asarray(
-        hu_zyx,
-        chunks=(CHUNK_EDGE,) * 3,
-        blocks=(BLOCK_EDGE,) * 3,
-        cparams=blosc2.CParams(codec=blosc2.Codec.LZ4, clevel=9, filters=[blosc2.Filter.SHUFFLE], nthreads=1),
-    )
-    # Through memory, because Blosc2's own writing has no error for a full disk, and a memory map dies of it.
-    contents = {"b2nd": array.to_cframe(), "cells": coarse_map.to_bytes()}
+    contents = {"b2nd": encode_voxels(hu_zyx), "cells": coarse_map.to_bytes()}
+    contents["sums"] = ScanSums.of(contents["b2nd"], contents["cells"], hu_zyx.shape).to_bytes(scan_id)
     for suffix, content in contents.items():
         write_bytes(folder / SCANS_FOLDER / f"{scan_id}.{suffix}", content)
     sizes = {suffix: len(content) for suffix, content in contents.items()}
@@ -341,18 +364,50 @@ def is_whole(folder: Path, scan_id: str, sidecar: Mapping[str, Any]) -> bool:
     return all(file.is_file() and file.stat().st_size == size for file, size in files.items())
 
 
-def write_index(folder: Path, scans: pd.DataFrame, lesions: pd.DataFrame) -> None:
-    """Write the two index files, each whole or not at all."""
+def write_index(folder: Path, scans: pd.DataFrame, lesions: pd.DataFrame) -> dict[str, str]:
+    """Write the two index files, each whole or not at all; gives their digests, for `store.json`."""
+    digests = {}
     for name, frame in ((SCANS_INDEX, scans), (LESIONS_INDEX, lesions)):
         buffer = io.BytesIO()
         frame.to_parquet(buffer, index=False)
         write_bytes(folder / name, buffer.getvalue())
+        digests[name] = digest_of(folder / name)
+    return digests
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(read_regular(path)).hexdigest()
 
 
 def write_json(path: Path, values: Mapping[str, object]) -> None:
-    """Write JSON, whole or not at all; NumPy's scalars become plain numbers."""
-    text = json.dumps(values, indent=1, ensure_ascii=False, default=lambda value: value.item())
+    """Write JSON with a digest of itself, whole or not at all; NumPy's scalars become plain numbers."""
+    plain = json.loads(json.dumps(values, default=lambda value: value.item()))
+    text = json.dumps({**plain, _DIGEST: _digest(plain)}, indent=1, ensure_ascii=False)
     write_bytes(path, text.encode("utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote, or an earlier version of it, without its digest.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no such file, or not as it was written.
+    """
+    try:
+        values = json.loads(read_regular(path))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"it holds {type(values).__name__}")
+    digest = values.pop(_DIGEST, None)
+    if digest is not None and digest != _digest(values):
+        raise ValueError("its digest is not that of what it says")
+    return values
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def write_bytes(path: Path, data: bytes) -> None:

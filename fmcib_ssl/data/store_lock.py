@@ -11,13 +11,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from fmcib_ssl.data.store import (
     SCANS_FOLDER,
     SETTINGS_FILE,
+    DamagedStoreError,
     StoreError,
     StoreSettings,
     cannot_write,
+    read_json,
     read_settings_file,
     write_settings_file,
 )
@@ -27,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def claim_store(folder: Path, settings: StoreSettings, shard: tuple[int, int] | None) -> Iterator[None]:
-    """Hold a store for writing; it is made if there is none.
+def claim_store(folder: Path, settings: StoreSettings, shard: tuple[int, int] | None) -> Iterator[bool]:
+    """Hold a store for writing; it is made if there is none. Yields whether it was finished before, or is damaged.
 
     The locks are the kernel's: they end with the process, however it ends.
 
@@ -38,10 +41,12 @@ def claim_store(folder: Path, settings: StoreSettings, shard: tuple[int, int] | 
         shard: number and total; None claims the store as a whole.
 
     Raises:
-        StoreError: another run has it; it has other settings; the folder is something else, or cannot be written.
+        StoreError: another run has it; it has other settings; the folder is something else, which is left as it is; or
+            it cannot be written.
     """
     with ExitStack() as locks:
         try:
+            _agree_on_settings(folder, settings)  # before anything is made or removed there
             (folder / SCANS_FOLDER).mkdir(parents=True, exist_ok=True)
             _lock(folder, "", locks, shared=shard is not None)
             if shard is None:
@@ -49,10 +54,12 @@ def claim_store(folder: Path, settings: StoreSettings, shard: tuple[int, int] | 
                 remove_leftovers(folder / SCANS_FOLDER)
             else:
                 _lock(folder, f"-{shard[0]}-of-{shard[1]}", locks, shared=False)
+            finished = _agree_on_settings(folder, settings)
         except OSError as error:
             raise StoreError(cannot_write(folder, error)) from error
-        _agree_on_settings(folder, settings)
-        yield
+        if finished is None:
+            write_settings_file(folder, settings, complete=False)
+        yield bool(finished)
 
 
 def _lock(folder: Path, suffix: str, locks: ExitStack, *, shared: bool) -> None:
@@ -76,17 +83,28 @@ def _lock(folder: Path, suffix: str, locks: ExitStack, *, shared: bool) -> None:
         file.flush()
 
 
-def _agree_on_settings(folder: Path, settings: StoreSettings) -> None:
-    found = read_settings_file(folder)
+def _agree_on_settings(folder: Path, settings: StoreSettings) -> bool | None:
+    """Whether a store with these settings is finished or damaged; None where there is nothing yet.
+
+    Raises:
+        StoreError: the folder is something else, or a store with other settings.
+    """
+    try:
+        found = read_settings_file(folder)
+    except DamagedStoreError:
+        found = _described_by_scans(folder)  # the same command mends it
+        if found is None:
+            raise
     if found is None:
-        ours = (".lock", SCANS_FOLDER, SETTINGS_FILE, f".{SETTINGS_FILE}.")  # the last: a shard is just writing it
-        foreign = [p.name for p in folder.iterdir() if not p.name.startswith(ours)]
+        ours = (".lock", f".{SETTINGS_FILE}.")  # the last: a shard is just writing it
+        there = list(folder.iterdir()) if folder.exists() else []
+        empty = [path for path in there if path.name == SCANS_FOLDER and path.is_dir() and not any(path.iterdir())]
+        foreign = [path.name for path in there if not path.name.startswith(ours) and path not in empty]
         if foreign:
             raise StoreError(
                 f"{folder} is not a store and not empty (it has {sorted(foreign)[0]!r}): choose another store=DIR"
             )
-        write_settings_file(folder, settings, complete=False)
-        return
+        return None
     differences = [
         f"{key}={there} there, {asked} asked for"
         for key, asked in asdict(settings).items()
@@ -97,3 +115,14 @@ def _agree_on_settings(folder: Path, settings: StoreSettings) -> None:
             f"{folder} was made with other settings ({'; '.join(differences)}): "
             "ask for the same, or choose another store=DIR"
         )
+    return bool(found["complete"])
+
+
+def _described_by_scans(folder: Path) -> dict[str, Any] | None:
+    """What a damaged `store.json` must have said, by the settings of a scan that is whole."""
+    for file in sorted((folder / SCANS_FOLDER).glob("*.json")):
+        try:
+            return {"settings": dict(read_json(file)["settings"]), "complete": True}
+        except (OSError, ValueError, LookupError, TypeError):
+            continue
+    return None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch.utils.data import Dataset
 from fmcib_ssl.data.annotations import AnnotationsError, LesionTable, OnBadRow
 from fmcib_ssl.data.coarse_map import CELL_MM, CoarseMap, build_coarse_map
 from fmcib_ssl.data.geometry import PatchGrid, ScanGeometry
-from fmcib_ssl.data.mining import MiningStrategy, NegativeMiner, NegativeQuery, mining_strategy, no_place
+from fmcib_ssl.data.mining import MiningStrategy, NegativeMiner, NegativeQuery, mining_strategy, no_place, stand_ins
 from fmcib_ssl.data.scans import Scan, ScanSource, crop_patch, read_scan
 from fmcib_ssl.data.tables import ScanError
 from fmcib_ssl.types import PatchPair, Preprocessing, SampleKey
@@ -105,7 +104,7 @@ class VolumePatches(Dataset[PatchPair]):
 
     def __getitem__(self, key: SampleKey | int) -> PatchPair:
         key = key if isinstance(key, SampleKey) else SampleKey(0, key)
-        for lesion in self._stand_ins(key):
+        for lesion in stand_ins(key, len(self), self.seed):
             try:
                 positive = self.positive(lesion)
             except ScanError:
@@ -184,14 +183,6 @@ class VolumePatches(Dataset[PatchPair]):
         for patch, center in zip(patches, centers, strict=True):
             patch[:] = self.patch_at(source, self._map(source).to_lps_mm(center))
         return scan, patches
-
-    def _stand_ins(self, key: SampleKey) -> Iterator[int]:
-        """The lesion itself; then, should its scan fail, others in an order that the key alone decides."""
-        if not 0 <= key.index < len(self):
-            raise IndexError(f"lesion {key.index} of {len(self)}")
-        yield key.index
-        order = np.random.default_rng([self.seed, *key]).permutation(len(self))
-        yield from (int(i) for i in order if i != key.index)
 
     def _map(self, source: ScanSource) -> _Map:
         decoded = self._decoded(source)

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from fmcib_ssl.data.coarse_map import build_coarse_map
-from fmcib_ssl.data.store import SCANS_FOLDER, Store, StoreSettings, write_index, write_scan, write_settings_file
+from fmcib_ssl.data.store import (
+    CHECKED,
+    SCANS_FOLDER,
+    Store,
+    StoreSettings,
+    digest_of,
+    read_json,
+    write_index,
+    write_json,
+    write_scan,
+    write_settings_file,
+)
 
 
 def body(shape_zyx: tuple[int, int, int], seed: int = 0) -> np.ndarray:
@@ -34,6 +46,23 @@ def make_store(folder: Path, scans: dict[str, np.ndarray], lesions: list[tuple[s
         [{"scan_id": scan_id, "origin_lps_mm": [0.0] * 3, "shape_zyx": list(hu.shape)} for scan_id, hu in scans.items()]
     )
     table = pd.DataFrame(lesions, columns=["scan_id", "center_z", "center_y", "center_x"])
-    write_index(folder, index, table.assign(lesion_id=range(len(table)), row=range(1, len(table) + 1)))
-    write_settings_file(folder, settings, complete=True)
+    table = table.assign(lesion_id=range(len(table)), row=range(1, len(table) + 1))
+    write_settings_file(folder, settings, complete=True, checked=write_index(folder, index, table))
     return Store(folder)
+
+
+def reseal(folder: Path) -> None:
+    """Let `store.json` agree with an index that was changed: what it says is to be found wrong, not its bytes."""
+    about = read_json(folder / "store.json")
+    write_json(folder / "store.json", {**about, CHECKED: {name: digest_of(folder / name) for name in about[CHECKED]}})
+
+
+def as_before_check_sums(folder: Path) -> None:
+    """Take out of a store what earlier versions did not write."""
+    for file in [folder / "store.json", *(folder / SCANS_FOLDER).glob("*.json")]:
+        values = read_json(file)
+        values.pop(CHECKED, None)
+        values.get("sizes", {}).pop("sums", None)
+        file.write_text(json.dumps(values, indent=1))
+    for file in (folder / SCANS_FOLDER).glob("*.sums"):
+        file.unlink()

@@ -63,7 +63,7 @@ def test_a_file_holds_the_map(tmp_path: Path) -> None:
     coarse = build_coarse_map(chest()[0], 1.3)
     path = tmp_path / "map.cells"
     path.write_bytes(coarse.to_bytes())
-    again = CoarseMap.open(path)
+    again, _ = CoarseMap.open(path)
     np.testing.assert_array_equal(again.cells, coarse.cells)
     assert (again.shape_zyx, again.spacing_mm) == (coarse.shape_zyx, coarse.spacing_mm) == ((60, 70, 90), 1.3)
     assert not again.cells.flags.writeable

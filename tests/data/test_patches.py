@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stores import body, make_store
+from stores import body, make_store, reseal
 from torch.utils.data import DataLoader
 
 import fmcib_ssl.data
 from fmcib_ssl.data.mining import Near
 from fmcib_ssl.data.patches import LesionPatches
+from fmcib_ssl.data.scan_file import ScanSums
 from fmcib_ssl.data.store import Store, StoreError
 from fmcib_ssl.types import PatchPair, SampleKey
 
@@ -172,12 +173,18 @@ def test_memory_does_not_grow_with_the_scans_that_are_read(tmp_path: Path) -> No
     for file in list((first.path / "scans").iterdir()):
         for number in range(1, num_scans):
             os.link(file, file.with_name(f"{number}{file.suffix}"))  # as many files, of one content
+    sums = ScanSums.open(first.path / "scans" / "0.sums", "0")
+    for number in range(1, num_scans):
+        (first.path / "scans" / f"{number}.sums").unlink()
+        (first.path / "scans" / f"{number}.sums").write_bytes(sums.to_bytes(str(number)))
     index = first.scans.reset_index()
     index.loc[index.index.repeat(num_scans)].assign(scan_id=[str(n) for n in range(num_scans)]).to_parquet(
         first.path / "scans.parquet"
     )
-    lesions = first.lesions.loc[[0] * num_scans].assign(scan_id=[str(n) for n in range(num_scans)])
+    names = [str(number) for number in range(num_scans)]
+    lesions = first.lesions.loc[[0] * num_scans].assign(scan_id=names, lesion_id=names, row=range(num_scans))
     lesions.to_parquet(first.path / "lesions.parquet")
+    reseal(first.path)
     code = (
         "import sys; from fmcib_ssl.data import LesionPatches\n"
         "def private_kb():\n"

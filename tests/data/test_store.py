@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import multiprocessing
 import os
 import pickle
@@ -28,8 +27,10 @@ from fmcib_ssl.data.store import (
     StoreGrid,
     StoreSettings,
     patch_start,
+    read_json,
     write_bytes,
     write_index,
+    write_json,
     write_scan,
     write_settings_file,
 )
@@ -170,8 +171,7 @@ def test_what_is_no_finished_store_is_refused(tmp_path: Path) -> None:
     write_settings_file(folder, StoreSettings(), complete=False)
     with pytest.raises(StoreError, match="is not complete: run the same"):
         Store(folder)
-    settings = json.loads((folder / "store.json").read_text())
-    (folder / "store.json").write_text(json.dumps({**settings, "version": 99}))
+    write_json(folder / "store.json", {**read_json(folder / "store.json"), "version": 99})
     with pytest.raises(StoreError, match="has version 99, this package reads 1"):
         Store(folder)
     (folder / "store.json").write_text("{")
