@@ -14,6 +14,7 @@ from pydicom import uid
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.tag import Tag
+from scipy.spatial.transform import Rotation
 
 SHAPE = (6, 8, 10)  # slices, rows, columns
 SPACING = (2.5, 0.75, 0.5)  # between slices, rows, columns
@@ -27,6 +28,11 @@ ENHANCED_CT, RTDOSE = "1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.48
 def ct_hu(shape: tuple[int, ...] = SHAPE, low: int = -1000) -> np.ndarray:
     hu: np.ndarray = np.random.default_rng(0).integers(low, 1500, shape)
     return hu
+
+
+def rotated(degrees: float, axis: str = "z") -> tuple[float, ...]:
+    """An upright slice turned about an axis of the patient."""
+    return tuple(Rotation.from_euler(axis, degrees, degrees=True).as_matrix()[:, :2].T.ravel().tolist())
 
 
 def normal_of(orientation: Sequence[float]) -> np.ndarray:
