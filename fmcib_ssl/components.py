@@ -147,10 +147,12 @@ def build_trainer(settings: Settings, **arguments: Any) -> L.Trainer:
     """Lightning's trainer as `hardware` and `trainer` ask for it, with `arguments` of the caller's own."""
     hardware = settings.hardware
     precision = resolve_precision(hardware.precision, hardware.accelerator)
-    if hardware.accelerator == "cpu" and precision.startswith("bf16"):
+    changed = hardware.precision not in ("auto", precision)
+    if precision.startswith("bf16") and (changed or hardware.accelerator == "cpu"):
         logger.warning(
-            "hardware.precision=%s on a CPU: torch's 3D convolutions are known to give wrong gradients there where z "
-            "has shrunk to 2 (docs/step.md); hardware.precision=32-true is safe", precision,
+            "hardware.precision=%s on a CPU%s: torch's 3D convolutions are known to give wrong gradients there where z "
+            "has shrunk to 2 (docs/step.md); hardware.precision=32-true is safe",
+            hardware.precision, f" runs as {precision}, as torch has no mixed float16 there" if changed else "",
         )  # fmt: skip
     with blame("hardware or trainer"):
         return L.Trainer(

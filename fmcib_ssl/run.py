@@ -41,6 +41,7 @@ from fmcib_ssl.training.checkpoints import RunCheckpoints, WholeFileIO, find_che
 from fmcib_ssl.training.faults import TrainingFaultError
 from fmcib_ssl.training.online_probe import OnlineProbe
 from fmcib_ssl.training.provenance import environment, write_json
+from fmcib_ssl.training.ranks import RanksAgree, facts_of_rank
 from fmcib_ssl.training.run_folder import ANEW, RunFolder, RunFolderError, checksum, saved_settings
 from fmcib_ssl.training.same_run import check_same_run, unlike_the_last
 from fmcib_ssl.training.throughput import duration
@@ -116,7 +117,7 @@ def _train(settings: Settings, folder: RunFolder, main_process: bool) -> float:
     module = build_module(settings, source.preprocessing, batch_size, all_steps)
     module.metadata.setdefault("extra", {})["run_id"] = folder.run_id
     accelerate(module, module.encoder, settings.hardware)
-    trainer = _trainer(settings)
+    trainer = _trainer(settings, source.patches)
     batch_size = fit_to_memory(
         settings, data, module, trainer, folder, batch_size=batch_size, trained=checkpoint is not None
     )
@@ -295,13 +296,15 @@ def _batch_size(settings: Settings, data: LesionDataModule, num_lesions: int) ->
     return batch_size
 
 
-def _trainer(settings: Settings) -> L.Trainer:
+def _trainer(settings: Settings, patches: Any) -> L.Trainer:
     hardware = settings.hardware
     strategy: str | DDPStrategy = hardware.strategy
     if strategy == "ddp" or (strategy == "auto" and settings.world_size > 1):
         strategy = DDPStrategy(timeout=timedelta(seconds=hardware.collective_timeout_s))
     loggers = [build("logger", component) for component in (settings.logger or {}).values()]
     callbacks = [build("callbacks", component) for component in (settings.callbacks or {}).values()]
+    if settings.world_size > 1:
+        callbacks.append(RanksAgree(facts_of_rank(redacted(settings.model_dump(mode="json")), patches)))
     trainer = build_trainer(
         settings,
         devices=hardware.devices,

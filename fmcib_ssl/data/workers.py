@@ -18,7 +18,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -57,6 +57,9 @@ class WatchedLoader(DataLoader[Any]):
         num_workers: processes; 0 reads in this one, and there is nothing to watch.
         multiprocessing_context: how they start, `"fork"`, `"forkserver"` or `"spawn"`; None is Python's own.
         arguments: of `DataLoader`.
+
+    Attributes:
+        is_reading: whether somebody waits for a batch.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class WatchedLoader(DataLoader[Any]):
         if self._crew is not None:
             arguments |= {"multiprocessing_context": self._crew.context, "worker_init_fn": _start_worker}
             dataset = _Noted(dataset, self._crew.lesions)
+        self.is_reading = False
         super().__init__(dataset, num_workers=num_workers, **arguments)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names a class of its own
@@ -85,23 +89,29 @@ class WatchedLoader(DataLoader[Any]):
         Raises:
             WorkerDiedError: a worker has died.
         """
-        if self._crew is None:
-            yield from super().__iter__()
-            return
+        crew = self._crew
         try:
-            with signals.held():
+            with signals.held() if crew else nullcontext():
                 batches = super().__iter__()  # starts the workers
-            self._crew.watch()
+            if crew:
+                crew.watch()
             while True:
-                self._crew.check()
-                try:
-                    yield next(batches)
-                except StopIteration:
-                    return
+                if crew:
+                    crew.check()
+                yield self._next(batches)
+        except StopIteration:
+            return
         except (OSError, EOFError, RuntimeError) as error:
-            # The end of a connection may be known before that of the process.
-            self._crew.check(patience_s=1.0, cause=error)
+            if crew:  # the end of a connection may be known before that of the process
+                crew.check(patience_s=1.0, cause=error)
             raise
+
+    def _next(self, batches: Iterator[Any]) -> Any:
+        self.is_reading = True
+        try:
+            return next(batches)
+        finally:
+            self.is_reading = False
 
 
 @contextmanager

@@ -22,13 +22,15 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_precision(precision: str, accelerator: str) -> str:
-    """What `precision="auto"` is on this machine; another is left as it is.
+    """What a precision is on this machine: `auto` is chosen, and `16-mixed` is `bf16-mixed` where torch lacks it.
 
     Args:
         precision: Lightning's, or `"auto"`: mixed with bfloat16 on a GPU that multiplies it in hardware, else float32.
             CPUs that could are not trusted: torch 2.15 gives wrong gradients there (docs/step.md).
         accelerator: Lightning's.
     """
+    if precision in ("16", "16-mixed") and accelerator in ("cpu", "auto"):
+        return precision if accelerator == "auto" and torch.accelerator.is_available() else "bf16-mixed"
     if precision != "auto":
         return precision
     has_gpu = accelerator in ("gpu", "auto") and torch.cuda.is_available()

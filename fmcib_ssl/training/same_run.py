@@ -47,7 +47,7 @@ def settings_digest(settings: Mapping[str, Any], keyed: Collection[str] = ()) ->
         settings: plain values; relative paths start from the current folder.
         keyed: settings that count besides, such as lengths that a sweep compares.
     """
-    flat = _flat(settings)
+    flat = flat_settings(settings)
     counted = (key in (*PLACES, *keyed) or not (_is_free(key) or key in LENGTHS) for key in sorted(flat))
     fixed = {key: _plain(flat[key]) for key, counts in zip(sorted(flat), counted, strict=True) if counts}
     return hashlib.sha256(json.dumps(fixed, default=str).encode()).hexdigest()[:_NUM_DIGITS]
@@ -100,7 +100,7 @@ def unlike_the_last(folder: Path, now: Mapping[str, Any]) -> str | None:
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """The settings that differ: those that may, and those that may not."""
-    old, new = _flat(before), _flat(now)
+    old, new = flat_settings(before), flat_settings(now)
     allowed: list[str] = []
     refused: list[str] = []
     for key in dict.fromkeys([*old, *new]):
@@ -115,13 +115,13 @@ def _is_free(key: str) -> bool:
     return key.startswith(FREE_SETTINGS)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Values by dotted key, without `run`, which says which folder and not what is in it."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
-            flat.update(_flat(value, f"{name}."))
+            flat.update(flat_settings(value, f"{name}."))
         elif name != "run":
             flat[name] = str(Path(value).resolve()) if name in PLACES and isinstance(value, str) else value
     return flat

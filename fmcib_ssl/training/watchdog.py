@@ -1,12 +1,12 @@
 """A run that hangs says where, and ends: a collective that one rank never joins would else wait for days.
 
-Every rank watches itself. A rank whose training has not moved for `timeout_s` writes its state, with the Python stack
-of every thread, beside those of the others; then all end. What stands still with the whole process, as when a
-scheduler suspends a job, does not count.
+Every rank watches itself. A rank that hangs writes its state, with the Python stack of every thread, beside those of
+the others; then all end. What stands still with the whole process, as when a scheduler suspends a job, does not count.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import os
@@ -25,29 +25,39 @@ logger = logging.getLogger(__name__)
 #: As of `timeout`, the command. The job is not put back into the queue: a hang is to be looked at.
 EXIT_CODE = 124
 _TICK_S = 1.0
+#: Less than this share of a core, and fewer bytes a second: a process that waits, with what its threads do meanwhile.
+_IDLE_CPU_SHARE, _IDLE_BYTES_PER_S = 1 / 60, 2**14
 
 
 class Watchdog(L.Callback):
     """Ends a run that has not finished a step for too long, once every rank has written where it is.
 
     A step is from one batch to the next, and so includes reading, a checkpoint that is written, an online probe, and
-    what is compiled at the first step: leave enough.
+    what is compiled at the first step.
 
     Args:
         folder: where the ranks write, `rank-R.txt`.
-        timeout_s: seconds without a finished step; None watches nothing. Keep it below
+        timeout_s: seconds without a finished step, whatever is done meanwhile; None watches nothing. Keep it below
             `hardware.collective_timeout_s`, or the process group gives up first, without these states.
+        idle_s: seconds without a finished step in which this process and those it has started neither compute nor read
+            nor write, nor wait for a disk: for what else they wait never comes. Of several ranks only while it waits
+            for its own data, since elsewhere it may wait for another. Needs Linux.
         grace_s: how long a rank waits for the states of the others before it ends.
 
     Raises:
         ValueError: a number that makes no sense.
     """
 
-    def __init__(self, folder: str | Path, *, timeout_s: float | None = 900.0, grace_s: float = 20.0) -> None:
-        if (timeout_s is not None and timeout_s <= 0) or grace_s < 0:
-            raise ValueError(f"timeout_s={timeout_s} must be above 0, or null; grace_s={grace_s} must not be negative")
+    def __init__(
+        self, folder: str | Path, *, timeout_s: float | None = 900.0, idle_s: float = 60.0, grace_s: float = 20.0
+    ) -> None:
+        if (timeout_s is not None and timeout_s <= 0) or idle_s <= 0 or grace_s < 0:
+            raise ValueError(
+                f"timeout_s={timeout_s} must be above 0, or null; idle_s={idle_s} above 0; grace_s={grace_s} at least 0"
+            )
         self.folder = Path(folder)
         self.timeout_s = timeout_s
+        self.idle_s = idle_s
         self.grace_s = grace_s
         self._end: Callable[[int], Any] = os._exit  # nothing that waits for the hung thread
         self._tick_s = _TICK_S
@@ -87,8 +97,8 @@ class Watchdog(L.Callback):
         self._moved(trainer, "ends an epoch")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """No more steps."""
-        self._stop()
+        """No more steps; what is left is to be saved."""
+        self._moved(trainer, "ends the training")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """The run ends for a reason of its own, or because another rank has written its state and ended."""
@@ -114,13 +124,24 @@ class Watchdog(L.Callback):
     def _watch(self, trainer: L.Trainer, finished: threading.Event, own: Path) -> None:
         assert self.timeout_s is not None
         # Ticks that this thread lives through, not the clock's: a suspended process has no time to move.
+        idle_since, before = 0, _signs_of_life()
         while not finished.wait(self._tick_s):
             self._ticks += 1
-            if self._ticks * self._tick_s >= self.timeout_s:
-                self._report(trainer, own)
+            seconds = self._ticks * self._tick_s
+            if seconds >= self.timeout_s:
+                self._report(trainer, own, f"no step was finished for {self.timeout_s:g} s", "timeout_s")
                 return
+            if self._ticks % 5 == 0:
+                now, waited = _signs_of_life(), (self._ticks - idle_since) * self._tick_s
+                alone = trainer.world_size == 1 or getattr(trainer.train_dataloader, "is_reading", False)
+                if idle_since > self._ticks or not alone or _is_alive(before, now, max(waited, self.idle_s)):
+                    idle_since, before = self._ticks, now
+                elif waited >= self.idle_s:
+                    reason = f"nothing was computed, read or written for {self.idle_s:g} s"
+                    self._report(trainer, own, reason, "idle_s")
+                    return
 
-    def _report(self, trainer: L.Trainer, own: Path) -> None:
+    def _report(self, trainer: L.Trainer, own: Path, reason: str, option: str) -> None:
         self._reports = True
         try:
             own.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +149,7 @@ class Watchdog(L.Callback):
                 file.write(
                     f"rank {trainer.global_rank} of {trainer.world_size} on {socket.gethostname()}, process "
                     f"{os.getpid()}, {datetime.now().astimezone().isoformat(timespec='seconds')}\n"
-                    f"{self._place}\nno step was finished for {self.timeout_s:g} s\n\n"
+                    f"{self._place}\n{reason}\n\n"
                 )
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
@@ -143,10 +164,10 @@ class Watchdog(L.Callback):
                 ranks = ", ".join(map(str, silent))
                 others = f" Nothing from rank{'s' * (len(silent) > 1)} {ranks}: stopped, or its machine is gone."
             logger.critical(
-                "no step was finished for %g s (callbacks.watchdog.timeout_s); last seen at %s. The run ends; %s.%s "
-                "The same command resumes from the last checkpoint. If steps are meant to take as long, raise "
-                "callbacks.watchdog.timeout_s and hardware.collective_timeout_s",
-                self.timeout_s, self._place, where, others,
+                "%s (callbacks.watchdog.%s); last seen at %s. The run ends; %s.%s The same command resumes from the "
+                "last checkpoint. If a step is meant to take as long, raise callbacks.watchdog.%s%s",
+                reason, option, self._place, where, others, option,
+                " and hardware.collective_timeout_s" if option == "timeout_s" else "",
             )  # fmt: skip
             logging.shutdown()
         self._end(EXIT_CODE)
@@ -159,3 +180,23 @@ class Watchdog(L.Callback):
             if not silent or time.monotonic() > deadline:
                 return silent
             time.sleep(0.1)
+
+
+def _signs_of_life() -> tuple[float, int, bool]:
+    """Seconds computed and bytes read and written by this process and its descendants, and whether any is at a disk."""
+    seconds, num_bytes, at_disk, waiting = 0.0, 0, False, [str(os.getpid())]
+    while waiting:
+        folder = Path("/proc", waiting.pop())
+        with contextlib.suppress(OSError, IndexError, ValueError):  # it has ended, or there is no such folder here
+            stat = (folder / "stat").read_text().rpartition(")")[2].split()
+            seconds += (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+            at_disk |= stat[0] == "D"
+            waiting += [pid for file in folder.glob("task/*/children") for pid in file.read_text().split()]
+            num_bytes += sum(int(line.split()[1]) for line in (folder / "io").read_text().splitlines()[:2])
+    return seconds, num_bytes, at_disk
+
+
+def _is_alive(before: tuple[float, int, bool], now: tuple[float, int, bool], seconds: float) -> bool:
+    """Whether more was done in between than is done by what waits; a child that ended takes its part away."""
+    computed, moved = abs(now[0] - before[0]), abs(now[1] - before[1])
+    return now[2] or computed > _IDLE_CPU_SHARE * seconds or moved > _IDLE_BYTES_PER_S * seconds or now[0] == 0

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from tiny_runs import REPO, assert_equal_weights, checkpoint_of, metrics_of
 
 #: Figures that a clock has made.
@@ -50,6 +51,7 @@ def start(
 def _train(arguments: list[str], output: Path, environ: dict[str, str], start_method: str | None) -> None:
     os.environ.update(environ)
     multiprocessing.set_start_method(start_method, force=True)  # of data workers
+    rank_zero_only.rank = int(environ.get("LOCAL_RANK", 0))  # Lightning has looked before
     torch.set_num_threads(1)
     with output.open("ab") as file:
         os.dup2(file.fileno(), 1)

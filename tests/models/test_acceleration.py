@@ -66,7 +66,19 @@ def test_auto_is_bfloat16_where_a_gpu_multiplies_it(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu_has_it is not None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bool(gpu_has_it))
     assert resolve_precision("auto", accelerator) == expected
-    assert resolve_precision("16-mixed", accelerator) == "16-mixed"
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "gpu", "expected"),
+    [("cpu", True, "bf16-mixed"), ("auto", False, "bf16-mixed"), ("auto", True, "16-mixed"), ("gpu", True, "16-mixed")],
+)
+def test_a_cpu_has_no_mixed_float16(
+    accelerator: str, gpu: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning would choose the same there, and say so in its own words."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu)
+    assert resolve_precision("16-mixed", accelerator) == expected
+    assert resolve_precision("bf16-true", accelerator) == "bf16-true"
 
 
 # Layout

@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -91,6 +93,53 @@ def test_slow_steps_are_no_hang(tmp_path: Path) -> None:
     assert not (tmp_path / "stalls").exists()
 
 
+def computes(seconds: float, folder: Path) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+
+
+def writes(seconds: float, folder: Path) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        (folder / "file").write_bytes(bytes(2**18))
+        time.sleep(0.1)
+
+
+def lets_a_child_compute(seconds: float, folder: Path) -> None:
+    code = f"import time\nend = time.monotonic() + {seconds}\nwhile time.monotonic() < end: pass"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("work", [computes, writes, lets_a_child_compute])
+def test_what_computes_or_writes_is_not_idle(
+    work: Callable[[float, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "a_layer_that_hangs", lambda seconds: work(seconds, tmp_path))
+    assert fit(Watchdog(tmp_path / "stalls", idle_s=1.0), 3.0) == []
+
+
+def test_what_waits_is_idle(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert fit(Watchdog(tmp_path / "stalls", idle_s=1.0, grace_s=0), 3.0) == [EXIT_CODE]
+    assert "nothing was computed, read or written for 1 s" in (tmp_path / "stalls" / "rank-0.txt").read_text()
+    assert "callbacks.watchdog.idle_s" in caplog.text
+
+
+@pytest.mark.parametrize(("is_reading", "ends"), [(True, [EXIT_CODE]), (False, [])])
+def test_of_several_ranks_one_is_idle_only_over_its_own_data(is_reading: bool, ends: list[int], tmp_path: Path) -> None:
+    """Elsewhere it may wait for another, as long as a collective may."""
+    watchdog, found = Watchdog(tmp_path, idle_s=0.5, grace_s=0), list[int]()
+    watchdog._end, watchdog._tick_s = found.append, 0.05
+    loader = SimpleNamespace(is_reading=is_reading)
+    trainer: Any = SimpleNamespace(
+        world_size=2, global_rank=1, global_step=0, current_epoch=0, is_global_zero=False, train_dataloader=loader
+    )
+    watchdog.on_train_start(trainer, None)  # type: ignore[arg-type]
+    time.sleep(2)
+    watchdog.teardown(trainer, None, "fit")  # type: ignore[arg-type]
+    assert found == ends
+
+
 def test_a_suspended_process_does_not_count() -> None:
     """SIGSTOP and SIGCONT, as a scheduler that suspends a job: only ticks that were lived through count."""
     code = (
@@ -159,7 +208,7 @@ def test_two_ranks_of_which_one_never_comes(tmp_path: Path) -> None:
     assert "no step was finished for 3 s" in said[0]
 
 
-@pytest.mark.parametrize("arguments", [{"timeout_s": 0}, {"grace_s": -1}])
+@pytest.mark.parametrize("arguments", [{"timeout_s": 0}, {"idle_s": 0}, {"grace_s": -1}])
 def test_settings_that_make_no_sense(arguments: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):
         Watchdog(tmp_path, **arguments)
