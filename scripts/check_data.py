@@ -31,11 +31,12 @@ class CheckData(Command):
     """
 
     annotations: Path = Field(description="CSV with image_path, coordX, coordY, coordZ; one row a lesion")
-    output: Path = Field(description="folder for rejected.csv, coordinates.csv, contact_sheet.png and .html")
+    output: Path = Field(description="folder for rejected.csv, scans.csv, coordinates.csv, contact_sheet")
     image_root: Path | None = Field(default=None, description="folder of relative paths; null: the table's own")
     path_prefix: str | None = Field(default=None, description="beginning of the paths that image_root replaces")
     coordinates: Literal["lps", "ras", "voxel"] = Field(default="lps", description="frame of the points")
     spacing_mm: PositiveFloat = Field(default=1.0, description="edge of the store's cubic voxels")
+    num_workers: NonNegativeInt | None = Field(default=None, description="processes; null: as many as cores")
     check: Literal["headers", "full"] = Field(default="full", description="full decodes every scan; headers is quick")
     sheet_lesions: NonNegativeInt = Field(default=24, description="lesions on the contact sheet; 0: no sheet")
 
@@ -61,10 +62,17 @@ def main(arguments: list[str]) -> None:
             check=command.check,
             allow_short_scans=True,  # of the patch nothing is known yet
             rejected_csv=command.output / "rejected.csv",
+            num_workers=command.num_workers,
+            cache=command.output / "checked_scans.jsonl",
         )
         rejected.to_csv(command.output / "rejected.csv", index=False)  # also if there is none: there may be an old one
     except AnnotationsError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped; the same command resumes: scans that were checked are not read again", file=sys.stderr)
+        sys.exit(130)
+    scans = scan_table(usable)
+    scans.to_csv(command.output / "scans.csv", index=False)
     points = round_trips(usable, command.spacing_mm)
     points.to_csv(command.output / "coordinates.csv", index=False)
     print(f"rows      {len(usable)} of {len(table)} can be used, in {points['image_path'].nunique()} scans")
@@ -73,6 +81,8 @@ def main(arguments: list[str]) -> None:
     print(
         f"          from the centre of the voxel that holds them: at most {points['to_voxel_center_mm'].max():.2f} mm"
     )
+    if command.check == "full":
+        print(f"values    {peaks_summary(scans)}: {command.output / 'scans.csv'}")
     if command.sheet_lesions:
         from fmcib_ssl.evaluation.lesion_sheet import lesion_sheet  # noqa: PLC0415
         from fmcib_ssl.evaluation.report import ReportFigure, Section, write_report  # noqa: PLC0415
@@ -90,33 +100,59 @@ def main(arguments: list[str]) -> None:
         print(f"look at   {page}")
 
 
+def scan_table(table: LesionTable) -> pd.DataFrame:
+    """A row for each scan that can be used: its grid, the range of its values, where air and soft tissue lie."""
+    import pandas as pd  # noqa: PLC0415
+
+    rows = []
+    for source in dict.fromkeys(table.scans):
+        report = table.reports[source]  # type: ignore[index]  # rows without a scan are not usable
+        geometry, values = report.geometry, report.values  # type: ignore[union-attr]  # nor are rejected scans
+        rows.append(
+            {
+                "path": str(source.path),  # type: ignore[union-attr]
+                "series_uid": source.series_uid,  # type: ignore[union-attr]
+                "size_xyz": " x ".join(map(str, geometry.size_xyz)),
+                "spacing_mm_xyz": " x ".join(f"{s:.4g}" for s in geometry.spacing_mm_xyz),
+                **(vars(values) | {"unusual": values.unusual()} if values else {}),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def peaks_summary(scans: pd.DataFrame) -> str:
+    """Where air and soft tissue lie in the middle scan, and how many scans are unusual."""
+    unusual = int((scans["unusual"] != "").sum())
+    peaks = [scans[column].median() for column in ("air_peak_hu", "soft_tissue_peak_hu")]
+    air, tissue = ("none" if peak != peak else f"{peak:.0f} HU" for peak in peaks)  # noqa: PLR0124  # NaN
+    return f"median peak of air {air}, of soft tissue {tissue}; {unusual} of {len(scans)} scans are unusual"
+
+
 def round_trips(table: LesionTable, spacing_mm: float) -> pd.DataFrame:
     """Where each lesion's point falls: voxel of its file, voxel of a store, and the way back to LPS mm."""
     import numpy as np  # noqa: PLC0415
     import pandas as pd  # noqa: PLC0415
 
-    from fmcib_ssl.data.annotations import PATH_COLUMN  # noqa: PLC0415
-    from fmcib_ssl.data.scans import read_header  # noqa: PLC0415
+    from fmcib_ssl.data.annotations import PATH_COLUMN, places_by_scan  # noqa: PLC0415
     from fmcib_ssl.data.store import StoreGrid  # noqa: PLC0415
 
-    geometries = {scan: read_header(*scan) for scan in set(table.scans) if scan is not None}
-    rows = []
-    for i, point in enumerate(table.centers_lps_mm):
-        geometry = geometries[table.scan_of(i)]
+    points = table.centers_lps_mm
+    ijk, zyx, back, voxel = (np.empty_like(points) for _ in range(4))
+    for scan, own in places_by_scan(table.scans).items():
+        geometry = table.reports[scan].geometry  # type: ignore[union-attr]  # usable rows have no rejected scan
         grid = StoreGrid.of(geometry, spacing_mm)
-        ijk, zyx = geometry.to_index_xyz(point), grid.to_zyx(point)
-        rows.append(
-            {
-                "row": table.rows.index[i],
-                PATH_COLUMN: table.rows[PATH_COLUMN].iloc[i],
-                **dict(zip(("x_lps_mm", "y_lps_mm", "z_lps_mm"), point.round(3).tolist(), strict=True)),
-                **dict(zip(("file_i", "file_j", "file_k"), ijk.round(2).tolist(), strict=True)),
-                **dict(zip(("store_z", "store_y", "store_x"), zyx.round(2).tolist(), strict=True)),
-                "error_mm": float(np.linalg.norm(grid.to_lps_mm(zyx) - point)),
-                "to_voxel_center_mm": float(np.linalg.norm(grid.to_lps_mm(np.floor(zyx + 0.5)) - point)),
-            }
-        )
-    return pd.DataFrame(rows)
+        ijk[own], zyx[own] = geometry.to_index_xyz(points[own]), grid.to_zyx(points[own])
+        back[own], voxel[own] = grid.to_lps_mm(zyx[own]), grid.to_lps_mm(np.floor(zyx[own] + 0.5))
+    columns = {"row": table.rows.index, PATH_COLUMN: table.rows[PATH_COLUMN].to_numpy()}
+    for names, values, digits in (
+        ("x_lps_mm y_lps_mm z_lps_mm", points, 3),
+        ("file_i file_j file_k", ijk, 2),
+        ("store_z store_y store_x", zyx, 2),
+    ):
+        columns |= dict(zip(names.split(), values.round(digits).T, strict=True))
+    columns["error_mm"] = np.linalg.norm(back - points, axis=1)
+    columns["to_voxel_center_mm"] = np.linalg.norm(voxel - points, axis=1)
+    return pd.DataFrame(columns)
 
 
 def sample(table: LesionTable, num_lesions: int, spacing_mm: float) -> list[SheetLesion]:

@@ -9,8 +9,7 @@ Rows are numbered as in the file, 1 being the first below the header.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
@@ -18,11 +17,11 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from tqdm import tqdm
 
 from fmcib_ssl.data.geometry import PatchGrid, ScanGeometry, ras_to_lps
+from fmcib_ssl.data.inspection import ScanReport, inspect_scans
 from fmcib_ssl.data.nifti_scans import Affine
-from fmcib_ssl.data.scans import ScanSource, read_header, read_scan
+from fmcib_ssl.data.scans import ScanSource
 from fmcib_ssl.data.tables import (
     REJECTED_COLUMNS,
     AnnotationsError,
@@ -42,6 +41,7 @@ __all__ = [
     "LesionTable",
     "OnBadRow",
     "check_annotations",
+    "places_by_scan",
     "read_annotations",
     "resolve_path",
     "scan_source",
@@ -73,6 +73,7 @@ class LesionTable:
             belong to another split: what must not be taken for background.
         annotated_indices: the same for points that wait for `check_annotations`: `(points, 3)`, i, j, k; NaN is the
             middle of the file.
+        reports: what `check_annotations` found of each scan.
     """
 
     source: Path
@@ -82,6 +83,7 @@ class LesionTable:
     coordinates: Coordinates
     annotated_lps_mm: dict[ScanSource, npt.NDArray[np.float64]]
     annotated_indices: dict[ScanSource, npt.NDArray[np.float64]] = field(default_factory=dict)
+    reports: Mapping[ScanSource, ScanReport | ScanError] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -167,7 +169,8 @@ def check_annotations(
     check: Literal["headers", "full"] = "headers",
     allow_short_scans: bool = False,
     rejected_csv: Path | str | None = None,
-    num_threads: int | None = None,
+    num_workers: int | None = 0,
+    cache: Path | None = None,
 ) -> CheckedAnnotations:
     """Look at every row and every scan, and list all that cannot be used at once.
 
@@ -180,29 +183,38 @@ def check_annotations(
         check: "headers" reads the header of each scan once; "full" decodes each scan once and also finds damaged data.
         allow_short_scans: accept a scan that is shorter than the patch along some axis; the rest is padding.
         rejected_csv: where to write the rejected rows, if there are any.
-        num_threads: scans read at a time.
+        num_workers: processes that read scans, if there is work for more than seconds; None is all cores. A script that
+            asks for them needs its `if __name__ == "__main__":`.
+        cache: file that keeps what was found of each scan, so that a later run reads only what has changed.
 
     Raises:
         BadRowsError: bad rows and `on_bad_row="refuse"`, or no row that can be used.
     """
-    outcomes = _inspect_scans(table, check, num_threads)
+    reports = inspect_scans({s for s in table.scans if s is not None}, check, num_workers=num_workers, cache=cache)
+    outcomes = {scan: r if isinstance(r, ScanError) else r.geometry for scan, r in reports.items()}
     values = _values(table.rows)
-    table = _with_points_from_headers(table, values, outcomes)
-    problems: list[dict[str, object]] = []
+    places = places_by_scan(table.scans)
+    table = _with_points_from_headers(replace(table, reports=reports), values, outcomes, places)
+    patch = None if allow_short_scans else preprocessing
+    problems: dict[int, _Problem] = {}
+    # Of 200,000 rows nearly all are in order: those are told by arrays, and only the others one by one.
+    for i in np.flatnonzero(~_in_order(table, values, outcomes, places, patch)).tolist():
+        if (problem := _row_problem(table, i, values, outcomes, patch)) is not None:
+            problems[i] = problem
     keep = np.ones(len(table), dtype=bool)
-    seen: dict[tuple[ScanSource | None, tuple[float, ...]], int] = {}
-    for i, (number, scan) in enumerate(zip(table.rows.index, table.scans, strict=True)):
-        found = _row_problem(table, i, values, outcomes, None if allow_short_scans else preprocessing)
-        key = (scan, tuple(table.centers_lps_mm[i].round(3).tolist()))
-        if found is None and (earlier := seen.setdefault(key, number)) != number:
-            found = _Problem(
-                _coordinates_text(table, i), f"the same scan and point as row {earlier}", "delete one of them"
-            )
-        if found is not None:
-            keep[i] = False
-            image_path = str(table.rows[PATH_COLUMN].iloc[i])
-            problems.append({"row": number, "image_path": image_path, **found._asdict()})
-    rejected = pd.DataFrame(problems, columns=list(REJECTED_COLUMNS))
+    keep[list(problems)] = False
+    for i, earlier in _duplicates(table, np.flatnonzero(keep), places):
+        reason = f"the same scan and point as row {earlier}"
+        problems[i] = _Problem(_coordinates_text(table, i), reason, "delete one of them")
+        keep[i] = False
+    paths = table.rows[PATH_COLUMN]
+    rejected = pd.DataFrame(
+        [
+            {"row": table.rows.index[i], "image_path": str(paths.iloc[i]), **problems[i]._asdict()}
+            for i in sorted(problems)
+        ],
+        columns=list(REJECTED_COLUMNS),
+    )
     refuse_or_skip(rejected, table.source, len(table), on_bad_row, rejected_csv)
     return CheckedAnnotations(table.select(keep), rejected)
 
@@ -213,11 +225,42 @@ class _Problem(NamedTuple):
     remedy: str
 
 
+def _in_order(
+    table: LesionTable,
+    values: _Values,
+    outcomes: Mapping[ScanSource, ScanGeometry | ScanError],
+    places: Mapping[ScanSource, npt.NDArray[np.int64]],
+    must_hold: Preprocessing | None,
+) -> npt.NDArray[np.bool_]:
+    """Rows that lie in a scan that can be used, and whose patch fits into it."""
+    fine = np.zeros(len(table), dtype=bool)
+    for scan, own in places.items():
+        geometry = outcomes[scan]
+        if isinstance(geometry, ScanGeometry):
+            holds = must_hold is None or _too_short(geometry, must_hold) is None
+            fine[own] = geometry.contains(table.centers_lps_mm[own]) & (holds | values.cropped[own])
+    return fine
+
+
+def _duplicates(
+    table: LesionTable, kept: npt.NDArray[np.int64], places: Mapping[ScanSource, npt.NDArray[np.int64]]
+) -> Iterator[tuple[int, int]]:
+    """Lesions whose scan and point an earlier row has, with the number of that row."""
+    number_of_scan = np.full(len(table), -1)
+    for number, own in enumerate(places.values()):
+        number_of_scan[own] = number
+    keys = pd.DataFrame(table.centers_lps_mm[kept].round(3) + 0.0).assign(scan=number_of_scan[kept])
+    numbers = pd.Series(table.rows.index.to_numpy()[kept])
+    first = numbers.groupby([keys[column] for column in keys]).transform("first")
+    for k in np.flatnonzero(first.to_numpy() != numbers.to_numpy()).tolist():
+        yield int(kept[k]), int(first.iloc[k])
+
+
 def _row_problem(
     table: LesionTable,
     i: int,
     values: _Values,
-    outcomes: dict[ScanSource, ScanGeometry | ScanError],
+    outcomes: Mapping[ScanSource, ScanGeometry | ScanError],
     must_hold: Preprocessing | None,
 ) -> _Problem | None:
     """The first thing that is wrong with a row; `must_hold` is the patch that must fit into the scan."""
@@ -238,16 +281,23 @@ def _row_problem(
         return _Problem(geometry.path, geometry.reason, remedy)
     if not geometry.contains(center):
         return _outside(table, i, values.numbers[i], geometry)
-    if must_hold is not None and not values.cropped[i]:
-        patch = PatchGrid((0, 0, 0), must_hold.patch_size_zyx, must_hold.spacing_mm)
-        lowest, highest = geometry.bounds_lps_mm()
-        for axis, has, needs in zip("xyz", highest - lowest, patch.extent_mm_xyz, strict=True):
-            if has < needs - 1e-3:
-                return _Problem(
-                    f"{has:.1f} mm along {axis}",
-                    f"the scan is {has:.1f} mm long along {axis}, the patch {needs:.1f} mm",
-                    f"allow_short_scans=true pads with {must_hold.padding_hu} HU; or take a smaller patch",
-                )
+    if must_hold is not None and not values.cropped[i] and (short := _too_short(geometry, must_hold)) is not None:
+        axis, has, needs = short
+        return _Problem(
+            f"{has:.1f} mm along {axis}",
+            f"the scan is {has:.1f} mm long along {axis}, the patch {needs:.1f} mm",
+            f"allow_short_scans=true pads with {must_hold.padding_hu} HU; or take a smaller patch",
+        )
+    return None
+
+
+def _too_short(geometry: ScanGeometry, must_hold: Preprocessing) -> tuple[str, float, float] | None:
+    """Along which axis a scan is shorter than a patch, its length and the patch's, mm."""
+    patch = PatchGrid((0, 0, 0), must_hold.patch_size_zyx, must_hold.spacing_mm)
+    lowest, highest = geometry.bounds_lps_mm()
+    for axis, has, needs in zip("xyz", highest - lowest, patch.extent_mm_xyz, strict=True):
+        if has < needs - 1e-3:
+            return axis, float(has), needs
     return None
 
 
@@ -279,26 +329,38 @@ def _outside(table: LesionTable, i: int, numbers: npt.NDArray[np.float64], geome
 
 
 def _with_points_from_headers(
-    table: LesionTable, values: _Values, outcomes: dict[ScanSource, ScanGeometry | ScanError]
+    table: LesionTable,
+    values: _Values,
+    outcomes: Mapping[ScanSource, ScanGeometry | ScanError],
+    places: Mapping[ScanSource, npt.NDArray[np.int64]],
 ) -> LesionTable:
     """The table with LPS points also where only the scan's geometry gives them."""
-
-    def placed(scan: ScanSource | None, index_xyz: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        geometry = None if scan is None else outcomes.get(scan)
-        if not isinstance(geometry, ScanGeometry):
-            return np.full_like(index_xyz, np.nan)
-        middle = (np.array(geometry.size_xyz) - 1) / 2
-        return geometry.to_lps_mm(np.where(np.isnan(index_xyz), middle, index_xyz))
-
-    centers = table.centers_lps_mm.copy()
     waiting = values.takes_middle | (values.known & (table.coordinates == "voxel"))
-    for i in np.flatnonzero(waiting):
-        centers[i] = placed(table.scans[i], values.numbers[i])
-    annotated = dict(table.annotated_lps_mm)
+    centers, annotated = table.centers_lps_mm.copy(), dict(table.annotated_lps_mm)
+    for scan, own in places.items():
+        if (own := own[waiting[own]]).size:
+            centers[own] = _placed(outcomes[scan], values.numbers[own])
     for scan, index_xyz in table.annotated_indices.items():
-        if isinstance(outcomes.get(scan), ScanGeometry):
-            annotated[scan] = np.concatenate([annotated.get(scan, np.empty((0, 3))), placed(scan, index_xyz)])
+        if isinstance(geometry := outcomes.get(scan), ScanGeometry):
+            annotated[scan] = np.concatenate([annotated.get(scan, np.empty((0, 3))), _placed(geometry, index_xyz)])
     return replace(table, centers_lps_mm=centers, annotated_lps_mm=annotated, annotated_indices={})
+
+
+def _placed(geometry: ScanGeometry | ScanError, index_xyz: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Indices of a scan as LPS mm; NaN is its middle."""
+    if isinstance(geometry, ScanError):
+        return np.full_like(index_xyz, np.nan)
+    middle = (np.array(geometry.size_xyz) - 1) / 2
+    return geometry.to_lps_mm(np.where(np.isnan(index_xyz), middle, index_xyz))
+
+
+def places_by_scan(scans: Sequence[ScanSource | None]) -> dict[ScanSource, npt.NDArray[np.int64]]:
+    """Places of the rows of each scan."""
+    places: dict[ScanSource, list[int]] = {}
+    for i, scan in enumerate(scans):
+        if scan is not None:
+            places.setdefault(scan, []).append(i)
+    return {scan: np.array(own) for scan, own in places.items()}
 
 
 def _by_scan(
@@ -336,28 +398,6 @@ def _coordinates_text(table: LesionTable, i: int) -> str:
     return ", ".join(f"{column}={table.rows[column].iloc[i]}" for column in COORDINATE_COLUMNS)
 
 
-def _inspect_scans(
-    table: LesionTable, check: Literal["headers", "full"], num_threads: int | None
-) -> dict[ScanSource, ScanGeometry | ScanError]:
-    """Geometry of each distinct scan, or why it has none; each is opened once."""
-
-    def inspect(scan: ScanSource) -> ScanGeometry | ScanError:
-        try:
-            return read_scan(*scan).geometry if check == "full" else read_header(*scan)
-        except ScanError as error:
-            return error
-
-    scans = sorted({scan for scan in table.scans if scan is not None}, key=str)
-    # Headers wait for the disk; decoding fills cores and memory.
-    num_cores = os.cpu_count() or 1
-    num_threads = num_threads or (min(num_cores, 4) if check == "full" else min(4 * num_cores, 32))
-    with ThreadPoolExecutor(num_threads) as pool:
-        outcomes = tqdm(
-            pool.map(inspect, scans), total=len(scans), desc=f"Checking scans ({check})", unit="scan", disable=None
-        )
-        return dict(zip(scans, outcomes, strict=True))
-
-
 def resolve_path(text: Any, root: Path, path_prefix: str | None = None) -> Path | None:
     """Where a path of a table leads: from `root` if it is relative, or if it starts with `path_prefix`.
 
@@ -392,8 +432,20 @@ def scan_source(path: Path, row: Mapping[Any, Any]) -> ScanSource:
 
 def _scan_sources(rows: pd.DataFrame, root: Path, path_prefix: str | None) -> list[ScanSource | None]:
     columns = [column for column in (PATH_COLUMN, SERIES_COLUMN, MODALITY_COLUMN, AFFINE_COLUMN) if column in rows]
-    records = rows[columns].to_dict("records")
-    paths = [resolve_path(row[PATH_COLUMN], root, path_prefix) for row in records]
-    scans = [None if path is None else scan_source(path, row) for path, row in zip(paths, records, strict=True)]
-    waived = {scan[:2] for scan in scans if scan and scan.any_modality}  # one row says so for all of its scan
-    return [scan and scan._replace(any_modality=scan[:2] in waived) for scan in scans]
+    keys = list(zip(*(rows[column].tolist() for column in columns), strict=True))
+    scans: dict[tuple[Any, ...], ScanSource | None] = {}
+    for key in dict.fromkeys(keys):  # many rows name the same scan
+        row = dict(zip(columns, key, strict=True))
+        path = resolve_path(row[PATH_COLUMN], root, path_prefix)
+        scans[key] = None if path is None else scan_source(path, row)
+    # What one row says of a scan holds for all of its rows: it is one scan.
+    waived = {scan[:2] for scan in scans.values() if scan and scan.any_modality}
+    affines = {scan[:2]: scan.affine for scan in scans.values() if scan and scan.affine}
+    for scan in scans.values():
+        if scan and scan.affine not in (None, affines.get(scan[:2])):
+            raise AnnotationsError(f"column {AFFINE_COLUMN!r}: rows of {scan.path} say sform, others qform")
+    scans = {
+        key: scan and scan._replace(any_modality=scan[:2] in waived, affine=affines.get(scan[:2]))
+        for key, scan in scans.items()
+    }
+    return [scans[key] for key in keys]

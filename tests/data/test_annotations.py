@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 
-from fmcib_ssl.data import annotations
+from fmcib_ssl.data import inspection
 from fmcib_ssl.data.annotations import (
     AnnotationsError,
     BadRowsError,
@@ -209,13 +209,13 @@ def test_points_of_rows_set_aside_stay_annotated(archive: Path) -> None:
 
 def test_each_scan_is_opened_once(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Path] = []
-    original = annotations.read_header
+    original = inspection.read_header
 
     def counted(path: Path, *how: object) -> object:
         opened.append(path)
         return original(path, *how)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(annotations, "read_header", counted)
+    monkeypatch.setattr(inspection, "read_header", counted)
     check(archive, *(f"a.nii.gz,{-80 + i},220,30" for i in range(9)), "sub folder/b.nrrd,-80,220,30")
     assert sorted(opened) == [archive / "a.nii.gz", archive / "sub folder" / "b.nrrd"]
 

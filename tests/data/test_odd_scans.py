@@ -323,6 +323,11 @@ def test_the_column_affine(tmp_path: Path) -> None:
     usable, _ = check_annotations(table, Preprocessing(), allow_short_scans=True)
     assert len(usable) == 1
     assert prepare(table, tmp_path / "store", num_workers=0).num_made == 1
+    (tmp_path / "a.csv").write_text(f"{header}a.nii.gz,{point},\na.nii.gz,{point},SFORM\n")
+    assert len(set(read_annotations(tmp_path / "a.csv").scans)) == 1  # of one scan, whichever row says it
+    (tmp_path / "a.csv").write_text(f"{header}a.nii.gz,{point},qform\na.nii.gz,{point},sform\n")
+    with pytest.raises(AnnotationsError, match="say sform, others qform"):
+        read_annotations(tmp_path / "a.csv")
     (tmp_path / "a.csv").write_text(f"{header}a.nii.gz,{point},\n")
     with pytest.raises(BadRowsError, match=r"column `affine`"):
         check_annotations(read_annotations(tmp_path / "a.csv"), Preprocessing(), allow_short_scans=True)

@@ -1,0 +1,189 @@
+"""Look at every scan of a table once, its header or all of it: on all cores, and not again if it has not changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from tqdm import tqdm
+
+from fmcib_ssl.data.geometry import ScanGeometry
+from fmcib_ssl.data.hounsfield import HuSummary
+from fmcib_ssl.data.jobs import num_cores, run_jobs
+from fmcib_ssl.data.prepare_scan import source_listing
+from fmcib_ssl.data.scans import ScanSource, read_header, read_scan
+from fmcib_ssl.data.tables import ScanError
+
+Check = Literal["headers", "full"]
+
+#: Of what is refused: results kept under another number are not used.
+_RULES = 1
+#: So long this process works alone, seconds: starting others takes as long.
+_ALONE_S = 2.0
+#: Scans that a process takes at a time, and voxels that they hold together: a large scan goes alone.
+_CHUNK_SCANS, _CHUNK_VOXELS = 32, 8_000_000
+#: Threads of a process that wait for disks together.
+_NUM_THREADS = 4
+
+
+@dataclass(frozen=True)
+class ScanReport:
+    """A scan that can be used, as far as was looked: where it lies, and what its values are if it was decoded."""
+
+    geometry: ScanGeometry
+    values: HuSummary | None = None
+
+
+Result = ScanReport | ScanError
+
+
+def inspect_scans(
+    sources: Collection[ScanSource], check: Check, *, num_workers: int | None = 0, cache: Path | None = None
+) -> dict[ScanSource, Result]:
+    """What each scan is, or why it cannot be used.
+
+    Headers come first, so that the time for decoding can be estimated from the voxels that there are.
+
+    Args:
+        sources: of the scans.
+        check: "headers", or "full" to decode each scan whose header is in order.
+        num_workers: processes, if there is more work than for seconds; 0 stays in this one, None is all cores. With
+            processes a script needs its `if __name__ == "__main__":`.
+        cache: file of results, to which new ones are added at once; a scan whose files have not changed is not read
+            again.
+    """
+    todo = sorted(set(sources), key=str)
+    listings = dict(zip(todo, _in_threads(_listing, todo), strict=True)) if cache else {}
+    known = _read_cache(cache, listings) if cache else {}
+    results: dict[ScanSource, Result] = {}
+    for level in get_args(Check):
+        if level == "full" and check != "full":
+            break
+        todo = [source for source in todo if not isinstance(results.get(source), ScanError)]
+        results |= {source: known[source, level] for source in todo if (source, level) in known}
+        left = [source for source in todo if (source, level) not in known]
+        work = {source: 1 if level == "headers" else _num_voxels(results[source]) for source in left}
+        unit = {"unit": "scan"} if level == "headers" else {"unit": "voxel", "unit_scale": True}
+        with tqdm(total=sum(work.values()), desc=f"Checking scans ({level})", disable=None, **unit) as progress:
+            for source, result in _inspected(level, _chunks(work), num_workers):
+                results[source] = result
+                progress.update(work[source])
+                if cache and listings[source]:
+                    _add_to_cache(cache, source, level, listings[source], result)
+    return results
+
+
+def _inspected(
+    check: Check, chunks: Sequence[tuple[ScanSource, ...]], num_workers: int | None
+) -> Iterator[tuple[ScanSource, Result]]:
+    """Each scan with its result, in the order in which they are done."""
+    num_workers = num_cores() if num_workers is None else num_workers
+    began, alone = time.monotonic(), 0
+    while alone < len(chunks) and (num_workers < 2 or time.monotonic() - began < _ALONE_S):
+        yield from zip(chunks[alone], _inspect_chunk(check, chunks[alone]) or (), strict=True)
+        alone += 1
+    again: list[ScanSource] = []
+    for chunk, results in run_jobs(partial(_inspect_chunk, check), chunks[alone:], num_workers, lambda _: None):
+        if results is not None:
+            yield from zip(chunk, results, strict=True)
+        elif len(chunk) > 1:  # one of them killed its process
+            again += chunk
+        else:
+            reason = "the process that read it was killed twice: most likely there is too little memory"
+            yield chunk[0], ScanError(chunk[0].path, reason, "read it on a larger machine, or leave it out")
+    if again:
+        yield from _inspected(check, [(source,) for source in again], num_workers)
+
+
+def _inspect_chunk(check: Check, sources: Sequence[ScanSource]) -> list[Result] | None:
+    return _in_threads(partial(_inspect, check), sources)
+
+
+def _inspect(check: Check, source: ScanSource) -> Result:
+    try:
+        if check == "headers":
+            return ScanReport(read_header(*source))
+        scan = read_scan(*source)
+        return ScanReport(scan.geometry, scan.summary)
+    except ScanError as error:
+        return error
+
+
+def _in_threads(function: Any, items: Sequence[Any]) -> list[Any]:
+    if len(items) < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        return list(pool.map(function, items))
+
+
+def _chunks(work: dict[ScanSource, int]) -> list[tuple[ScanSource, ...]]:
+    """Scans in the order given, a few at a time."""
+    chunks: list[list[ScanSource]] = []
+    size = 0
+    for source, voxels in work.items():
+        size += voxels
+        if not chunks or len(chunks[-1]) == _CHUNK_SCANS or size > _CHUNK_VOXELS:
+            chunks.append([])
+            size = voxels
+        chunks[-1].append(source)
+    return [tuple(chunk) for chunk in chunks]
+
+
+def _num_voxels(report: Result) -> int:
+    return 0 if isinstance(report, ScanError) else int(np.prod(report.geometry.size_xyz, dtype=np.int64))
+
+
+def _listing(source: ScanSource) -> str:
+    """What the scan's files look like, or nothing if they cannot be looked at."""
+    try:
+        return f"{_RULES} {source_listing(source.path)}"
+    except (OSError, ValueError):
+        return ""
+
+
+def _read_cache(cache: Path, listings: dict[ScanSource, str]) -> dict[tuple[ScanSource, Check], Result]:
+    """Results of scans whose files have not changed since, by scan and by how much of it was read."""
+    known: dict[tuple[ScanSource, Check], Result] = {}
+    for line in cache.read_text(encoding="utf-8").splitlines() if cache.is_file() else []:
+        try:
+            entry = json.loads(line)
+            path, *how = entry["source"]
+            source = ScanSource(Path(path), *how)
+            if listings.get(source) != entry["listing"]:
+                continue
+            if entry["error"]:
+                result: Result = ScanError(*entry["error"])
+            else:
+                geometry = ScanGeometry(**{key: _tuples(value) for key, value in entry["geometry"].items()})
+                result = ScanReport(geometry, HuSummary(**entry["values"]) if entry["values"] else None)
+            known[source, "headers"] = known[source, entry["check"]] = result
+        except (ValueError, KeyError, TypeError):  # cut off by an interrupt, or of another version
+            continue
+    return known
+
+
+def _add_to_cache(cache: Path, source: ScanSource, check: Check, listing: str, result: Result) -> None:
+    entry: dict[str, Any] = {
+        "source": [str(source.path), *source[1:]],
+        "check": check,
+        "listing": listing,
+        "error": None,
+    }
+    if isinstance(result, ScanError):
+        entry["error"] = [result.path, result.reason, result.remedy]
+    else:
+        entry |= dataclasses.asdict(result)
+    with cache.open("a", encoding="utf-8") as file:
+        file.write(f"\n{json.dumps(entry)}")  # after whatever an interrupt has left
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
