@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fmcib_ssl.composition import compose_plain, compose_run, keys_of, lines_of, nearest_key, parse_overrides
 from fmcib_ssl.job import run_key
 from fmcib_ssl.settings import ConfigError, Settings, settings_of
+from fmcib_ssl.training.run_folder import RunFolderError, refuse_foreign
 from fmcib_ssl.training.same_run import LENGTHS
 
 #: `train.py` composes this file.
@@ -172,6 +173,10 @@ def _check_run_folder(config_name: str, overrides: list[str]) -> None:
         folder = Path(str(config.hydra.run.dir)).expanduser().absolute()
     except OmegaConfBaseException:
         return  # made of what only Hydra knows by then
+    try:
+        refuse_foreign(folder)
+    except RunFolderError as error:
+        raise ConfigError(str(error)) from error
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not there.is_dir():
         raise ConfigError(f"the run folder {folder} cannot be made: {there} is not a folder")

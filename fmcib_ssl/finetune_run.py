@@ -6,6 +6,7 @@ Every fold leaves its folder when it is finished; a run that was stopped goes on
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-import yaml
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from sklearn.utils.class_weight import compute_class_weight
@@ -40,10 +40,10 @@ from fmcib_ssl.safety import redacted
 from fmcib_ssl.settings import Component, ConfigError, FineTune, Settings
 from fmcib_ssl.training.progress import Progress
 from fmcib_ssl.training.provenance import environment, write_json
-from fmcib_ssl.training.run_folder import RunFolder, saved_settings
-from fmcib_ssl.training.same_run import check_same_run
+from fmcib_ssl.training.run_folder import RunFolder, checksum_of, digest_of, saved_settings
+from fmcib_ssl.training.same_run import check_same_run, unlike_the_last
 from fmcib_ssl.types import ViewTransform
-from fmcib_ssl.whole_file import whole_file, write_whole
+from fmcib_ssl.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -82,32 +82,43 @@ def finetune(settings: Settings) -> float:
         torch.set_num_threads(settings.hardware.num_threads)
     folder = RunFolder(settings.paths.run)
     try:
-        config, shown = folder.path / "config.yaml", redacted(settings.model_dump(mode="json"))
-        if (before := saved_settings(folder.path)) is not None:
-            for change in check_same_run(before, shown, folder.path):
-                logger.info("with another %s", change)
-        write_whole(config, yaml.safe_dump(shown, sort_keys=False))
-        write_json(environment(), folder.path / "environment.json")
-        return _finetune(settings, settings.finetune, folder.path)
+        return _finetune(settings, settings.finetune, folder)
     except (EvaluationError, FeatureTableError) as error:
         raise ConfigError(str(error)) from error
     finally:
         folder.release()
 
 
-def _finetune(settings: Settings, asked: FineTune, run: Path) -> float:
+def _finetune(settings: Settings, asked: FineTune, folder: RunFolder) -> float:
+    run, shown, num_done = folder.path, redacted(settings.model_dump(mode="json")), folder.num_saved()
+    if (before := saved_settings(run)) is not None:
+        for change in check_same_run(before, shown, run):
+            logger.info("with another %s", change)
+    elif difference := unlike_the_last(run, shown):
+        logger.warning("%s", difference)
     encoder, spec = _encoder(settings, asked)
     task = labelled_task(settings, asked, getattr(encoder, "preprocessing", None))
+    checksum = _checksum(asked, task)
+    if num_done:
+        folder.check_lesions([checksum])
+        what = (
+            "resuming %s: %d of %d parts are done" if num_done < len(task.parts) else "%s is finished: %d of %d parts"
+        )
+        logger.info(f"{what}; run=new starts afresh", run, num_done, len(task.parts))
     logger.info("%s", _summary(settings, asked, task, spec))
+    if num_done < len(task.parts):
+        facts, job = environment(), os.environ.get("SLURM_JOB_ID")
+        folder.note(data_checksum=checksum)
+        folder.begin(shown, facts, step=num_done, commit=facts["git"]["commit"], job=job)
     tables = []
     for part in task.parts:
-        folder = run / (f"fold_{part.name}" if asked.split is None else part.name)
-        done = folder / "predictions.parquet"
+        place = run / (f"fold_{part.name}" if asked.split is None else part.name)
+        done = place / "predictions.parquet"
         if done.is_file():
-            logger.info("%s is finished", folder)
+            logger.info("%s is finished", place)
         else:
             with no_worker_left():
-                _train_part(settings, asked, task, part, folder)
+                _train_part(settings, asked, task, part, place)
         tables.append(pd.read_parquet(done))
     predictions = pd.concat(tables, ignore_index=True)
     predictions.to_parquet(run / "predictions.parquet", index=False)
@@ -116,7 +127,16 @@ def _finetune(settings: Settings, asked: FineTune, run: Path) -> float:
     write_json({"rows": rows, **about, "train": asked.train, "weights": asked.weights}, run / "results.json")
     lines = [f"{row['metric']:<20} {row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})" for row in rows]
     logger.info("%s on held-out patients\n%s\nin %s", task.labels.name, "\n".join(lines), run / "results.json")
+    if folder.finished is None:
+        folder.finish(step=len(task.parts))
     return float(rows[0]["value"])
+
+
+def _checksum(asked: FineTune, task: Task) -> str:
+    """Of who is trained on and tested on, with which labels, and of the weights that the training begins with."""
+    parts = [(part.name, part.train, part.val, part.test) for part in task.parts]
+    weights = None if asked.weights is None else checksum_of([asked.weights])
+    return digest_of(task.ids(), task.labels.values, parts, weights)
 
 
 def _encoder(settings: Settings, asked: FineTune) -> tuple[nn.Module, Component]:

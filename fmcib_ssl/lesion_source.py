@@ -5,8 +5,8 @@ Only the second needs SimpleITK, so that is imported when it is asked for: train
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,13 @@ import pandas as pd
 
 from fmcib_ssl.data.tables import SelectionError, selected
 from fmcib_ssl.settings import ConfigError, Data, Settings
+from fmcib_ssl.training.run_folder import digest_of
 from fmcib_ssl.types import Preprocessing
+
+if TYPE_CHECKING:
+    from fmcib_ssl.data.annotations import LesionTable
+    from fmcib_ssl.data.scans import ScanSource
+    from fmcib_ssl.data.store import Store
 
 
 @dataclass(frozen=True)
@@ -26,12 +32,14 @@ class LesionSource:
         preprocessing: how its patches are cut.
         num_scans: that the lesions lie in.
         origin: for the log.
+        checksum: of which lesions they are, in which order, and of their scans; not of how files are called or written.
     """
 
     patches: Any
     preprocessing: Preprocessing
     num_scans: int
     origin: str
+    checksum: str
 
 
 def open_lesions(settings: Settings, *, main_process: bool) -> LesionSource:
@@ -70,12 +78,13 @@ def _from_store(settings: Settings) -> LesionSource:
         seed=settings.seed,
         mining=data.mining,
         per_lesion=data.per_lesion,
-        select=_selected(data, store.lesions),
+        select=(keep := _selected(data, store.lesions)),
         padding_hu=store.settings.padding_hu,
         on_bad_row=data.on_bad_row,
     )
     preprocessing = Preprocessing(data.patch_size, spacing_mm, store.settings.padding_hu)
-    return LesionSource(patches, preprocessing, patches.lesions["scan_id"].nunique(), f"store {data.store}")
+    num_scans = patches.lesions["scan_id"].nunique()
+    return LesionSource(patches, preprocessing, num_scans, f"store {data.store}", _store_checksum(store, keep))
 
 
 def _from_scans(settings: Settings, main_process: bool) -> LesionSource:
@@ -113,8 +122,31 @@ def _from_scans(settings: Settings, main_process: bool) -> LesionSource:
         mining=data.mining,
         per_lesion=data.per_lesion,
     )
-    num_scans = len({table.scan_of(i) for i in range(len(table))})
-    return LesionSource(patches, preprocessing, num_scans, f"scans of {data.annotations}, read directly")
+    scans = list(dict.fromkeys(table.scan_of(i) for i in range(len(table))))
+    origin = f"scans of {data.annotations}, read directly"
+    return LesionSource(patches, preprocessing, len(scans), origin, _table_checksum(table, scans))
+
+
+def _store_checksum(store: Store, keep: npt.NDArray[np.bool_]) -> str:
+    """Of a store's lesions, those that are chosen, and what their scans were made from."""
+    scan_ids, scans = np.unique(store.lesions["scan_id"].to_numpy(dtype=str), return_inverse=True)
+    centers = store.lesions[["center_z", "center_y", "center_x"]].to_numpy(dtype=float)
+    known = [name for name in ("sha256", "shape_zyx", "origin_lps_mm") if name in store.scans]
+    made_from = store.scans.reindex(scan_ids)[known].to_numpy()
+    return digest_of(asdict(store.settings), scans, _to_micrometers(centers), np.flatnonzero(keep), made_from)
+
+
+def _table_checksum(table: LesionTable, scans: list[ScanSource]) -> str:
+    """Of the lesions of a table and of what else is annotated in their scans; scans may have been moved."""
+    places = [scans.index(table.scan_of(i)) for i in range(len(table))]
+    named = [(scan.path.name, scan.series_uid, _to_micrometers(table.annotated_lps_mm[scan])) for scan in scans]
+    return digest_of(_to_micrometers(table.centers_lps_mm), places, named)
+
+
+def _to_micrometers(points: npt.NDArray[np.float64]) -> list[list[int]]:
+    """Points in thousandths, whatever the last bit says."""
+    whole: list[list[int]] = np.rint(points * 1000).astype(np.int64).tolist()
+    return whole
 
 
 def _selected(data: Data, rows: pd.DataFrame) -> npt.NDArray[np.bool_]:

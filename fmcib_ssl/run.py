@@ -12,12 +12,13 @@ import time
 import warnings
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-import yaml
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
@@ -37,17 +38,23 @@ from fmcib_ssl.preflight import check_disk
 from fmcib_ssl.safety import redacted
 from fmcib_ssl.settings import ConfigError, Settings
 from fmcib_ssl.summary import num_steps, summary
-from fmcib_ssl.training.checkpoints import RunCheckpoints, WholeFileIO, find_checkpoint, step_of
+from fmcib_ssl.training.checkpoints import RunCheckpoints, WholeFileIO, find_checkpoint, restored_state, step_of
 from fmcib_ssl.training.faults import TrainingFaultError
 from fmcib_ssl.training.online_probe import OnlineProbe
-from fmcib_ssl.training.provenance import environment, write_json
+from fmcib_ssl.training.provenance import environment
 from fmcib_ssl.training.ranks import RanksAgree, facts_of_rank
-from fmcib_ssl.training.run_folder import ANEW, RunFolder, RunFolderError, checksum, saved_settings
+from fmcib_ssl.training.run_folder import ANEW, RunFolder, RunFolderError, checksum_of, saved_settings
 from fmcib_ssl.training.same_run import check_same_run, unlike_the_last
 from fmcib_ssl.training.throughput import duration
-from fmcib_ssl.training.tracking import Resumable, ShowsPictures, Start, WeightsAndBiases, read_metrics
+from fmcib_ssl.training.tracking import (
+    MetricsFile,
+    Resumable,
+    ShowsPictures,
+    Start,
+    WeightsAndBiases,
+    read_metrics,
+)
 from fmcib_ssl.types import Preprocessing, SampleKey
-from fmcib_ssl.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -89,15 +96,16 @@ def train(settings: Settings) -> float:
 
 def _train(settings: Settings, folder: RunFolder, main_process: bool) -> float:
     _prepare_process(settings, main_process)
-    checkpoint = _checkpoint_to_go_on_with(settings, folder, main_process)
+    checkpoint = _checkpoint_to_resume(settings, folder, main_process)
     if _is_finished(settings, folder):
         return _last_loss(folder)
     step = step_of(checkpoint) if checkpoint else 0
-    if main_process:
-        _write_provenance(settings, folder, step)
 
     source = open_lesions(settings, main_process=main_process)
-    folder.hold_to(checksum(_files_that_list_lesions(settings)), trained=checkpoint is not None)
+    if checkpoint is not None:
+        folder.check_lesions(
+            [source.checksum, checksum_of(_files_that_list_lesions(settings))]
+        )  # the second is of earlier versions
     view_transform = build_views(settings)
     with blame("hardware"):
         data = LesionDataModule(
@@ -126,26 +134,32 @@ def _train(settings: Settings, folder: RunFolder, main_process: bool) -> float:
 
     if main_process:
         check_disk(folder.path, 3 * sum(p.numel() * p.element_size() for p in module.parameters()))
+        folder.note(data_checksum=source.checksum)
         logger.info("%s", summary(settings, source, batch_size, module, step))
         sheet = folder.path / "contact_sheet.png"
         if settings.contact_sheet_rows and not (checkpoint and sheet.is_file()):
             draw_contact_sheet(data, source.preprocessing, sheet, settings.contact_sheet_rows)
             logger.info("views to look at before anything is learned: %s", sheet)
         _begin_tracking(trainer, settings, folder, step)
+
+    @cache
+    def begin() -> None:
+        if main_process:
+            _note_start(settings, folder, step)
+
+    # The last of all callbacks: the others may refuse, and what an earlier start has left must not be touched then.
+    trainer.callbacks.append(LambdaCallback(on_train_start=lambda *_: begin()))  # type: ignore[attr-defined]
     asks = any(isinstance(callback, RunCheckpoints) for callback in trainer.checkpoint_callbacks)
     with signals.deferred() if asks else nullcontext(), no_worker_left():
         exit_code = 1
         try:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
             exit_code = 0
+            begin()  # also where there was no step left to take
             loss = float(trainer.callback_metrics.get("train/loss", _last_loss(folder)))
             if trainer.is_global_zero:
                 _write_results(module, settings, source.preprocessing, folder.path)
-                if asks and folder.num_saved() != trainer.global_step:
-                    raise RunFolderError(
-                        f"{folder.checkpoints} lacks the last checkpoint, which could not be saved: make room, then "
-                        "give the same command again"
-                    )
+                _check_all_is_saved(trainer, folder, checkpoints=asks)
                 folder.finish(step=trainer.global_step, loss=loss, **_length(settings))
                 logger.info("%s", _outcome(settings, trainer, loss, time.monotonic() - began))
         finally:
@@ -175,8 +189,12 @@ def _prepare_process(settings: Settings, main_process: bool) -> None:
         warnings.simplefilter("ignore")
 
 
-def _checkpoint_to_go_on_with(settings: Settings, folder: RunFolder, main_process: bool) -> Path | None:
-    checkpoint = find_checkpoint(folder.checkpoints, folder.run_id, main_process=main_process)
+def _checkpoint_to_resume(settings: Settings, folder: RunFolder, main_process: bool) -> Path | None:
+    run_id = None if folder.is_lost else folder.run_id
+    checkpoint = find_checkpoint(folder.checkpoints, run_id, main_process=main_process)
+    if checkpoint is not None and folder.is_lost:
+        folder.restore(restored_state(checkpoint))
+        logger.warning("%s has lost its run.json: it is restored from %s", folder.path, checkpoint.name)
     now = redacted(settings.model_dump(mode="json"))
     if checkpoint is None:
         if main_process and (difference := unlike_the_last(folder.path, now)):
@@ -206,7 +224,7 @@ def _is_finished(settings: Settings, folder: RunFolder, *, quietly: bool = False
     if done and finished and not quietly:
         logger.info(
             "the run in %s is finished, after %d steps: nothing to do. To train it for longer raise "
-            "trainer.max_epochs; %s", folder.path, done["step"], ANEW,
+            "trainer.max_epochs; %s", folder.path, done.get("step", 0), ANEW,
         )  # fmt: skip
     return finished
 
@@ -321,12 +339,20 @@ def _trainer(settings: Settings, patches: Any) -> L.Trainer:
     return trainer
 
 
-def _write_provenance(settings: Settings, folder: RunFolder, step: int) -> None:
+def _note_start(settings: Settings, folder: RunFolder, step: int) -> None:
+    facts, job = environment(), os.environ.get("SLURM_JOB_ID")
     config = redacted(settings.model_dump(mode="json"))
-    write_whole(folder.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-    facts = environment()
-    write_json(facts, folder.path / "environment.json")
-    folder.begin(step=step, commit=facts["git"]["commit"], job=os.environ.get("SLURM_JOB_ID"))
+    folder.begin(config, facts, step=step, commit=facts["git"]["commit"], job=job)
+
+
+def _check_all_is_saved(trainer: L.Trainer, folder: RunFolder, *, checkpoints: bool) -> None:
+    """Refuse to call a run finished of which a full disk has taken less than all."""
+    again = "which could not be written: make room, then give the same command again"
+    if checkpoints and folder.num_saved() != trainer.global_step:
+        raise RunFolderError(f"{folder.checkpoints} lacks the last checkpoint, {again}")
+    for its in trainer.loggers:
+        if isinstance(its, MetricsFile) and its.unwritten:
+            raise RunFolderError(f"{its.path} lacks the last {len(its.unwritten)} rows, {again}")
 
 
 def _write_results(module: Pretraining, settings: Settings, preprocessing: Preprocessing, run: Path) -> None:

@@ -174,7 +174,7 @@ def test_other_settings_of_a_run(seed: int, values: dict[str, Any]) -> None:
 @pytest.mark.parametrize("seed", range(24))
 def test_a_damaged_run_folder(seed: int, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.begin(step=0)
+    folder.begin({}, {}, step=0)
     folder.release()
     file = tmp_path / "run.json"
     text = json.dumps(changed(json.loads(file.read_text()), seed)) if seed % 2 else ""

@@ -7,7 +7,7 @@ is on disk is what was logged. Gradients that are being accumulated are not save
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import os
 import sys
@@ -28,13 +28,16 @@ from fmcib_ssl import signals
 from fmcib_ssl.models.export import read_archive
 from fmcib_ssl.training.requeue import requeue
 from fmcib_ssl.training.rng import random_state, set_random_state
-from fmcib_ssl.training.run_folder import ANEW, CHECKPOINT_NAME, RunFolderError
+from fmcib_ssl.training.run_folder import ANEW, CHECKPOINT_NAME, RunFolderError, kept_state, read_state
+from fmcib_ssl.training.tracking import MetricsFile
 from fmcib_ssl.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
 
 #: Key of the random states, one a rank, in a checkpoint.
 RNG_KEY = "fmcib_ssl_rng"
+#: Of what is needed of the run's state should that be lost, and of the rows of `metrics.csv` that a full disk refused.
+STATE_KEY, ROWS_KEY = "fmcib_ssl_run", "fmcib_ssl_rows"
 
 #: What the newest checkpoint is also called.
 LAST = "last.ckpt"
@@ -130,31 +133,38 @@ class RunCheckpoints(Checkpoint):
     # What a checkpoint holds besides Lightning's.
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the random states of all ranks, and note the place in the training as between two steps."""
+        """Add what Lightning does not know, and note the place in the training as between two steps."""
         states = [random_state()]
         if trainer.world_size > 1:
             states = [{} for _ in range(trainer.world_size)]
             dist.all_gather_object(states, random_state())
         checkpoint[RNG_KEY] = states
+        with contextlib.suppress(RunFolderError):
+            checkpoint[STATE_KEY] = kept_state(self.dirpath.parent)
+        checkpoint[ROWS_KEY] = [row for metrics in _metrics_files(trainer) for row in metrics.unwritten]
         if self._place is not None:
             _set_place(checkpoint["loops"]["fit_loop"], *self._place)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take what is set when training begins: the random states, and the place in the epoch."""
+        """Take what is set when training begins: the random states, and the place in the epoch; and unwritten rows."""
+        for metrics in _metrics_files(trainer):
+            metrics.restore(checkpoint.get(ROWS_KEY, []))
         self._random_states = checkpoint.get(RNG_KEY, [])
         self._loader_states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
 
     # When.
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Set what the checkpoint was taken with, and see that all ranks go on from the same one."""
+        """Set what the checkpoint was taken with, and see that all ranks resume from the same one."""
         if trainer.world_size > 1:
-            steps = [0] * trainer.world_size
-            dist.all_gather_object(steps, trainer.global_step)
-            if len(set(steps)) > 1:
+            places: list[tuple[str, int]] = [("", 0)] * trainer.world_size
+            dist.all_gather_object(places, (self.dirpath.parent.name, trainer.global_step))
+            if len(set(places)) > 1:
+                shown = ", ".join(f"{name} at step {step}" for name, step in places)
                 raise RunFolderError(
-                    f"the processes go on from different steps ({steps}): all must see the same run folder "
-                    f"{self.dirpath.parent}; put it on a disk that the nodes share"
+                    f"the processes are in different run folders or at different steps ({shown}): all must see the "
+                    f"same folder {self.dirpath.parent}; put it on a disk that the nodes share, or name it with "
+                    "hydra.run.dir=DIR"
                 )
         if len(self._random_states) == trainer.world_size:
             set_random_state(self._random_states[trainer.global_rank])
@@ -251,14 +261,14 @@ class RunCheckpoints(Checkpoint):
         raise signals.Stopped(signum, exit_code=0 if launched else exit_code, acted_on=True)
 
 
-def find_checkpoint(folder: Path, run_id: str, *, main_process: bool = True) -> Path | None:
+def find_checkpoint(folder: Path, run_id: str | None, *, main_process: bool = True) -> Path | None:
     """The newest checkpoint of a run that is whole and its own; None if there are none at all.
 
     Those that are passed over are named in the log, and renamed to `*.unusable` by the main process.
 
     Args:
         folder: of checkpoints.
-        run_id: of the run.
+        run_id: of the run; None, if it is lost, for that of the newest.
         main_process: whether this one may rename and report.
 
     Raises:
@@ -271,7 +281,7 @@ def find_checkpoint(folder: Path, run_id: str, *, main_process: bool = True) -> 
             if main_process and passed_over:
                 for bad, reason in passed_over:
                     bad.replace(bad.with_name(f"{bad.name}.unusable"))
-                    logger.warning("%s cannot be used (%s): going on from the one before, %s", bad, reason, path.name)
+                    logger.warning("%s cannot be used (%s): resuming from the one before, %s", bad, reason, path.name)
                 _link(path, folder / LAST)
             return path
         passed_over.append((path, problem))
@@ -292,22 +302,28 @@ def weights_of_run(folder: Path) -> Path:
     """
     if (exported := folder / "encoder.safetensors").is_file():
         return exported
-    try:
-        run_id = str(json.loads((folder / "run.json").read_text(encoding="utf-8"))["run_id"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    state = read_state(folder)
+    checkpoint = find_checkpoint(folder / "checkpoints", None if state is None else state["run_id"], main_process=False)
+    if checkpoint is None and state is None:
         raise RunFolderError(
             f"{folder} is no folder of a run: it has neither encoder.safetensors nor a run.json. Give the folder that "
             "the run's first line of the log names (of a fine-tuning that of one fold), or a file of weights"
-        ) from error
-    if (checkpoint := find_checkpoint(folder / "checkpoints", run_id, main_process=False)) is None:
+        )
+    if checkpoint is None:
         raise RunFolderError(f"the run in {folder} is not finished, and has no checkpoint yet: there are no weights")
     step = step_of(checkpoint)
     logger.warning("the run in %s is not finished: taking its weights after %d steps, %s", folder, step, checkpoint)
     return checkpoint
 
 
-def checkpoint_problem(path: Path, run_id: str) -> str | None:
-    """What keeps a file from being gone on with, in words; None if nothing does."""
+def restored_state(path: Path) -> dict[str, Any]:
+    """What a whole checkpoint has kept of its run's state; of one by an earlier version, whose it is."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return {"run_id": checkpoint["fmcib_ssl"]["extra"]["run_id"], **checkpoint.get(STATE_KEY, {})}
+
+
+def checkpoint_problem(path: Path, run_id: str | None) -> str | None:
+    """What keeps a file from being resumed from, in words; None if nothing does."""
     try:
         checkpoint = read_archive(path)
     except ValueError as error:
@@ -317,7 +333,11 @@ def checkpoint_problem(path: Path, run_id: str) -> str | None:
     about = checkpoint["fmcib_ssl"]
     extra = about.get("extra") if isinstance(about, dict) else None
     owner = extra.get("run_id") if isinstance(extra, dict) else None
-    return None if owner == run_id else f"it belongs to another run ({owner}, this is {run_id})"
+    return (
+        None
+        if owner == run_id or (run_id is None and owner)
+        else f"it belongs to another run ({owner}, this is {run_id})"
+    )
 
 
 def step_of(path: Path) -> int:
@@ -326,6 +346,10 @@ def step_of(path: Path) -> int:
     if match is None:
         raise ValueError(f"{path}: not the name of a checkpoint")
     return int(match[1])
+
+
+def _metrics_files(trainer: L.Trainer) -> list[MetricsFile]:
+    return [its for its in trainer.loggers if isinstance(its, MetricsFile)]
 
 
 def _newest_first(folder: Path) -> list[Path]:
@@ -341,12 +365,15 @@ def _is_kept(path: Path) -> bool:
 def _link(path: Path, link: Path) -> None:
     """Call the newest checkpoint by its other name too."""
     unfinished = link.with_name(f".{link.name}.tmp")
-    unfinished.unlink(missing_ok=True)
     try:
-        unfinished.symlink_to(path.name)
-    except OSError:  # a file system without
-        unfinished.hardlink_to(path)
-    unfinished.replace(link)
+        unfinished.unlink(missing_ok=True)
+        try:
+            unfinished.symlink_to(path.name)
+        except OSError:  # a file system without
+            unfinished.hardlink_to(path)
+        unfinished.replace(link)
+    except OSError as error:  # it is only a name: runs resume from the newest by its number
+        logger.warning("%s does not name the newest checkpoint, %s: %s", link, path.name, error.strerror or error)
 
 
 def _set_place(fit_loop: dict[str, Any], epoch: int, batch: int) -> None:

@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["NonFiniteGuard", "TrainingFaultError"]
 
+#: A run that leaves out a larger share of its steps learns too little; judged from so many steps on, and at its end.
+_LARGEST_SHARE, _JUDGED_FROM = 0.5, 100
 #: Below this scale of the loss, half precision is not what makes a gradient infinite.
 _LOWEST_SCALE = 1.0
 
@@ -139,6 +141,8 @@ class NonFiniteGuard(L.Callback):
         stop = self.on_non_finite == "stop" and self.num_in_a_row >= self.stop_after
         if stop:
             raise TrainingFaultError(message)
+        if trainer.global_step + 1 >= _JUDGED_FROM:
+            self._check_share(trainer, trainer.global_step + 1)
         _leave_out(optimizer, _scaler(trainer))
         _copy(self._buffers, list(pl_module.buffers()))
         if trainer.is_global_zero and (self.num_skipped <= self.keep or self.num_skipped % 100 == 0):
@@ -155,6 +159,21 @@ class NonFiniteGuard(L.Callback):
             outputs.pop("negatives", None)
         if self.num_skipped:
             pl_module.log("train/non_finite_steps", float(self.num_skipped), batch_size=1)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse a result of too few steps.
+
+        Raises:
+            TrainingFaultError: more than half of the run's steps were left out.
+        """
+        self._check_share(trainer, trainer.global_step)
+
+    def _check_share(self, trainer: L.Trainer, num_steps: int) -> None:
+        if self.num_skipped > _LARGEST_SHARE * num_steps:
+            raise TrainingFaultError(
+                f"{self.num_skipped} of {num_steps} steps were not finite and were left out: the others are too few to "
+                f"learn from, and the run stops. To try: {_remedies(trainer, [])}"
+            )
 
     def _ranks_with_a_fault(self, trainer: L.Trainer) -> list[int]:
         if trainer.world_size == 1:
@@ -203,7 +222,8 @@ class NonFiniteGuard(L.Callback):
             message += f"Its lesions: {name_lesions(lesions)}. "
         message += saved
         if last:
-            message += f"The run stops; nothing was learned from these steps. To try: {_remedies(trainer, lesions)}"
+            message += f"The run stops; nothing was learned from these steps. To try: {_remedies(trainer, lesions)}; "
+            message += "or without such steps, counting them: callbacks.guards.on_non_finite=skip"
         return message.strip()
 
 
@@ -214,7 +234,7 @@ def _remedies(trainer: L.Trainer, lesions: list[dict[str, Any]]) -> str:
         remedies = ["a lower optimizer.base_lr", "trainer.gradient_clip_val=1", "a higher loss.temperature"]
         if "16" in str(trainer.precision):
             remedies.insert(0, "hardware.precision=32-true")
-    return "; ".join([*remedies, "or go on without such steps, counting them: callbacks.guards.on_non_finite=skip"])
+    return "; ".join(remedies)
 
 
 def _gradients(module: torch.nn.Module) -> list[Tensor]:

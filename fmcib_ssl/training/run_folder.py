@@ -1,38 +1,56 @@
 """The folder of a run knows its state: whose it is, how often it was started, whether it is finished.
 
-`run.json` is written by the main process only, and always whole.
+The main process alone writes it, every file whole or not at all, and no start is noted before it has passed all checks.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import itertools
 import json
-import os
 import re
 import secrets
 import socket
 import string
-import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
+from fmcib_ssl.training.run_lock import CLAIM_FILE, LOCK_FILE, Held, RunLock
 from fmcib_ssl.whole_file import remove_leftovers, write_whole
 
-STATE_FILE, CONFIG_FILE = "run.json", "config.yaml"
+STATE_FILE, CONFIG_FILE, ENVIRONMENT_FILE = "run.json", "config.yaml", "environment.json"
 CHECKPOINT_NAME = re.compile(r"step-(\d+)(-epoch-(\d+))?\.ckpt")
-
-#: A run that is killed may take a moment to let go.
-LOCK_PATIENCE_S = 10.0
-
 #: What to do for another run with the same settings, in a message.
 ANEW = "run=new (without hydra.run.dir) starts afresh"
+
+#: What may be in the folder of a run that has not begun yet: locks, logs, and what a run writes before.
+_BEFORE_THE_START = re.compile(
+    rf"{re.escape(LOCK_FILE)}|{re.escape(CLAIM_FILE)}|.*\.(log|out|err)|\.submitit|\.hydra|rejected\.csv"
+    r"|\.(run\.json|rejected\.csv)\.[0-9a-f]{8}\.tmp"
+)
+#: Of the state, what a checkpoint keeps a copy of.
+_KEPT_IN_CHECKPOINTS = ("run_id", "data_checksum", "auto_batch")
+
+
+class _Requeue(BaseModel):
+    job: str
+    saved: int
+
+
+class _State(BaseModel):
+    """What `run.json` has to be to be used; it may say more."""
+
+    run_id: str
+    starts: list[dict[str, Any]]
+    finished: dict[str, Any] | None = None
+    data_checksum: str | None = None
+    requeues: list[_Requeue] = []
+    auto_batch: dict[str, int] = {}
 
 
 class RunFolderError(ValueError):
@@ -47,25 +65,35 @@ class RunFolder:
         main_process: whether this one writes; the others only read what an earlier start has left.
 
     Raises:
-        RunFolderError: another process trains in it, it cannot be written, or its state is damaged.
+        RunFolderError: it holds something else, another process trains in it, it cannot be written, or its state is
+            damaged.
     """
 
     def __init__(self, path: Path, *, main_process: bool = True) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self._main_process = main_process
-        self._lock: IO[str] | None = None
+        self._lock: RunLock | None = None
         try:
-            path.mkdir(parents=True, exist_ok=True)
             if main_process:
-                self._lock = _only_one(path)
+                refuse_foreign(path)
+                path.mkdir(parents=True, exist_ok=True)
+                self._lock = RunLock(path)
                 for own in (path, self.checkpoints):
                     remove_leftovers(own)
-            self.state = self._read() or self._new()
-            if main_process:
-                self._write()
+            known = read_state(path)
+        except Held as error:
+            raise RunFolderError(
+                f"{path}: another process trains in this folder ({error}): wait for it or stop it; {ANEW}"
+            ) from error
         except OSError as error:
             raise RunFolderError(f"{path}: the run folder cannot be used: {error.strerror or error}") from error
+        except RunFolderError:
+            self.release()
+            raise
+        #: Whether the state is lost while checkpoints are there; nothing is written before `restore`.
+        self.is_lost = known is None and any(self.checkpoints.glob("step-*.ckpt"))
+        self.state: dict[str, Any] = known or {"run_id": _new_id(), "starts": [], "finished": None}
 
     @property
     def run_id(self) -> str:
@@ -78,11 +106,18 @@ class RunFolder:
         finished: dict[str, Any] | None = self.state["finished"]
         return finished
 
-    def begin(self, **start: Any) -> None:
-        """Note a start, with whatever is worth knowing about it."""
+    def begin(self, settings: Mapping[str, Any], environment: Mapping[str, Any], **start: Any) -> None:
+        """Note a start that nothing refuses any more, with its settings and whatever is worth knowing about it."""
         self.state["starts"].append({"time": _now(), "host": socket.gethostname(), **start})
         self.state["finished"] = None
         self._write()
+        self._write_file(CONFIG_FILE, yaml.safe_dump(dict(settings), sort_keys=False))
+        self._write_file(ENVIRONMENT_FILE, json.dumps(environment, indent=2, default=str) + "\n")
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take what a checkpoint has kept of a state that is lost."""
+        self.state.update(state)
+        self.is_lost = False
 
     def note(self, **facts: Any) -> None:
         """Note what later starts have to know."""
@@ -113,51 +148,84 @@ class RunFolder:
         names = (CHECKPOINT_NAME.fullmatch(file.name) for file in self.checkpoints.glob("step-*.ckpt"))
         return max((int(name[1]) for name in names if name), default=len(list(self.path.glob("*/predictions.parquet"))))
 
-    def hold_to(self, data_checksum: str, *, trained: bool) -> None:
-        """Note the lesions of the run, or refuse others.
+    def check_lesions(self, checksums: Collection[str]) -> None:
+        """Refuse other lesions than those that the run has learned from.
 
         Args:
-            data_checksum: of the files that list the lesions.
-            trained: whether something was learned from those that are noted.
+            checksums: of the lesions, by this version and by earlier ones.
 
         Raises:
-            RunFolderError: they are others than it learned from.
+            RunFolderError: they are others.
         """
-        known = self.state.get("data_checksum", data_checksum)
-        if trained and known != data_checksum:
+        known = self.state.get("data_checksum")
+        if known is not None and known not in checksums:
             raise RunFolderError(
-                f"{self.path} was trained on other lesions: the files that list them have changed since (checksum "
-                f"{known[:12]}, now {data_checksum[:12]}). Resume it with the lesions it began with; {ANEW}"
+                f"{self.path} was trained on other lesions, labels or weights: they have changed since (checksum "
+                f"{known[:12]}, now {next(iter(checksums))[:12]}). Resume it with those it began with; {ANEW}"
             )
-        self.state["data_checksum"] = data_checksum
-        self._write()
 
     def release(self) -> None:
         """Let others train in this folder; the end of the process does so too."""
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
-    def _read(self) -> dict[str, Any] | None:
-        file = self.path / STATE_FILE
-        try:
-            state = json.loads(file.read_text())
-            if not isinstance(state["run_id"], str) or not isinstance(state["starts"], list):
-                raise TypeError("run_id or starts")
-            state.setdefault("finished", None)
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunFolderError(f"{file} is damaged ({error!r}): restore it; {ANEW}") from error
-        return dict(state)
-
-    def _new(self) -> dict[str, Any]:
-        letters = string.ascii_lowercase + string.digits
-        return {"run_id": "".join(secrets.choice(letters) for _ in range(8)), "starts": [], "finished": None}
-
     def _write(self) -> None:
-        if self._main_process:
-            write_whole(self.path / STATE_FILE, json.dumps(self.state, indent=2, default=str) + "\n")
+        if self._main_process and not self.is_lost:
+            self._write_file(STATE_FILE, json.dumps(self.state, indent=2, default=str) + "\n")
+
+    def _write_file(self, name: str, text: str) -> None:
+        try:
+            write_whole(self.path / name, text)
+        except OSError as error:
+            raise RunFolderError(f"{self.path / name} cannot be written: {error.strerror or error}") from error
+
+
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """What `run.json` says; None if there is none.
+
+    Raises:
+        RunFolderError: it is damaged.
+    """
+    file = folder / STATE_FILE
+    try:
+        state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        _State.model_validate(state, strict=True)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error)
+        if isinstance(error, ValidationError):
+            reason = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise RunFolderError(
+            f"{file} is damaged ({reason}): restore it, or remove it, since checkpoints keep what is needed; {ANEW}"
+        ) from error
+    return {"finished": None, **state}
+
+
+def kept_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint has to keep of the run's state, in case that is lost."""
+    return {key: value for key, value in (read_state(folder) or {}).items() if key in _KEPT_IN_CHECKPOINTS}
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuse a folder that holds something else than a run, without touching it.
+
+    Raises:
+        RunFolderError: saying what it holds.
+        OSError: it cannot be read.
+    """
+    if not folder.is_dir() or (folder / STATE_FILE).exists() or any(folder.glob("checkpoints/step-*.ckpt")):
+        return
+    if (folder / CONFIG_FILE).is_file() and (folder / ENVIRONMENT_FILE).is_file():
+        return  # a fine-tuning whose state is lost
+    foreign = sorted(path.name for path in folder.iterdir() if not _BEFORE_THE_START.fullmatch(path.name))
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        raise RunFolderError(
+            f"{folder} is not the folder of a run and not empty (it has {', '.join(foreign[:3])}{more}): choose "
+            "another hydra.run.dir=DIR, or leave it out"
+        )
 
 
 def saved_settings(folder: Path) -> dict[str, Any] | None:
@@ -182,7 +250,13 @@ def saved_settings(folder: Path) -> dict[str, Any] | None:
     return settings
 
 
-def checksum(files: Iterable[Path]) -> str:
+def digest_of(*values: object) -> str:
+    """SHA-256 over plain values; numbers of NumPy's count as Python's."""
+    text = json.dumps(values, sort_keys=True, default=lambda value: getattr(value, "tolist", value.__str__)())
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def checksum_of(files: Iterable[Path]) -> str:
     """SHA-256 over the contents of files, in this order."""
     digest = hashlib.sha256()
     for file in files:
@@ -191,29 +265,8 @@ def checksum(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _only_one(folder: Path) -> IO[str]:
-    """Hold the folder for this process; the kernel lets go when it ends, and its children do not inherit it."""
-    file = (folder / ".lock").open("a+")
-    patience = time.monotonic() + LOCK_PATIENCE_S
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                return file  # a file system without locks
-            if time.monotonic() > patience:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-                file.close()
-                raise RunFolderError(
-                    f"{folder}: another process trains in this folder ({holder}): wait for it or stop it; {ANEW}"
-                ) from error
-            time.sleep(0.2)
-        else:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-            return file
+def _new_id() -> str:
+    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
 
 
 def _now() -> str:

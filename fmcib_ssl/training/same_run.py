@@ -5,13 +5,12 @@ Every process asks before torch is imported.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from fmcib_ssl.training.run_folder import ANEW, STATE_FILE, RunFolderError, saved_settings
+from fmcib_ssl.training.run_folder import ANEW, STATE_FILE, RunFolderError, digest_of, saved_settings
 
 #: Settings that a run may be resumed with changed: where and how fast it runs, where its data lie, what is watched.
 FREE_SETTINGS = (
@@ -50,7 +49,7 @@ def settings_digest(settings: Mapping[str, Any], keyed: Collection[str] = ()) ->
     flat = flat_settings(settings)
     counted = (key in (*PLACES, *keyed) or not (_is_free(key) or key in LENGTHS) for key in sorted(flat))
     fixed = {key: _plain(flat[key]) for key, counts in zip(sorted(flat), counted, strict=True) if counts}
-    return hashlib.sha256(json.dumps(fixed, default=str).encode()).hexdigest()[:_NUM_DIGITS]
+    return digest_of(fixed)[:_NUM_DIGITS]
 
 
 def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> list[str]:

@@ -10,6 +10,7 @@ import csv
 import io
 import logging
 import os
+import re
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from lightning.pytorch.loggers.logger import DummyExperiment, Logger  # type: ig
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
+from fmcib_ssl.training.run_folder import RunFolderError
 from fmcib_ssl.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
@@ -68,13 +70,17 @@ class MetricsFile(Logger):
 
     Args:
         path: of the file.
+
+    Attributes:
+        unwritten: rows that the disk did not take; they are tried again, and kept in checkpoints meanwhile.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__()
         self.path = Path(path)
+        self.unwritten: list[dict[str, Any]] = []
         self._columns: list[str] = []
-        self._rows: list[dict[str, Any]] = []
+        self._size = 0  # of what was written whole
 
     @property
     def name(self) -> str:
@@ -87,14 +93,29 @@ class MetricsFile(Logger):
         return ""
 
     def go_on(self, start: Start) -> None:
-        """Cut the rows from `start.step` on."""
-        self._columns, rows = read_metrics(self.path)
+        """Cut the rows from `start.step` on.
+
+        Raises:
+            RunFolderError: the file cannot be written.
+        """
+        columns, rows, num_damaged = _parsed(self.path)
         kept = [row for row in rows if int(row["step"]) < start.step]
-        if kept:
-            self._write_anew(kept)
-        else:
-            self.path.unlink(missing_ok=True)
-            self._columns = []
+        try:
+            if num_damaged:
+                aside = self.path.replace(self.path.with_name(f"{self.path.name}.unusable"))
+                logger.warning("%s: %d damaged lines are left out; as it was: %s", self.path, num_damaged, aside)
+            if kept:
+                self._write_anew(kept, columns)
+            else:
+                self.path.unlink(missing_ok=True)
+                self._columns, self._size = [], 0
+        except OSError as error:
+            raise RunFolderError(f"{self.path} cannot be written: {error.strerror or error}") from error
+
+    def restore(self, rows: list[dict[str, Any]]) -> None:
+        """Take the rows that were not written when a checkpoint was, unless they were later."""
+        written = {int(row["step"]) for row in read_metrics(self.path)[1]} if rows else set()
+        self.unwritten = [row for row in rows if row["step"] not in written]
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """They are in `config.yaml`."""
@@ -102,52 +123,71 @@ class MetricsFile(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add a row."""
-        self._rows.append({**metrics, "step": len(self._rows) if step is None else step})
+        self.unwritten.append({**metrics, "step": len(self.unwritten) if step is None else step})
 
     @rank_zero_only
     def save(self) -> None:
         """Write the rows that are not in the file yet; a disk that is full is not fatal, they are tried again."""
-        if not self._rows:
+        if not self.unwritten:
             return
-        new = set().union(*self._rows) - set(self._columns)
+        columns = sorted(set(self._columns).union(*self.unwritten))
         try:
-            if new or not self.path.exists():
-                _, rows = read_metrics(self.path)
-                self._columns = sorted(new.union(self._columns))
-                self._write_anew([*rows, *self._rows])
+            exists = self.path.exists()
+            if exists and self._columns and self.path.stat().st_size > self._size:
+                os.truncate(self.path, self._size)  # a part of these rows, from a try before
+            if columns != self._columns or not exists:
+                self._write_anew([*read_metrics(self.path)[1], *self.unwritten], columns)
             else:
-                with self.path.open("a", newline="") as file:
-                    csv.DictWriter(file, self._columns).writerows(self._rows)
+                text = _csv_of(self.unwritten, columns).encode()
+                with self.path.open("ab") as file:
+                    file.write(text)
+                self._size += len(text)
         except OSError as error:
             logger.warning("%s cannot be written: %s", self.path, error.strerror or error)
             return
-        self._rows = []
+        self.unwritten = []
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Write what is left."""
         self.save()
 
-    def _write_anew(self, rows: list[dict[str, Any]]) -> None:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self._columns)
-        writer.writeheader()
-        writer.writerows(rows)
-        write_whole(self.path, text.getvalue())
+    def _write_anew(self, rows: list[dict[str, Any]], columns: list[str]) -> None:
+        text = f"{_csv_of([dict(zip(columns, columns, strict=True))], columns)}{_csv_of(rows, columns)}".encode()
+        write_whole(self.path, text)
+        self._columns, self._size = columns, len(text)
+
+
+def _csv_of(rows: list[dict[str, Any]], columns: list[str]) -> str:
+    text = io.StringIO(newline="")
+    csv.DictWriter(text, columns).writerows(rows)
+    return text.getvalue()
 
 
 def read_metrics(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
     """Columns and rows of a metrics file; what a killed process left unfinished at its end is left out."""
+    return _parsed(path)[:2]
+
+
+def _parsed(path: Path) -> tuple[list[str], list[dict[str, Any]], int]:
+    """Columns, rows and the number of lines that are no rows."""
     if not path.is_file():
-        return [], []
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    reader = csv.DictReader(whole.splitlines())
+        return [], [], 0
+    text = path.read_bytes().decode("utf-8", errors="replace").replace("\0", "\ufffd")
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    reader = csv.DictReader(lines, strict=False)
     columns = list(reader.fieldnames or [])
-    rows = [
-        row for row in reader if None not in row and None not in row.values() and str(row.get("step", "")).isdigit()
-    ]
-    return columns, rows
+    rows = [row for row in reader if _is_row(row)] if columns.count("step") == 1 else []
+    return columns if rows else [], rows, max(0, len(lines) - 1 - len(rows))
+
+
+def _is_row(row: Mapping[str | None, Any]) -> bool:
+    """Whether there is a number, or nothing, in every column and in no other."""
+    try:
+        [float(value) for value in row.values() if value != ""]
+    except (TypeError, ValueError):  # TypeError: too many columns, or too few
+        return False
+    return re.fullmatch("[0-9]+", row["step"]) is not None
 
 
 class TensorBoard(TensorBoardLogger):

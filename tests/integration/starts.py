@@ -39,10 +39,19 @@ NUM_STEPS = 12
 
 
 def start(
-    table: Path, run: Path, *overrides: str, environ: dict[str, str] | None = None, start_method: str | None = None
+    table: Path,
+    run: Path,
+    *overrides: str,
+    environ: dict[str, str] | None = None,
+    start_method: str | None = None,
+    named: bool = True,
 ) -> BaseProcess:
-    """Begin `python train.py` on a tiny archive, in the run folder `run`; what it prints goes to `run.out`."""
-    arguments = [*OPTIONS, f"data.annotations={table}", f"hydra.run.dir={run}", *overrides]
+    """Begin `python train.py` on a tiny archive; what it prints goes to `run.out`.
+
+    It is in the run folder `run` or, if that is not `named` to it, in one of its own choice below `run`.
+    """
+    where = f"hydra.run.dir={run}" if named else f"paths.runs={run}"
+    arguments = [*OPTIONS, f"data.annotations={table}", where, *overrides]
     process = _SERVER.Process(target=_train, args=(arguments, run.with_suffix(".out"), environ or {}, start_method))
     process.start()
     return process

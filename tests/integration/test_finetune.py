@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 from tiny_runs import assert_equal_weights, composed
 
@@ -20,6 +22,7 @@ from fmcib_ssl.finetune_run import finetune
 from fmcib_ssl.models.encoders import small_resnet
 from fmcib_ssl.models.export import export_encoder
 from fmcib_ssl.settings import ConfigError
+from fmcib_ssl.training.run_folder import RunFolderError
 from fmcib_ssl.types import Preprocessing
 
 NUM_PATIENTS, SIDE = 16, 16
@@ -118,6 +121,30 @@ def test_a_stopped_run_goes_on_with_the_fold_that_is_missing(store: Path, tmp_pa
     run_finetuning(store, tmp_path, *options)
     assert (tmp_path / "fold_0" / "checkpoints" / "best.ckpt").stat().st_mtime_ns == kept
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "predictions.parquet"), before)
+
+
+def test_other_weights_or_labels_are_another_run(store: Path, weights: Path, tmp_path: Path) -> None:
+    """One part of two is done; what it would be put together with has changed since, under the same names."""
+    shutil.copytree(store, tmp_path / "store")
+    shutil.copy(weights, tmp_path / "weights.safetensors")
+    options = ["trainer.max_epochs=1", "data.batch_size=8", f"finetune.weights={tmp_path / 'weights.safetensors'}"]
+    run = run_finetuning(tmp_path / "store", tmp_path / "run", *options)
+    state = json.loads((run / "run.json").read_text())
+    assert state["finished"]["step"] == 2 and [start["step"] for start in state["starts"]] == [0]
+    (run / "fold_1" / "predictions.parquet").unlink()
+    before = (run / "run.json").read_bytes(), (run / "config.yaml").read_bytes()
+    torch.manual_seed(1)
+    export_encoder(
+        small_resnet(ENCODER["widths"]), ENCODER, Preprocessing((SIDE,) * 3), tmp_path / "weights.safetensors"
+    )
+    with pytest.raises(RunFolderError, match=r"trained on other lesions.*run=new"):
+        run_finetuning(tmp_path / "store", run, *options)
+    shutil.copy(weights, tmp_path / "weights.safetensors")
+    lesions = pd.read_parquet(tmp_path / "store" / "lesions.parquet")
+    lesions.assign(texture=8 - lesions["texture"]).to_parquet(tmp_path / "store" / "lesions.parquet", index=False)
+    with pytest.raises(RunFolderError, match=r"trained on other lesions.*run=new"):
+        run_finetuning(tmp_path / "store", run, *options)
+    assert ((run / "run.json").read_bytes(), (run / "config.yaml").read_bytes()) == before
 
 
 @pytest.mark.parametrize(

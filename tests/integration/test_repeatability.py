@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from pathlib import Path
 
@@ -100,15 +102,54 @@ def test_a_folder_of_another_run_is_refused(override: str, line: str, reference:
     assert line in str(caught.value) and "run=new" in str(caught.value)
 
 
-def test_other_lesions_are_refused(phantom_table: Path, tmp_path: Path) -> None:
+def files_of(run: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_a_refused_start_leaves_a_finished_run_as_it_is(
+    phantom_table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Trained for longer on other lesions: refused, and the command that made it still knows its run."""
     table = tmp_path / "table.csv"
     rows = pd.read_csv(phantom_table)
     rows["image_path"] = [str(phantom_table.parent / path) for path in rows["image_path"]]
     rows.to_csv(table, index=False)
     run_for(1, table, tmp_path / "run")
+    before = files_of(tmp_path / "run")
     rows.iloc[::-1].to_csv(table, index=False)
-    with pytest.raises(RunFolderError, match="trained on other lesions"):
+    with pytest.raises(RunFolderError, match=r"trained on other lesions.*run=new"):
         run_for(2, table, tmp_path / "run")
+    assert files_of(tmp_path / "run") == before
+    rows.assign(comment="seen").to_csv(table, index=False, sep=";")  # the lesions are the same
+    with caplog.at_level(logging.INFO):
+        run_for(1, table, tmp_path / "run")
+    assert "is finished, after 3 steps" in caplog.text
+    run_for(2, table, tmp_path / "run")
+    assert len(metrics_of(tmp_path / "run")) == 2 * STEPS_PER_EPOCH
+
+
+def test_a_lost_state_comes_back(phantom_table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_for(1, phantom_table, tmp_path)
+    before = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").unlink()
+    run_for(2, phantom_table, tmp_path)
+    after = json.loads((tmp_path / "run.json").read_text())
+    assert "has lost its run.json: it is restored from step-00000003.ckpt" in caplog.text
+    assert (after["run_id"], after["data_checksum"]) == (before["run_id"], before["data_checksum"])
+    assert metrics_of(tmp_path)["step"].tolist() == list(range(2 * STEPS_PER_EPOCH))
+
+
+def test_a_run_of_an_earlier_version_resumes(phantom_table: Path, tmp_path: Path) -> None:
+    """Its checksum is of the bytes of the table, its checkpoints know its id alone."""
+    run_for(1, phantom_table, tmp_path)
+    state = json.loads((tmp_path / "run.json").read_text())
+    per_file = hashlib.sha256(phantom_table.read_bytes()).digest()
+    state["data_checksum"] = hashlib.sha256(per_file).hexdigest()
+    (tmp_path / "run.json").write_text(json.dumps(state))
+    config = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(config.replace("run: resume\n", ""))
+    run_for(2, phantom_table, tmp_path)
+    assert len(metrics_of(tmp_path)) == 2 * STEPS_PER_EPOCH
 
 
 @pytest.mark.parametrize(("accumulated", "steps_per_epoch"), [(1, 3), (2, 2), (5, 1)])

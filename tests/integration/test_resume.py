@@ -51,6 +51,33 @@ def test_stopped_by_a_signal(
     assert_same_runs(run, whole)
 
 
+def test_the_same_command_finds_its_run_and_a_new_one_is_beside_it(
+    phantom_table: Path, whole: Path, tmp_path: Path
+) -> None:
+    """No folder is named: stopped, started again with the table typed another way, finished, and once anew."""
+    runs = tmp_path / "runs"
+    process = start(phantom_table, runs, named=False)
+    wait_for(lambda: any(steps_logged(run) >= 4 for run in runs.glob("*/*")), process)
+    os.kill(process.pid or 0, signal.SIGINT)
+    assert end(process) == 130
+    (run,) = runs.glob("*/*")
+    other_way = phantom_table.parent / ".." / phantom_table.parent.name / phantom_table.name
+    assert end(start(other_way, runs, "hardware.num_threads=1", named=False)) == 0
+    assert_same_runs(run, whole)
+    printed = runs.with_suffix(".out").read_text()
+    assert "The same command resumes from there" in printed
+    assert re.search(rf"resuming {run} at step \d+; run=new starts afresh", printed)
+    kept = {path: path.read_bytes() for path in run.rglob("*") if path.suffix not in (".log", "") and path.is_file()}
+    assert end(start(phantom_table, runs, named=False)) == 0
+    assert "is finished" in runs.with_suffix(".out").read_text().removeprefix(printed)
+    assert end(start(phantom_table, runs, "run=new", "trainer.max_epochs=1", named=False)) == 0
+    assert {path: path.read_bytes() for path in kept} == kept
+    (new,) = (folder for folder in runs.glob("*/*") if folder != run)
+    assert new.name.startswith(f"{run.name}-") and state_of(new)["run_id"] != state_of(run)["run_id"]
+    assert end(start(phantom_table, runs, "trainer.max_epochs=2", named=False)) == 0  # the one that was started last
+    assert len(state_of(new)["starts"]) == 2 and len(list(runs.glob("*/*"))) == 2  # type: ignore[arg-type]
+
+
 def test_killed_in_a_save_and_again_in_a_step(phantom_table: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(phantom_table, run)

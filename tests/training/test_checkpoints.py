@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from fmcib_ssl import signals
 from fmcib_ssl.data.datamodule import ResumableLoader
 from fmcib_ssl.data.sampler import EpochSampler
-from fmcib_ssl.training.checkpoints import RunCheckpoints, WholeFileIO, find_checkpoint, step_of
+from fmcib_ssl.training.checkpoints import RunCheckpoints, WholeFileIO, find_checkpoint, restored_state, step_of
 from fmcib_ssl.training.run_folder import RunFolderError
 from fmcib_ssl.training.tracking import MetricsFile, Start, read_metrics
 from fmcib_ssl.types import SampleKey
@@ -290,6 +290,25 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert newest.name in caplog.text and "damaged" in caplog.text and before.name in caplog.text
     assert not newest.exists() and newest.with_name(f"{newest.name}.unusable").exists()
     assert (tmp_path / "run" / "last.ckpt").resolve() == before
+
+
+def test_a_state_that_is_lost_is_that_of_the_newest_checkpoint(trained: Path, tmp_path: Path) -> None:
+    newest, before, _ = copied(trained, tmp_path / "run")
+    damage(newest, "one bit")
+    assert find_checkpoint(tmp_path / "run", None) == before
+    assert restored_state(before)["run_id"] == "mine"
+
+
+def test_a_name_that_cannot_be_given_is_no_reason_to_stop(
+    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`last.ckpt` is a folder."""
+    newest, before, _ = copied(trained, tmp_path / "run")
+    (tmp_path / "run" / "last.ckpt").unlink(missing_ok=True)
+    (tmp_path / "run" / "last.ckpt" / "mine").mkdir(parents=True)
+    damage(newest, "empty")
+    assert find_checkpoint(tmp_path / "run", "mine") == before
+    assert f"does not name the newest checkpoint, {before.name}" in caplog.text
 
 
 class Harmful:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from fmcib_ssl.training import guards
 from fmcib_ssl.training.faults import read_faults
 from fmcib_ssl.training.guards import NonFiniteGuard, TrainingFaultError, _largest, _leave_out
 
@@ -111,6 +112,19 @@ def test_stops_after_so_many_in_a_row(tmp_path: Path) -> None:
         fit(tmp_path / "other", {0: "view", 2: "view", 3: "view"}, stop_after=2)
     with pytest.raises(TrainingFaultError, match="row 10, whose views are not finite themselves; row 8"):
         fit(tmp_path / "third", {2: "view"}, stop_after=1)
+
+
+@pytest.mark.parametrize("mode", ["skip", "stop"])
+def test_a_run_of_which_little_is_left_does_not_finish(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(tmp_path / "half", {1: "view", 3: "view", 5: "view"}, on_non_finite=mode)
+    bad = dict.fromkeys((0, 1, 3, 4), "view")  # of six
+    with pytest.raises(TrainingFaultError, match=r"4 of 6 steps were not finite .* a lower optimizer\.base_lr"):
+        fit(tmp_path / "end", bad, on_non_finite=mode)
+    monkeypatch.setattr(guards, "_JUDGED_FROM", 2)  # a run of days does not wait for its end
+    with pytest.raises(TrainingFaultError, match="2 of 2 steps"):
+        fit(tmp_path / "early", bad, on_non_finite=mode)
 
 
 def test_what_is_kept_is_the_step(tmp_path: Path) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
-from fmcib_ssl.training import run_folder
-from fmcib_ssl.training.run_folder import RunFolder, RunFolderError, saved_settings
+from fmcib_ssl.training import run_lock
+from fmcib_ssl.training.run_folder import RunFolder, RunFolderError, kept_state, refuse_foreign, saved_settings
 from fmcib_ssl.training.same_run import check_same_run, unlike_the_last
 
 BEFORE = {
@@ -26,7 +26,7 @@ def test_the_same_id_through_all_starts(tmp_path: Path) -> None:
     ids = set()
     for step in (0, 7):
         folder = RunFolder(tmp_path / "run")
-        folder.begin(step=step)
+        folder.begin(BEFORE, {}, step=step)
         ids.add(folder.run_id)
         folder.release()
     assert len(ids) == 1 and len(ids.pop()) == 8
@@ -40,7 +40,7 @@ def test_another_process_is_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout and other.stdout.readline() == b"has it\n"
-    monkeypatch.setattr(run_folder, "LOCK_PATIENCE_S", 0.0)
+    monkeypatch.setattr(run_lock, "LOCK_PATIENCE_S", 0.0)
     with pytest.raises(RunFolderError, match=f"another process trains in this folder .process {other.pid} on"):
         RunFolder(tmp_path)
     RunFolder(tmp_path, main_process=False)  # another rank of the run that has it
@@ -49,10 +49,24 @@ def test_another_process_is_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
     RunFolder(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"run_id": 3}', "null"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", '{"run_id": 3}', "null", "[" * 100_000, "\\xff"]
+    + [
+        json.dumps({"run_id": "a", "starts": [], **wrong})
+        for wrong in (
+            {"finished": 3},
+            {"starts": [1]},
+            {"data_checksum": 7},
+            {"requeues": [{}]},
+            {"auto_batch": {"batch_size": "x"}},
+        )
+    ],
+    ids=lambda content: content[:60],
+)
 def test_a_damaged_state_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(RunFolderError, match=r"run\.json is damaged"):
+    with pytest.raises(RunFolderError, match=r"run\.json is damaged .*remove it.*run=new"):
         RunFolder(tmp_path)
 
 
@@ -93,11 +107,68 @@ def test_what_may_not(now: dict[str, object], line: str, tmp_path: Path) -> None
 
 def test_other_lesions(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.hold_to("a" * 64, trained=False)
-    folder.hold_to("b" * 64, trained=False)  # nothing was learned from the others
-    folder.hold_to("b" * 64, trained=True)
-    with pytest.raises(RunFolderError, match="bbbbbbbbbbbb, now aaaaaaaaaaaa"):
-        folder.hold_to("a" * 64, trained=True)
+    folder.check_lesions(["a" * 64])  # of a run that knows none yet
+    folder.note(data_checksum="b" * 64)
+    folder.check_lesions(["a" * 64, "b" * 64])  # by an earlier version's checksum
+    with pytest.raises(RunFolderError, match=r"bbbbbbbbbbbb, now aaaaaaaaaaaa.*run=new"):
+        folder.check_lesions(["a" * 64])
+
+
+def test_nothing_is_written_before_a_start_has_passed_its_checks(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.begin(BEFORE, {}, step=0)
+    folder.finish(step=5)
+    folder.release()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".lock"}
+    RunFolder(tmp_path).release()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".lock"} == before
+
+
+FOREIGN = ["thesis.docx", ".results.csv.0a1b2c3d.tmp", "config.yaml", "photos"]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_folder_of_others_is_not_touched(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / name).write_text("mine")
+    (folder / "slurm-17.out").touch()
+    with pytest.raises(RunFolderError, match=re.escape(f"is not the folder of a run and not empty (it has {name})")):
+        RunFolder(folder)
+    assert sorted(path.name for path in folder.iterdir()) == sorted([name, "slurm-17.out"])
+    assert (folder / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train.log", "train_ddp_process_1.log", ".lock"],
+        ["slurm-17.out", "rejected.csv", ".run.json.0a1b2c3d.tmp"],
+        ["run.json", "notes.txt"],
+        ["checkpoints/step-00000004.ckpt", "notes.txt"],
+        ["config.yaml", "environment.json", "fold_0"],
+    ],
+    ids=lambda names: names[0],
+)
+def test_a_run_folder_is_one_whatever_its_start_came_to(names: list[str], tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    for name in names:
+        (tmp_path / name).touch()
+    if not any(tmp_path.glob("checkpoints/*")):
+        (tmp_path / "checkpoints").rmdir()
+    refuse_foreign(tmp_path)
+
+
+def test_a_state_that_is_lost_is_restored_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-00000004.ckpt").touch()
+    folder = RunFolder(tmp_path)
+    folder.note_requeue("17")
+    assert folder.is_lost and not (tmp_path / "run.json").exists()
+    folder.restore({"run_id": "abcd1234", "data_checksum": "c" * 64})
+    folder.begin(BEFORE, {}, step=4)
+    assert not folder.is_lost and RunFolder(tmp_path).run_id == "abcd1234"
+    assert kept_state(tmp_path) == {"run_id": "abcd1234", "data_checksum": "c" * 64}
 
 
 @pytest.mark.parametrize("content", ["a: [", "", "- 1", "42", "a: \x00"])
@@ -111,8 +182,7 @@ def test_a_run_that_is_not_finished_is_named_to_the_next(tmp_path: Path) -> None
     now = {**BEFORE, "seed": 1, "hardware": {"devices": 2}}
     assert unlike_the_last(tmp_path / "now", now) is None
     folder = RunFolder(tmp_path / "before")
-    (folder.path / "config.yaml").write_text(yaml.safe_dump(BEFORE))
-    folder.begin(step=0)
+    folder.begin(BEFORE, {}, step=0)
     expected = f"{folder.path} is not finished; this is another run: seed: 0 before, 1 now"
     assert unlike_the_last(tmp_path / "now", now) == expected
     assert unlike_the_last(tmp_path / "now", BEFORE) is None  # run=new

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,78 @@ def test_a_disk_that_is_full_for_a_while(tmp_path: Path, monkeypatch: pytest.Mon
         log(metrics, range(2, 4))
     log(metrics, range(4, 5))
     assert pd.read_csv(tmp_path / "metrics.csv")["step"].tolist() == list(range(5))
+
+
+@pytest.mark.parametrize("room", range(0, 160, 7))
+def test_a_row_that_was_written_in_part_is_written_again_whole(room: int, tmp_path: Path) -> None:
+    """The disk is full after any byte, twice; the file is as if it had never been."""
+    whole, metrics = MetricsFile(tmp_path / "whole.csv"), MetricsFile(tmp_path / "metrics.csv")
+    log(whole, range(8))
+    log(metrics, range(2))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for steps in (range(2, 4), range(4, 6)):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (metrics.path.stat().st_size + room // 2, limits[1]))
+        try:
+            log(metrics, steps)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    log(metrics, range(6, 8), later=0.0)
+    table = pd.read_csv(metrics.path)
+    pd.testing.assert_frame_equal(table[["loss", "step"]], pd.read_csv(whole.path)[["loss", "step"]])
+    assert table["later"].isna().tolist() == [True] * 6 + [False] * 2
+
+
+def test_new_columns_that_cannot_be_written_do_not_shift_the_rows(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.csv")
+    log(metrics, range(2))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        log(metrics, range(2, 3), a_new_one=5.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [row["step"] for row in metrics.unwritten] == [2]
+    log(metrics, range(3, 4))
+    table = pd.read_csv(tmp_path / "metrics.csv")
+    assert table["step"].tolist() == [0, 1, 2, 3] and table["loss"].tolist() == [step / 7 for step in range(4)]
+
+
+def test_rows_that_were_not_written_come_back_with_the_checkpoint(tmp_path: Path) -> None:
+    """Killed after a checkpoint that the disk took, while it had refused rows; one of those was written later."""
+    log(MetricsFile(tmp_path / "metrics.csv"), range(3))
+    kept = [{"step": step, "loss": step / 7} for step in (2, 3)]
+    metrics = MetricsFile(tmp_path / "metrics.csv")
+    metrics.go_on(start(tmp_path, 4))
+    metrics.restore(kept)
+    log(metrics, range(4, 6))
+    assert pd.read_csv(tmp_path / "metrics.csv")["step"].tolist() == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("damage", "steps"),
+    [
+        (lambda text: text.replace(b"\r\n0.14", b"\r\n\xff.14"), [0, 2, 3]),
+        (lambda text: text.replace(b"0.28", b"\0\0\0\0"), [0, 1, 3]),
+        (lambda text: text.replace(b",2\r\n", b",\xc2\xb2\r\n"), [0, 1, 3]),  # a digit, and no number
+        (lambda text: text.replace(b",2\r\n", b",2,7\r\n"), [0, 1, 3]),
+        (lambda text: text.replace(b"loss,step", b"loss,stxp"), []),
+        (lambda text: bytes(200), []),
+        (lambda text: bytes(range(256)) * 9, []),
+    ],
+)
+def test_damaged_lines_are_left_out_and_kept_beside(
+    damage: Any, steps: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log(MetricsFile(tmp_path / "metrics.csv"), range(4))
+    damaged = damage((tmp_path / "metrics.csv").read_bytes())
+    (tmp_path / "metrics.csv").write_bytes(damaged)
+    metrics = MetricsFile(tmp_path / "metrics.csv")
+    metrics.go_on(start(tmp_path, 4))
+    log(metrics, range(4, 5))
+    assert pd.read_csv(tmp_path / "metrics.csv")["step"].tolist() == [*steps, 4]
+    if b"\n" in damaged:
+        assert "damaged lines are left out" in caplog.text
+        assert (tmp_path / "metrics.csv.unusable").read_bytes() == damaged
 
 
 def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:

@@ -1,0 +1,67 @@
+"""Lesions are the same by what they are, not by how their files are written or called."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from tiny_runs import tiny_settings
+
+from fmcib_ssl.data.annotations import read_annotations
+from fmcib_ssl.data.prepare import prepare
+from fmcib_ssl.data.store import StoreSettings
+from fmcib_ssl.lesion_source import open_lesions
+
+
+@pytest.fixture
+def archive(phantom_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(phantom_table.parent, tmp_path / "archive")
+    monkeypatch.chdir(tmp_path)
+    return Path("archive") / phantom_table.name
+
+
+def of_table(table: Path, *overrides: str) -> str:
+    return open_lesions(tiny_settings(table, Path("run"), *overrides), main_process=True).checksum
+
+
+def of_store(table: Path, *overrides: str, spacing_mm: float = 1.5) -> str:
+    store = Path(f"store_{spacing_mm}")
+    prepare(read_annotations(table), store, StoreSettings(spacing_mm=spacing_mm), num_workers=0)
+    options = [f"data.store={store}", "data.annotations=null", "data.spacing_mm=null", *overrides]
+    return open_lesions(tiny_settings(table, Path("run"), *options), main_process=True).checksum
+
+
+@pytest.mark.parametrize("checksum", [of_table, of_store])
+def test_how_the_table_is_called_and_written_does_not_count(checksum: Callable[..., str], archive: Path) -> None:
+    first = checksum(archive)
+    assert checksum(archive.absolute()) == first
+    rows = pd.read_csv(archive)
+    rows.assign(note="seen twice").to_csv(archive, index=False, sep=";")
+    assert checksum(archive) == first
+
+
+def test_where_scans_lie_does_not_count(archive: Path) -> None:
+    first = of_table(archive)
+    shutil.copytree(archive.parent, "moved")
+    assert of_table(Path("moved") / archive.name) == first
+
+
+@pytest.mark.parametrize("checksum", [of_table, of_store])
+@pytest.mark.parametrize("edit", ["a point", "the order", "one fewer"])
+def test_which_lesions_they_are_does(checksum: Callable[..., str], edit: str, archive: Path) -> None:
+    rows, first = pd.read_csv(archive), checksum(archive)
+    if edit == "a point":
+        rows.loc[2, "coordZ"] += 1.0
+    rows = {"a point": rows, "the order": rows.iloc[::-1], "one fewer": rows.iloc[1:]}[edit]
+    rows.to_csv(archive, index=False)
+    assert checksum(archive) != first
+
+
+def test_so_do_a_choice_of_them_and_a_stores_voxels(archive: Path) -> None:
+    rows = pd.read_csv(archive)
+    rows.assign(fold=[0, *[1] * (len(rows) - 1)]).to_csv(archive, index=False)
+    whole = of_store(archive)
+    assert len({whole, of_store(archive, "+data.select.fold=1"), of_store(archive, spacing_mm=2.0)}) == 3
