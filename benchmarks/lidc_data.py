@@ -23,7 +23,7 @@ from fmcib_ssl.types import PatchPair, Preprocessing, SampleKey
 
 Array = npt.NDArray[Any]
 
-PREPROCESSING = Preprocessing(patch_size_zyx=(8, 24, 24))
+PREPROCESSING = Preprocessing(patch_size_zyx=(8, 24, 24), padding="edge")
 NUM_FOLDS = 5
 #: Negatives in the pool; they are drawn from it in every epoch anew.
 POOL_SIZE = 4000
@@ -73,10 +73,12 @@ def load(data: Path, workspace: Path, mining: str = "background") -> Nodules:
     store = _prepared(data, workspace)
     is_nodule = store.lesions["image_path"].str.startswith("lidc_crops/").to_numpy()
     lesions = store.lesions[is_nodule].reset_index(drop=True)
-    size = np.array(PREPROCESSING.patch_size_zyx)
-    patches = np.stack([edge_padded_patch(store, row, size) for row in lesions.itertuples()])[:, None]
+    size = PREPROCESSING.patch_size_zyx
+    # Crops are as large as their nodules, so that padding with a constant would tell how large a nodule is.
+    cropped = LesionPatches(store, size, per_lesion=0, select=is_nodule, padding=PREPROCESSING.padding)
+    patches = torch.stack([cropped.positive(i) for i in range(len(cropped))])
 
-    in_chests = LesionPatches(store, PREPROCESSING.patch_size_zyx, mining=mining, per_lesion=8, select=~is_nodule)
+    in_chests = LesionPatches(store, size, mining=mining, per_lesion=8, select=~is_nodule)
     keys = [SampleKey(k // len(in_chests), k % len(in_chests)) for k in range(POOL_SIZE // 8)]
     pool = torch.cat([in_chests[key]["negative"] for key in keys])
 
@@ -87,7 +89,7 @@ def load(data: Path, workspace: Path, mining: str = "background") -> Nodules:
     }
     patients = lesions["PatientID"].to_numpy(dtype=str)
     split, malignancy = _published_split(data / "lidc_crops" / "fmcib_task2_voi_map.csv", lesions)
-    return Nodules(lesions, torch.from_numpy(patches), patients, folds_of(patients), labels, pool, split, malignancy)
+    return Nodules(lesions, patches, patients, folds_of(patients), labels, pool, split, malignancy)
 
 
 def folds_of(patients: Array) -> Array:
@@ -97,19 +99,6 @@ def folds_of(patients: Array) -> Array:
     dealt[np.random.default_rng(0).permutation(len(names))] = np.arange(len(names))
     # names[permutation[k]] is the k-th in the order
     return (dealt % NUM_FOLDS)[np.searchsorted(names, patients)]
-
-
-def edge_padded_patch(store: Store, row: Any, size_zyx: Array) -> npt.NDArray[np.int16]:
-    """The patch round a nodule; what the crop does not have is its nearest voxel.
-
-    Crops are as large as their nodules, so that padding with a constant would tell how large a nodule is.
-    """
-    shape = np.array(store.scans.loc[row.scan_id, "shape_zyx"], dtype=np.int64)
-    center = np.floor(np.array([row.center_z, row.center_y, row.center_x]) + 0.5).astype(np.int64)
-    start = center - size_zyx // 2
-    first, end = np.clip(start, 0, shape - 1), np.clip(start + size_zyx, 1, shape)
-    inside = store.read_patch(row.scan_id, first.tolist(), (end - first).tolist())
-    return np.pad(inside, list(zip(first - start, start + size_zyx - end, strict=True)), mode="edge")
 
 
 class TrainingPatches:

@@ -70,6 +70,11 @@ def labelled_task(settings: Settings, asked: FineTune, trained_on: Preprocessing
             f"data.spacing_mm={spacing:g}, and {asked.weights} was trained on {trained_on.spacing_mm:g} mm: set "
             f"data.spacing_mm={trained_on.spacing_mm:g}"
         )
+    if trained_on is not None and trained_on.padding != data.padding:
+        raise ConfigError(
+            f"data.padding={data.padding}, and {asked.weights} was trained on patches with {trained_on.padding}: set "
+            f"data.padding={trained_on.padding}"
+        )
     patches, preprocessing = _open(settings, trained_on)
     assert asked.label is not None
     labels = read_labels(patches.lesions, asked.task, label=asked.label, threshold=asked.threshold)
@@ -105,12 +110,13 @@ def _open(settings: Settings, trained_on: Preprocessing | None) -> tuple[SourceP
             "kind": "scans", "annotations": data.annotations, "image_root": data.image_root,
             "path_prefix": data.path_prefix, "coordinates": data.coordinates, "on_bad_row": data.on_bad_row,
         }  # fmt: skip
-        wanted = trained_on or Preprocessing(data.patch_size, 1.0 if data.spacing_mm is None else data.spacing_mm)
+        spacing_mm = 1.0 if data.spacing_mm is None else data.spacing_mm
+        wanted = trained_on or Preprocessing(data.patch_size, spacing_mm, padding=data.padding)
     elif trained_on is None:
         from fmcib_ssl.data.store import Store  # noqa: PLC0415
 
         there = Store(data.store).settings
-        wanted = Preprocessing(data.patch_size, there.spacing_mm, there.padding_hu)
+        wanted = Preprocessing(data.patch_size, there.spacing_mm, there.padding_hu, padding=data.padding)
     _, patches, preprocessing = open_patches(source, wanted)
     if len(patches.rejected):
         patches.rejected.to_csv(settings.paths.run / "rejected.csv", index=False)

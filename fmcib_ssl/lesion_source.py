@@ -80,9 +80,10 @@ def _from_store(settings: Settings) -> LesionSource:
         per_lesion=data.per_lesion,
         select=(keep := _selected(data, store.lesions)),
         padding_hu=store.settings.padding_hu,
+        padding=data.padding,
         on_bad_row=data.on_bad_row,
     )
-    preprocessing = Preprocessing(data.patch_size, spacing_mm, store.settings.padding_hu)
+    preprocessing = Preprocessing(data.patch_size, spacing_mm, store.settings.padding_hu, padding=data.padding)
     num_scans = patches.lesions["scan_id"].nunique()
     return LesionSource(patches, preprocessing, num_scans, f"store {data.store}", _store_checksum(store, keep))
 
@@ -104,7 +105,8 @@ def _from_scans(settings: Settings, main_process: bool) -> LesionSource:
         except ValueError as error:
             raise ConfigError(f"data.phantom: {error}") from error
     table = read_annotations(data.annotations, data.image_root, data.coordinates, data.path_prefix)
-    preprocessing = Preprocessing(data.patch_size, 1.0 if data.spacing_mm is None else data.spacing_mm)
+    spacing_mm = 1.0 if data.spacing_mm is None else data.spacing_mm
+    preprocessing = Preprocessing(data.patch_size, spacing_mm, padding=data.padding)
     table = check_annotations(
         table.select(_selected(data, table.rows)),
         preprocessing,

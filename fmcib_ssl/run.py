@@ -376,7 +376,7 @@ def _outcome(settings: Settings, trainer: L.Trainer, loss: float, seconds: float
     lines = [f"done       {trainer.global_step} steps, loss {loss:.4g}; this start took {duration(seconds)}"]
     probes = (callback for callback in trainer.callbacks if isinstance(callback, OnlineProbe))  # type: ignore[attr-defined]
     lines += [f"probe      {probe.last_result}" for probe in probes if probe.last_result]
-    source = {"store": data.store}
+    source: dict[str, Path | str | None] = {"store": data.store}
     if data.store is None:
         source = {"annotations": data.annotations, "image_root": data.image_root, "path_prefix": data.path_prefix}
         if data.coordinates != "lps":

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
+from fmcib_ssl.types import Padding
+
 #: A section with a `_target_` and its arguments.
 Component = dict[str, Any]
 
@@ -45,6 +47,7 @@ class Data(_Section):
     allow_short_scans: bool
     patch_size: tuple[PositiveInt, PositiveInt, PositiveInt]
     spacing_mm: PositiveFloat | None
+    padding: Padding
     mining: Literal["background", "near", "hard", "uniform"]
     per_lesion: int = Field(ge=0)
     batch_size: PositiveInt | Literal["auto"]

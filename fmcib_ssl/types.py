@@ -7,7 +7,17 @@ Importing it costs little: torch is needed only by a type checker.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, Protocol, TypedDict, overload, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NamedTuple,
+    NotRequired,
+    Protocol,
+    TypedDict,
+    overload,
+    runtime_checkable,
+)
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +27,9 @@ if TYPE_CHECKING:
 
 #: What lies outside a scan, and what a patch is padded with, in Hounsfield units: air.
 PADDING_HU = -1024
+
+#: What stands in a patch outside the scan: `padding_hu`, or the nearest voxel of the scan.
+Padding = Literal["constant", "edge"]
 
 
 class SampleKey(NamedTuple):
@@ -75,6 +88,8 @@ class Preprocessing:
         padding_hu: what stands outside the scan; also the lower bound of the intensities.
         hu_offset: added after clamping from below, HU.
         hu_scale: divisor after the offset, HU. With the defaults air is 0 and 2048 HU is 1.
+        padding: "constant": outside the scan is `padding_hu`; "edge": the scan's nearest voxel, for files that were
+            cropped round their lesions, where a constant would show how large the crop is.
     """
 
     patch_size_zyx: tuple[int, int, int] = (50, 50, 50)
@@ -82,6 +97,7 @@ class Preprocessing:
     padding_hu: int = PADDING_HU
     hu_offset: float = 1024.0
     hu_scale: float = 3072.0
+    padding: Padding = "constant"
 
     @overload
     def normalize(self, patch_hu: Tensor) -> Tensor: ...
@@ -97,8 +113,9 @@ class Preprocessing:
         return patch_hu.float().clamp_min(self.padding_hu).add_(self.hu_offset).div_(self.hu_scale)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
+        """Plain values, for JSON; without `padding` where that is as it was before there was a choice."""
+        values = asdict(self)
+        return values if self.padding != "constant" else {k: v for k, v in values.items() if k != "padding"}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:

@@ -55,6 +55,9 @@ class Embed(Command):
     patch_size: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(
         default=None, description="z,y,x, for raw_voxels without like=; else the encoder's"
     )
+    padding: Literal["constant", "edge"] = Field(
+        default="constant", description="outside a scan, where patch_size says the patch: air, or its nearest voxel"
+    )
     precision: Literal["32", "bf16", "fp16"] = Field(default="32", description="halves are stored as float16")
     views: Literal["1", "8"] = Field(default="1", description="8: mean over the patch and its mirror images")
     batch_size: PositiveInt = Field(default=32, description="patches in one forward")
@@ -87,6 +90,8 @@ class Embed(Command):
             raise ValueError("checkpoint=raw_voxels: give like=ENCODER.safetensors or patch_size=z,y,x, one of them")
         if self.checkpoint != "raw_voxels" and self.patch_size is not None:
             raise ValueError("patch_size is for checkpoint=raw_voxels; an encoder says itself which patches it takes")
+        if self.patch_size is None and self.padding != "constant":
+            raise ValueError("padding is for patch_size=; an encoder says itself what stands outside a scan")
         if self.checkpoint == "raw_voxels" and self.views != "1":
             raise ValueError("views=8: the mean of mirrored voxels says nothing")
         return self
@@ -189,7 +194,7 @@ def encoder_of(command: Embed) -> FrozenEncoder:
     if command.like is None:
         assert command.patch_size is not None
         spacing_mm = 1.0 if command.store is None else open_patches(source_of(command))[2].spacing_mm
-        return raw_voxels(Preprocessing(command.patch_size, spacing_mm))
+        return raw_voxels(Preprocessing(command.patch_size, spacing_mm, padding=command.padding))
     like = trained_encoder(_weights(command.like), trusted_targets=trusted)
     if command.checkpoint == "raw_voxels":
         return raw_voxels(like.preprocessing)

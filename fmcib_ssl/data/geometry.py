@@ -125,15 +125,24 @@ class ScanGeometry:
 
     def region_of(self, grid: PatchGrid) -> tuple[slice, slice, slice]:
         """The voxels needed to interpolate a patch linearly, as slices x, y, z; an empty slice if there are none."""
+        first, end = self._reach_of(grid)
+        start = np.clip(first, 0, self.size_xyz)
+        x, y, z = (slice(int(a), int(b)) for a, b in zip(start, np.clip(end, start, self.size_xyz), strict=True))
+        return x, y, z
+
+    def lacking_of(self, grid: PatchGrid) -> list[tuple[int, int]]:
+        """How many voxels `region_of` would have more, below and above, along x, y, z, if the scan had no end."""
+        first, end = self._reach_of(grid)
+        beyond = np.maximum(np.stack([-first, end - np.array(self.size_xyz)], axis=1), 0)
+        return [(int(below), int(above)) for below, above in beyond]
+
+    def _reach_of(self, grid: PatchGrid) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         first = np.array(grid.origin_lps_mm)
         last = first + (np.array(grid.size_xyz) - 1) * grid.spacing_mm
         corners = np.stack(np.meshgrid(*zip(first, last, strict=True)), -1).reshape(-1, 3)
         index = self.to_index_xyz(corners)
         # One voxel more than the neighbours on each side: no sample may see the edge of the region as the scan's edge.
-        start = np.clip(np.floor(index.min(axis=0)) - 1, 0, self.size_xyz).astype(int)
-        stop = np.clip(np.ceil(index.max(axis=0)) + 2, start, self.size_xyz).astype(int)
-        x, y, z = (slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))
-        return x, y, z
+        return np.floor(index.min(axis=0)).astype(np.int64) - 1, np.ceil(index.max(axis=0)).astype(np.int64) + 2
 
     def part(self, region: tuple[slice, slice, slice]) -> ScanGeometry:
         """Geometry of the voxels that slices x, y, z pick: from `start` to `stop`, every `step`-th."""

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from fmcib_ssl.data.mining import MiningStrategy, NegativeMiner, NegativeQuery, mining_strategy, no_place, stand_ins
 from fmcib_ssl.data.store import DamagedStoreError, Store, StoreError
 from fmcib_ssl.data.tables import OnBadRow
-from fmcib_ssl.types import PADDING_HU, PatchPair, SampleKey
+from fmcib_ssl.types import PADDING_HU, Padding, PatchPair, SampleKey
 
 
 class LesionPatches(Dataset[PatchPair]):
@@ -39,7 +39,8 @@ class LesionPatches(Dataset[PatchPair]):
         per_lesion: negatives of each lesion. 0 for none: `negative` is then `(0, 1, z, y, x)`.
         select: places in, or a Boolean mask over, `store.lesions`: the lesions to serve, in that order. What is
             annotated in their scans stays forbidden to negatives all the same.
-        padding_hu: what stands outside a scan.
+        padding_hu: what stands outside a scan, if `padding` is "constant".
+        padding: "edge": outside a scan stands the nearest voxel of its grid.
         on_bad_row: when a scan turns out to be damaged: "refuse" raises; "skip" warns once for each damage and lets
             another lesion stand in, which the sample's `lesion` names.
 
@@ -61,6 +62,7 @@ class LesionPatches(Dataset[PatchPair]):
         per_lesion: int = 1,
         select: npt.ArrayLike | None = None,
         padding_hu: int = PADDING_HU,
+        padding: Padding = "constant",
         on_bad_row: OnBadRow = "refuse",
     ) -> None:
         self.store = store if isinstance(store, Store) else Store(store)
@@ -68,6 +70,7 @@ class LesionPatches(Dataset[PatchPair]):
             raise ValueError(f"patch_size={tuple(patch_size)}: need three positive numbers, z, y, x")
         self.patch_size = np.array(patch_size, dtype=np.int64)
         self.padding_hu = padding_hu
+        self.padding = padding
         self.on_bad_row = on_bad_row
         self._warned: set[str] = set()
         lesions = self.store.lesions
@@ -83,6 +86,10 @@ class LesionPatches(Dataset[PatchPair]):
         centers = np.floor(lesions[["center_z", "center_y", "center_x"]].to_numpy(dtype=np.float64) + 0.5)
         by_scan = np.argsort(scans, kind="stable")
         self._scan_ids = scan_ids
+        if padding == "edge":
+            if absent := sorted(set(scan_ids) - set(self.store.scans.index)):
+                raise StoreError(f"{self.store.path}: its index has no scan {absent[0]}: prepare it anew")
+            self._shapes_zyx = np.array(self.store.scans.loc[scan_ids, "shape_zyx"].tolist(), dtype=np.int64)
         self._annotated_zyx = centers[by_scan].astype(np.int64)
         self._first_of_scan = np.searchsorted(scans[by_scan], np.arange(len(scan_ids) + 1))
         self._scans, self._centers_zyx = scans[kept], centers[kept].astype(np.int64)
@@ -130,9 +137,16 @@ class LesionPatches(Dataset[PatchPair]):
             scan: number of the scan, in the sorted order of the scan ids that lesions have.
             center_zyx: the voxel.
         """
-        start = (center_zyx - self.patch_size // 2).tolist()
-        hu = self.store.read_patch(str(self._scan_ids[scan]), start, self.patch_size.tolist(), self.padding_hu)
-        return torch.from_numpy(hu)[None]
+        start, scan_id = center_zyx - self.patch_size // 2, str(self._scan_ids[scan])
+        if self.padding == "constant":
+            hu = self.store.read_patch(scan_id, start.tolist(), self.patch_size.tolist(), self.padding_hu)
+            return torch.from_numpy(hu)[None]
+        axes = zip(start.tolist(), self.patch_size.tolist(), self._shapes_zyx[scan].tolist(), strict=True)
+        nearest = [np.clip(np.arange(first, first + size), 0, length - 1) for first, size, length in axes]
+        inside = self.store.read_patch(
+            scan_id, [int(rows[0]) for rows in nearest], [int(np.ptp(rows)) + 1 for rows in nearest], self.padding_hu
+        )
+        return torch.from_numpy(inside[np.ix_(*(rows - rows[0] for rows in nearest))])[None]
 
     def negative_query(self, scan: int, index: int) -> NegativeQuery:
         """What the mining strategy is asked for a lesion, in its own scan or another."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from fmcib_ssl.data.itk_scans import read_itk_header, read_itk_volume
 from fmcib_ssl.data.nifti_scans import Affine, is_nifti, read_nifti_header, read_nifti_volume
 from fmcib_ssl.data.scan_checks import shortened
 from fmcib_ssl.data.tables import ScanError
-from fmcib_ssl.types import PADDING_HU
+from fmcib_ssl.types import PADDING_HU, Padding
 
 
 class ScanSource(NamedTuple):
@@ -136,19 +136,30 @@ def read_volume(source: ScanSource, *, layered: bool = False) -> tuple[npt.NDArr
         return values, geometry
 
 
-def crop_patch(scan: Scan, grid: PatchGrid, padding_hu: int = PADDING_HU) -> Int16[np.ndarray, "z y x"]:
+def crop_patch(
+    scan: Scan, grid: PatchGrid, padding_hu: int = PADDING_HU, padding: Padding = "constant"
+) -> Int16[np.ndarray, "z y x"]:
     """The patch of a scan on a grid, by linear interpolation of the voxels it needs and no others.
 
     What lies outside the scan is `padding_hu`, up to the very edge of its outermost voxels: between their centres and
     their edges they continue with their own value, so scan and padding are never mixed. Values below `padding_hu`
     (what scanners write outside their field of view) are raised to it before interpolating.
+
+    With `padding="edge"` the outermost voxels continue without an end; a patch that meets none of the scan is
+    `padding_hu` all the same.
     """
     x, y, z = scan.geometry.region_of(grid)
     values = scan.hu[z, y, x]
     if values.size == 0:
         return np.full(grid.size_zyx, padding_hu, dtype=np.int16)
     geometry = scan.geometry.part((x, y, z))
-    image = sitk.GetImageFromArray(np.maximum(values, values.dtype.type(padding_hu)))
+    raised = np.maximum(values, values.dtype.type(padding_hu))
+    if padding == "edge":
+        lacking = scan.geometry.lacking_of(grid)
+        raised = np.pad(raised, lacking[::-1], mode="edge")
+        first_x, first_y, first_z = geometry.to_lps_mm([-low for low, _ in lacking]).tolist()
+        geometry = replace(geometry, origin_lps_mm=(first_x, first_y, first_z))
+    image = sitk.GetImageFromArray(raised)
     image.SetSpacing(geometry.spacing_mm_xyz)
     image.SetOrigin(geometry.origin_lps_mm)
     image.SetDirection(np.ravel(geometry.direction).tolist())

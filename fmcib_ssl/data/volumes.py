@@ -139,7 +139,7 @@ class VolumePatches(Dataset[PatchPair]):
         """The patch round any point of a scan, LPS mm."""
         x, y, z = np.asarray(center_lps_mm, dtype=np.float64).tolist()
         grid = PatchGrid((x, y, z), self.preprocessing.patch_size_zyx, self.preprocessing.spacing_mm)
-        patch = crop_patch(self._decoded(scan).scan, grid, self.preprocessing.padding_hu)
+        patch = crop_patch(self._decoded(scan).scan, grid, self.preprocessing.padding_hu, self.preprocessing.padding)
         return torch.from_numpy(patch)[None]
 
     def title(self, index: int) -> str:

@@ -102,9 +102,9 @@ def _open_store(source: Mapping[str, Any], preprocessing: Preprocessing | None) 
             f"spacing_mm={wanted.spacing_mm:g}, or read the scans directly (annotations=TABLE.csv)"
         )
     keep = _selected(source, store.lesions, store.path)
-    patches = LesionPatches(
-        store, wanted.patch_size_zyx, per_lesion=0, select=keep, padding_hu=wanted.padding_hu
-    )  # no negative is asked for
+    patches = LesionPatches(  # no negative is asked for
+        store, wanted.patch_size_zyx, per_lesion=0, select=keep, padding_hu=wanted.padding_hu, padding=wanted.padding
+    )
     lesions = _ready(patches.lesions)
     indices = [(store.path / name).read_bytes() for name in (LESIONS_INDEX, SCANS_INDEX)]
     none = pd.DataFrame(columns=[*REJECTED_COLUMNS])

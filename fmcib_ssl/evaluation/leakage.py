@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -158,8 +158,12 @@ def check_patch_borders(voxels: Array, preprocessing: Preprocessing, setup: Setu
     """
     padding = (preprocessing.padding_hu + preprocessing.hu_offset) / preprocessing.hu_scale
     padded, repeated = border_layers(voxels.reshape(len(voxels), *preprocessing.patch_size_zyx), padding)
+    found = _measured("padding", "layers of padding at the patch's faces", padded, setup, refuses=True)
+    if found.found:
+        cure = "Patches that repeat the scan's nearest voxel have none: train with data.padding=edge, and embed again"
+        found = replace(found, message=f"{found.message}. {cure}")
     return [
-        _measured("padding", "layers of padding at the patch's faces", padded, setup, refuses=True),
+        found,
         _measured("repeated_layers", "layers repeated to fill the patch", repeated, setup, refuses=False),
     ]
 

@@ -14,7 +14,7 @@ import os
 import zipfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import monai
 import torch
@@ -26,7 +26,7 @@ import fmcib_ssl
 from fmcib_ssl.models import encoders
 from fmcib_ssl.models.concentric import ConcentricResNet
 from fmcib_ssl.safety import is_trusted, trusted_callable
-from fmcib_ssl.types import Preprocessing
+from fmcib_ssl.types import Padding, Preprocessing
 from fmcib_ssl.whole_file import write_whole
 
 #: Key of the description, in a safetensors file's metadata and in a training checkpoint.
@@ -198,6 +198,8 @@ def _preprocessing(values: Any) -> Preprocessing:
         raise ValueError(f"patch_size_zyx={sizes}")
     if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
         raise ValueError(f"numbers of preprocessing: {values}")
+    if found.padding not in get_args(Padding):
+        raise ValueError(f"padding={found.padding!r}, which is none of {', '.join(get_args(Padding))}")
     if found.spacing_mm <= 0 or found.hu_scale == 0:
         raise ValueError(f"spacing_mm={found.spacing_mm}, hu_scale={found.hu_scale}")
     return found

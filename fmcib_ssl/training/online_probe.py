@@ -20,7 +20,7 @@ from fmcib_ssl.data.store import Store
 from fmcib_ssl.data.tables import selected
 from fmcib_ssl.representation import class_spread, effective_rank, mean_cosine_within, uniformity, unit_vectors
 from fmcib_ssl.training.quick_probes import knn_scores, linear_scores, macro_auc
-from fmcib_ssl.types import Preprocessing
+from fmcib_ssl.types import Padding, Preprocessing
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ class OnlineProbe(L.Callback):
         label: str | None,
         *,
         patch_size: Sequence[int] = (50, 50, 50),
+        padding: Padding = "constant",
         select: Mapping[str, Any] | None = None,
         group: str | None = None,
         every_n_epochs: int | Literal["auto"] = "auto",
@@ -82,9 +83,10 @@ class OnlineProbe(L.Callback):
             raise ValueError(f"every_n_epochs={every_n_epochs}: should be 1 or more, or auto")
         opened = Store(store)
         rows = _choose(opened.lesions, store, label, select, max_lesions)
-        patches = LesionPatches(opened, patch_size, select=rows, padding_hu=opened.settings.padding_hu)
+        padding_hu = opened.settings.padding_hu
+        patches = LesionPatches(opened, patch_size, select=rows, padding_hu=padding_hu, padding=padding)
         size = cast(tuple[int, int, int], tuple(patch_size))
-        self.preprocessing = Preprocessing(size, opened.settings.spacing_mm, opened.settings.padding_hu)
+        self.preprocessing = Preprocessing(size, opened.settings.spacing_mm, padding_hu, padding=padding)
         self.patches = patches
         self.label = str(label)
         self.group = group or ("PatientID" if "PatientID" in patches.lesions else "scan_id")

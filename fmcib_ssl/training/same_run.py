@@ -30,6 +30,8 @@ FREE_SETTINGS = (
     "data.cache_scans",
     "data.phantom.folder",
 )
+#: Settings that earlier versions had not, with what they did: a run of theirs is the same run.
+EARLIER = {"data.padding": "constant"}
 #: These may only grow.
 LENGTHS = ("trainer.max_epochs", "trainer.max_steps")
 #: Files and folders: the same however they are typed.
@@ -121,7 +123,7 @@ def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
             flat.update(flat_settings(value, f"{name}."))
-        elif name != "run":
+        elif name != "run" and (name, value) not in EARLIER.items():
             flat[name] = str(Path(value).resolve()) if name in PLACES and isinstance(value, str) else value
     return flat
 

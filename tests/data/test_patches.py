@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,9 +32,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return make_store(tmp_path_factory.mktemp("stores") / "store", SCANS, LESIONS)
 
 
-def cut(hu: np.ndarray, voxel: tuple[int, ...]) -> np.ndarray:
+def cut(hu: np.ndarray, voxel: tuple[int, ...], **how: Any) -> np.ndarray:
     """The patch by padding the whole scan."""
-    padded = np.pad(hu, [(n, n) for n in SIZE], constant_values=-1024)
+    padded = np.pad(hu, [(n, n) for n in SIZE], **(how or {"constant_values": -1024}))
     return padded[tuple(slice(v - n // 2 + n, v - n // 2 + 2 * n) for v, n in zip(voxel, SIZE, strict=True))]
 
 
@@ -50,6 +51,19 @@ def find(hu: np.ndarray, patch: np.ndarray) -> list[tuple[int, ...]]:
         step = np.array(offset) - 1
         places = places[padded[tuple((places + step).T)] == patch[tuple(middle + step)]]
     return [tuple(place) for place in (places - 1).tolist()]
+
+
+def test_edges_are_repeated_where_that_is_chosen(store: Store) -> None:
+    dataset = LesionPatches(store, SIZE, padding="edge", mining="uniform")
+    for index, voxel in enumerate([(20, 31, 60), (3, 20, 20), (41, 70, 30), (25, 30, 40)]):
+        hu = SCANS[LESIONS[index][0]]
+        np.testing.assert_array_equal(dataset.positive(index)[0], cut(hu, voxel, mode="edge"))
+        assert dataset[index]["negative"].shape == (1, *SIZE)
+    scan_id = LESIONS[1][0]
+    scan = sorted(SCANS).index(scan_id)
+    far = dataset.patch_at(scan, np.array([-50, 20, 20]))  # all of it below the scan
+    assert (far[0] == far[0, 0]).all()
+    np.testing.assert_array_equal(far[0, 0], cut(SCANS[scan_id], (0, 20, 20), mode="edge")[0])
 
 
 def test_positives_are_the_voxels_round_the_lesion(store: Store) -> None:

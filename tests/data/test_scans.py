@@ -93,6 +93,25 @@ def test_where_the_grids_coincide_a_patch_is_the_array(orientation: int) -> None
         np.testing.assert_array_equal(patch, upright[z : z + 12, y : y + 12, x : x + 12])
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_repeated_edges_against_scipy(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    direction = AXIS_ORIENTATIONS[seed * 4] if seed % 2 else Rotation.random(random_state=rng).as_matrix()
+    scan = make_scan(rng, direction, tuple(rng.uniform(0.5, 5, 3).tolist()))
+    center = scan.geometry.to_lps_mm(rng.uniform(0, np.array(scan.geometry.size_xyz)))
+    grid = PatchGrid(tuple(center.tolist()), (14, 90, 12), 1.3)
+    z, y, x = np.meshgrid(*(np.arange(n) for n in grid.size_zyx), indexing="ij")
+    points = np.stack([x, y, z], -1) * grid.spacing_mm + grid.origin_lps_mm
+    index = scan.geometry.to_index_xyz(points.reshape(-1, 3))[:, ::-1].T
+    raised = np.maximum(scan.hu, -1024).astype(np.float64)
+    expected = ndimage.map_coordinates(raised, index, order=1, mode="nearest").reshape(grid.size_zyx)
+    patch = crop_patch(scan, grid, padding="edge")
+    assert np.abs(patch - expected).max() <= 0.5 + 1e-2
+    inside = scan.geometry.contains(points.reshape(-1, 3)).reshape(grid.size_zyx)
+    assert (~inside).any()
+    assert np.abs(patch[inside].astype(int) - crop_patch(scan, grid)[inside]).max() <= 1  # rounded apart
+
+
 @pytest.mark.parametrize("seed", range(25))
 def test_oblique_scans_against_an_independent_sampler(seed: int) -> None:
     rng = np.random.default_rng(seed)

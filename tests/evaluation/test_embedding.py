@@ -47,6 +47,21 @@ def close(found: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("source", ["store_source", "scans_source"])
+def test_edges_are_repeated_as_the_weights_say(archive: Archive, source: str) -> None:
+    size = (PATCH_ZYX[0], 90, PATCH_ZYX[2])  # longer than the scans
+    _, patches, found = open_patches(getattr(archive, source), Preprocessing(size, padding="edge"))
+    _, plain, _ = open_patches(getattr(archive, source), Preprocessing(size))
+    assert found.padding == "edge"
+    for index in range(len(patches)):
+        patch, constant = patches[index][0].numpy(), plain[index][0].numpy()
+        columns = [np.flatnonzero((constant != -1024).any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
+        inside = constant[np.ix_(*columns)]
+        widths = [(c[0], n - 1 - c[-1]) for c, n in zip(columns, size, strict=True)]
+        assert len(columns[1]) < 90
+        np.testing.assert_array_equal(patch, np.pad(inside, widths, mode="edge"))
+
+
 def test_features_of_a_store(archive: Archive, encoder: FrozenEncoder) -> None:
     table = embed_source(encoder, archive.store_source, batch_size=3)
     patches = LesionPatches(archive.store, PATCH_ZYX)

@@ -107,6 +107,7 @@ def test_borders_that_follow_the_label_are_measured(fill: str) -> None:
     assert {name for name, finding in found.items() if finding.found} == {fill}
     assert found[fill].value == pytest.approx(1.0)
     assert found[fill].refuses is (fill == "padding")
+    assert ("data.padding=edge" in found[fill].message) is (fill == "padding")
     # the same borders, and a label that has nothing to do with them
     other = np.random.default_rng(3).permutation(y)
     silent = check_patch_borders(voxels.reshape(NUM, -1), PREPROCESSING, setup(other))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import runpy
 import subprocess
@@ -22,6 +23,7 @@ from fmcib_ssl.data import LesionPatches, importers
 from fmcib_ssl.data.annotations import read_annotations
 from fmcib_ssl.data.prepare import prepare
 from fmcib_ssl.evaluation.feature_table import FeatureTable
+from fmcib_ssl.lesion_source import open_lesions
 from fmcib_ssl.models import export_encoder, small_resnet
 from fmcib_ssl.run import train
 from fmcib_ssl.types import Preprocessing
@@ -127,6 +129,39 @@ def test_a_run_its_checkpoint_and_its_export(
     np.testing.assert_allclose(export.features, expected, rtol=1e-4, atol=1e-6)
     assert export.lesions["PatientID"].nunique() == NUM_SCANS
     assert set(pd.read_csv(phantom_table)) <= set(export.lesions)
+
+
+def test_repeated_edges_go_from_the_training_to_the_features(
+    embed: Embed, phantom_table: Path, store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = tiny_settings(
+        phantom_table,
+        tmp_path / "run",
+        "encoder=small",
+        "trainer.max_steps=1",
+        f"data.store={store}",
+        "data.padding=edge",
+    )
+    source = open_lesions(settings, main_process=True)
+    assert source.preprocessing.padding == source.patches.padding == "edge"
+    with caplog.at_level(logging.INFO, "fmcib_ssl"):
+        train(settings)
+    assert "done       1 steps, loss " in caplog.text
+    run = tmp_path / "run"
+    next_command = f"python scripts/embed.py checkpoint={run} store={store} output={run / 'features.parquet'}"
+    assert next_command in caplog.text
+    encoder = fmcib_ssl.load_encoder(tmp_path / "run" / "encoder.safetensors")
+    assert encoder.preprocessing == source.preprocessing
+    assert embed("checkpoint=run", f"store={store}", "output=f.parquet").status == 0
+    assert FeatureTable.read(tmp_path / "f.parquet").origin["preprocessing"]["padding"] == "edge"
+    raw = ("checkpoint=raw_voxels", "patch_size=4,900,4", f"store={store}", "padding=edge", "output=raw.parquet")
+    assert embed(*raw).status == 0
+    voxels = FeatureTable.read(tmp_path / "raw.parquet").features.reshape(-1, 4, 900, 4)
+    assert (voxels[:, :, 0] == voxels[:, :, 1]).all() and (voxels[:, :, -1] == voxels[:, :, -2]).all()
+    assert (
+        "padding is for patch_size="
+        in embed("checkpoint=run", f"store={store}", "padding=edge", "output=g.parquet").err
+    )
 
 
 @pytest.mark.parametrize(

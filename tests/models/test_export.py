@@ -98,6 +98,13 @@ def test_patches_of_another_size_are_refused_unless_they_are_meant(exported: Pat
     assert encoder(torch.zeros(2, 1, *larger)).shape == (2, encoder.feature_dim)
 
 
+def test_padding_travels_with_the_weights_and_files_without_it_are_as_before(tmp_path: Path) -> None:
+    for pre in (LUNG, replace(LUNG, padding="edge")):
+        export_encoder(build(SMALL), SMALL, pre, tmp_path / "e.safetensors")
+        assert load_encoder(tmp_path / "e.safetensors").preprocessing == pre
+    assert "padding" not in LUNG.to_dict() and Preprocessing.from_dict(LUNG.to_dict()).padding == "constant"
+
+
 def test_half_precision_is_exported_in_single(tmp_path: Path) -> None:
     encoder = build(SMALL).to(torch.bfloat16)
     export_encoder(encoder, SMALL, LUNG, tmp_path / "e.safetensors")
@@ -206,6 +213,7 @@ def test_trusted_targets_are_built(tmp_path: Path) -> None:
         (lambda m: m.pop("encoder"), "damaged.*encoder"),
         (lambda m: m.pop("preprocessing"), "damaged.*preprocessing"),
         (lambda m: m["preprocessing"].update(colour="red"), "damaged.*colour"),
+        (lambda m: m["preprocessing"].update(padding="mirror"), "damaged.*mirror.*constant, edge"),
         (lambda m: m.update(feature_dim="many"), "damaged.*many"),
     ],
 )

@@ -12,7 +12,7 @@ import pytest
 
 from fmcib_ssl.training import run_lock
 from fmcib_ssl.training.run_folder import RunFolder, RunFolderError, kept_state, refuse_foreign, saved_settings
-from fmcib_ssl.training.same_run import check_same_run, unlike_the_last
+from fmcib_ssl.training.same_run import check_same_run, settings_digest, unlike_the_last
 
 BEFORE = {
     "seed": 0,
@@ -87,6 +87,14 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 )
 def test_what_may_differ(now: dict[str, object], tmp_path: Path) -> None:
     assert len(check_same_run(BEFORE, now, tmp_path)) == 1
+
+
+def test_a_run_of_before_there_was_a_setting_is_the_same_run(tmp_path: Path) -> None:
+    before, now = ({**BEFORE, "data": {"mining": "near", **more}} for more in ({}, {"padding": "constant"}))
+    assert check_same_run(before, now, tmp_path) == []
+    assert settings_digest(before) == settings_digest(now)
+    with pytest.raises(RunFolderError, match=r"data\.padding: not set before, edge now"):
+        check_same_run(before, {**now, "data": {"mining": "near", "padding": "edge"}}, tmp_path)
 
 
 @pytest.mark.parametrize(
