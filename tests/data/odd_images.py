@@ -77,7 +77,9 @@ NRRD_GEOMETRY = {
 }
 
 
-def write_nrrd(path: Path, voxels: np.ndarray | None = None, **fields: str | None) -> Path:
+def write_nrrd(
+    path: Path, voxels: np.ndarray | None = None, keys: dict[str, str] | None = None, **fields: str | None
+) -> Path:
     """An NRRD file at the place of `AFFINE_RAS`; a field that is None is left out, `_` stands for a blank."""
     voxels = chest() if voxels is None else voxels
     names = {np.dtype(np.int16): "short", np.dtype(np.uint8): "uchar", np.dtype(np.float32): "float"}
@@ -90,7 +92,8 @@ def write_nrrd(path: Path, voxels: np.ndarray | None = None, **fields: str | Non
         **NRRD_GEOMETRY,
         **{name.replace("_", " "): value for name, value in fields.items()},
     }
-    lines = ["NRRD0004", *(f"{name}: {value}" for name, value in header.items() if value is not None and value != "")]
+    lines = ["NRRD0004", *(f"{name}: {value}" for name, value in header.items() if value is not None)]
+    lines += [f"{key}:={value}" for key, value in (keys or {}).items()]
     path.write_bytes("\n".join(lines).encode() + b"\n\n" + voxels.tobytes(order="F"))
     return path
 

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import SimpleITK as sitk
+from odd_images import AFFINE_RAS, NRRD_GEOMETRY, SIZE, write_nifti, write_nrrd
 
 from fmcib_ssl.data.annotations import AnnotationsError, BadRowsError, check_annotations, read_annotations
 from fmcib_ssl.data.geometry import ScanGeometry
@@ -181,3 +182,38 @@ def test_a_folder_is_no_mask(tmp_path: Path) -> None:
         read_regions(tmp_path, ScanSource(tmp_path))
     with pytest.raises(ScanError, match="without DICOM slices"):
         read_header(tmp_path)
+
+
+SEGMENTS = [("tumour", 0, 1, (slice(3, 7), slice(4, 8), slice(5, 9))), ("necrosis", 1, 1, (slice(4, 6),) * 3),
+            ("node", 0, 2, (slice(14, 17), slice(10, 12), slice(9, 12)))]  # fmt: skip
+
+
+def layered(path: Path, **keys: str) -> Path:
+    """Segments that overlap, as 3D Slicer stores them: a label in one of two layers, and which in the header."""
+    voxels = np.zeros((2, *SIZE), np.uint8)
+    for number, (name, layer, label, box) in enumerate(SEGMENTS):
+        voxels[(layer, *box)] = label
+        keys |= {f"Segment{number}_Name": name, f"Segment{number}_Layer": str(layer)}
+        keys |= {f"Segment{number}_LabelValue": str(label)} if path.stem != "nameless.seg" else {}
+    directions = f"none {NRRD_GEOMETRY['space directions']}"
+    return write_nrrd(path, voxels, keys, space_directions=directions, kinds="list domain domain domain")
+
+
+def test_segments_of_3d_slicer_that_overlap(tmp_path: Path) -> None:
+    write_nifti(tmp_path / "scan.nii.gz")
+    layered(tmp_path / "both.seg.nrrd")
+    (tmp_path / "a.csv").write_text("image_path,mask_path\nscan.nii.gz,both.seg.nrrd\n")
+    lesions = lesions_from_masks(tmp_path / "a.csv").set_index("region")
+    assert lesions.index.tolist() == ["tumour", "necrosis", "node"]
+    for name, _, _, box in SEGMENTS:
+        middle = [(one.start + one.stop - 1) / 2 for one in box]
+        expected = (AFFINE_RAS @ [*middle, 1])[:3] * (-1, -1, 1)
+        np.testing.assert_allclose(
+            lesions.loc[name, ["coordX", "coordY", "coordZ"]].to_numpy(float), expected, atol=1e-3
+        )
+        size = np.prod([one.stop - one.start for one in box])
+        assert lesions.loc[name, "volume_mm3"] == pytest.approx(size * 0.8 * 0.9 * 2.5, rel=1e-4)
+    with pytest.raises(ScanError, match=r"has 2 values a voxel, and does not say which segment is which"):
+        read_regions(layered(tmp_path / "nameless.seg.nrrd"), ScanSource(tmp_path / "scan.nii.gz"))
+    with pytest.raises(ScanError, match=r"2 values a voxel \(colour or vectors\)"):  # as a scan it is none
+        read_header(tmp_path / "both.seg.nrrd")
