@@ -10,10 +10,12 @@ import os
 import shlex
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
@@ -35,7 +37,7 @@ from fmcib_ssl.lesion_source import open_lesions
 from fmcib_ssl.methods.pretraining import Pretraining
 from fmcib_ssl.models.export import export_encoder
 from fmcib_ssl.preflight import check_disk
-from fmcib_ssl.safety import redacted
+from fmcib_ssl.safety import HIDDEN, redacted
 from fmcib_ssl.settings import ConfigError, Settings
 from fmcib_ssl.summary import num_steps, summary
 from fmcib_ssl.training.checkpoints import RunCheckpoints, WholeFileIO, find_checkpoint, restored_state, step_of
@@ -137,10 +139,11 @@ def _train(settings: Settings, folder: RunFolder, main_process: bool) -> float:
         folder.note(data_checksum=source.checksum)
         logger.info("%s", summary(settings, source, batch_size, module, step))
         sheet = folder.path / "contact_sheet.png"
+        draw = partial(draw_contact_sheet, data, source.preprocessing, num_rows=settings.contact_sheet_rows)
         if settings.contact_sheet_rows and not (checkpoint and sheet.is_file()):
-            draw_contact_sheet(data, source.preprocessing, sheet, settings.contact_sheet_rows)
+            draw(sheet)
             logger.info("views to look at before anything is learned: %s", sheet)
-        _begin_tracking(trainer, settings, folder, step)
+        _begin_tracking(trainer, settings, folder, step, draw)
 
     @cache
     def begin() -> None:
@@ -242,29 +245,58 @@ def _files_that_list_lesions(settings: Settings) -> list[Path]:
     return [data.annotations]
 
 
-def _begin_tracking(trainer: L.Trainer, settings: Settings, folder: RunFolder, step: int) -> None:
-    record: dict[str, Any] = {
-        **redacted(settings.model_dump(mode="json")),
-        "environment": environment(),
-        "data_checksum": folder.state["data_checksum"],
-    }
-    start = Start(folder.run_id, step, folder.path / "metrics.csv", record)
+def _begin_tracking(
+    trainer: L.Trainer, settings: Settings, folder: RunFolder, step: int, draw: Callable[..., Path]
+) -> None:
+    """Let loggers resume, and give them the contact sheet; one that leaves the machine names no scans."""
+    start = Start(folder.run_id, step, folder.path / "metrics.csv", _record(settings, folder))
     for its in trainer.loggers:
         if isinstance(its, Resumable):
             its.go_on(start)
-        if isinstance(its, ShowsPictures):
+        if isinstance(its, WeightsAndBiases) and settings.contact_sheet_rows:
+            with TemporaryDirectory() as scratch:
+                its.show("contact_sheet", draw(Path(scratch) / "contact_sheet.png", names=False))
+        elif isinstance(its, ShowsPictures):
             its.show("contact_sheet", folder.path / "contact_sheet.png")
 
 
-def draw_contact_sheet(data: LesionDataModule, preprocessing: Preprocessing, path: Path, num_rows: int) -> Path:
-    """Draw what the encoder will see: lesions, spread over the table, with the views of epoch 0."""
+def _record(settings: Settings, folder: RunFolder) -> dict[str, Any]:
+    """What a tracking server is told of a run: settings and versions, without secrets, places and names of lesions."""
+    values: dict[str, Any] = redacted(settings.model_dump(mode="json", exclude={"paths"}))
+    for key in ("store", "annotations", "path_prefix", "select"):  # may be relative, or name patients
+        values["data"][key] = values["data"][key] and HIDDEN
+    about = {key: value for key, value in environment().items() if key != "command"}
+    return {**_without_places(values), "environment": about, "data_checksum": folder.state["data_checksum"]}
+
+
+def _without_places(values: Any) -> Any:
+    """Plain values, with absolute paths hidden."""
+    if isinstance(values, dict):
+        return {key: _without_places(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_without_places(value) for value in values]
+    return HIDDEN if isinstance(values, str) and Path(values).is_absolute() else values
+
+
+def draw_contact_sheet(
+    data: LesionDataModule, preprocessing: Preprocessing, path: Path, num_rows: int, *, names: bool = True
+) -> Path:
+    """Draw what the encoder will see: lesions, spread over the table, with the views of epoch 0.
+
+    Args:
+        data: of the run.
+        preprocessing: of its patches.
+        path: of the picture.
+        num_rows: lesions on it.
+        names: whether lesions are called by their scans, whose names may be patients', or by their numbers.
+    """
     dataset = data.dataset
     num_rows = min(num_rows, len(dataset))
     rows = []
     for i in range(num_rows):
         key = SampleKey(0, i * len(dataset) // num_rows)
         pair, views = dataset.patches[key], dataset[key]
-        title = dataset.patches.title(pair["lesion"])
+        title = dataset.patches.title(pair["lesion"]) if names else f"lesion {pair['lesion']}"
         rows.append(ContactRow(title, pair["positive"], views["positive"], _first_negative(views["negative"])))
     return contact_sheet(rows, path, preprocessing)
 

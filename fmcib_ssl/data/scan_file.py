@@ -131,7 +131,7 @@ class ScanSums:
         if header["magic"] != _MAGIC or header["name"] != xxh3_64_intdigest(scan_id.encode()):
             raise DamagedScanError("its check sums are of another scan")
         chunks, parts, place = int(header["num_chunks"]), int(header["num_parts"]), _HEADER.itemsize
-        arrays = []
+        arrays: list[npt.NDArray[Any]] = []
         for dtype, count in ((np.int64, parts + 1), (np.uint64, parts), (np.int32, chunks), (np.int32, chunks * 64)):
             arrays.append(np.frombuffer(content, dtype, count, place))
             place += arrays[-1].nbytes

@@ -35,7 +35,8 @@ METADATA_KEY = "fmcib_ssl"
 #: Prefix of the encoder's weights in a training checkpoint.
 CHECKPOINT_PREFIX = "encoder."
 
-_FORMAT_VERSION = 1
+#: Of that description; goes up when older versions of this package could not read it.
+FORMAT_VERSION = 1
 #: In an exported file's description; what is there besides it is what files had before they had it.
 _DIGEST = "digest"
 _DESCRIPTION = {"format_version", "encoder", "feature_dim", "preprocessing", "versions", "extra"}
@@ -70,7 +71,7 @@ def encoder_metadata(
     if not isinstance(spec.get("_target_"), str):
         raise ValueError(f"the encoder's spec names no _target_, the dotted name of what builds it: {dict(spec)}")
     metadata = {
-        "format_version": _FORMAT_VERSION,
+        "format_version": FORMAT_VERSION,
         "encoder": dict(spec),
         "feature_dim": encoders.feature_dim(encoder, preprocessing.patch_size_zyx),
         "preprocessing": preprocessing.to_dict(),
@@ -146,10 +147,10 @@ def load_encoder(path: str | os.PathLike[str], *, trusted_targets: Collection[st
         is_checkpoint = file.read(2) == b"PK"  # torch saves zip archives
     metadata, weights = _read_checkpoint(path) if is_checkpoint else _read_safetensors(path)
     version = metadata.get("format_version") if isinstance(metadata, dict) else None
-    if version != _FORMAT_VERSION:
+    if version != FORMAT_VERSION:
         raise EncoderFileError(
             f"{path}: format version {version}, and this is fmcib_ssl {fmcib_ssl.__version__}, "
-            f"which reads version {_FORMAT_VERSION}; use the version of fmcib_ssl that wrote it, or a newer one."
+            f"which reads version {FORMAT_VERSION}; use the version of fmcib_ssl that wrote it, or a newer one."
         )
     if not is_checkpoint:
         _check_digest(metadata, weights, path)

@@ -25,7 +25,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from fmcib_ssl import signals
-from fmcib_ssl.models.export import read_archive
+from fmcib_ssl.models.export import FORMAT_VERSION, read_archive
 from fmcib_ssl.training.requeue import requeue
 from fmcib_ssl.training.rng import random_state, set_random_state
 from fmcib_ssl.training.run_folder import ANEW, CHECKPOINT_NAME, RunFolderError, kept_state, read_state
@@ -331,7 +331,10 @@ def checkpoint_problem(path: Path, run_id: str | None) -> str | None:
     if not isinstance(checkpoint, dict) or not {"fmcib_ssl", "loops", "optimizer_states"} <= checkpoint.keys():
         return "not a checkpoint of a training run of fmcib_ssl"
     about = checkpoint["fmcib_ssl"]
-    extra = about.get("extra") if isinstance(about, dict) else None
+    about = about if isinstance(about, dict) else {}
+    if (version := about.get("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
+        return f"format version {version}, and this version of fmcib_ssl reads {FORMAT_VERSION}"
+    extra = about.get("extra")
     owner = extra.get("run_id") if isinstance(extra, dict) else None
     return (
         None

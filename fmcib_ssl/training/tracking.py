@@ -24,10 +24,24 @@ from lightning.pytorch.loggers.logger import DummyExperiment, Logger  # type: ig
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
+from fmcib_ssl.safety import HIDDEN
 from fmcib_ssl.training.run_folder import RunFolderError
 from fmcib_ssl.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
+
+#: What W&B would send of itself, and is not to: command line, user, what the run prints, code, packages; the machine's
+#: name is asked for by its server, which gets another.
+_UNSAID: Mapping[str, Any] = {
+    "console": "off",
+    "disable_code": True,
+    "disable_git": True,
+    "disable_job_creation": True,
+    "host": HIDDEN,
+    "x_disable_machine_info": True,
+    "x_disable_meta": True,
+    "x_save_requirements": False,
+}
 
 
 @dataclass(frozen=True)
@@ -319,7 +333,7 @@ class WeightsAndBiases(WandbLogger):
             "finish_timeout": self._timeout_s,
             "finish_timeout_raises": True,
         }
-        known = {name: value for name, value in limits.items() if hasattr(wandb.Settings(), name)}
+        known = {name: value for name, value in {**limits, **_UNSAID}.items() if hasattr(wandb.Settings(), name)}
         arguments = {key: value for key, value in self._wandb_init.items() if value is not None}
         run: Any = None
         if mode == "online":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 import pandas as pd
 import pytest
 from starts import NUM_STEPS, end, start, steps_logged, wait_for
+from tiny_runs import tiny_settings
 from wandb_server import TrackingServer
 
+from fmcib_ssl.run import train
 from fmcib_ssl.training.tracking import MetricsFile, Start, WeightsAndBiases
 
 RUN_ID = "abcd1234"
@@ -97,10 +100,39 @@ def test_one_page_through_a_dead_server_a_kill_and_a_stop(
     assert config["environment"]["git"] == json.loads((run / "environment.json").read_text())["git"]
     assert config["environment"]["packages"]["torch"]
     assert config["data_checksum"] == state["data_checksum"]
-    for name in ("contact_sheet", "curves"):
-        picture = page.files[page.summary[name]["path"]]
-        assert picture == (run / f"{name}.png").read_bytes()
+    picture = page.files[page.summary["curves"]["path"]]
+    assert picture == (run / "curves.png").read_bytes()
+    named = (run / "contact_sheet.png").read_bytes()  # by scan; what is sent is not
+    assert page.files[page.summary["contact_sheet"]["path"]] not in (b"", named)
     assert page.complete
+
+
+def test_nothing_is_sent_but_what_the_docs_list(
+    server: TrackingServer, phantom_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything that the server was ever sent is looked through."""
+    monkeypatch.setattr(
+        "sys.argv", ["train.py", "hydra.job.env_set.MY_API_KEY=abc123", "data.annotations=/jane_doe.csv"]
+    )
+    settings = tiny_settings(
+        phantom_table, tmp_path / "jane_doe", "logger=wandb", "contact_sheet_rows=1", "trainer.max_epochs=1"
+    )
+    train(settings)
+    (page,) = server.pages.values()
+    sent = server.received + b"".join(page.files.values()) + json.dumps(page.config).encode()
+    for secret in (
+        "abc123",
+        "MY_API_KEY",
+        "jane_doe",
+        f'"{socket.gethostname()}"',
+        str(phantom_table),
+        "site-packages",
+        str(Path.home()),
+    ):
+        assert secret.encode() not in sent, secret
+    kinds = {name.partition("/")[0] for name in [*page.files, *page.lines]}
+    assert kinds <= {"media", "wandb-history.jsonl", "wandb-summary.json", "wandb-events.jsonl", "config.yaml"}
+    assert page.config["seed"]["value"] == 0 and page.summary["contact_sheet"] and page.history
 
 
 @pytest.mark.parametrize("behaviour", ["refuses", "denies", "fails", "hangs"])

@@ -55,12 +55,14 @@ class TrackingServer:
             answers; `denies`: knows no key.
         pages: by the run's id.
         opened: ids of runs, one for each client that began to write one.
+        received: every byte that any client sent, in a request's body.
     """
 
     def __init__(self, behaviour: str = "serves") -> None:
         self.behaviour = behaviour
         self.pages: dict[str, Page] = defaultdict(Page)
         self.opened: list[str] = []
+        self.received = b""
         self._end = threading.Event()
         handler = type("Bound", (_Handler,), {"its": self})
         self._http = _Server(("127.0.0.1", 0), handler)
@@ -203,7 +205,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.readline()
         else:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        return gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
+        body = gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
+        self.its.received += body
+        return body
 
     def _reply(self, answer: dict[str, Any], status: int = 200) -> None:
         content = json.dumps(answer).encode()

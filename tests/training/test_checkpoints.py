@@ -319,7 +319,14 @@ class Harmful:
 
 
 @pytest.mark.parametrize(
-    "content", [{"epoch": 1}, [1, 2], {"state_dict": {}, "a": Harmful()}], ids=["keys", "a list", "code"]
+    "content",
+    [
+        {"epoch": 1},
+        [1, 2],
+        {"state_dict": {}, "a": Harmful()},
+        {"loops": {}, "optimizer_states": [], "fmcib_ssl": {"format_version": 99, "extra": {"run_id": "mine"}}},
+    ],
+    ids=["keys", "a list", "code", "another version"],
 )
 def test_a_foreign_file_is_passed_over_and_not_executed(
     content: Any, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
