@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from fmcib_ssl.safety import read_yaml
 from fmcib_ssl.training.run_lock import CLAIM_FILE, LOCK_FILE, Held, RunLock
 from fmcib_ssl.whole_file import remove_leftovers, write_whole
 
@@ -236,18 +237,18 @@ def saved_settings(folder: Path) -> dict[str, Any] | None:
     """
     file = folder / CONFIG_FILE
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        settings: Any = read_yaml(file)
         if not isinstance(settings, dict):
             raise ValueError("it holds no settings")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+    except ValueError as error:
         reason = str(error).splitlines()[0]
         raise RunFolderError(
             f"{file} is damaged ({reason}), so the run's settings cannot be compared: restore it, or remove it if the "
             f"settings are the same; {ANEW}"
         ) from error
-    return settings
+    return dict(settings)
 
 
 def digest_of(*values: object) -> str:
