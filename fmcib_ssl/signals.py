@@ -15,15 +15,10 @@ from types import FrameType
 
 #: What the process exits with when it was stopped: 128 + the signal's number, as a shell would say; but 75
 #: (`EX_TEMPFAIL`, "try again later") for the signals by which a scheduler announces the end of a job's time.
-EXIT_CODES = {
-    signal.SIGHUP: 129,
-    signal.SIGINT: 130,
-    signal.SIGTERM: 143,
-    signal.SIGUSR1: 75,
-    signal.SIGUSR2: 75,
-}
+_CODES = {"SIGHUP": 129, "SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 75, "SIGUSR2": 75}
+EXIT_CODES = {signal.Signals[name]: code for name, code in _CODES.items() if hasattr(signal, name)}  # Windows has two
 #: Sent to every process of a job, and not meant for those that a run has started.
-_ANNOUNCED = (signal.SIGUSR1, signal.SIGUSR2)
+_ANNOUNCED = tuple(signum for signum, code in EXIT_CODES.items() if code == 75)
 
 _received: signal.Signals | None = None
 _starting = False
@@ -138,6 +133,9 @@ def held() -> Iterator[None]:
     A process started meanwhile inherits that and lets them in with `shield_worker`: there is no moment in which a
     signal to all processes of a job would kill it.
     """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
     from multiprocessing import resource_tracker  # noqa: PLC0415  (`train.py` listens sooner without)
 
     resource_tracker.ensure_running()  # when it is started it lets signals in that were to wait
@@ -156,6 +154,8 @@ def shield_worker() -> None:
     end_with_parent()
     for signum in EXIT_CODES:
         signal.signal(signum, signal.SIG_IGN)
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        return
     signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)
 
 

@@ -26,7 +26,7 @@ from fmcib_ssl.types import Preprocessing
 
 SPEC = {"_target_": "fmcib_ssl.models.encoders.small_resnet", "widths": [2, 2, 2, 2]}
 PATCHES = Preprocessing((16, 16, 16))
-LONGEST_S = 10.0
+LONGEST_S = 30.0  # of this process's computing, however busy the machine is
 MOST_MEMORY = 2_000_000_000
 Check = Callable[..., Any]
 
@@ -35,13 +35,13 @@ Check = Callable[..., Any]
 def only(*refusals: type[Exception]) -> Iterator[None]:
     """A block that does what it should, or refuses in our words; soon, and without much memory."""
     reset_host_peak()  # else a test before this one may have held so much that nothing here would be seen
-    started, before = time.monotonic(), peak_memory(torch.device("cpu"))
+    started, before = time.process_time(), peak_memory(torch.device("cpu"))
     try:
         yield
     except refusals as error:
         message = str(error)
         assert len(message) > 20 and "Traceback" not in message, message
-    assert time.monotonic() - started < LONGEST_S
+    assert time.process_time() - started < LONGEST_S
     assert peak_memory(torch.device("cpu")) - before < MOST_MEMORY
 
 

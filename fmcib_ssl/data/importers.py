@@ -7,6 +7,7 @@ geometry are dropped, all others are kept.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
@@ -21,6 +22,17 @@ logger = logging.getLogger(__name__)
 
 #: A crop is suspect if its mask, as a ball, is this many times as wide as the nodule is said to be.
 SUSPECT_DIAMETER_RATIO = 2.0
+
+_UID_FILE = re.compile(r"[\d.]+\.mhd")
+#: What tells the tables apart: a column, and what its first cell looks like; the first that fits.
+_LOOKS_LIKE = (
+    ("deeplesion", "File_name", r"^\d{6}_\d\d_\d\d_\d+\.png$"),
+    ("deeplesion", "Volume_fn", r"^\d{6}_\d\d_\d\d_\d+-\d+\.nii"),
+    ("lidc_crops", "file", r"^LIDC-IDRI-\d+_R_\d+\.nii"),
+    ("lung1", "PatientID", r"^LUNG1-\d+$"),
+    ("luna16", "seriesuid", r"^[\d.]+$"),
+    ("luna16", PATH_COLUMN, r"[\d.]{20,}\.mhd$"),
+)
 
 _DEEPLESION_SPLITS = {1: "train", 2: "val", 3: "test"}
 _DEEPLESION_RAW = ("File_name", "Key_slice_index", "Slice_range", "Measurement_coordinates", "Spacing_mm_px_")
@@ -44,7 +56,7 @@ def deeplesion(path: Path | str) -> pd.DataFrame:
     Source:
         Yan et al., DeepLesion, Journal of Medical Imaging 2018, and the DL_save_nifti.py published with it.
     """
-    rows = read_table(path)
+    rows = _table_of("deeplesion", path)
     if "File_name" in rows:
         require_columns(path, rows, _DEEPLESION_RAW)
         diameters = _numbers(rows, "Measurement_coordinates", 8, path)
@@ -67,7 +79,7 @@ def deeplesion(path: Path | str) -> pd.DataFrame:
         _refuse(path, rows["Volume_fn"], ranges.isna().any(axis=1), "<series>_<first>-<last>.nii.gz")
         first, last = ranges.to_numpy(dtype=int).T
         slices = last - first + 1 - from_end.astype(int)  # `centroid_z` is last - key + 1
-        long_axis_mm = rows[["lesion_diameters_x", "lesion_diameters_y"]].max(axis=1).to_numpy(float)
+        long_axis_mm = np.maximum(*(_number(rows, f"lesion_diameters_{axis}", path) for axis in "xy"))
     _refuse(path, pd.Series(files, rows.index), (slices < 0) | (slices > last - first), "a key slice within the file")
     points = np.stack([spacing[:, 1] * (column - 1), spacing[:, 0] * (row - 1), -spacing[:, 2] * slices], axis=1)
     dropped = {*_DEEPLESION_RAW, *_DEEPLESION_DERIVED, *(f"lesion_diameters_{axis}" for axis in "xyz")}
@@ -111,10 +123,11 @@ def luna16(path: Path | str, image_root: Path | str | None = None) -> pd.DataFra
         image_root: the folder with `subset0` to `subset9`; finds each series in them. Without it files are named as if
             they all lay in one folder.
     """
-    rows = read_table(path)
+    rows = _table_of("luna16", path)
     require_columns(path, rows, ("seriesuid" if PATH_COLUMN not in rows else PATH_COLUMN, *COORDINATE_COLUMNS))
     if PATH_COLUMN in rows:
         names = [PurePosixPath(p).name for p in rows[PATH_COLUMN].astype(str)]
+        _refuse(path, rows[PATH_COLUMN], [_UID_FILE.fullmatch(name) is None for name in names], "<seriesuid>.mhd")
     else:
         names = [f"{uid}.mhd" for uid in rows["seriesuid"]]
     files = names
@@ -134,8 +147,9 @@ def lung1(path: Path | str) -> pd.DataFrame:
 
     The points are LPS mm. Scans are named `LUNG1-001/CT.nrrd`, ..., from the folder that holds the patients' folders.
     """
-    rows = read_table(path)
+    rows = _table_of("lung1", path)
     require_columns(path, rows, (PATH_COLUMN, "PatientID", *COORDINATE_COLUMNS))
+    _refuse(path, rows["PatientID"], ~rows["PatientID"].astype(str).str.match("LUNG1-"), "LUNG1-<number>")
     files = [str(PurePosixPath(*PurePosixPath(p).parts[-2:])) for p in rows[PATH_COLUMN].astype(str)]
     return _plain(rows, files, _points(rows, COORDINATE_COLUMNS, path))
 
@@ -146,7 +160,7 @@ def lidc_crops(path: Path | str) -> pd.DataFrame:
     The points are the centroids of the masks, LPS mm. Every file has a row; `suspect` is true where the mask is far
     from the size that the table gives the nodule, which the log names too.
     """
-    rows = read_table(path)
+    rows = _table_of("lidc_crops", path)
     required = ("file", "patient_id", "lps_x", "lps_y", "lps_z", "mask_voxels", "sx", "sy", "sz", "diameter_mm")
     require_columns(path, rows, required)
     files = [f"image/{file}" for file in rows["file"]]
@@ -155,8 +169,11 @@ def lidc_crops(path: Path | str) -> pd.DataFrame:
     table = table.rename(columns={"patient_id": "PatientID"})
     table[MASK_COLUMN] = [f"nodule_mask/{file}" for file in rows["file"]]
     table[CROPPED_COLUMN] = True
-    volume_mm3 = rows["mask_voxels"] * rows["sx"] * rows["sy"] * rows["sz"]
-    ratio = (6 * volume_mm3 / np.pi) ** (1 / 3) / rows["diameter_mm"]
+    voxels, *spacing, diameters = (
+        _number(rows, name, path) for name in ("mask_voxels", "sx", "sy", "sz", "diameter_mm")
+    )
+    ratios = (6 * voxels * np.prod(spacing, axis=0) / np.pi) ** (1 / 3) / diameters
+    ratio = pd.Series(ratios, rows.index)
     table["suspect"] = (ratio > SUSPECT_DIAMETER_RATIO) | (ratio < 1 / SUSPECT_DIAMETER_RATIO)
     for number in table.index[table["suspect"]]:
         logger.warning(
@@ -165,9 +182,24 @@ def lidc_crops(path: Path | str) -> pd.DataFrame:
             number,
             rows["file"][number],
             ratio[number],
-            rows["diameter_mm"][number],
+            float(rows["diameter_mm"][number]),
         )
     return table
+
+
+def _table_of(source: str, path: Path | str) -> pd.DataFrame:
+    """Read a table, unless it looks like that of another data set."""
+    rows = read_table(path)
+    first = rows.head(1).astype(str)
+    for other, column, pattern in _LOOKS_LIKE:
+        if column in first and not first.empty and re.search(pattern, str(first[column].iloc[0])):
+            if other != source:
+                raise AnnotationsError(
+                    f"{path}: looks like a table of {other} ({column} is {first[column].iloc[0]!r}), and "
+                    f"source={source} was asked for: give source={other}"
+                )
+            break
+    return rows
 
 
 def _plain(

@@ -300,11 +300,21 @@ def _finish(
     if not finished:
         raise BadRowsError(f"{table.source}: no row can be used; see {folder / REJECTED_FILE}", rejected)
     scans = pd.DataFrame([{**sidecar["scan"], "num_lesions": len(sidecar["lesions"])} for sidecar in finished])
-    lesions = pd.DataFrame([lesion for sidecar in finished for lesion in _lesions_of(sidecar)])
+    lesions = _frame([lesion for sidecar in finished for lesion in _lesions_of(sidecar)])
     digests = write_index(folder, scans, lesions.sort_values("row", ignore_index=True))
     counts = {"num_scans": len(scans), "num_lesions": len(lesions), "num_rejected_rows": len(rejected)}
     write_settings_file(folder, settings, complete=True, annotations=str(table.source), **counts, checked=digests)
     return len(lesions)
+
+
+def _frame(records: list[Record]) -> pd.DataFrame:
+    """Records as a table, in which whole numbers stay whole where some are missing."""
+    frame = pd.DataFrame(records)
+    for name in frame.columns[frame.isna().any()]:
+        values = [record.get(name) for record in records]
+        if all(value is None or type(value) is int for value in values) and frame[name].notna().any():
+            frame[name] = pd.array(values, dtype="Int64")
+    return frame
 
 
 def _lesions_of(sidecar: Record) -> list[Record]:

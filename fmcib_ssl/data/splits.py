@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from fmcib_ssl.data.annotations import PATH_COLUMN
-from fmcib_ssl.data.tables import AnnotationsError
+from fmcib_ssl.data.tables import AnnotationsError, text_of
 
 #: A numeric label of more values than this is stratified by its quartiles.
 MAX_CLASSES = 10
@@ -97,8 +97,8 @@ def describe_splits(
 
 def _groups(rows: pd.DataFrame, group: str) -> pd.Series[str]:
     """The patient of each row as text, each named and no scan under two of them."""
-    groups = rows[group].astype(str).str.strip()
-    empty = rows.index[rows[group].isna() | (groups == "")]
+    groups = text_of(rows[group]).fillna("").str.strip()
+    empty = rows.index[groups == ""]
     if len(empty):
         raise AnnotationsError(
             f"{len(empty)} rows have no {group!r}, the first is row {empty[0]}; fill it in, or keep scans together "
@@ -114,9 +114,10 @@ def _groups(rows: pd.DataFrame, group: str) -> pd.Series[str]:
 
 
 def _classes(column: pd.Series[str] | pd.Series[float]) -> pd.Series[str]:
-    if pd.api.types.is_numeric_dtype(column) and column.nunique() > MAX_CLASSES:
-        column = pd.qcut(column, 4, duplicates="drop")
-    return column.astype(str).where(column.notna(), "")
+    numbers = pd.to_numeric(column, errors="coerce").astype(float)
+    if numbers.nunique() > MAX_CLASSES and (numbers.notna() == column.notna()).all():
+        return pd.qcut(numbers, 4, duplicates="drop").astype(str).where(column.notna(), "")
+    return text_of(column).fillna("")
 
 
 def _counts(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import socket
@@ -63,6 +62,11 @@ def claim_store(folder: Path, settings: StoreSettings, shard: tuple[int, int] | 
 
 
 def _lock(folder: Path, suffix: str, locks: ExitStack, *, shared: bool) -> None:
+    try:
+        import fcntl  # noqa: PLC0415
+    except ImportError:  # Windows
+        logger.warning("%s: no locks on this system; see to it that no other run writes there", folder)
+        return
     file = locks.enter_context((folder / f".lock{suffix}").open("a+"))
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import difflib
 import logging
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -25,6 +26,10 @@ REJECTED_COLUMNS = ("row", "image_path", "value", "reason", "remedy")
 #: Rows that an error message shows; the file has them all.
 NUM_ROWS_SHOWN = 20
 _NUM_COLUMNS_SHOWN = 200
+#: What is no id: a program that writes numbers writes them so.
+_PLAIN_NUMBER = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d+|\.\d+[eE][+-]?\d{1,3}|[eE][+-]\d{1,3})?")
+_WHOLE_NUMBER = re.compile(r"-?\d+")
+_TRUTHS = {"True", "TRUE", "true", "False", "FALSE", "false"}
 
 
 class AnnotationsError(ValueError):
@@ -72,17 +77,35 @@ def selected(rows: pd.DataFrame, select: Mapping[str, Any] | None, *, key: str, 
     for column, value in (select or {}).items():
         if column not in rows:
             raise SelectionError(f"{key} names the column {column!r}; {where} has {', '.join(map(str, rows))}")
-        # As text, so that {fold: 1} finds the 1 of a column that was read as numbers or as text alike.
-        wanted = [str(v) for v in (value if isinstance(value, list | tuple) else [value])]
-        keep &= rows[column].astype(str).isin(wanted).to_numpy(bool)
+        wanted = pd.Series(value if isinstance(value, list | tuple) else [value], dtype=object).astype(str)
+        cells = rows[column]
+        if pd.api.types.is_bool_dtype(cells):
+            keep &= cells.astype(str).str.lower().isin(wanted.str.lower()).to_numpy(bool)
+        elif pd.api.types.is_numeric_dtype(cells):
+            keep &= cells.isin(pd.to_numeric(wanted, errors="coerce").dropna()).to_numpy(bool)
+        else:
+            keep &= text_of(cells).isin(wanted).to_numpy(bool)
     return keep
 
 
+def text_of(column: pd.Series[Any]) -> pd.Series[Any]:
+    """Ids as they stand in their file, for comparing and joining: 12 is "12" in a column of floats too; empty stays.
+
+    Tables of earlier versions hold ids as numbers, and pandas makes floats of whole numbers beside an empty cell.
+    """
+    if pd.api.types.is_float_dtype(column) and (column.dropna() % 1 == 0).all():
+        column = column.astype("Int64")
+    return column.astype(object).where(column.notna(), None).map(str, na_action="ignore")
+
+
 def read_table(path: Path | str, text: Collection[str] = ()) -> pd.DataFrame:
-    """Read a CSV file in UTF-8, separated by commas, semicolons or tabs.
+    """Read a CSV file in UTF-8, separated by commas, semicolons or tabs, or by what Excel's line `sep=` says.
 
     A byte-order mark and blanks round column names are dropped. The index is the row number in the file; blank lines
     count, so that row + 1 is the line in an editor.
+
+    A column is numeric only where nothing is lost by that: `007`, `1E2` and numbers of more than 15 digits are ids, and
+    a column that has one of them is text; whole numbers beside an empty cell are `Int64`.
 
     Args:
         path: the file.
@@ -95,7 +118,10 @@ def read_table(path: Path | str, text: Collection[str] = ()) -> pd.DataFrame:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             header_line = file.readline()
-            separator = max(",;\t", key=header_line.count)
+            excel = re.fullmatch(r'"?sep=(.)"?\s*', header_line, re.IGNORECASE)
+            if excel is not None:
+                header_line = file.readline()
+            separator = excel[1] if excel is not None else max(",;\t", key=header_line.count)
             names = next(csv.reader([header_line], delimiter=separator), [])
             header = [name.strip() or f"Unnamed: {i}" for i, name in enumerate(names)]
             lengths = [len(row) for row in csv.reader(file, delimiter=separator)]
@@ -113,18 +139,30 @@ def read_table(path: Path | str, text: Collection[str] = ()) -> pd.DataFrame:
             )
     if not header:
         return pd.DataFrame()
-    rows = pd.read_csv(
-        path,
-        sep=separator,
-        encoding="utf-8-sig",
-        header=0,
-        names=header,
-        index_col=False,
-        skip_blank_lines=False,
-        dtype={name: str for name in text if name in header},
-    )
+    options: dict[str, Any] = {"sep": separator, "encoding": "utf-8-sig", "header": 0, "names": header}
+    options |= {"index_col": False, "skip_blank_lines": False, "skiprows": int(excel is not None)}
+    cells = pd.read_csv(path, **options, dtype=str)
+    types = {str(name): _column_type(cells[name], as_text=name in text) for name in cells.columns[cells.notna().any()]}
+    rows = pd.read_csv(path, **options, dtype={name: type_ for name, type_ in types.items() if type_ is not None})
+    for name in (name for name, type_ in types.items() if type_ is str):
+        rows[name] = rows[name].str.strip()
     rows.index = pd.RangeIndex(1, len(rows) + 1, name="row")
     return rows.dropna(how="all")
+
+
+def _column_type(cells: pd.Series[str], *, as_text: bool) -> type[str] | str | None:
+    """What to read a column as: text, `Int64`, or what pandas makes of it: numbers or truth values."""
+    if as_text:
+        return str
+    values = {value.strip() for value in cells.dropna().unique()}
+    if values <= _TRUTHS:
+        return None
+    if not all(map(_PLAIN_NUMBER.fullmatch, values)) or len({float(value) for value in values}) < len(values):
+        return str  # two names of one number are two ids
+    decimals = {value.partition(".")[2] for value in values}
+    if len(set(map(len, decimals))) > 1 and any(part.endswith("0") and part != "0" for part in decimals):
+        return str  # 1.10 beside 1.2
+    return "Int64" if decimals == {""} and cells.hasnans and all(map(_WHOLE_NUMBER.fullmatch, values)) else None
 
 
 def require_columns(path: Path | str, rows: pd.DataFrame, required: Collection[str], hint: str = "") -> None:

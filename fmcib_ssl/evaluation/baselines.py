@@ -129,7 +129,7 @@ def _add_size(found: Contestants, encoders: Sequence[str], lesions: pd.DataFrame
         reason = f"there is no column {', '.join(map(repr, absent))}; name the lesion's diameter or volume with size="
         found.missing.append({"features": alone, "reason": reason})
         return
-    values = lesions[list(size)].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
+    values = lesions[list(size)].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64, na_value=np.nan)
     if not np.isfinite(values).all():
         lacking = int((~np.isfinite(values)).any(axis=1).sum())
         found.missing.append({"features": alone, "reason": f"{lacking} of {len(lesions)} lesions have no {columns}"})

@@ -27,7 +27,7 @@ import pandas as pd
 from jaxtyping import Int16
 from torch import Tensor
 
-from fmcib_ssl.data.tables import REJECTED_COLUMNS, SelectionError, selected
+from fmcib_ssl.data.tables import REJECTED_COLUMNS, SelectionError, selected, text_of
 from fmcib_ssl.evaluation.feature_table import FEATURES_COLUMN, ID_COLUMN, FeatureTableError
 from fmcib_ssl.types import Preprocessing
 
@@ -161,7 +161,7 @@ def _selected(source: Mapping[str, Any], rows: pd.DataFrame, where: Path) -> npt
 
 def _ready(lesions: pd.DataFrame) -> pd.DataFrame:
     """The lesions as a table of features takes them: ids are text, Parquet can hold every column."""
-    lesions = lesions.assign(**{ID_COLUMN: lesions[ID_COLUMN].astype(str)})
+    lesions = lesions.assign(**{ID_COLUMN: text_of(lesions[ID_COLUMN])})
     lesions = _kept_beside(lesions, {FEATURES_COLUMN})
     mixed = [
         str(name)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from fmcib_ssl.data.tables import read_table
+from fmcib_ssl.data.tables import read_table, text_of
 from fmcib_ssl.evaluation.feature_table import ID_COLUMN
 from fmcib_ssl.evaluation.metrics import Kind
 
@@ -135,10 +135,11 @@ def join_labels(lesions: pd.DataFrame, table: Path, on: str = ID_COLUMN) -> tupl
     _column(lesions, ours)
     if theirs not in rows:
         raise EvaluationError(f"{table} has no column {theirs!r}; it has {', '.join(map(repr, rows))}; see labels_on=")
-    keys = rows[theirs].astype(str)
+    rows = rows[rows[theirs].notna()]
+    keys = text_of(rows[theirs])
     if (doubled := keys[keys.duplicated()]).size:
         raise EvaluationError(f"{table}: {theirs} {doubled.iloc[0]!r} is there twice ({doubled.nunique()} such values)")
-    places = pd.Index(keys).get_indexer(pd.Index(lesions[ours].astype(str)))
+    places = pd.Index(keys).get_indexer(pd.Index(text_of(lesions[ours]).fillna("")))
     if (places < 0).all():
         raise EvaluationError(
             f"no {ours} of the features is a {theirs} of {table}: {_some(lesions[ours])} against {_some(keys)}"
@@ -157,7 +158,7 @@ def column_text(lesions: pd.DataFrame, name: str, option: str) -> Array:
     column = _column(lesions, name, option)
     if column.isna().any():
         raise EvaluationError(f"{name!r} is empty for {int(column.isna().sum())} lesions that have a label")
-    return column.astype(str).to_numpy(dtype=object).astype(str)
+    return text_of(column).to_numpy(dtype=object).astype(str)
 
 
 def _column(lesions: pd.DataFrame, name: str, option: str = "label") -> pd.Series[Any]:

@@ -13,7 +13,7 @@ import pandas as pd
 from torch import Tensor
 
 from fmcib_ssl.data.store import StoreError
-from fmcib_ssl.data.tables import AnnotationsError, ScanError
+from fmcib_ssl.data.tables import AnnotationsError, ScanError, text_of
 from fmcib_ssl.evaluation.embedding_maps import (
     MAX_POINTS,
     columns_to_color,
@@ -83,7 +83,7 @@ class _Subject:
 
     @property
     def patients(self) -> Array:
-        return self.table.lesions[self.group].astype(str).to_numpy()
+        return text_of(self.table.lesions[self.group]).fillna("").to_numpy()
 
 
 def feature_sections(table: FeatureTable, options: FeatureOptions, pictures: Path) -> list[Section]:
@@ -153,7 +153,7 @@ def _neighbors(subject: _Subject, read: ReadPatch) -> Section:
     options, label, lesions = subject.options, subject.label, subject.table.lesions
     known = lesions[label].notna().to_numpy() if label else np.ones(len(lesions), dtype=bool)
     rows = np.flatnonzero(known)
-    labels = None if label is None else lesions[label].astype(str).to_numpy()[rows]
+    labels = None if label is None else text_of(lesions[label]).to_numpy()[rows]
     features, patients = subject.table.features[rows], subject.patients[rows]
     queries = spread_queries(labels, len(rows), options.num_queries)
     found = nearest_lesions(features, patients, queries, options.num_neighbors)

@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fmcib_ssl.data.importers import IMPORTERS
-from fmcib_ssl.data.tables import AnnotationsError, read_table
+from fmcib_ssl.data.tables import AnnotationsError, read_table, text_of
 from fmcib_ssl.evaluation.labels import EvaluationError
 from fmcib_ssl.evaluation.metrics import Kind
 
@@ -130,12 +130,12 @@ def _imported(task: PublishedTask, path: Path) -> pd.DataFrame:
 def _by_patient(rows: pd.DataFrame, lesions: pd.DataFrame) -> npt.NDArray[np.int64]:
     if "PatientID" not in lesions:
         raise EvaluationError(f"the features have no column 'PatientID'; they have {', '.join(map(str, lesions))}")
-    patients = lesions["PatientID"].astype(str)
+    patients = text_of(lesions["PatientID"])
     if patients.duplicated().any():
         raise EvaluationError(
             f"patient {patients[patients.duplicated()].iloc[0]} has two lesions; the task is one each"
         )
-    return pd.Index(patients).get_indexer(pd.Index(rows["PatientID"].astype(str)))
+    return pd.Index(patients).get_indexer(pd.Index(text_of(rows["PatientID"])))
 
 
 def _by_point(rows: pd.DataFrame, lesions: pd.DataFrame) -> npt.NDArray[np.int64]:

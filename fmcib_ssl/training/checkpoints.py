@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -372,8 +373,11 @@ def _link(path: Path, link: Path) -> None:
         unfinished.unlink(missing_ok=True)
         try:
             unfinished.symlink_to(path.name)
-        except OSError:  # a file system without
-            unfinished.hardlink_to(path)
+        except OSError:  # a file system without, such as exFAT and the mounts of cloud drives
+            try:
+                unfinished.hardlink_to(path)
+            except OSError:
+                shutil.copyfile(path, unfinished)
         unfinished.replace(link)
     except OSError as error:  # it is only a name: runs resume from the newest by its number
         logger.warning("%s does not name the newest checkpoint, %s: %s", link, path.name, error.strerror or error)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import resource
 import sys
 import traceback
 from collections.abc import Iterator
@@ -22,13 +21,17 @@ _STATUS = Path("/proc/self/status")
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that were held so far: on a GPU in torch's tensors, else by this process."""
+    """The most bytes that were held so far: on a GPU in torch's tensors, else by this process (0: unknown)."""
     if device.type == "cuda":
         peak: int = torch.cuda.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"]["peak"]
         return peak
     with contextlib.suppress(OSError):
         # Not `getrusage`: in Linux a program starts with the peak of the one that has started it.
         return _number_after("VmHWM:", _STATUS.read_text()) * 1024
+    try:
+        import resource  # noqa: PLC0415
+    except ImportError:  # Windows
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from fmcib_ssl.data.patches import LesionPatches
 from fmcib_ssl.data.store import Store
-from fmcib_ssl.data.tables import selected
+from fmcib_ssl.data.tables import selected, text_of
 from fmcib_ssl.representation import class_spread, effective_rank, mean_cosine_within, uniformity, unit_vectors
 from fmcib_ssl.training.quick_probes import knn_scores, linear_scores, macro_auc
 from fmcib_ssl.types import Padding, Preprocessing
@@ -94,7 +94,7 @@ class OnlineProbe(L.Callback):
             raise ValueError(f"{store} has no column {self.group!r}; it has {', '.join(map(str, patches.lesions))}")
         kinds, self.classes = np.unique(patches.lesions[self.label].to_numpy(), return_inverse=True)
         self.class_names = [str(kind) for kind in kinds]
-        self.groups = np.unique(patches.lesions[self.group].astype(str), return_inverse=True)[1]
+        self.groups = np.unique(text_of(patches.lesions[self.group]).fillna(""), return_inverse=True)[1]
         self.every_n_epochs: int | None = None if every_n_epochs == "auto" else every_n_epochs
         self.num_neighbors = num_neighbors
         self.num_folds = self._folds(num_folds)
@@ -206,8 +206,8 @@ class OnlineProbe(L.Callback):
         rows = getattr(trained, "lesions", None)
         if not isinstance(rows, pd.DataFrame) or self.group not in rows:
             return
-        own = set(self.patches.lesions[self.group].astype(str))
-        if shared := own & set(rows[self.group].astype(str)):
+        own = set(text_of(self.patches.lesions[self.group]).dropna())
+        if shared := own & set(text_of(rows[self.group]).dropna()):
             logger.warning(
                 "online probe: %d of its %d patients are trained on (without labels), so its figures flatter the "
                 "encoder; hold them out with data.select and callbacks.online_probe.select",

@@ -37,7 +37,7 @@ def requeue(signum: signal.Signals, run: Path, *, ask: bool = True) -> int:
         What the process is to exit with. If Slurm does not take the job, a message says what to do.
     """
     job = _job()
-    if job is None or signum in (signal.SIGINT, signal.SIGHUP):
+    if job is None or signum.name in ("SIGINT", "SIGHUP"):
         return EXIT_CODES[signum]
     if signum == signal.SIGTERM and not _is_preempted(job):
         return EXIT_CODES[signum]

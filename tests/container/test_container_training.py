@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import stat
-import time
 from pathlib import Path
 
 import pytest
@@ -46,13 +45,11 @@ def test_stopped_and_gone_on(workspace: Workspace, whole: Path) -> None:
     running = workspace.start(*command, docker=["--name=fmcib_ssl-test"])
     try:
         workspace.wait_until_held(running)
-        began = time.monotonic()
         workspace.engine.docker("stop", "fmcib_ssl-test")
         printed, _ = running.communicate(timeout=120)
     finally:
         running.kill()
-    assert running.returncode == 143, printed
-    assert time.monotonic() - began < 100, "it was killed"
+    assert running.returncode == 143, printed  # 137: it was killed
     assert f"stopped by SIGTERM after step {HELD_AT}" in printed
     printed = workspace.run(*command).stdout
     assert "resuming" in printed

@@ -237,3 +237,34 @@ def test_real_lidc_crops(real_data: Path, tmp_path: Path, caplog: pytest.LogCapt
         table.to_csv(tmp_path / f"{name}.csv", index=False)
         lesions = read_annotations(tmp_path / f"{name}.csv", root)
         assert len(check_annotations(lesions, patch).usable) == 994
+
+
+#: Tables of each data set; another importer than its own refuses them, and says whose they are.
+SHIPPED = {
+    "deeplesion/pretrain.csv": "deeplesion",
+    "deeplesion/task1_val.csv": "deeplesion",
+    "luna16/annotations.csv": "luna16",
+    "luna16/luna16_training_annotations.csv": "luna16",
+    "luna16/task2_test.csv": "luna16",
+    "lung1/annotations.csv": "lung1",
+    "../lidc_crops/voi_index.csv": "lidc_crops",
+}
+
+
+@pytest.mark.parametrize("source", importers.IMPORTERS)
+@pytest.mark.parametrize("table", SHIPPED)
+def test_a_table_of_another_data_set_is_refused_by_name(table: str, source: str, real_data: Path) -> None:
+    path, owner = real_data / "annotations" / table, SHIPPED[table]
+    if source == owner:
+        assert len(importers.IMPORTERS[source](path))
+        return
+    with pytest.raises(AnnotationsError, match=f"looks like a table of {owner}.* give source={owner}"):
+        importers.IMPORTERS[source](path)
+
+
+@pytest.mark.parametrize(("source", "column"), [("luna16", "seriesuid"), ("lung1", "LUNG1-")])
+def test_a_table_of_ones_own_is_no_published_one(source: str, column: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    path.write_text("image_path,PatientID,coordX,coordY,coordZ\nP1/CT.nrrd,P1,1,2,3\n")
+    with pytest.raises(AnnotationsError, match=f"row 1.*expected .*{column}"):
+        importers.IMPORTERS[source](path)
