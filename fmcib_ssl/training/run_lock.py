@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 import secrets
@@ -59,6 +58,11 @@ class RunLock:
         self._claim = ""
 
     def _lock(self) -> None:
+        try:
+            import fcntl  # noqa: PLC0415
+        except ImportError:  # Windows
+            self._make_claim()
+            return
         patience = time.monotonic() + LOCK_PATIENCE_S
         while True:
             try:
