@@ -32,6 +32,8 @@ from fmcib_ssl.whole_file import write_whole
 NUM_SCANS = 4
 #: What a launcher gives the ranks that are left when one is gone, before SIGTERM, and before SIGKILL.
 LAUNCHER_S = 20.0
+#: What a run whose data worker was killed has to end.
+WORKER_S = 10.0
 #: What a stopped process may exit with: its signal's code, or 0 because it was done before.
 CODES = {signal.SIGTERM: (143, 0), signal.SIGUSR1: (75, 0), signal.SIGINT: (130, 0), signal.SIGKILL: (-9, 0)}
 #: Where a kill strikes within a save: before there is a file, before its renaming, before `last.ckpt` names it, before
@@ -71,6 +73,7 @@ class Case:
         name = f"{re.sub('[^A-Za-z0-9]+', '_', kind)}-{number:03d}"
         self.folder, self.file = workspace / "cases" / name, workspace / "done" / f"{name}.json"
         self.is_prepare, self.is_ranks = kind.startswith("prepare"), "rank" in kind
+        self.is_worker, self.start_method = "worker" in kind, kind.partition("worker, ")[2] or "fork"
         self.run = self.folder / ("store" if self.is_prepare else "run")
         self.genuine = "Lightning" in kind or "Python" in kind or (kind.startswith("SIG") and number % 4 == 1)
         self.kills: list[dict[str, Any]] = []
@@ -125,14 +128,15 @@ class Case:
             arguments = prepare_arguments(self.workspace, self.run, num_workers=2 * (self.draw.random() < 0.25))
             started = [start("scripts/prepare.py", arguments, log)]
         else:
-            workers = 2 if "worker" in self.kind else 0 if self.is_ranks else self.draw.choice([0, 0, 0, 2])
+            workers = 2 if self.is_worker else 0 if self.is_ranks else self.draw.choice([0, 0, 0, 2])
             arguments = train_arguments(self.workspace, self.run, num_workers=workers)
             if "Lightning" in self.kind:
                 started = [start("train.py", [*arguments, *TWO_RANKS], log, genuine=True)]
             elif self.is_ranks:
                 started = start_ranks(arguments, log)
             else:
-                started = [start("train.py", arguments, log, genuine=genuine, trap=trap)]
+                method = self.start_method
+                started = [start("train.py", arguments, log, genuine=genuine, trap=trap, start_method=method)]
         self.begun += started
         return started
 
@@ -146,8 +150,8 @@ class Case:
         main = started[0]
         if trap is not None:
             main.wait_until(lambda: False, self.done)
-            if main.wait() == -signal.SIGKILL:
-                where = "save" if "save" in self.kind else "end"
+            if main.wait() == (1 if self.is_worker else -signal.SIGKILL):
+                where = self.where(before) if self.is_worker else "save" if "save" in self.kind else "end"
                 self._note(started, signal.SIGKILL, [main.pid], where, self.done())
                 return True
         else:
@@ -185,17 +189,19 @@ class Case:
         if self.kind == "SIGKILL in a save" and not self.genuine:
             moment = self.draw.choice(SAVE_MOMENTS)
             return moment and DeathTrap(*moment, self.draw.randint(1, 2))
+        if "hands over" in self.kind:  # each of a worker's 6 batches has 6 tensors
+            return DeathTrap("socket.sendmsg", "", self.draw.randint(1, 30), self.folder / f"died-{self.num_starts}")
         return DeathTrap(*self.draw.choice(END_MOMENTS)) if "results" in self.kind else None
 
     def _wait_for_moment(self, main: Started, before: int) -> None:
         """Wait until it is time to kill, or the process has ended."""
         draw = self.draw
-        by_clock = "Python" in self.kind or (draw.random() < 0.25 and "worker" not in self.kind)
+        by_clock = "Python" in self.kind or (draw.random() < 0.25 and not self.is_worker)
         if not self.is_prepare:
             main.wait_until(main.listens)  # before that, a twentieth of a second, Python itself is starting
         moment = time.monotonic() + (draw.uniform(0, 6) if by_clock else 5 * PATIENCE_S)
         saved = before if self.is_prepare else steps_saved(self.run)
-        wanted = saved + draw.randint(0 if "worker" not in self.kind else 1, 1 if self.is_prepare else 4)
+        wanted = saved + draw.randint(0, 1 if self.is_prepare else 4)
         if self.kind == "SIGKILL in a save":
             main.wait_until(lambda: self.done() > saved and is_saving(self.run), self.done, pause_s=0.0002)
             time.sleep(draw.uniform(0, 0.004))
@@ -204,7 +210,9 @@ class Case:
         def so() -> bool:
             return time.monotonic() > moment or (not by_clock and saved < wanted <= self.done() != before)
 
-        if wanted == saved and not by_clock:  # before the first step
+        if wanted == saved and self.is_worker:  # before the first step
+            main.wait_until(lambda: bool(main.workers()))
+        if wanted == saved and not by_clock:
             moment = time.monotonic() + draw.uniform(0, 3)
         main.wait_until(so, self.done)
         time.sleep(draw.uniform(0, 0.15))
@@ -213,8 +221,9 @@ class Case:
         """What is sent, and to whom."""
         main, draw = started[0], self.draw
         children = main.children()
-        if "worker" in self.kind:
-            return signal.SIGKILL, draw.sample(children, min(len(children), 1))
+        if self.is_worker:
+            workers = main.workers()
+            return signal.SIGKILL, draw.sample(workers, min(len(workers), 1))
         if "Lightning" in self.kind:
             return signal.SIGKILL, [draw.choice([main.pid, *children])]
         if self.is_ranks:
@@ -243,7 +252,8 @@ class Case:
 
     def _note(self, started: list[Started], signum: signal.Signals, pids: list[int], where: str, done: int) -> None:
         """Wait for the end and write down what was seen."""
-        began, by_launcher = time.monotonic(), False
+        died, by_launcher = self.folder / f"died-{self.num_starts}", False
+        began = float(died.read_text()) if died.exists() else time.monotonic()
         for one in started:
             if len(started) > 1 and not one.ends_within(LAUNCHER_S):
                 by_launcher = True
@@ -252,7 +262,11 @@ class Case:
             if by_launcher and not one.ends_within(LAUNCHER_S):  # its handler may wait for a collective
                 send(one.pid, signal.SIGKILL)
         codes = [one.wait() for one in started]
-        log = started[0].log
+        seconds, log = round(time.monotonic() - began, 2), started[0].log
+        if self.is_worker and codes[0] and (codes[0] != 1 or b"error: data worker" not in log.read_bytes()):
+            self.problems.append(f"exit code {codes[0]} after a worker's death, or not a word of it: {log}")
+        if self.is_worker and seconds > WORKER_S:
+            self.problems.append(f"{seconds} s from a worker's death to the end: {log}")
         lost = 0 if self.is_prepare else max(0, self.done() - steps_saved(self.run))
         is_whole_run = self.kind in ("SIGKILL", "SIGTERM", "SIGUSR1") or "Python" in self.kind
         if is_whole_run and codes[0] not in CODES[signum]:
@@ -266,7 +280,7 @@ class Case:
             self.problems.append(f"{done - self.done()} finished scans are lost: {log}")
         self.kills.append({
             "signal": signum.name if pids else None, "where": where, "done": done, "lost": lost, "codes": codes,
-            "seconds": round(time.monotonic() - began, 2), "genuine": self.genuine, "by_launcher": by_launcher,
+            "seconds": seconds, "genuine": self.genuine, "by_launcher": by_launcher,
         })  # fmt: skip
 
 

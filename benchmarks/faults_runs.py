@@ -51,29 +51,35 @@ class HangError(RuntimeError):
 
 @dataclass(frozen=True)
 class DeathTrap:
-    """Kill the process as it is about to do something to a file for the n-th time, by Python's audit events.
+    """Kill the process as it is about to do something for the n-th time, by Python's audit events.
 
     Attributes:
-        event: such as `open`, `os.rename`, `os.symlink`, `os.remove`.
+        event: of files, `open`, `os.rename`, `os.symlink`, `os.remove`; or `socket.sendmsg`, which a forked data worker
+            does to hand over a tensor.
         name: a pattern that the file's name matches.
         number: which time, from 1.
+        note: file that is told when it was, by the system's monotonic clock.
     """
 
     event: str
     name: str
     number: int
+    note: Path | None = None
 
     def arm(self) -> None:
         """Set it in this process."""
         pattern, left = re.compile(self.name), [self.number]
 
         def hook(event: str, arguments: tuple[Any, ...]) -> None:
-            if event == self.event and isinstance(arguments[0], str | os.PathLike):
-                path = arguments[1] if event == "os.symlink" else arguments[0]
-                if pattern.fullmatch(Path(os.fspath(path)).name):
-                    left[0] -= 1
-                    if left[0] == 0:
-                        os.kill(os.getpid(), signal.SIGKILL)
+            if event != self.event:
+                return
+            path = arguments[event == "os.symlink"]
+            if not isinstance(path, str | os.PathLike) or pattern.fullmatch(Path(os.fspath(path)).name):
+                left[0] -= 1
+                if left[0] == 0:
+                    if self.note is not None:
+                        self.note.write_text(str(time.monotonic()))
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(hook)
 
@@ -107,8 +113,12 @@ class Started:
         caught = re.search(rb"SigCgt:\s*(\w+)", _read(f"/proc/{self.pid}/status"))
         return caught is not None and bool(int(caught[1], 16) >> (signal.SIGUSR1 - 1) & 1)
 
+    def workers(self) -> list[int]:
+        """Data workers at work, whoever has started them."""
+        return [int(entry[0]) for entry in _processes() if int(entry[5]) == self.pid and "pt_data_worker" in entry[1]]
+
     def children(self) -> list[int]:
-        """Data workers."""
+        """Processes that it has started: data workers, ranks."""
         return [
             int(entry[0])
             for entry in _processes()
@@ -198,8 +208,9 @@ def start(
     genuine: bool = False,
     trap: DeathTrap | None = None,
     environ: Mapping[str, str] | None = None,
+    start_method: str = "fork",
 ) -> Started:
-    """Begin `python SCRIPT ARGUMENTS`; what it prints goes to a file."""
+    """Begin `python SCRIPT ARGUMENTS`; what it prints goes to a file, and its data workers start as they are told."""
     if genuine:
         command = [sys.executable, "-X", "faulthandler", str(REPO / script), *arguments]
         with log.open("ab") as output:
@@ -209,7 +220,7 @@ def start(
                 ),
                 log,
             )
-    process = _SERVER.Process(target=_run, args=(script, arguments, log, trap, dict(environ or {})))
+    process = _SERVER.Process(target=_run, args=([script, *arguments], log, trap, dict(environ or {}), start_method))
     process.start()
     return Started(process, log)
 
@@ -231,7 +242,7 @@ def start_ranks(arguments: list[str], log: Path) -> list[Started]:
     ]
 
 
-def _run(script: str, arguments: list[str], log: Path, trap: DeathTrap | None, environ: dict[str, str]) -> None:
+def _run(command: list[str], log: Path, trap: DeathTrap | None, environ: dict[str, str], start_method: str) -> None:
     os.setsid()
     import torch  # noqa: PLC0415  (the process that forks has it; whoever asks for the fork does not)
     from lightning.fabric.utilities.rank_zero import rank_zero_only  # noqa: PLC0415
@@ -247,9 +258,9 @@ def _run(script: str, arguments: list[str], log: Path, trap: DeathTrap | None, e
     os.environ.update(environ)
     rank_zero_only.rank = int(environ.get("LOCAL_RANK", 0))  # Lightning has looked before the fork
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # for its own workers, as it is in `python train.py`
+    multiprocessing.set_start_method(start_method, force=True)  # of its own workers; "fork" in `python train.py`
     sys.path.insert(0, str(REPO))
-    sys.argv = [str(REPO / script), *arguments]
+    sys.argv = [str(REPO / command[0]), *command[1:]]
     if trap is not None:
         trap.arm()
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -87,7 +87,7 @@ def test_the_table() -> None:
     rows = faults.rows_of(results)
     assert [(row["kills"], row["runs"], row["runs_as_uninterrupted"]) for row in rows] == [(4, 2, 1)]
     assert rows[0]["where"] == {"start": 0, "step": 0.75, "save": 0.25, "end": 0}
-    assert "| SIGKILL | 4 | 0 / 75 / 25 / 0 % | 2 | 1 | <= 2 | <= 1.0 s |" in faults.table_of(rows)
+    assert "| SIGKILL | 4 | 0 / 75 / 25 / 0 % | 2 | 1 | <= 2 | 0.2 s, <= 1.0 s |" in faults.table_of(rows)
 
 
 @pytest.mark.slow
@@ -102,4 +102,4 @@ def test_a_kill_of_every_kind(
     capsys.readouterr()
     monkeypatch.delattr(faults_cases.Case, "strike")
     faults.main(arguments)  # all cases are done
-    assert "12 kills" in capsys.readouterr().out
+    assert f"{len(faults.KINDS)} kills" in capsys.readouterr().out
