@@ -135,7 +135,8 @@ def _by_patient(rows: pd.DataFrame, lesions: pd.DataFrame) -> npt.NDArray[np.int
         raise EvaluationError(
             f"patient {patients[patients.duplicated()].iloc[0]} has two lesions; the task is one each"
         )
-    return pd.Index(patients).get_indexer(pd.Index(text_of(rows["PatientID"])))
+    places: npt.NDArray[np.int64] = pd.Index(patients).get_indexer(pd.Index(text_of(rows["PatientID"])))
+    return places
 
 
 def _by_point(rows: pd.DataFrame, lesions: pd.DataFrame) -> npt.NDArray[np.int64]:
