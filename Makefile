@@ -63,7 +63,7 @@ $(VENV)/.python:
 
 $(VENV)/.run: $(VENV)/.python pyproject.toml $(CONSTRAINTS)
 	@echo "installing fmcib_ssl and what it needs into $(VENV): several GB, a few minutes"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[report]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run

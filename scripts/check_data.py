@@ -89,7 +89,9 @@ def main(arguments: list[str]) -> None:
 
         lesions = sample(usable, command.sheet_lesions, command.spacing_mm)
         picture = lesion_sheet(lesions, command.output / "contact_sheet.png", command.spacing_mm)
-        sheet = Section("Are the points where they should be?", figures=[ReportFigure(picture, "Annotated points")])
+        sheet = Section(
+            "Are the points where they should be?", figures=[ReportFigure(picture, "Annotated points", wide=True)]
+        )
         bad = Section("Rows that cannot be used", table=rejected.head(100).to_dict("records"))  # type: ignore[arg-type]
         page = write_report(
             command.output / "contact_sheet.html",

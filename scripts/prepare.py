@@ -131,7 +131,7 @@ def write_page(summary: Summary, num_lesions: int) -> Path:
                 "Are the points where they should be?",
                 f"{len(lesions)} of {len(store.lesions)} lesions, spread over the table. A lesion that is not under "
                 "the cross was annotated in another frame (coordinates=ras?) or in another scan.",
-                figures=[ReportFigure(picture, "Planes through the annotated points")],
+                figures=[ReportFigure(picture, "Planes through the annotated points", wide=True)],
             ),
             Section(
                 "Rows that the store has not",

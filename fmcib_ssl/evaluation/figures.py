@@ -13,18 +13,29 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from jaxtyping import Float
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from torch import Tensor
 
 from fmcib_ssl.types import Preprocessing
+from fmcib_ssl.whole_file import whole_file
 
 LUNG_WINDOW_HU = (-1350.0, 150.0)
 INK, MUTED = "#1f2933", "#7b8794"
 COLORS = ("#2f6fb3", "#d9622b", "#3c8d5a", "#8a5fbf", "#b3892f", "#c2456b", "#3a9ea5", "#5f6b7a")
 #: One for each colour, so that classes can be told apart without them.
 MARKERS = "osD^vPX*"
+
+
+class Palette(dict[str, tuple[str, str]]):
+    """Colour and marker of a series by its name: those that it was first drawn with, in all figures of a page."""
+
+    def __missing__(self, name: str) -> tuple[str, str]:
+        self[name] = COLORS[len(self) % len(COLORS)], MARKERS[len(self) % len(MARKERS)]
+        return self[name]
 
 
 @dataclass(frozen=True)
@@ -186,7 +197,7 @@ def training_curves(metrics_csv: Path | str, path: Path | str) -> Path:
         tidy(axes, title, "step", unit)
         if len(filled & columns.keys()) > 1:
             axes.legend(frameon=False, fontsize=7.5, labelcolor=INK)
-    return save_figure(figure, path)
+    return save_figure(figure, path, svg=True)
 
 
 def _planes(patch: Tensor) -> list[npt.NDArray[np.float32]]:
@@ -222,10 +233,24 @@ def tidy(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     axes.spines[["left", "bottom"]].set_color("#cbd2d9")
 
 
-def save_figure(figure: Figure, path: Path | str, dpi: int = 150) -> Path:
-    """Write a PNG; the folder is made."""
+def save_figure(figure: Figure, path: Path | str, dpi: int = 150, *, svg: bool = False) -> Path:
+    """Write a PNG, whole or not at all; the folder is made.
+
+    Texts are drawn as they are: names of columns and lesions may hold `$`, which would be a formula to matplotlib.
+
+    Args:
+        figure: what is drawn.
+        path: of the PNG.
+        dpi: of the PNG.
+        svg: write `NAME.svg` beside it, too.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # type: ignore[attr-defined]
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=dpi)
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=dpi, format="png")
+    if svg:
+        with whole_file(path.with_suffix(".svg")) as file, rc_context({"svg.hashsalt": "fmcib_ssl"}):
+            figure.savefig(file, format="svg", metadata={"Date": None})
     return path

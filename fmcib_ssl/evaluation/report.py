@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from fmcib_ssl.whole_file import write_whole
+
 Table = Sequence[Mapping[str, object]]
+#: Curves of long runs are smaller as a PNG.
+_MAX_SVG_BYTES = 400_000
+#: Characters from which on a table becomes a list of its rows on a narrow screen.
+_LONG_CELL = 40
 
 
 @dataclass(frozen=True)
@@ -17,7 +23,7 @@ class ReportFigure:
     """A picture on the page.
 
     Attributes:
-        path: of a PNG; its bytes go into the page.
+        path: of a PNG; its bytes go into the page, or those of an SVG beside it that is not large.
         caption: what it shows; also read out where the picture cannot be seen.
         wide: on a narrow screen it is scrolled, not shrunk until nothing can be read.
     """
@@ -25,6 +31,31 @@ class ReportFigure:
     path: Path
     caption: str
     wide: bool = False
+
+
+@dataclass(frozen=True)
+class PointMap:
+    """Lesions as points that show their patch when they are pointed at.
+
+    Attributes:
+        layouts: places of the points, `[[x, y], ...]`, under the layout's name.
+        columns: under each column's name: `values` and `colors` of the points, and `legend`, names with colours.
+        tiles: a JPEG with the patches side by side, `num_across` in a row; empty where they cannot be read.
+        tile_of: place of each point's patch among the tiles, -1 for none.
+        num_across: tiles in a row.
+        tile_edge: of a tile, pixels.
+    """
+
+    layouts: Mapping[str, Sequence[Sequence[float]]]
+    columns: Mapping[str, Mapping[str, object]]
+    tiles: bytes
+    tile_of: Sequence[int]
+    num_across: int
+    tile_edge: int
+
+    def plain(self) -> dict[str, object]:
+        """For the page's script."""
+        return asdict(self) | {"tiles": base64.b64encode(self.tiles).decode()}
 
 
 @dataclass(frozen=True)
@@ -36,12 +67,14 @@ class Section:
         text: paragraphs, parted by blank lines; plain text.
         table: rows, all with the same columns.
         figures: below the table.
+        points: a map, above the figures.
     """
 
     title: str
     text: str = ""
     table: Table = ()
     figures: Sequence[ReportFigure] = ()
+    points: PointMap | None = None
 
 
 def write_report(path: Path | str, title: str, sections: Sequence[Section], subtitle: str = "") -> Path:
@@ -55,7 +88,7 @@ def write_report(path: Path | str, title: str, sections: Sequence[Section], subt
 
     Raises:
         FileNotFoundError: a figure is not there.
-        ValueError: the rows of a table have different columns.
+        ValueError: the rows of a table have different columns, or a figure is a link or no PNG.
     """
     environment = Environment(
         loader=PackageLoader("fmcib_ssl.evaluation"),
@@ -64,17 +97,20 @@ def write_report(path: Path | str, title: str, sections: Sequence[Section], subt
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.policies["json.dumps_kwargs"] = {}  # in the order given: the label's colours first
     parts = [
         {
             "title": section.title,
             "paragraphs": [part.strip() for part in section.text.split("\n\n") if part.strip()],
             "columns": _columns(section.table),
+            "long": any(len(_cell(value)) >= _LONG_CELL for row in section.table for value in row.values()),
+            "points": section.points and section.points.plain(),
             "rows": [[_cell(value) for value in row.values()] for row in section.table],
             "figures": [
                 {
                     "caption": figure.caption,
                     "wide": figure.wide,
-                    "png": base64.b64encode(figure.path.read_bytes()).decode(),
+                    "image": _data_address(figure.path),
                 }
                 for figure in section.figures
             ],
@@ -83,9 +119,25 @@ def write_report(path: Path | str, title: str, sections: Sequence[Section], subt
     ]
     page = environment.get_template("report.html").render(title=title, subtitle=subtitle, sections=parts)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_whole(path, page)
     return path
+
+
+def is_own_file(path: Path) -> bool:
+    """Whether a file is there and no link: a folder that came from elsewhere may link to any file of this machine."""
+    return path.is_file() and not path.is_symlink()
+
+
+def _data_address(png: Path) -> str:
+    if png.is_symlink():
+        raise ValueError(f"{png} is a link, which is not followed: put the picture itself in its place")
+    content, kind = png.read_bytes(), "png"
+    if not content.startswith(b"\x89PNG"):
+        raise ValueError(f"{png} is no PNG")
+    svg = png.with_suffix(".svg")
+    if is_own_file(svg) and svg.stat().st_size <= _MAX_SVG_BYTES:
+        content, kind = svg.read_bytes(), "svg+xml"
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def results_table(rows: Table) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 import fmcib_ssl
 from fmcib_ssl.evaluation.feature_table import FeatureTable
-from fmcib_ssl.evaluation.report import Section, write_report
+from fmcib_ssl.evaluation.figures import Palette
+from fmcib_ssl.evaluation.report import Section, is_own_file, write_report
 from fmcib_ssl.evaluation.report_features import FeatureOptions, feature_sections
-from fmcib_ssl.evaluation.report_results import result_sections
+from fmcib_ssl.evaluation.report_results import RESULTS_FILE, answer, read_results, result_sections
 from fmcib_ssl.evaluation.report_run import (
     contact_section,
     learning_section,
@@ -37,9 +39,9 @@ def report_all(
 
     Args:
         out: of the page, `NAME.html`; pictures go to `NAME_pictures/`.
-        run: folder of a training run.
+        run: folder of a training run, pretraining or fine-tuning.
         features: tables that `scripts/embed.py` wrote, or as they are in memory.
-        results: folders that `scripts/evaluate.py` wrote.
+        results: folders that `scripts/evaluate.py` or a fine-tuning wrote; that of `run` need not be named.
         title: of the page; by default the run's name.
         introduction: first words on the page; paragraphs parted by blank lines.
         options: what is shown of the features.
@@ -53,18 +55,28 @@ def report_all(
     folder = None if run is None else Path(run)
     if folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"{folder}: there is no such run folder")
-    pictures.mkdir(parents=True, exist_ok=True)
+    options, palette = options or FeatureOptions(), Palette()
+    places = [Path(place) for place in results]
+    if folder is not None and is_own_file(folder / RESULTS_FILE) and folder not in places:
+        places.insert(0, folder)
+    evaluations = [read_results(place) for place in places]
     sections: list[Section | None] = [Section("About", introduction)] if introduction else []
-    if folder is not None:
-        sections.append(learning_section(folder))
-    for place in map(Path, results):
+    learned = None if folder is None else learning_section(folder)
+    if answers := "\n\n".join(filter(None, map(answer, evaluations))):
+        learned = learned or Section("Did it learn?")
+        learned = replace(learned, text=f"{answers}\n\n{learned.text}")
+    sections.append(learned)
+    for place in places:
         logger.info("results of %s", place)
-        sections += result_sections(place, pictures / place.name)
+        sections += result_sections(place, pictures / place.name, palette)
+    labels = [found.get("provenance", {}).get("arguments", {}).get("label") for found in evaluations]
     for given in features:
         table = given if isinstance(given, FeatureTable) else FeatureTable.read(given)
         logger.info("features %s: maps, neighbours, saliency", table.origin.get("name"))
+        evaluated = next((label for label in labels if label in table.lesions), None)
+        own = replace(options, label=options.label or evaluated)
         # Two tables may have one name.
-        sections += feature_sections(table, options or FeatureOptions(), pictures / f"features_{len(sections)}")
+        sections += feature_sections(table, own, pictures / f"features_{len(sections)}")
     if folder is not None:
         sections += [training_section(folder, pictures), contact_section(folder), provenance_section(folder)]
     shown = [section for section in sections if section is not None]

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from PIL import Image
 from torch import Tensor
 
 from fmcib_ssl.data.store import StoreError
 from fmcib_ssl.data.tables import AnnotationsError, ScanError, text_of
 from fmcib_ssl.evaluation.embedding_maps import (
     MAX_POINTS,
+    MIN_UMAP,
     columns_to_color,
     has_umap,
     is_measurement,
     map_of_columns,
+    point_colors,
     principal_components,
     umap_places,
 )
@@ -27,7 +31,7 @@ from fmcib_ssl.evaluation.embedding_sources import open_patches
 from fmcib_ssl.evaluation.feature_table import ID_COLUMN, FeatureTable, FeatureTableError
 from fmcib_ssl.evaluation.figures import LUNG_WINDOW_HU
 from fmcib_ssl.evaluation.lesion_sheet import SOFT_TISSUE_WINDOW_HU
-from fmcib_ssl.evaluation.report import ReportFigure, Section
+from fmcib_ssl.evaluation.report import PointMap, ReportFigure, Section
 from fmcib_ssl.evaluation.retrieval import agreement, nearest_lesions, retrieval_sheet, spread_queries
 from fmcib_ssl.evaluation.saliency import LinearReadout, SalientLesion, has_captum, occlusion, saliency_sheet
 from fmcib_ssl.models.export import EncoderFileError, load_encoder
@@ -37,6 +41,9 @@ Array = npt.NDArray[Any]
 ReadPatch = Callable[[int], Tensor]
 
 WINDOWS = {"lung": LUNG_WINDOW_HU, "soft_tissue": SOFT_TISSUE_WINDOW_HU}
+#: Patches that the map can show, of lesions spread over the table, about 1 KB each; reading them from scans is slow.
+MAX_TILES, MAX_TILES_OF_SCANS = 600, 150
+TILE_EDGE, TILES_ACROSS = 64, 30
 #: What keeps patches from being shown; the page says so and goes on.
 _UNREADABLE = (FeatureTableError, StoreError, AnnotationsError, ScanError, OSError)
 
@@ -109,22 +116,22 @@ def feature_sections(table: FeatureTable, options: FeatureOptions, pictures: Pat
         colors = [options.label, *colors]
     label = options.label or next((column for column in colors if not is_measurement(lesions[column])), None)
     subject = _Subject(table, options, label, group, pictures)
-    sections = [_maps(subject, colors)]
-    if not (options.num_queries or options.num_salient) or not table.origin.get("source"):
-        return sections
+    if not table.origin.get("source"):
+        return [_maps(subject, colors, None)]
     try:
         read, preprocessing = _patches(table)
+        sections = [_maps(subject, colors, read)]
         if options.num_queries:
             sections.append(_neighbors(subject, read))
-        if options.num_salient and label is not None and table.origin.get("kind", "encoder") == "encoder":
-            sections += _saliency(subject, label, read, preprocessing)
+        if options.num_salient:
+            sections.append(_saliency(subject, label, read, preprocessing))
     except _UNREADABLE as error:
         told = f"The patches cannot be read, so neighbours and saliency are not shown: {error}"
-        sections.append(Section(f"Patches: {subject.name}", told))
+        sections = [_maps(subject, colors, None), Section(f"Patches: {subject.name}", told)]
     return sections
 
 
-def _maps(subject: _Subject, columns: list[str]) -> Section:
+def _maps(subject: _Subject, columns: list[str], read: ReadPatch | None) -> Section:
     table = subject.table
     rows = np.arange(len(table))
     if len(rows) > MAX_POINTS:
@@ -134,8 +141,10 @@ def _maps(subject: _Subject, columns: list[str]) -> Section:
     axes = tuple(f"component {k + 1} ({100 * share:.0f} % of variance)" for k, share in enumerate(shares))
     places: dict[str, Any] = {"PCA": (where, axes)}
     note = ""
-    if has_umap():
-        places["UMAP"] = (umap_places(features), ("", ""))
+    if len(rows) < MIN_UMAP:
+        note = f" Fewer than {MIN_UMAP} lesions have no neighbourhoods that UMAP could lay out."
+    elif has_umap():
+        places["UMAP"] = (umap_places(features), ("UMAP 1", "UMAP 2"))
     else:
         note = " For a UMAP beside it: pip install 'fmcib_ssl[report]'."
     if len(rows) < len(table):
@@ -146,7 +155,37 @@ def _maps(subject: _Subject, columns: list[str]) -> Section:
         "Each point a lesion. PCA of standardised features shows what varies most; UMAP, who is near whom by cosine."
     )
     text = f"{len(table)} lesions, {table.features.shape[1]} features, nothing fitted to any label.{note}"
-    return Section(f"Map: {subject.name}", text, figures=[ReportFigure(picture, caption, wide=True)])
+    points = _points(subject, {name: where for name, (where, _) in places.items()}, shown, rows, read)
+    return Section(f"Map: {subject.name}", text, figures=[ReportFigure(picture, caption, wide=True)], points=points)
+
+
+def _points(
+    subject: _Subject, places: dict[str, Array], shown: pd.DataFrame, rows: Array, read: ReadPatch | None
+) -> PointMap:
+    """The same map for the page's script, with the axial plane through the middle of lesions spread over the table."""
+    columns = {}
+    for name in map(str, shown):
+        colors, legend = point_colors(shown[name])
+        columns[name] = {"values": [_short(value) for value in shown[name]], "colors": colors, "legend": legend}
+    tile_of = np.full(len(rows), -1)
+    tiles = b""
+    if read is not None:
+        from_store = subject.table.origin["source"].get("kind") == "store"
+        most = min(len(rows), MAX_TILES if from_store else MAX_TILES_OF_SCANS)
+        chosen = np.unique(np.linspace(0, len(rows) - 1, most).round().astype(int))
+        tile_of[chosen] = np.arange(len(chosen))
+        sheet = Image.new("L", (TILES_ACROSS * TILE_EDGE, -(-len(chosen) // TILES_ACROSS) * TILE_EDGE))
+        low, high = WINDOWS[subject.options.window]
+        for k, place in enumerate(chosen):
+            patch = read(int(rows[place]))[0].float().numpy()
+            grey = np.clip(255 * (patch[len(patch) // 2] - low) / (high - low), 0, 255).astype(np.uint8)
+            tile = Image.fromarray(grey).resize((TILE_EDGE, TILE_EDGE))
+            sheet.paste(tile, (k % TILES_ACROSS * TILE_EDGE, k // TILES_ACROSS * TILE_EDGE))
+        held = BytesIO()
+        sheet.save(held, "JPEG", quality=80)
+        tiles = held.getvalue()
+    layouts = {name: np.asarray(where, float).round(3).tolist() for name, where in places.items()}
+    return PointMap(layouts, columns, tiles, tile_of.tolist(), TILES_ACROSS, TILE_EDGE)
 
 
 def _neighbors(subject: _Subject, read: ReadPatch) -> Section:
@@ -175,26 +214,29 @@ def _neighbors(subject: _Subject, read: ReadPatch) -> Section:
         all_found = nearest_lesions(features, patients, everyone, options.num_neighbors)
         hits, chance = agreement(all_found, everyone, labels, patients)
         text += (
-            f" Over all {len(everyone)} lesions {hits:.1%} of the {options.num_neighbors} nearest have the same "
-            f"{label}; by chance {chance:.1%} would."
+            ""
+            if np.isnan(hits)
+            else (
+                f" Over all {len(everyone)} lesions {hits:.1%} of the {options.num_neighbors} nearest have the same "
+                f"{label}; by chance {chance:.1%} would."
+            )
         )
     figure = ReportFigure(picture, "Framed: the query. Under each patch its label and the cosine", wide=True)
     return Section(f"Nearest neighbours: {subject.name}", text, figures=[figure])
 
 
-def _saliency(subject: _Subject, label: str, read: ReadPatch, preprocessing: Preprocessing) -> list[Section]:
+def _saliency(subject: _Subject, label: str | None, read: ReadPatch, preprocessing: Preprocessing) -> Section:
+    """What a probe's answer rests on, or why that cannot be shown."""
     table, options = subject.table, subject.options
     title = f"What the answer rests on: {subject.name}"
+    if reason := _no_saliency(subject, label):
+        return Section(title, f"Saliency is not shown: {reason}")
     values = table.lesions[label].astype(object)
     kinds = sorted(values.dropna().unique(), key=str)
-    if len(kinds) != 2:
-        return []
-    if not has_captum():
-        return [Section(title, "Saliency needs captum: pip install 'fmcib_ssl[report]'.")]
     try:
         encoder = load_encoder(table.origin["weights"])
     except (EncoderFileError, OSError, KeyError, TypeError) as error:
-        return [Section(title, f"The weights cannot be read, so saliency is not shown: {error}")]
+        return Section(title, f"The weights cannot be read, so saliency is not shown: {error}")
     rows = np.flatnonzero(values.notna())
     labels = (values.iloc[rows] == kinds[1]).to_numpy(int)
     patients = subject.patients[rows]
@@ -202,7 +244,7 @@ def _saliency(subject: _Subject, label: str, read: ReadPatch, preprocessing: Pre
     names = np.unique(patients)
     fitting = np.isin(patients, np.random.default_rng(0).permutation(names)[: (len(names) + 1) // 2])
     if len(np.unique(labels[fitting])) < 2 or fitting.all():
-        return []
+        return Section(title, "Saliency is not shown: half of the patients do not have both classes to fit a probe on.")
     readout = LinearReadout(encoder, table.features[rows][fitting], labels[fitting])
     weight, bias = readout.weight.numpy(), float(readout.bias)
     logits = table.features[rows] @ weight + bias
@@ -220,7 +262,18 @@ def _saliency(subject: _Subject, label: str, read: ReadPatch, preprocessing: Pre
         "asked again."
     )
     caption = "The surest right answers of both classes, and the surest mistakes"
-    return [Section(title, text, figures=[ReportFigure(picture, caption, wide=True)])]
+    return Section(title, text, figures=[ReportFigure(picture, caption, wide=True)])
+
+
+def _no_saliency(subject: _Subject, label: str | None) -> str:
+    """Why there is nothing to show; empty where there is."""
+    if subject.table.origin.get("kind", "encoder") != "encoder":
+        return "it is of a trained encoder, and these features are of none."
+    if label is None:
+        return "no column has two classes to tell apart; name one with label=."
+    if (num := subject.table.lesions[label].nunique()) != 2:
+        return f"it needs a label of two classes, and {label} has {num}."
+    return "" if has_captum() else "it needs captum: pip install 'fmcib_ssl[report]'."
 
 
 def _surest(logits: Array, labels: Array, shown: Array, number: int) -> list[int]:

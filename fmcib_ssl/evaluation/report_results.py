@@ -11,7 +11,7 @@ import pandas as pd
 
 from fmcib_ssl.evaluation.bootstrap import Estimate
 from fmcib_ssl.evaluation.calibration import calibration
-from fmcib_ssl.evaluation.figures import COLORS
+from fmcib_ssl.evaluation.figures import COLORS, Palette
 from fmcib_ssl.evaluation.probe_figures import (
     calibration_curves,
     interval_plot,
@@ -20,41 +20,96 @@ from fmcib_ssl.evaluation.probe_figures import (
     mean_roc_curves,
     survival_curves,
 )
-from fmcib_ssl.evaluation.report import ReportFigure, Section
+from fmcib_ssl.evaluation.report import ReportFigure, Section, is_own_file
 
-#: What `scripts/evaluate.py` leaves in its folder.
+#: What `scripts/evaluate.py` and a fine-tuning leave in their folders.
 RESULTS_FILE, PREDICTIONS_FILE = "results.json", "predictions.parquet"
 
 
-def result_sections(folder: Path, pictures: Path) -> list[Section]:
-    """Tables with intervals, differences, ROC and calibration curves.
-
-    Args:
-        folder: of an evaluation.
-        pictures: folder for PNGs.
+def read_results(folder: Path) -> dict[str, Any]:
+    """What an evaluation of frozen features found, or a fine-tuning, whose rows are given the names of the others.
 
     Raises:
         FileNotFoundError: there are no results.
-        ValueError: the results lack a column.
+        ValueError: they are damaged, or lack a column.
     """
     file = folder / RESULTS_FILE
-    if not file.is_file():
+    if not is_own_file(file):
         raise FileNotFoundError(f"{folder} has no {RESULTS_FILE}: scripts/evaluate.py output={folder} makes it")
-    found = json.loads(file.read_text())
-    rows = pd.DataFrame(found["rows"])
+    try:
+        found = json.loads(file.read_text())
+        rows = found["rows"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if "train" in found:
+        about = {"features": _start(found), "probe": f"fine-tuned, {found['train']}", "task": found["label"]}
+        found["rows"] = rows = [{**about, **row} for row in rows]
     needed = {"features", "task", "probe", "metric", "value", "low", "high"}
-    if missing := needed - set(rows):
-        raise ValueError(f"{file}: its rows have no {', '.join(sorted(missing))}")
+    if not rows or (missing := needed.difference(*rows)):
+        raise ValueError(f"{file}: its rows have no {', '.join(sorted(missing))}" if rows else f"{file} has no rows")
+    return dict(found)
+
+
+def _start(found: dict[str, Any]) -> str:
+    """What a fine-tuning began with."""
+    return "random weights" if found.get("weights") is None else "pretrained weights"
+
+
+def answer(found: dict[str, Any]) -> str:
+    """Whether pretraining helped, in a sentence; empty where nothing was compared with random weights."""
+    origins = found.get("provenance", {}).get("features") or {}
+    untrained = {name for name, origin in origins.items() if (origin or {}).get("kind") == "random_weights"}
+    sentences = []
+    differences = _complete(pd.DataFrame(found.get("differences") or []))
+    if not len(differences):
+        return ""
+    first = differences["metric"] == found["rows"][0]["metric"]
+    whole = differences["fraction"] == differences["fraction"].max()
+    for row in differences[first & whole].to_dict("records"):
+        if row["against"] in untrained or str(row["against"]).startswith("random weights"):
+            by = f"{row['value']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f})"
+            if row["low"] > 0:
+                verdict = f"Pretraining helped: {by}"
+            elif row["high"] < 0:
+                verdict = f"Pretraining did harm: {by}"
+            else:
+                verdict = f"No difference from random weights can be shown: {by}"
+            where = f", {row['split']}" if differences["split"].nunique() > 1 else ""
+            sentences.append(f"{verdict} {row['metric']} for {row['task']} ({row['features']}, {row['probe']}{where}).")
+    return " ".join(sentences)
+
+
+def result_sections(folder: Path, pictures: Path, palette: Palette) -> list[Section]:
+    """Tables with intervals, differences, ROC and calibration curves.
+
+    Args:
+        folder: of an evaluation, or of a fine-tuning.
+        pictures: folder for PNGs.
+        palette: colours of the features.
+
+    Raises:
+        FileNotFoundError: there are no results.
+        ValueError: the results are damaged or lack a column.
+    """
+    found = read_results(folder)
+    rows = pd.DataFrame(found["rows"])
     rows, differences = (_complete(table) for table in (rows, pd.DataFrame(found.get("differences") or [])))
     sections: list[Section] = []
     for (task, split), part in rows.groupby(["task", "split"], sort=False):
         title = f"Results: {task}" + (f", {split}" if rows["split"].nunique() > 1 else "")
         own = differences[(differences["task"] == task) & (differences["split"] == split)] if len(differences) else None
-        sections.append(_task(part, own, title, f"{folder.name}_{len(sections)}", pictures))
-    predictions = folder / PREDICTIONS_FILE
-    if predictions.is_file():
-        sections += _curves(pd.read_parquet(predictions), folder.name, pictures)
+        stem = f"{folder.name}_{len(sections)}"
+        sections.append(_task(part, own, title, stem=stem, pictures=pictures, palette=palette))
+    file = folder / PREDICTIONS_FILE
+    if is_own_file(file):
+        predictions = pd.read_parquet(file)
+        if "train" in found:  # the validation lesions chose when to stop
+            predictions = predictions[predictions["split"] == "test"].drop(columns="split")
+            predictions = predictions.assign(features=_start(found), probe=f"fine-tuned, {found['train']}")
+        sections += _curves(predictions, folder.name, pictures, palette)
     sections += _survival(found.get("survival") or [], folder.name, pictures)
+    if not sections:
+        raise ValueError(f"{folder / RESULTS_FILE}: no row has a value")
     if reasons := [f"{item['features']}: {item['reason']}" for item in found.get("missing") or []]:
         sections[0] = replace(sections[0], text=sections[0].text + "\n\nNot computed: " + "; ".join(reasons))
     if problems := [finding["message"] for finding in found.get("leakage") or [] if finding.get("found", True)]:
@@ -72,7 +127,9 @@ def _complete(table: pd.DataFrame) -> pd.DataFrame:
     return table.dropna(subset=["value", "low", "high"])
 
 
-def _task(rows: pd.DataFrame, differences: pd.DataFrame | None, title: str, stem: str, pictures: Path) -> Section:
+def _task(
+    rows: pd.DataFrame, differences: pd.DataFrame | None, title: str, *, stem: str, pictures: Path, palette: Palette
+) -> Section:
     whole = rows[rows["fraction"] == rows["fraction"].max()]
     metrics = list(whole["metric"].unique())
     table: list[dict[str, object]] = []
@@ -87,7 +144,7 @@ def _task(rows: pd.DataFrame, differences: pd.DataFrame | None, title: str, stem
         f"{first}, {probe}": part.rename(columns={"features": "name"})
         for probe, part in whole[whole["metric"] == first].groupby("probe", sort=False)
     }
-    picture = interval_plot(panels, pictures / f"{_safe(stem)}_intervals.png")
+    picture = interval_plot(panels, pictures / f"{_safe(stem)}_intervals.png", palette, first)
     figures = [ReportFigure(picture, f"{first} with 95 % intervals, bootstrap over patients")]
     if differences is not None:
         differences = differences[
@@ -95,21 +152,24 @@ def _task(rows: pd.DataFrame, differences: pd.DataFrame | None, title: str, stem
         ]
     if differences is not None and len(differences):
         named = differences.assign(name=differences["features"] + " less " + differences["against"])
-        panels = {f"{first}, {probe}": part for probe, part in named.groupby("probe", sort=False)}
-        picture = interval_plot(panels, pictures / f"{_safe(stem)}_differences.png", zero=True)
+        unit = f"difference in {first}"
+        panels = {f"{unit[0].upper()}{unit[1:]}, {probe}": part for probe, part in named.groupby("probe", sort=False)}
+        file = pictures / f"{_safe(stem)}_differences.png"
+        picture = interval_plot(panels, file, palette, unit, zero=True)
         caption = "Paired differences on the same resamples; an interval right of zero is an advantage"
         figures.append(ReportFigure(picture, caption))
     if rows["fraction"].nunique() > 1:
         probe = rows["probe"].iloc[0]
         one = rows[(rows["metric"] == first) & (rows["probe"] == probe)].rename(columns={"features": "name"})
-        picture = label_fractions(one, pictures / f"{_safe(stem)}_fractions.png", first)
+        picture = label_fractions(one, pictures / f"{_safe(stem)}_fractions.png", palette, first)
         figures.append(ReportFigure(picture, f"{first} with a part of the labels, {probe}"))
     split = f" Split: {rows['split'].iloc[0]}." if rows["split"].iloc[0] else ""
-    text = f"Probes on frozen features. In brackets 95 % intervals, bootstrap over patients.{split}"
+    what = "Fine-tuned networks" if str(rows["probe"].iloc[0]).startswith("fine-tuned") else "Probes on frozen features"
+    text = f"{what}, tested on patients that were held out. In brackets 95 % intervals, bootstrap over patients.{split}"
     return Section(title, text, table, figures)
 
 
-def _curves(predictions: pd.DataFrame, name: str, pictures: Path) -> list[Section]:
+def _curves(predictions: pd.DataFrame, name: str, pictures: Path, palette: Palette) -> list[Section]:
     """ROC and calibration of every probe on a label of two classes."""
     if "score" not in predictions or "event" in predictions:
         return []
@@ -131,15 +191,16 @@ def _curves(predictions: pd.DataFrame, name: str, pictures: Path) -> list[Sectio
             if scores.min() >= 0 and scores.max() <= 1:
                 calibrated[str(features)] = calibration(labels, scores)
         title, stem = ", ".join(map(str, key)), _safe(f"{name}_{len(figures)}")
-        roc = mean_roc_curves(curves, pictures / f"{stem}_roc.png", f"ROC, {title}")
+        roc = mean_roc_curves(curves, pictures / f"{stem}_roc.png", palette, f"ROC, {title}")
         figures.append(ReportFigure(roc, f"ROC curves, {title}; of several folds the mean"))
         if calibrated:
-            picture = calibration_curves(calibrated, pictures / f"{stem}_calibration.png", f"Calibration, {title}")
+            file = pictures / f"{stem}_calibration.png"
+            picture = calibration_curves(calibrated, file, palette, f"Calibration, {title}")
             caption = f"Calibration, {title}: bins of equal size with 95 % intervals; dotted: perfect"
             figures.append(ReportFigure(picture, caption))
     if not figures:
         return []
-    return [Section(f"ROC and calibration: {name}", "Of lesions that the probe was not fitted on.", figures=figures)]
+    return [Section(f"ROC and calibration: {name}", "Of lesions of patients that were held out.", figures=figures)]
 
 
 def _survival(halves: list[dict[str, Any]], name: str, pictures: Path) -> list[Section]:
@@ -153,9 +214,7 @@ def _survival(halves: list[dict[str, Any]], name: str, pictures: Path) -> list[S
         told = "log-rank test without a value" if p is None else f"log-rank p = {p:.2g}"
         figures.append(ReportFigure(picture, f"Kaplan-Meier curves above and below the median risk, {title}; {told}"))
     return (
-        [Section(f"Survival: {name}", "Of lesions that the probe was not fitted on.", figures=figures)]
-        if figures
-        else []
+        [Section(f"Survival: {name}", "Of lesions of patients that were held out.", figures=figures)] if figures else []
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from fmcib_ssl.evaluation.figures import read_metrics, training_curves
-from fmcib_ssl.evaluation.report import ReportFigure, Section
+from fmcib_ssl.evaluation.report import ReportFigure, Section, is_own_file
 from fmcib_ssl.safety import read_yaml
 
 #: What `fmcib_ssl.training.learning_signals` logs, and what is to be said of it.
@@ -19,19 +19,22 @@ SIGNALS = {
     "signals/negatives_solved": "The negatives were solved: the loss had next to nothing left to teach",
 }
 #: Settings that are shown; `config.yaml` has them all.
-_SHOWN = ("method", "loss", "encoder", "head", "augment", "optimizer", "schedule", "hardware", "trainer", "data")
+_SHOWN = (
+    "method", "loss", "encoder", "head", "finetune", "augment", "optimizer", "schedule", "hardware", "trainer", "data",
+)  # fmt: skip
 
 
 def read_config(run: Path) -> dict[str, Any]:
     """The run's settings; empty where there are none."""
     file = run / "config.yaml"
-    return read_yaml(file) or {} if file.is_file() else {}
+    config = read_yaml(file) if is_own_file(file) else None
+    return config if isinstance(config, dict) else {}
 
 
 def learning_section(run: Path) -> Section | None:
     """What the callbacks saw while the run went on: warnings, and the online probe before and after."""
     file = run / "metrics.csv"
-    if not file.is_file():
+    if not is_own_file(file):
         return None
     metrics = read_metrics(file)
     text = []
@@ -59,23 +62,29 @@ def learning_section(run: Path) -> Section | None:
             rows.append({"": name, "at first": float(values[:few].mean()), "at last": float(values[-few:].mean())})
     if not text and not rows:
         return None
-    note = "Probes here are of held-out lesions during training, to compare the run with itself." if watched else ""
+    probed = any(str(row[""]).startswith("AUC") for row in rows)
+    note = "Probes here are of held-out lesions during training, to compare the run with itself." if probed else ""
     return Section("Did it learn?", "\n\n".join([*text, note]), rows)
 
 
 def training_section(run: Path, pictures: Path) -> Section | None:
-    """The curves, over all restarts."""
-    file = run / "metrics.csv"
-    if not file.is_file():
-        return None
-    picture = training_curves(file, pictures / "curves.png")
-    caption = "By step; strong lines are running means. docs/training.md says what is good and bad."
-    return Section("Training", figures=[ReportFigure(picture, caption, wide=True)])
+    """The curves, over all restarts; of a fine-tuning those of each fold."""
+    caption = "By step; strong lines are running means."
+    files = [run / "metrics.csv", *sorted(run.glob("*/metrics.csv"))]
+    figures = []
+    for file in filter(is_own_file, files):
+        own = file.parent == run
+        picture = training_curves(file, pictures / ("curves.png" if own else f"curves_{file.parent.name}.png"))
+        said = f"{caption} docs/training.md says what is good and bad." if own else f"{file.parent.name}. {caption}"
+        figures.append(ReportFigure(picture, said, wide=True))
+    return Section("Training", figures=figures) if figures else None
 
 
 def contact_section(run: Path) -> Section | None:
     """What went into the encoder."""
     sheet = run / "contact_sheet.png"
+    if sheet.is_symlink():
+        return Section("What the encoder saw", f"{sheet.name} is a link, which is not followed.")
     if not sheet.is_file():
         return None
     caption = "Lesions, their two views, and those of the negatives mined for them, before the first step"
@@ -91,8 +100,11 @@ def provenance_section(run: Path) -> Section | None:
         if config.get(name) is not None
     ]
     file = run / "environment.json"
-    if file.is_file():
-        found = json.loads(file.read_text())
+    if is_own_file(file):
+        try:
+            found = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged: {error}") from error
         git = found.get("git") or {}
         versions = {"python": found.get("python"), **(found.get("packages") or {})}
         rows += [
@@ -108,8 +120,14 @@ def provenance_section(run: Path) -> Section | None:
 
 
 def _one_line(value: object) -> str:
+    if isinstance(value, list):
+        return " ".join(f"({_one_line(item)})" if isinstance(item, list | Mapping) else str(item) for item in value)
     if not isinstance(value, Mapping):
         return str(value)
     target = str(value.get("_target_", "")).rpartition(".")[2]
-    shown = ", ".join(f"{key} {v}" for key, v in value.items() if key != "_target_" and v is not None)
+    shown = ", ".join(
+        f"{key} ({_one_line(v)})" if isinstance(v, Mapping) else f"{key} {_one_line(v)}"
+        for key, v in value.items()
+        if key != "_target_" and v not in (None, [], {})
+    )
     return ": ".join(part for part in (target, shown) if part)

@@ -60,8 +60,13 @@ def agreement(neighbors: Neighbors, queries: Sequence[int], labels: Array, patie
         queries: rows of `labels`.
         labels: one for each lesion.
         patients: of every lesion.
+
+    Returns:
+        Both shares; NaN where all lesions are of one patient.
     """
     there = neighbors.rows >= 0
+    if not there.any():
+        return np.nan, np.nan
     own = labels[np.asarray(queries)]
     hits = (labels[neighbors.rows] == own[:, None])[there].mean()
     chances = [(labels[patients != patients[query]] == labels[query]).mean() for query in queries]

@@ -65,6 +65,7 @@ def lesions(n: int = 60) -> pd.DataFrame:
             "texture": rng.integers(1, 5, n).astype(float),
             "diameter_mm": rng.uniform(3, 30, n),
             "site": [f"site {k % 11}" for k in range(n)],
+            "nodule_id": np.arange(n) % 4,
             "comment": [f"text {k}" for k in range(n)],
             "always": 1,
             "rare": [1.0, 2.0] + [np.nan] * (n - 2),
@@ -75,7 +76,7 @@ def lesions(n: int = 60) -> pd.DataFrame:
 
 def test_columns_that_say_something_are_found() -> None:
     table = lesions()
-    assert columns_to_color(table) == ["texture", "diameter_mm", "margin"]
+    assert columns_to_color(table) == ["texture", "margin", "diameter_mm"]
     assert columns_to_color(table, limit=1) == ["texture"]
     assert [is_measurement(table[name]) for name in ("texture", "diameter_mm", "site")] == [False, True, False]
 

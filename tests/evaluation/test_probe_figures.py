@@ -12,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from fmcib_ssl.evaluation import probe_figures
 from fmcib_ssl.evaluation.calibration import calibration
+from fmcib_ssl.evaluation.figures import Palette
 from fmcib_ssl.evaluation.probe_figures import (
     calibration_curves,
     interval_plot,
@@ -27,9 +28,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     saved: list[Figure] = []
     save = probe_figures.save_figure
 
-    def keep(figure: Figure, path: Path) -> Path:
+    def keep(figure: Figure, path: Path, *, svg: bool) -> Path:
         saved.append(figure)
-        return save(figure, path)
+        return save(figure, path, svg=svg)
 
     monkeypatch.setattr(probe_figures, "save_figure", keep)
     return saved
@@ -46,13 +47,13 @@ def test_the_mean_curve_has_the_mean_area_of_the_folds(drawn: list[Figure], tmp_
     assert abs(roc_auc_score(labels, scores) - np.mean(areas)) > 0.05  # put together they would have another
     with pytest.raises(ValueError, match="no fold holds both classes"):
         mean_roc(np.ones(4), np.arange(4), np.zeros(4))
-    mean_roc_curves({"ours": curve}, tmp_path / "roc.png", "Texture")
+    mean_roc_curves({"ours": curve}, tmp_path / "roc.png", Palette(), "Texture")
     np.testing.assert_array_equal(drawn[0].axes[0].lines[1].get_ydata(), curve[1])
 
 
 def test_intervals_stand_where_they_are(drawn: list[Figure], tmp_path: Path) -> None:
     rows = pd.DataFrame({"name": ["a", "b"], "value": [0.8, 0.6], "low": [0.7, 0.5], "high": [0.85, 0.7]})
-    interval_plot({"AUC": rows, "again": rows[::-1]}, tmp_path / "plot.png", zero=True)
+    interval_plot({"AUC": rows, "again": rows[::-1]}, tmp_path / "plot.png", Palette(), "AUC", zero=True)
     for axes, order in zip(drawn[0].axes, (["a", "b"], ["b", "a"]), strict=True):
         assert [text.get_text() for text in axes.get_yticklabels()] == order
         zero, *lines = axes.lines
@@ -68,12 +69,12 @@ def test_intervals_stand_where_they_are(drawn: list[Figure], tmp_path: Path) -> 
 def test_calibration_fractions_and_survival_show_their_numbers(drawn: list[Figure], tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     found = calibration(rng.integers(0, 2, 300), rng.uniform(size=300))
-    calibration_curves({"ours": found}, tmp_path / "calibration.png")
+    calibration_curves({"ours": found}, tmp_path / "calibration.png", Palette())
     (line,) = [line for line in drawn[0].axes[0].lines if line.get_label().startswith("ours")]
     np.testing.assert_array_equal(line.get_ydata(), found.observed)
 
     rows = pd.DataFrame({"name": "ours", "fraction": [1.0, 0.1], "value": [0.9, 0.8], "low": 0.7, "high": 0.95})
-    label_fractions(rows, tmp_path / "fractions.png", "AUC")
+    label_fractions(rows, tmp_path / "fractions.png", Palette(), "AUC")
     assert list(drawn[1].axes[0].lines[0].get_xdata()) == [10, 100]
     assert list(drawn[1].axes[0].lines[0].get_ydata()) == [0.8, 0.9]
 
@@ -81,3 +82,19 @@ def test_calibration_fractions_and_survival_show_their_numbers(drawn: list[Figur
     survival_curves([half], tmp_path / "survival.png")
     assert drawn[2].axes[0].lines[0].get_drawstyle() == "steps-post"
     assert list(drawn[2].axes[0].lines[0].get_ydata()) == [1.0, 0.5]
+
+
+def test_a_series_has_one_colour_in_all_figures_and_every_axis_a_name(drawn: list[Figure], tmp_path: Path) -> None:
+    """Whatever the order; and `$` in a name is no formula."""
+    palette, names = Palette(), ["$ours", "random_{$", "voxels"]
+    rows = pd.DataFrame({"name": names, "value": 0.8, "low": 0.7, "high": 0.9, "fraction": 1.0})
+    interval_plot({"AUC": rows}, tmp_path / "a.png", palette, "AUC")
+    less = rows.iloc[:2].assign(name=["random_{$ less voxels", "$ours less voxels"], features=["random_{$", "$ours"])
+    interval_plot({"$": less}, tmp_path / "b.png", palette, "difference in AUC", zero=True)
+    label_fractions(rows[::-1], tmp_path / "c.png", palette, "AUC")
+    colors = [line.get_color() for line in drawn[0].axes[0].lines[::2]]
+    assert len(set(colors)) == 3
+    assert [line.get_color() for line in drawn[1].axes[0].lines[1::2]] == [colors[1], colors[0]]
+    assert [line.get_color() for line in drawn[2].axes[0].lines] == colors[::-1]
+    assert [figure.axes[0].get_xlabel() for figure in drawn[:2]] == ["AUC", "difference in AUC"]
+    assert (tmp_path / "a.svg").read_bytes().startswith(b"<?xml")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -17,6 +19,7 @@ import pytest
 import torch
 import yaml
 from matplotlib.image import imsave
+from PIL import Image
 
 from fmcib_ssl.data.coarse_map import build_coarse_map
 from fmcib_ssl.data.patches import LesionPatches
@@ -25,6 +28,7 @@ from fmcib_ssl.evaluation import embedding_maps, report_features
 from fmcib_ssl.evaluation.feature_table import FeatureTable, FeatureTableError
 from fmcib_ssl.evaluation.report_all import report_all
 from fmcib_ssl.evaluation.report_features import FeatureOptions
+from fmcib_ssl.evaluation.report_results import answer
 from fmcib_ssl.models.encoders import small_resnet
 from fmcib_ssl.models.export import export_encoder
 from fmcib_ssl.types import Preprocessing
@@ -47,7 +51,8 @@ class Page(HTMLParser):
         self.text = ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert tag not in ("script", "link", "iframe", "object")
+        assert tag not in ("link", "iframe", "object")
+        assert tag != "script" or not dict(attrs).keys() - {"type"}
         self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
         self.ids += [value or "" for name, value in attrs if name == "id"]
         if tag not in ("meta", "img"):
@@ -68,9 +73,12 @@ def parse(path: Path) -> Page:
     page.feed(text)
     page.close()
     assert page.open == []
-    assert not re.search(r"@import|url\(", text)
+    assert not re.search(r"@import|https?://(?!www\.w3\.org/2000/svg)|url\((?!data:)", text)
     for address in page.addresses:
-        assert address.startswith("data:image/png;base64,") or address.removeprefix("#") in page.ids, address[:80]
+        assert (
+            address.startswith(("data:image/png;base64,", "data:image/svg+xml;base64,"))
+            or address.removeprefix("#") in page.ids
+        ), address[:80]
     return page
 
 
@@ -145,12 +153,12 @@ def _write_results(folder: Path, table: FeatureTable) -> None:
     rows = [
         {"features": name, **about, "metric": metric, "value": value, "low": value - 0.1, "high": value + 0.1,
          "num_train": 30, "num_test": 36, "fraction": fraction}
-        for name, value in (("ours", 0.81), ("random <weights>", 0.62))
+        for name, value in (("ours", 0.81), ("random weights <b>", 0.62))
         for metric in ("AUC", "balanced accuracy")
         for fraction in (1.0, 0.5)
     ]  # fmt: skip
     rows.append({**rows[0], "features": "size", "value": None, "low": None, "high": None})
-    ahead = {"features": "ours", "against": "random <weights>", **about, "metric": "AUC", "fraction": 1.0}
+    ahead = {"features": "ours", "against": "random weights <b>", **about, "metric": "AUC", "fraction": 1.0}
     halves = [
         {"name": f"{side} risk", "num": 9, "num_events": 4, "times": [0.0, 5.0], "survival": [1.0, 0.6]}
         for side in ("low", "high")
@@ -172,7 +180,10 @@ def _write_results(folder: Path, table: FeatureTable) -> None:
         label=table.lesions["rough"].astype(float),
     )  # fmt: skip
     pd.concat(
-        [predictions.assign(features=name, score=rng.uniform(size=len(table))) for name in ("ours", "random <weights>")]
+        [
+            predictions.assign(features=name, score=rng.uniform(size=len(table)))
+            for name in ("ours", "random weights <b>")
+        ]
     ).to_parquet(folder / "predictions.parquet")
 
 
@@ -204,10 +215,11 @@ def test_the_page_holds_all_and_needs_nothing(given: Path, tmp_path: Path) -> No
     ]  # fmt: skip
     for text in (
         "First words.",
+        "Pretraining helped: +0.19 (+0.05 to +0.30) AUC for rough (ours, logistic).",
         "The negatives were solved",
         "first at step 50",
         "0.81 (0.71 to 0.91)",
-        "random <weights>",
+        "random weights <b>",
         "30 / 36",
         "Not computed: raw voxels: no patches",
         "the extent predicts the label",
@@ -239,6 +251,7 @@ def test_features_whose_scans_are_gone_are_mapped_all_the_same(given: Path, tmp_
     gone = FeatureTable(table.lesions, table.features, {**table.origin, "source": {"kind": "store", "path": "gone"}})
     page = parse(report_all(tmp_path / "report.html", features=[gone]))
     assert page.headings == ["Map: ours", "Patches: ours"]
+    assert '"tiles": ""' in page.text
     assert "gone is not a store" in page.text
 
 
@@ -270,3 +283,104 @@ def test_the_command(given: Path, tmp_path: Path) -> None:
 
 def test_maps_choose_columns_by_themselves(given: Path) -> None:
     assert embedding_maps.columns_to_color(FeatureTable.read(given / "features.parquet").lesions) == ["rough", "size"]
+
+
+@pytest.mark.parametrize("num", [1, 2, 3])
+def test_a_few_lesions_have_a_page(given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num: int) -> None:
+    monkeypatch.setattr(report_features, "has_umap", lambda: True)
+    table = FeatureTable.read(given / "features.parquet")
+    few = FeatureTable(table.lesions.iloc[:num].reset_index(drop=True), table.features[:num], table.origin)
+    page = parse(report_all(tmp_path / "report.html", features=[few]))
+    assert "Fewer than 15 lesions" in page.text
+    assert "Saliency is not shown: " in page.text
+
+
+def test_the_map_shows_each_lesions_own_patch(given: Path, tmp_path: Path) -> None:
+    """The tile at a point's place is the middle axial plane of the lesion of that row, in the lung window."""
+    table = FeatureTable.read(given / "features.parquet")
+    section = report_features.feature_sections(table, FeatureOptions(num_queries=0, num_salient=0), tmp_path)[0]
+    points = section.points
+    assert points is not None
+    with Image.open(io.BytesIO(points.tiles)) as opened:
+        tiles = np.asarray(opened, dtype=float)
+    store = LesionPatches(given / "store", SIZE)
+    ids, edge = store.lesions["lesion_id"].tolist(), points.tile_edge
+    for row in (0, 17, 35):
+        down, across = divmod(points.tile_of[row], points.num_across)
+        tile = tiles[down * edge : (down + 1) * edge, across * edge : (across + 1) * edge]
+        hu = store.positive(ids.index(table.lesions["lesion_id"].iloc[row]))[0, 4].numpy()
+        grey = np.clip((hu.astype(float) + 1350) / 1500, 0, 1) * 255
+        blocks = tile.reshape(8, edge // 8, 8, edge // 8).mean((1, 3))
+        assert np.corrcoef(blocks.ravel(), grey.ravel())[0, 1] > 0.9
+    assert points.columns["rough"]["values"] == table.lesions["rough"].astype(str).tolist()
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "expected"),
+    [
+        (0.25, 0.14, 0.38, "Pretraining helped: +0.25 (+0.14 to +0.38)"),
+        (0.02, -0.03, 0.06, "No difference from random weights can be shown: +0.02 (-0.03 to +0.06)"),
+        (-0.2, -0.3, -0.1, "Pretraining did harm: -0.20 (-0.30 to -0.10)"),
+    ],
+)  # fmt: skip
+def test_a_sentence_answers_the_question(value: float, low: float, high: float, expected: str) -> None:
+    row = {"features": "ours", "task": "y", "probe": "logistic", "split": "", "fraction": 1.0, "metric": "AUC"}
+    against = {"against": "untrained", "value": value, "low": low, "high": high}
+    smaller = {**row, **against, "fraction": 0.5, "value": 9.0}
+    voxels = {**row, **against, "against": "raw voxels"}
+    origins = {"untrained": {"kind": "random_weights"}, "ours": {"kind": "encoder"}}
+    found = {"rows": [row], "differences": [{**row, **against}, smaller, voxels], "provenance": {"features": origins}}
+    assert answer(found) == f"{expected} AUC for y (ours, logistic)."
+
+
+def test_the_page_of_a_fine_tuning(given: Path, tmp_path: Path) -> None:
+    run = tmp_path / "tuned"
+    for fold in ("fold_0", "fold_1"):
+        (run / fold).mkdir(parents=True)
+        metrics = {"step": [1, 2, 3], "train/loss": [0.7, 0.5, 0.4], "val/score": [0.5, 0.7, 0.8]}
+        pd.DataFrame(metrics).to_csv(run / fold / "metrics.csv", index=False)
+    rows = [{"metric": "AUC", "value": 0.9, "low": 0.8, "high": 0.95}]
+    found = {"rows": rows, "label": "rough", "kind": "binary", "classes": ["0", "1"], "train": "all", "weights": "e.st"}
+    (run / "results.json").write_text(json.dumps(found))
+    predictions = pd.read_parquet(given / "evaluated" / "predictions.parquet").iloc[:36]
+    sides = ["val", "test"] * 18
+    predictions.drop(columns=["features", "probe", "fraction"]).assign(split=sides).to_parquet(
+        run / "predictions.parquet"
+    )
+    (run / "config.yaml").write_text(yaml.safe_dump({"data": {"store": "s", "select": {"fold": [1, 2]}}}))
+    for options in ({"run": run}, {"results": [run]}, {"run": run, "results": [run]}):
+        page = parse(report_all(tmp_path / "report.html", **options))  # type: ignore[arg-type]
+        assert page.headings[:2] == ["Results: rough", "ROC and calibration: tuned"]
+        assert ("Training" in page.headings) == ("run" in options)
+        assert "0.90 (0.80 to 0.95)" in page.text
+        assert "pretrained weights" in page.text
+    assert "select (fold 1 2), store s" in page.text
+
+
+def test_links_in_a_run_are_not_followed_and_a_failed_write_leaves_the_old_page(
+    given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, secret = tmp_path / "run", tmp_path / "secret.png"
+    shutil.copytree(given / "run", run)
+    shutil.copy(run / "contact_sheet.png", secret)
+    for name in ("contact_sheet.png", "config.yaml", "environment.json"):
+        (run / name).unlink()
+        (run / name).symlink_to(secret)
+    page = tmp_path / "report.html"
+    report_all(page, run=run)
+    assert base64.b64encode(secret.read_bytes()).decode()[:60] not in page.read_text()
+    assert "is a link, which is not followed" in page.read_text()
+    before = page.read_bytes()
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("no room")))
+    with pytest.raises(OSError, match="no room"):
+        report_all(page, run=run)
+    assert page.read_bytes() == before
+
+
+def test_the_probe_is_spoken_of_only_beside_its_table(given: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(given / "run", run)
+    metrics = pd.read_csv(run / "metrics.csv")
+    metrics.drop(columns="online/linear_auc").to_csv(run / "metrics.csv", index=False)
+    assert "Probes here" in parse(report_all(tmp_path / "a.html", run=given / "run")).text
+    assert "Probes here" not in parse(report_all(tmp_path / "b.html", run=run)).text
