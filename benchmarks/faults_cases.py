@@ -150,7 +150,7 @@ class Case:
         main = started[0]
         if trap is not None:
             main.wait_until(lambda: False, self.done)
-            if main.wait() == (1 if self.is_worker else -signal.SIGKILL):
+            if main.wait() == -signal.SIGKILL or self._died().exists():
                 where = self.where(before) if self.is_worker else "save" if "save" in self.kind else "end"
                 self._note(started, signal.SIGKILL, [main.pid], where, self.done())
                 return True
@@ -185,12 +185,16 @@ class Case:
             return "end"
         return "start" if done <= min(before, saved) else "step"
 
+    def _died(self, number: int | None = None) -> Path:
+        """Where a worker that a trap kills in a start says when that was."""
+        return self.folder / f"died-{number or self.num_starts}"
+
     def _trap(self) -> DeathTrap | None:
         if self.kind == "SIGKILL in a save" and not self.genuine:
             moment = self.draw.choice(SAVE_MOMENTS)
             return moment and DeathTrap(*moment, self.draw.randint(1, 2))
         if "hands over" in self.kind:  # each of a worker's 6 batches has 6 tensors
-            return DeathTrap("socket.sendmsg", "", self.draw.randint(1, 30), self.folder / f"died-{self.num_starts}")
+            return DeathTrap("socket.sendmsg", "", self.draw.randint(1, 30), self._died(self.num_starts + 1))
         return DeathTrap(*self.draw.choice(END_MOMENTS)) if "results" in self.kind else None
 
     def _wait_for_moment(self, main: Started, before: int) -> None:
@@ -252,7 +256,7 @@ class Case:
 
     def _note(self, started: list[Started], signum: signal.Signals, pids: list[int], where: str, done: int) -> None:
         """Wait for the end and write down what was seen."""
-        died, by_launcher = self.folder / f"died-{self.num_starts}", False
+        died, by_launcher = self._died(), False
         began = float(died.read_text()) if died.exists() else time.monotonic()
         for one in started:
             if len(started) > 1 and not one.ends_within(LAUNCHER_S):
