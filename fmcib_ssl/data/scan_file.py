@@ -63,7 +63,8 @@ def open_regular(path: Path) -> int:
     Raises:
         OSError: there is no such file, or it is a pipe, which would wait for ever, a device or a folder.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    flags = (getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))  # not every system has them all
+    descriptor = os.open(path, os.O_RDONLY | sum(flags))
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
     os.close(descriptor)
@@ -284,9 +285,16 @@ class OpenScan:
             for begin, end in runs:
                 os.posix_fadvise(descriptor, first[begin], last[end] - first[begin], os.POSIX_FADV_WILLNEED)
         for begin, end in runs:
-            run, place = memoryview(os.pread(descriptor, last[end] - first[begin], first[begin])), first[begin]
+            run, place = memoryview(_read_at(descriptor, last[end] - first[begin], first[begin])), first[begin]
             for n in range(begin, end + 1):
                 _compare(run[first[n] - place : last[n] - place], sums[n], first[n])
+
+
+def _read_at(descriptor: int, size: int, place: int) -> bytes:
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, size, place)
+    os.lseek(descriptor, place, os.SEEK_SET)
+    return os.read(descriptor, size)
 
 
 def _state(descriptor: int) -> tuple[int, int, int]:
@@ -296,8 +304,8 @@ def _state(descriptor: int) -> tuple[int, int, int]:
 
 def _check_plain(descriptor: int) -> None:
     """Refuse a file whose opening could run something: Blosc2 keeps functions and expressions in its headers."""
-    length = int.from_bytes(os.pread(descriptor, 4, 11), "big")
-    header = os.pread(descriptor, min(length, _LONGEST_HEADER), 0)
+    length = int.from_bytes(_read_at(descriptor, 4, 11), "big")
+    header = _read_at(descriptor, min(length, _LONGEST_HEADER), 0)
     if header[2:9] != b"b2frame" or not 15 < length <= _LONGEST_HEADER:
         raise DamagedScanError("no Blosc2 array")
     if found := [mark.decode() for mark in _NOT_PLAIN if mark in header]:
