@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -14,6 +15,7 @@ from tiny_runs import assert_equal_weights, checkpoint_of, metrics_of, tiny_sett
 
 from fmcib_ssl.run import train
 from fmcib_ssl.training.run_folder import RunFolderError
+from fmcib_ssl.training.tracking import MetricsFile
 
 #: The rate depends on the length of a run, unless it is constant.
 OPTIONS = ["+experiment=ct_infonce", "encoder=small", "schedule=constant", "schedule.warmup=0", "optimizer.base_lr=0.1"]
@@ -126,6 +128,25 @@ def test_a_refused_start_leaves_a_finished_run_as_it_is(
     assert "is finished, after 3 steps" in caplog.text
     run_for(2, table, tmp_path / "run")
     assert len(metrics_of(tmp_path / "run")) == 2 * STEPS_PER_EPOCH
+
+
+def test_rows_that_the_disk_never_took_come_with_the_next_start(
+    phantom_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is not finished without them; all steps are taken, so only the last checkpoint knows them."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(MetricsFile, "_write_anew", full)
+        with pytest.raises(RunFolderError, match=r"metrics\.csv lacks the last 3 rows.*make room"):
+            run_for(1, phantom_table, tmp_path)
+    assert not (tmp_path / "metrics.csv").exists()
+    assert json.loads((tmp_path / "run.json").read_text())["finished"] is None
+    run_for(1, phantom_table, tmp_path)
+    assert metrics_of(tmp_path)["step"].tolist() == list(range(STEPS_PER_EPOCH))
+    assert json.loads((tmp_path / "run.json").read_text())["finished"]["step"] == STEPS_PER_EPOCH
 
 
 def test_a_lost_state_comes_back(phantom_table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
