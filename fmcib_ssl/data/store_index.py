@@ -64,12 +64,12 @@ def _problems_of_lesions(lesions: pd.DataFrame, scans: pd.DataFrame, spacing_mm:
             yield f"duplicate {name} {lesions[name][twice].iloc[0]}"
     if not {"scan_id", *_CENTER} <= set(lesions) or len(lesions) == 0:
         return
-    numbers = scans.index.get_indexer(lesions["scan_id"])
+    numbers = scans.index.get_indexer(pd.Index(lesions["scan_id"]))
     if (numbers < 0).any():
         yield f"{str(lesions['scan_id'][numbers < 0].iloc[0])[:200]!r} is none of the store's scans"
         return
     centers = lesions[list(_CENTER)].to_numpy(dtype=np.float64)
-    shapes = np.stack(scans["shape_zyx"].to_numpy())[numbers]
+    shapes = np.stack(scans["shape_zyx"].tolist())[numbers]
     outside = ((centers < -0.5 - _ROUNDING) | (centers > shapes - 0.5 + _ROUNDING)).any(axis=1)
     if outside.any():
         first = int(outside.argmax())
@@ -79,7 +79,7 @@ def _problems_of_lesions(lesions: pd.DataFrame, scans: pd.DataFrame, spacing_mm:
         )
     in_mm = [f"{name}_lps_mm" for name in _CENTER]
     if set(in_mm) <= set(lesions):
-        origins = np.stack(scans["origin_lps_mm"].to_numpy())[numbers, ::-1]
+        origins = np.stack(scans["origin_lps_mm"].tolist())[numbers, ::-1]
         points = lesions[in_mm].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=np.float64)
         moved = ~(np.abs(centers * spacing_mm + origins - points) < _ROUNDING).all(axis=1)
         if moved.any():

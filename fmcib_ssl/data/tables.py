@@ -143,7 +143,9 @@ def read_table(path: Path | str, text: Collection[str] = ()) -> pd.DataFrame:
     options |= {"index_col": False, "skip_blank_lines": False, "skiprows": int(excel is not None)}
     cells = pd.read_csv(path, **options, dtype=str)
     types = {str(name): _column_type(cells[name], as_text=name in text) for name in cells.columns[cells.notna().any()]}
-    rows = pd.read_csv(path, **options, dtype={name: type_ for name, type_ in types.items() if type_ is not None})
+    rows: pd.DataFrame = pd.read_csv(
+        path, **options, dtype={name: type_ for name, type_ in types.items() if type_ is not None}
+    )
     for name in (name for name, type_ in types.items() if type_ is str):
         rows[name] = rows[name].str.strip()
     rows.index = pd.RangeIndex(1, len(rows) + 1, name="row")

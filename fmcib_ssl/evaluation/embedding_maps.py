@@ -82,15 +82,16 @@ def columns_to_color(lesions: pd.DataFrame, limit: int = 4) -> list[str]:
         lesions: a row a lesion.
         limit: columns at most: classes before measurements, each in the order of the table.
     """
-    chosen = []
+    chosen: dict[str, bool] = {}  # name, and whether it is a measurement
     for column in map(str, lesions):
         values = lesions[column]
         if column in _NAMES or column.startswith(_PLACES) or _ID.search(column) or values.isna().mean() > 0.5:
             continue
         kinds = values.dropna().map(str).nunique()
-        if 2 <= kinds <= MAX_CLASSES or (is_measurement(values) and kinds > MAX_CLASSES):
-            chosen.append(column)
-    return sorted(chosen, key=lambda column: is_measurement(lesions[column]))[:limit]
+        measured = is_measurement(values)
+        if 2 <= kinds <= MAX_CLASSES or (measured and kinds > MAX_CLASSES):
+            chosen[column] = measured
+    return sorted(chosen, key=chosen.__getitem__)[:limit]
 
 
 def is_measurement(values: pd.Series[Any]) -> bool:

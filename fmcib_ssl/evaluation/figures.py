@@ -246,7 +246,7 @@ def save_figure(figure: Figure, path: Path | str, dpi: int = 150, *, svg: bool =
     """
     path = Path(path)
     for text in figure.findobj(Text):
-        text.set_parse_math(False)  # type: ignore[attr-defined]
+        text.set_parse_math(False)
     FigureCanvasAgg(figure)
     with whole_file(path) as file:
         figure.savefig(file, dpi=dpi, format="png")

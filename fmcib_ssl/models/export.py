@@ -222,7 +222,7 @@ def _digest(description: Mapping[str, Any], weights: Mapping[str, Tensor]) -> st
     digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     for name, weight in sorted(weights.items()):
         digest.update(f"\n{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
-        digest.update(weight.reshape(-1).view(torch.uint8).numpy())
+        digest.update(weight.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
