@@ -82,16 +82,16 @@ def columns_to_color(lesions: pd.DataFrame, limit: int = 4) -> list[str]:
         lesions: a row a lesion.
         limit: columns at most: classes before measurements, each in the order of the table.
     """
-    chosen: dict[str, bool] = {}  # name, and whether it is a measurement
+    classes: list[str] = []
+    measurements: list[str] = []
     for column in map(str, lesions):
         values = lesions[column]
         if column in _NAMES or column.startswith(_PLACES) or _ID.search(column) or values.isna().mean() > 0.5:
             continue
         kinds = values.dropna().map(str).nunique()
-        measured = is_measurement(values)
-        if 2 <= kinds <= MAX_CLASSES or (measured and kinds > MAX_CLASSES):
-            chosen[column] = measured
-    return sorted(chosen, key=chosen.__getitem__)[:limit]
+        if 2 <= kinds <= MAX_CLASSES or (is_measurement(values) and kinds > MAX_CLASSES):
+            (measurements if is_measurement(values) else classes).append(column)
+    return (classes + measurements)[:limit]
 
 
 def is_measurement(values: pd.Series[Any]) -> bool:

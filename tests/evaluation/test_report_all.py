@@ -349,7 +349,7 @@ def test_the_page_of_a_fine_tuning(given: Path, tmp_path: Path) -> None:
     )
     (run / "config.yaml").write_text(yaml.safe_dump({"data": {"store": "s", "select": {"fold": [1, 2]}}}))
     for options in ({"run": run}, {"results": [run]}, {"run": run, "results": [run]}):
-        page = parse(report_all(tmp_path / "report.html", **options))  # type: ignore[arg-type]
+        page = parse(report_all(tmp_path / "report.html", **options))
         assert page.headings[:2] == ["Results: rough", "ROC and calibration: tuned"]
         assert ("Training" in page.headings) == ("run" in options)
         assert "0.90 (0.80 to 0.95)" in page.text
