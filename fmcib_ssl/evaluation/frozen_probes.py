@@ -28,8 +28,8 @@ C_GRID = tuple(float(c) for c in np.logspace(-5, 2, 15))
 ALPHA_GRID = tuple(float(a) for a in np.logspace(6, -1, 15))
 COX_GRID = tuple(float(a) for a in np.logspace(5, 0, 11))
 NEIGHBOR_GRID = (80.0, 40.0, 20.0, 10.0, 5.0, 3.0, 1.0)
-#: Along the penalties log loss falls, then rises: after so many that are worse than the best, weaker ones are left out.
-PATIENCE = 2
+#: Fits take longer the weaker the penalty: after so many that are worse than the best, weaker ones are left out.
+PATIENCE = 4
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,15 @@ class Probe:
         settings: among which the training rows choose, from the strongest regularisation to the weakest.
         path: from training rows, their labels, test rows, the number of classes and the settings to the test rows'
             scores for one setting after the other, `(n,)` or `(n, classes)`: probabilities, values or log-hazards.
-        by_log_loss: scores are probabilities to be taken at their word: the setting is chosen by the log loss.
+        probabilities: scores are probabilities to be taken at their word: of settings with one AUC, such as all
+            penalties of a single column, that with the best log loss is chosen.
     """
 
     name: str
     kinds: tuple[Kind, ...]
     settings: tuple[float, ...]
     path: Callable[[Array, Array, Array, int, Sequence[float]], Iterable[Array]]
-    by_log_loss: bool = False
+    probabilities: bool = False
 
 
 def preparation(x: Array, num_components: int | None, seed: int, num_beside: int = 0) -> Pipeline:
@@ -154,7 +155,7 @@ def _cox(x: Array, y: Array, x_test: Array, num_classes: int, settings: Sequence
 PROBES = {
     probe.name: probe
     for probe in (
-        Probe("logistic", ("binary", "multiclass"), C_GRID, _logistic, by_log_loss=True),
+        Probe("logistic", ("binary", "multiclass"), C_GRID, _logistic, probabilities=True),
         Probe("knn", ("binary", "multiclass", "ordinal", "continuous"), NEIGHBOR_GRID, _neighbors),
         Probe("ridge", ("ordinal", "continuous"), ALPHA_GRID, _ridge),
         Probe("cox", ("survival",), COX_GRID, _cox),
@@ -167,19 +168,19 @@ LINEAR_PROBE: dict[Kind, str] = {
 }
 
 
-def setting_score(probe: Probe, kind: Kind, labels: Array, scores: Array) -> float:
-    """How good a setting is, higher is better: log loss and squared error, negative, else AUC or C-index.
-
-    An AUC cannot tell penalties of a single column apart, whose probabilities may all be about the same.
-    """
-    if probe.by_log_loss:
-        by_class = scores if scores.ndim == 2 else np.stack([1 - scores, scores], axis=1)
-        of_truth = np.take_along_axis(by_class, labels.astype(int)[:, None], axis=1)
-        return float(np.log(np.maximum(of_truth, np.finfo(float).eps)).mean())
+def setting_score(kind: Kind, labels: Array, scores: Array) -> float:
+    """How good a setting is, higher is better: AUC, C-index, or the squared error, negative."""
     if kind in ("ordinal", "continuous"):
         return float(-np.square(scores - labels).mean())
     metric = concordance if kind == "survival" else auc
     return float(metric(labels, scores, np.ones((1, len(labels))))[0])
+
+
+def log_likelihood(labels: Array, scores: Array) -> float:
+    """Mean log-probability of the true class: log loss, negative."""
+    by_class = scores if scores.ndim == 2 else np.stack([1 - scores, scores], axis=1)
+    of_truth = np.take_along_axis(by_class, labels.astype(int)[:, None], axis=1)
+    return float(np.log(np.maximum(of_truth, np.finfo(float).eps)).mean())
 
 
 def choose_setting(
@@ -195,7 +196,9 @@ def choose_setting(
 ) -> float:
     """The setting with the best mean over folds, or the best on a validation set.
 
-    Of equally good ones that with the weakest regularisation.
+    Of equally good ones that with the best log loss, if scores are probabilities, then that with the weakest
+    regularisation. AUC comes first: by log loss, features that tell little would be given penalties under which they
+    tell nothing, and a baseline is to be as good as it can be.
 
     Args:
         probe: what is fitted.
@@ -214,15 +217,17 @@ def choose_setting(
     paths = [
         _path(probe, replace(inputs, x=inputs.x[fit]), labels[fit], x_check, **options) for fit, x_check, _ in sides
     ]
-    means: list[float] = []
-    best = 0
+    best, highest, likeliest = 0, -np.inf, -np.inf
     for k, of_setting in enumerate(zip(*paths, strict=True)):
-        values = [setting_score(probe, kind, y, scores) for (_, _, y), scores in zip(sides, of_setting, strict=True)]
+        judged = [(y, scores) for (_, _, y), scores in zip(sides, of_setting, strict=True)]
+        values = [setting_score(kind, y, scores) for y, scores in judged]
         known = [value for value in values if not np.isnan(value)]  # not of a fold without an event, or of one class
-        means.append(float(np.mean(known)) if known else -np.inf)
-        if means[k] >= means[best] - 1e-6 * abs(means[best]) > -np.inf:
-            best = k
-        elif probe.by_log_loss and k - best >= PATIENCE:
+        value = float(np.mean(known)) if known else -np.inf
+        likelihood = float(np.mean([log_likelihood(*one) for one in judged])) if probe.probabilities else 0.0
+        tie = abs(value - highest) <= 1e-6 * abs(highest)
+        if (likelihood >= likeliest - 1e-6 * abs(likeliest)) if tie else value > highest:
+            best, highest, likeliest = k, value, likelihood
+        elif probe.probabilities and k - best >= PATIENCE:
             break
     return probe.settings[best]
 
