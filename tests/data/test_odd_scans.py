@@ -326,7 +326,7 @@ def test_the_column_affine(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(f"{header}a.nii.gz,{point},\na.nii.gz,{point},SFORM\n")
     assert len(set(read_annotations(tmp_path / "a.csv").scans)) == 1  # of one scan, whichever row says it
     (tmp_path / "a.csv").write_text(f"{header}a.nii.gz,{point},qform\na.nii.gz,{point},sform\n")
-    with pytest.raises(AnnotationsError, match="say sform, others qform"):
+    with pytest.raises(AnnotationsError, match="say qform, others sform"):
         read_annotations(tmp_path / "a.csv")
     (tmp_path / "a.csv").write_text(f"{header}a.nii.gz,{point},\n")
     with pytest.raises(BadRowsError, match=r"column `affine`"):
