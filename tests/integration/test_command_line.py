@@ -69,8 +69,8 @@ def two(phantom_table: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 @pytest.mark.parametrize("processes", ["one", "two"])
 def test_one_run_folder_with_everything_once(processes: str, request: pytest.FixtureRequest) -> None:
     run, printed = request.getfixturevalue(processes)
-    expected = "checkpoints config.yaml contact_sheet.png curves.png encoder.safetensors environment.json metrics.csv"
-    expected += " train.log run.json .lock"
+    expected = "checkpoints config.yaml contact_sheet.png curves.png curves.svg encoder.safetensors environment.json"
+    expected += " metrics.csv train.log run.json .lock"
     assert {path.name for path in run.iterdir() if path.stat().st_size} == set(expected.split())
     assert metrics_of(run)["step"].tolist() == [0, 1]
     log = (run / "train.log").read_text()
