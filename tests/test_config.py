@@ -276,7 +276,7 @@ def test_what_an_experiment_sets_holds_for_an_option_that_has_the_key(
 
 def run_python(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False, timeout=250
     )
 
 
@@ -316,7 +316,7 @@ def test_help_names_every_option_and_needs_no_torch(tmp_path: Path) -> None:
 
 def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     command = [sys.executable, str(REPO / "train.py"), "+experiment=ct_infonce", TABLE, "loss.temprature=0.2"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=250)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == "error: loss.temprature: there is no such key. Did you mean loss.temperature?\n"
     assert not list(tmp_path.iterdir())

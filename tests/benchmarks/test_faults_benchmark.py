@@ -44,7 +44,7 @@ def test_a_trap_strikes_before_the_event(trap: DeathTrap, files: list[str], tmp_
     (tmp_path / "a").write_bytes(b"old")
     process = SPAWN.Process(target=write_with_trap, args=(tmp_path, trap))
     process.start()
-    process.join(60)
+    process.join(250)
     survives = trap.number == 2
     assert process.exitcode == (0 if survives else -signal.SIGKILL)
     assert [file if file == "a" else ".a.x.tmp" for file in sorted(p.name for p in tmp_path.iterdir())] == files

@@ -26,7 +26,7 @@ def command(script: str, *arguments: object) -> list[str]:
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(script, *arguments), capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command(script, *arguments), capture_output=True, text=True, timeout=250, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def content(store: Path) -> dict[str, bytes]:
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 250
     while not condition() and time.monotonic() < until:
         time.sleep(0.002)
     assert condition()
@@ -111,7 +111,7 @@ def test_ctrl_c_ends_it_quietly(archive: Path, tmp_path: Path) -> None:
     )
     wait_for(lambda: finished(tmp_path / "store"))
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does: to the workers as well
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=250)
     assert process.returncode == 130, errors
     assert "stopped; the same command goes on from here" in errors
     assert "Traceback" not in errors
@@ -183,7 +183,7 @@ def test_check_data_shows_the_same_without_a_store(archive: Path, tmp_path: Path
 )
 def test_what_is_typed_wrong_is_said(tmp_path: Path, arguments: list[str], message: str) -> None:
     ended = subprocess.run(
-        command("prepare.py", *arguments), capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False
+        command("prepare.py", *arguments), capture_output=True, text=True, cwd=tmp_path, timeout=250, check=False
     )
     assert ended.returncode in (1, 2)
     assert message in ended.stderr

@@ -82,7 +82,7 @@ def run(
         )
     )
     # The workers hold its output open; so this waits for them too.
-    result = subprocess.run([sys.executable, file], capture_output=True, text=True, check=False, timeout=120)
+    result = subprocess.run([sys.executable, file], capture_output=True, text=True, check=False, timeout=250)
     assert result.returncode == 1, result
     return result.stderr
 

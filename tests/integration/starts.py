@@ -69,7 +69,7 @@ def _train(arguments: list[str], output: Path, environ: dict[str, str], start_me
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def end(process: BaseProcess, timeout_s: float = 120) -> int:
+def end(process: BaseProcess, timeout_s: float = 250) -> int:
     """Wait for the end; gives the exit code, or minus the signal that killed it."""
     process.join(timeout_s)
     if process.exitcode is None:
@@ -78,7 +78,7 @@ def end(process: BaseProcess, timeout_s: float = 120) -> int:
     return process.exitcode
 
 
-def wait_for(condition: Callable[[], bool], process: BaseProcess, timeout_s: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], process: BaseProcess, timeout_s: float = 250) -> None:
     """Wait until something is so, and the process is still there."""
     patience = time.monotonic() + timeout_s
     while not condition():

@@ -158,7 +158,7 @@ def test_a_signal_while_it_starts(
     imported = iter(process.stderr.readline, "")
     assert any(line.split()[-1] == module for line in imported)
     process.send_signal(signum)
-    _, printed = process.communicate(timeout=120)
+    _, printed = process.communicate(timeout=250)
     assert process.returncode == code
     assert [line for line in printed.splitlines() if not line.startswith("import time:")] == []
     assert not (run / "metrics.csv").exists()

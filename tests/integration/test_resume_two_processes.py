@@ -34,7 +34,7 @@ def test_a_signal_to_one_of_two(phantom_table: Path, tmp_path: Path) -> None:
     found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
     other = int(found.stdout.split()[0])
     os.kill(other, signal.SIGUSR1)
-    assert process.wait(120) == 75
+    assert process.wait(250) == 75
     assert (run / "checkpoints" / "last.ckpt").resolve().name == f"step-{steps_logged(run):08d}.ckpt"
     assert start(phantom_table, run).wait(300) == 0
     assert_same_runs(run, whole)

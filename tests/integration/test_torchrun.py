@@ -65,7 +65,7 @@ def test_a_killed_process_and_a_stop(phantom_table: Path, tmp_path: Path) -> Non
     os.kill(worker(1, process), signal.SIGKILL)
     wait_for_steps(12, runs, process, output)
     process.terminate()
-    assert process.wait(120) != 0
+    assert process.wait(250) != 0
     assert "stopped by SIGTERM after step" in output.read_text()
     assert start(*again).wait(300) == 0
 

@@ -81,7 +81,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, request: Any) -> list[Any]:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(250)
         assert process.exitcode == 0
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(len(processes))]
 

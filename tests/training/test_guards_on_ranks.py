@@ -59,7 +59,7 @@ def on_two_ranks(folder: Path, mode: str) -> tuple[list[Any], list[str]]:
         )
         for rank in range(2)
     ]  # fmt: skip
-    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    said = [rank.communicate(timeout=250)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
     return [torch.load(folder / f"result-{rank}.pt", weights_only=True) for rank in range(2)], said
 
