@@ -120,7 +120,8 @@ def contact_sheet(rows: Sequence[ContactRow], path: Path | str, preprocessing: P
 
 #: Panels of the training curves: title, unit of the vertical axis, and the columns drawn with their labels.
 PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
-    ("Loss", "loss", {"train/loss": "training"}),
+    ("Loss", "loss", {"train/loss": "training", "val/loss": "validation"}),
+    ("Validation", "score", {"val/score": "validation"}),
     (
         "Cosine similarity",
         "mean cosine",
