@@ -37,7 +37,7 @@ from fmcib_ssl.lesion_source import open_lesions
 from fmcib_ssl.methods.pretraining import Pretraining
 from fmcib_ssl.models.export import export_encoder
 from fmcib_ssl.preflight import check_disk
-from fmcib_ssl.safety import HIDDEN, redacted
+from fmcib_ssl.safety import redacted, without_names
 from fmcib_ssl.settings import ConfigError, Settings
 from fmcib_ssl.summary import num_steps, summary
 from fmcib_ssl.training.checkpoints import RunCheckpoints, WholeFileIO, find_checkpoint, restored_state, step_of
@@ -263,19 +263,8 @@ def _begin_tracking(
 def _record(settings: Settings, folder: RunFolder) -> dict[str, Any]:
     """What a tracking server is told of a run: settings and versions, without secrets, places and names of lesions."""
     values: dict[str, Any] = redacted(settings.model_dump(mode="json", exclude={"paths"}))
-    for key in ("store", "annotations", "path_prefix", "select"):  # may be relative, or name patients
-        values["data"][key] = values["data"][key] and HIDDEN
     about = {key: value for key, value in environment().items() if key != "command"}
-    return {**_without_places(values), "environment": about, "data_checksum": folder.state["data_checksum"]}
-
-
-def _without_places(values: Any) -> Any:
-    """Plain values, with absolute paths hidden."""
-    if isinstance(values, dict):
-        return {key: _without_places(value) for key, value in values.items()}
-    if isinstance(values, list):
-        return [_without_places(value) for value in values]
-    return HIDDEN if isinstance(values, str) and Path(values).is_absolute() else values
+    return {**without_names(values), "environment": about, "data_checksum": folder.state["data_checksum"]}
 
 
 def draw_contact_sheet(

@@ -6,12 +6,13 @@ somewhere else (a run folder, weights) may not, because importing and calling wh
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -61,6 +62,10 @@ _SECRET_WORD = re.compile(rf"(?i)^(-*[\w.+~@/-]*{_SECRET}[\w.-]*=)[^{{\[].*", re
 _SECRET_OPTION = re.compile(rf"(?i)--?[\w.-]*{_SECRET}[\w.-]*")
 _URL_LOGIN = re.compile(r"(\w[\w+.-]*://)[^/\s@]+@")
 HIDDEN = "***"
+#: Whether a page names scans and patients, or has the first digits of a digest of each name in its place.
+Identifiers = Literal["show", "hash"]
+#: Settings of `data` that may name patients, or are paths, also where they are relative.
+_NAMES_LESIONS = ("store", "annotations", "path_prefix", "select")
 
 
 class UntrustedTargetError(ValueError):
@@ -241,6 +246,31 @@ def _hidden(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_hidden(part) for part in value)
     return HIDDEN if isinstance(value, str) and value else value
+
+
+def identifier(name: object, identifiers: Identifiers) -> str:
+    """A name of a scan or patient as it is, or for `hash` the first 8 hexadecimal digits of its SHA-256.
+
+    The digits are the same on every page, so that pages can be compared. This is no anonymisation against someone who
+    has the names, or can guess them: they need only be hashed in turn.
+    """
+    return str(name) if identifiers == "show" else hashlib.sha256(str(name).encode()).hexdigest()[:8]
+
+
+def without_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run, with absolute paths hidden, and what of `data` may name scans and patients."""
+    plain: dict[str, Any] = _without_places(values)
+    if isinstance(data := plain.get("data"), dict):
+        plain["data"] = {key: HIDDEN if key in _NAMES_LESIONS and value else value for key, value in data.items()}
+    return plain
+
+
+def _without_places(values: Any) -> Any:
+    if isinstance(values, Mapping):
+        return {key: _without_places(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_without_places(value) for value in values]
+    return HIDDEN if isinstance(values, str) and Path(values).is_absolute() else values
 
 
 def no_world_write() -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat
 
 from fmcib_ssl.command import Command, parse_command
+from fmcib_ssl.safety import Identifiers, identifier
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,6 +40,7 @@ class CheckData(Command):
     num_workers: NonNegativeInt | None = Field(default=None, description="processes; null: as many as cores")
     check: Literal["headers", "full"] = Field(default="full", description="full decodes every scan; headers is quick")
     sheet_lesions: NonNegativeInt = Field(default=24, description="lesions on the contact sheet; 0: no sheet")
+    identifiers: Identifiers = Field(default="show", description="names of scans on the page: show, or hash them")
 
 
 def main(arguments: list[str]) -> None:
@@ -84,19 +86,18 @@ def main(arguments: list[str]) -> None:
     if command.check == "full":
         print(f"values    {peaks_summary(scans)}: {command.output / 'scans.csv'}")
     if command.sheet_lesions:
-        from fmcib_ssl.evaluation.lesion_sheet import lesion_sheet  # noqa: PLC0415
+        from fmcib_ssl.evaluation.lesion_sheet import lesion_sheet, rejected_section  # noqa: PLC0415
         from fmcib_ssl.evaluation.report import ReportFigure, Section, write_report  # noqa: PLC0415
 
-        lesions = sample(usable, command.sheet_lesions, command.spacing_mm)
+        lesions = sample(usable, command.sheet_lesions, command.spacing_mm, command.identifiers)
         picture = lesion_sheet(lesions, command.output / "contact_sheet.png", command.spacing_mm)
         sheet = Section(
             "Are the points where they should be?", figures=[ReportFigure(picture, "Annotated points", wide=True)]
         )
-        bad = Section("Rows that cannot be used", table=rejected.head(100).to_dict("records"))  # type: ignore[arg-type]
         page = write_report(
             command.output / "contact_sheet.html",
             f"Lesions of {command.annotations.name}",
-            [sheet, bad],
+            [sheet, rejected_section("Rows that cannot be used", rejected, command.identifiers)],
             subtitle=f"{len(usable)} of {len(table)} rows can be used",
         )
         print(f"look at   {page}")
@@ -157,10 +158,11 @@ def round_trips(table: LesionTable, spacing_mm: float) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def sample(table: LesionTable, num_lesions: int, spacing_mm: float) -> list[SheetLesion]:
+def sample(table: LesionTable, num_lesions: int, spacing_mm: float, identifiers: Identifiers) -> list[SheetLesion]:
     """Lesions spread over the table, cut from their scans."""
     import numpy as np  # noqa: PLC0415
 
+    from fmcib_ssl.data.annotations import PATH_COLUMN  # noqa: PLC0415
     from fmcib_ssl.data.geometry import PatchGrid  # noqa: PLC0415
     from fmcib_ssl.data.scans import crop_patch, read_scan  # noqa: PLC0415
     from fmcib_ssl.evaluation.lesion_sheet import SheetLesion  # noqa: PLC0415
@@ -171,7 +173,8 @@ def sample(table: LesionTable, num_lesions: int, spacing_mm: float) -> list[Shee
         source = table.scan_of(i)
         x, y, z = table.centers_lps_mm[i].tolist()
         patch = crop_patch(read_scan(*source), PatchGrid((x, y, z), size, spacing_mm))
-        lesions.append(SheetLesion(f"{source.path.name}, row {table.rows.index[i]}", patch))
+        name = source.path.name if identifiers == "show" else identifier(table.rows[PATH_COLUMN].iloc[i], identifiers)
+        lesions.append(SheetLesion(f"{name}, row {table.rows.index[i]}", patch))
     return lesions
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
 from fmcib_ssl.command import Command, parse_command
+from fmcib_ssl.safety import Identifiers, identifier
 
 if TYPE_CHECKING:
     from fmcib_ssl.data.prepare import Summary
@@ -49,6 +50,7 @@ class Prepare(Command):
         default="skip", description="rows that cannot be used: skip lists them, refuse stops before reading scans"
     )
     sheet_lesions: NonNegativeInt = Field(default=24, description="lesions on the contact sheet; 0: no sheet")
+    identifiers: Identifiers = Field(default="show", description="names of scans on the page: show, or hash them")
 
     @model_validator(mode="after")
     def _what_goes_together(self) -> Prepare:
@@ -101,15 +103,15 @@ def main(arguments: list[str]) -> None:
         sys.exit(130)
     print(summary)
     if summary.shard is None and command.sheet_lesions:
-        print(f"look at   {write_page(summary, command.sheet_lesions)}")
+        print(f"look at   {write_page(summary, command.sheet_lesions, command.identifiers)}")
 
 
-def write_page(summary: Summary, num_lesions: int) -> Path:
+def write_page(summary: Summary, num_lesions: int, identifiers: Identifiers) -> Path:
     """Draw a sample of the lesions, spread over the table, and put it on a page with what was rejected."""
     import numpy as np  # noqa: PLC0415  # and torch, which the workers would import with this file
 
     from fmcib_ssl.data.store import Store, patch_start  # noqa: PLC0415
-    from fmcib_ssl.evaluation.lesion_sheet import SheetLesion, lesion_sheet  # noqa: PLC0415
+    from fmcib_ssl.evaluation.lesion_sheet import SheetLesion, lesion_sheet, rejected_section  # noqa: PLC0415
     from fmcib_ssl.evaluation.report import ReportFigure, Section, write_report  # noqa: PLC0415
 
     store = Store(summary.store)
@@ -119,7 +121,10 @@ def write_page(summary: Summary, num_lesions: int) -> Path:
     rows = store.lesions.iloc[places].to_dict("records")
     starts = [patch_start((row["center_z"], row["center_y"], row["center_x"]), size) for row in rows]
     lesions = [
-        SheetLesion(f"{row['scan_id']}, row {row['row']}", store.read_patch(row["scan_id"], start, size))
+        SheetLesion(
+            f"{identifier(row['scan_id'], identifiers)}, row {row['row']}",
+            store.read_patch(row["scan_id"], start, size),
+        )
         for row, start in zip(rows, starts, strict=True)
     ]
     picture = lesion_sheet(lesions, summary.store / "contact_sheet.png", spacing_mm)
@@ -133,11 +138,7 @@ def write_page(summary: Summary, num_lesions: int) -> Path:
                 "the cross was annotated in another frame (coordinates=ras?) or in another scan.",
                 figures=[ReportFigure(picture, "Planes through the annotated points", wide=True)],
             ),
-            Section(
-                "Rows that the store has not",
-                f"{len(summary.rejected)} rows; all are in rejected.csv, the first 100 here.",
-                table=summary.rejected.head(100).to_dict("records"),  # type: ignore[arg-type]
-            ),
+            rejected_section("Rows that the store has not", summary.rejected, identifiers),
         ],
         subtitle=f"{summary.num_scans - summary.num_set_aside} scans, {len(store.lesions)} lesions, {spacing_mm:g} mm",
     )

@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from fmcib_ssl.command import Command, parse_command
+from fmcib_ssl.safety import Identifiers
 
 
 class Report(Command):
@@ -38,6 +39,7 @@ class Report(Command):
     neighbors: PositiveInt = Field(default=5, description="of each")
     salient: NonNegativeInt = Field(default=4, description="lesions whose saliency is shown; 0: none")
     window: Literal["lung", "soft_tissue"] = Field(default="lung", description="of the pictures of patches")
+    identifiers: Identifiers = Field(default="show", description="names of scans and patients: show, or hash them")
 
 
 def main(arguments: list[str]) -> None:
@@ -57,6 +59,7 @@ def main(arguments: list[str]) -> None:
         num_neighbors=command.neighbors,
         num_salient=command.salient,
         window=command.window,
+        identifiers=command.identifiers,
     )
     try:
         page = report_all(

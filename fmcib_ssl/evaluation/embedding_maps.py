@@ -86,12 +86,17 @@ def columns_to_color(lesions: pd.DataFrame, limit: int = 4) -> list[str]:
     measurements: list[str] = []
     for column in map(str, lesions):
         values = lesions[column]
-        if column in _NAMES or column.startswith(_PLACES) or _ID.search(column) or values.isna().mean() > 0.5:
+        if is_name(column) or column.startswith(_PLACES) or values.isna().mean() > 0.5:
             continue
         kinds = values.dropna().map(str).nunique()
         if 2 <= kinds <= MAX_CLASSES or (is_measurement(values) and kinds > MAX_CLASSES):
             (measurements if is_measurement(values) else classes).append(column)
     return (classes + measurements)[:limit]
+
+
+def is_name(column: str) -> bool:
+    """Whether a column names lesions, scans, patients or files."""
+    return column in _NAMES or _ID.search(column) is not None
 
 
 def is_measurement(values: pd.Series[Any]) -> bool:

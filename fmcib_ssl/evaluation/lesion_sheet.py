@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Int16
 from matplotlib.figure import Figure
 
 from fmcib_ssl.evaluation.figures import INK, LUNG_WINDOW_HU, MUTED, mark_center, save_figure
+from fmcib_ssl.evaluation.report import Section
+from fmcib_ssl.safety import Identifiers, identifier
 
 SOFT_TISSUE_WINDOW_HU = (-160.0, 240.0)
 _PANELS = (
@@ -32,6 +35,22 @@ class SheetLesion:
 
     title: str
     patch_hu: Int16[np.ndarray, "z y x"]
+
+
+def rejected_section(title: str, rejected: pd.DataFrame, identifiers: Identifiers) -> Section:
+    """The first rows of a table that cannot be used; where scans are not named, without what was said of each.
+
+    Args:
+        title: of the section.
+        rejected: row, image_path, value, reason, remedy.
+        identifiers: whether paths are shown; values, reasons and remedies may name files, too.
+    """
+    text, shown = f"{len(rejected)} rows; all are in rejected.csv, the first 100 here.", rejected.head(100)
+    if identifiers == "hash":
+        text = f"{len(rejected)} rows; the reasons, which name files, are in rejected.csv. The first 100:"
+        paths = [identifier(path, identifiers) for path in shown["image_path"]]
+        shown = shown[["row"]].assign(image_path=paths)
+    return Section(title, text, table=shown.to_dict("records"))  # type: ignore[arg-type]
 
 
 def lesion_sheet(lesions: Sequence[SheetLesion], path: Path | str, spacing_mm: float) -> Path:

@@ -68,7 +68,7 @@ def report_all(
     sections.append(learned)
     for place in places:
         logger.info("results of %s", place)
-        sections += result_sections(place, pictures / place.name, palette)
+        sections += result_sections(place, pictures / place.name, palette, options.identifiers)
     labels = [found.get("provenance", {}).get("arguments", {}).get("label") for found in evaluations]
     for given in features:
         table = given if isinstance(given, FeatureTable) else FeatureTable.read(given)
@@ -78,7 +78,11 @@ def report_all(
         # Two tables may have one name.
         sections += feature_sections(table, own, pictures / f"features_{len(sections)}")
     if folder is not None:
-        sections += [training_section(folder, pictures), contact_section(folder), provenance_section(folder)]
+        sections += [
+            training_section(folder, pictures),
+            contact_section(folder, options.identifiers),
+            provenance_section(folder, options.identifiers),
+        ]
     shown = [section for section in sections if section is not None]
     if not shown:
         raise ValueError(
@@ -86,5 +90,6 @@ def report_all(
         )
     config = {} if folder is None else read_config(folder)
     name = title or (f"Report of {config.get('name') or folder.name}" if folder is not None else "Report")
-    subtitle = f"{folder or ''}  fmcib_ssl {fmcib_ssl.__version__}, {datetime.now():%Y-%m-%d %H:%M}".strip()
+    whose = "" if folder is None else f"{folder.name if options.identifiers == 'hash' else folder}, "
+    subtitle = f"{whose}fmcib_ssl {fmcib_ssl.__version__}, {datetime.now():%Y-%m-%d %H:%M}"
     return write_report(out, name, shown, subtitle)

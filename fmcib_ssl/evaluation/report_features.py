@@ -22,6 +22,7 @@ from fmcib_ssl.evaluation.embedding_maps import (
     columns_to_color,
     has_umap,
     is_measurement,
+    is_name,
     map_of_columns,
     point_colors,
     principal_components,
@@ -35,6 +36,7 @@ from fmcib_ssl.evaluation.report import PointMap, ReportFigure, Section
 from fmcib_ssl.evaluation.retrieval import agreement, nearest_lesions, retrieval_sheet, spread_queries
 from fmcib_ssl.evaluation.saliency import LinearReadout, SalientLesion, has_captum, occlusion, saliency_sheet
 from fmcib_ssl.models.export import EncoderFileError, load_encoder
+from fmcib_ssl.safety import Identifiers, identifier
 from fmcib_ssl.types import Preprocessing
 
 Array = npt.NDArray[Any]
@@ -60,6 +62,7 @@ class FeatureOptions:
         num_neighbors: of each.
         num_salient: lesions whose saliency is shown; 0 shows none.
         window: of the pictures of patches.
+        identifiers: whether scans and patients are named, on the page as a whole.
     """
 
     color_by: Sequence[str] | None = None
@@ -69,6 +72,7 @@ class FeatureOptions:
     num_neighbors: int = 5
     num_salient: int = 4
     window: Literal["lung", "soft_tissue"] = "lung"
+    identifiers: Identifiers = "show"
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,10 @@ class _Subject:
     def patients(self) -> Array:
         return text_of(self.table.lesions[self.group]).fillna("").to_numpy()
 
+    def why(self, error: Exception) -> str:
+        """The reason, which names files and lesions, behind a colon."""
+        return f": {error}" if self.options.identifiers == "show" else ""
+
 
 def feature_sections(table: FeatureTable, options: FeatureOptions, pictures: Path) -> list[Section]:
     """Maps, nearest neighbours and saliency.
@@ -111,7 +119,12 @@ def feature_sections(table: FeatureTable, options: FeatureOptions, pictures: Pat
                 f"{table.origin.get('name')} has no column {column!r}; it has {', '.join(map(str, lesions))}"
             )
     group = options.group or next(column for column in ("PatientID", "scan_id", ID_COLUMN) if column in lesions)
-    colors = list(options.color_by or columns_to_color(lesions))
+    if options.identifiers == "hash" and (names := {group, *filter(is_name, map(str, lesions))} & _shown(options)):
+        raise FeatureTableError(
+            f"identifiers=hash shows no names, but {', '.join(sorted(names))} has such: leave it out"
+        )
+    hidden = group if options.identifiers == "hash" else None
+    colors = list(options.color_by or columns_to_color(lesions.drop(columns=hidden or [])))
     if options.label and options.label not in colors:
         colors = [options.label, *colors]
     label = options.label or next((column for column in colors if not is_measurement(lesions[column])), None)
@@ -126,9 +139,13 @@ def feature_sections(table: FeatureTable, options: FeatureOptions, pictures: Pat
         if options.num_salient:
             sections.append(_saliency(subject, label, read, preprocessing))
     except _UNREADABLE as error:
-        told = f"The patches cannot be read, so neighbours and saliency are not shown: {error}"
+        told = f"The patches cannot be read, so neighbours and saliency are not shown{subject.why(error)}"
         sections = [_maps(subject, colors, None), Section(f"Patches: {subject.name}", told)]
     return sections
+
+
+def _shown(options: FeatureOptions) -> set[str]:
+    return {*(options.color_by or ()), *([options.label] if options.label else [])}
 
 
 def _maps(subject: _Subject, columns: list[str], read: ReadPatch | None) -> Section:
@@ -198,7 +215,10 @@ def _neighbors(subject: _Subject, read: ReadPatch) -> Section:
     found = nearest_lesions(features, patients, queries, options.num_neighbors)
 
     def caption(row: int) -> str:
-        return _short(patients[row]) if labels is None else f"{label} {_short(labels[row])}"
+        named = (
+            f"{label} {_short(labels[row])}" if labels is not None else identifier(patients[row], options.identifiers)
+        )
+        return _short(named) if labels is None else named
 
     picture = retrieval_sheet(
         queries,
@@ -236,7 +256,7 @@ def _saliency(subject: _Subject, label: str | None, read: ReadPatch, preprocessi
     try:
         encoder = load_encoder(table.origin["weights"])
     except (EncoderFileError, OSError, KeyError, TypeError) as error:
-        return Section(title, f"The weights cannot be read, so saliency is not shown: {error}")
+        return Section(title, f"The weights cannot be read, so saliency is not shown{subject.why(error)}")
     rows = np.flatnonzero(values.notna())
     labels = (values.iloc[rows] == kinds[1]).to_numpy(int)
     patients = subject.patients[rows]

@@ -21,6 +21,7 @@ from fmcib_ssl.evaluation.probe_figures import (
     survival_curves,
 )
 from fmcib_ssl.evaluation.report import ReportFigure, Section, is_own_file
+from fmcib_ssl.safety import Identifiers
 
 #: What `scripts/evaluate.py` and a fine-tuning leave in their folders.
 RESULTS_FILE, PREDICTIONS_FILE = "results.json", "predictions.parquet"
@@ -79,13 +80,14 @@ def answer(found: dict[str, Any]) -> str:
     return " ".join(sentences)
 
 
-def result_sections(folder: Path, pictures: Path, palette: Palette) -> list[Section]:
+def result_sections(folder: Path, pictures: Path, palette: Palette, identifiers: Identifiers = "show") -> list[Section]:
     """Tables with intervals, differences, ROC and calibration curves.
 
     Args:
         folder: of an evaluation, or of a fine-tuning.
         pictures: folder for PNGs.
         palette: colours of the features.
+        identifiers: whether messages are shown that may name patients, lesions and files.
 
     Raises:
         FileNotFoundError: there are no results.
@@ -110,9 +112,11 @@ def result_sections(folder: Path, pictures: Path, palette: Palette) -> list[Sect
     sections += _survival(found.get("survival") or [], folder.name, pictures)
     if not sections:
         raise ValueError(f"{folder / RESULTS_FILE}: no row has a value")
-    if reasons := [f"{item['features']}: {item['reason']}" for item in found.get("missing") or []]:
+    named = identifiers == "show"
+    if reasons := [item["features"] + (f": {item['reason']}" if named else "") for item in found.get("missing") or []]:
         sections[0] = replace(sections[0], text=sections[0].text + "\n\nNot computed: " + "; ".join(reasons))
-    if problems := [finding["message"] for finding in found.get("leakage") or [] if finding.get("found", True)]:
+    fired = [finding for finding in found.get("leakage") or [] if finding.get("found", True)]
+    if problems := [finding["message" if named else "check"] for finding in fired]:
         text = "Checks that fired; what they name may make results too good.\n\n" + "\n\n".join(problems)
         sections.append(Section(f"Leakage checks, {folder.name}", text))
     return sections

@@ -11,7 +11,7 @@ import pandas as pd
 
 from fmcib_ssl.evaluation.figures import read_metrics, training_curves
 from fmcib_ssl.evaluation.report import ReportFigure, Section, is_own_file
-from fmcib_ssl.safety import read_yaml
+from fmcib_ssl.safety import Identifiers, read_yaml, without_names
 
 #: What `fmcib_ssl.training.learning_signals` logs, and what is to be said of it.
 SIGNALS = {
@@ -22,6 +22,8 @@ SIGNALS = {
 _SHOWN = (
     "method", "loss", "encoder", "head", "finetune", "augment", "optimizer", "schedule", "hardware", "trainer", "data",
 )  # fmt: skip
+#: Settings of pretraining, which every configuration has, and a fine-tuning does not use.
+_PRETRAINING = ("method", "loss", "head")
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -76,28 +78,33 @@ def training_section(run: Path, pictures: Path) -> Section | None:
         own = file.parent == run
         picture = training_curves(file, pictures / ("curves.png" if own else f"curves_{file.parent.name}.png"))
         said = f"{caption} docs/training.md says what is good and bad." if own else f"{file.parent.name}. {caption}"
-        figures.append(ReportFigure(picture, said, wide=True))
+        figures.append(ReportFigure(picture, said, wide=own))
     return Section("Training", figures=figures) if figures else None
 
 
-def contact_section(run: Path) -> Section | None:
-    """What went into the encoder."""
+def contact_section(run: Path, identifiers: Identifiers = "show") -> Section | None:
+    """What went into the encoder; the picture names scans."""
     sheet = run / "contact_sheet.png"
     if sheet.is_symlink():
         return Section("What the encoder saw", f"{sheet.name} is a link, which is not followed.")
     if not sheet.is_file():
         return None
+    if identifiers == "hash":
+        return Section("What the encoder saw", f"{sheet.name} of the run is not shown: the names of scans stand on it.")
     caption = "Lesions, their two views, and those of the negatives mined for them, before the first step"
     return Section("What the encoder saw", figures=[ReportFigure(sheet, caption, wide=True)])
 
 
-def provenance_section(run: Path) -> Section | None:
-    """Settings, versions and machine, enough to do it again."""
+def provenance_section(run: Path, identifiers: Identifiers = "show") -> Section | None:
+    """Settings, versions and machine, enough to do it again; without names also without the command and paths."""
     config = read_config(run)
+    if identifiers == "hash":
+        config = without_names(config)
+    unused = _PRETRAINING if config.get("finetune") else ()
     rows = [
         {"": name, "value": _one_line(config[name])}
         for name in ("name", "seed", *_SHOWN)
-        if config.get(name) is not None
+        if config.get(name) is not None and name not in unused
     ]
     file = run / "environment.json"
     if is_own_file(file):
@@ -116,6 +123,8 @@ def provenance_section(run: Path) -> Section | None:
             {"": "versions", "value": ", ".join(f"{name} {version}" for name, version in versions.items() if version)},
             {"": "machine", "value": ", ".join([str(found.get("platform")), *(found.get("gpus") or [])])},
         ]
+        if identifiers == "hash":
+            rows = [row for row in rows if row[""] != "command"]
     return Section("How it was made", table=rows) if rows else None
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -17,6 +20,7 @@ import SimpleITK as sitk
 
 from fmcib_ssl.data.store import Store, StoreSettings
 from fmcib_ssl.data.store_lock import claim_store
+from fmcib_ssl.evaluation import lesion_sheet
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -168,6 +172,32 @@ def test_check_data_shows_the_same_without_a_store(archive: Path, tmp_path: Path
         "rejected.csv", "coordinates.csv", "scans.csv", "checked_scans.jsonl",
         "contact_sheet.png", "contact_sheet.html",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("script", ["check_data.py", "prepare.py"])
+def test_a_page_without_the_names_of_scans(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
+) -> None:
+    titles: list[str] = []
+    drawn = lesion_sheet.lesion_sheet
+    monkeypatch.setattr(
+        lesion_sheet,
+        "lesion_sheet",
+        lambda shown, *rest: titles.extend(one.title for one in shown) or drawn(shown, *rest),
+    )
+    out = {"check_data.py": "output", "prepare.py": "store"}[script]
+    runpy.run_path(str(REPO / "scripts" / script))["main"]([
+        f"annotations={archive / 'lesions.csv'}", f"{out}={tmp_path / 'out'}", "sheet_lesions=2", "num_workers=0",
+        "identifiers=hash",
+    ])  # fmt: skip
+    page = (tmp_path / "out" / "contact_sheet.html").read_text(encoding="utf-8")
+    assert hashlib.sha256(b"scan 9.nii.gz").hexdigest()[:8] in page
+    assert len(titles) == 2
+    assert all(re.fullmatch(r"[0-9a-f]{8}, row [16]", title) for title in titles), titles
+    if script == "check_data.py":
+        assert titles[0] == f"{hashlib.sha256(b'scan 0.nii.gz').hexdigest()[:8]}, row 1"
+    assert "scan 9" not in page
+    assert str(archive) not in page
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,9 @@ def test_planes_meet_in_the_point_with_the_head_up(tmp_path: Path, monkeypatch: 
 
 
 def test_one_picture_for_many_lesions(tmp_path: Path) -> None:
-    lesions = [SheetLesion(f"lesion {i}", np.full((20, 20, 20), -1000 + 100 * i, np.int16)) for i in range(5)]
+    lesions = [
+        SheetLesion(f"lesion {i} $x^ of \\frac$", np.full((20, 20, 20), -1000 + 100 * i, np.int16)) for i in range(5)
+    ]
     path = lesion_sheet(lesions, tmp_path / "new folder" / "sheet.png", 2.0)
     height, width, _ = matplotlib.image.imread(path).shape
     assert width > 1400

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import re
@@ -246,6 +247,48 @@ def test_patches_belong_to_their_rows(given: Path, monkeypatch: pytest.MonkeyPat
         assert torch.equal(read(row), expected)
 
 
+def test_a_report_without_names(given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No name of a patient, scan, file or folder; what is fitted and drawn is the same."""
+    run, evaluated = tmp_path / "run", tmp_path / "evaluated"
+    shutil.copytree(given / "run", run)
+    shutil.copytree(given / "evaluated", evaluated)
+    config = {"name": "mine", "data": {"store": "Doe_John", "select": {"PatientID": ["Doe"]}, "patch_size": [8, 8, 8]}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (run / "environment.json").write_text(json.dumps({"command": ["train.py", "data.store=Doe_John"]}))
+    found = json.loads((evaluated / "results.json").read_text())
+    found["leakage"][0] |= {"found": True, "message": "1 patients stand on two sides, such as Doe"}
+    (evaluated / "results.json").write_text(json.dumps(found))
+    table = FeatureTable.read(given / "features.parquet")
+    lesions = table.lesions.assign(PatientID="Doe " + table.lesions["PatientID"]).drop(columns="rough")
+    captions: list[str] = []
+
+    def note(queries: list[int], found: Any, read: Any, caption: Any, path: Path, **_: Any) -> Path:
+        captions.extend(map(caption, queries))
+        imsave(path, np.zeros((4, 4)))
+        return path
+
+    monkeypatch.setattr(report_features, "retrieval_sheet", note)
+    pages = {}
+    for identifiers in ("show", "hash"):
+        options = FeatureOptions(num_salient=0, num_queries=2, identifiers=identifiers)
+        features = [FeatureTable(lesions, table.features, table.origin)]
+        page = report_all(tmp_path / "page.html", run=run, features=features, results=[evaluated], options=options)
+        pages[identifiers] = parse(page)
+    assert "Doe" in pages["show"].text
+    assert "Doe" not in pages["hash"].text
+    assert str(tmp_path) not in pages["hash"].text
+    assert "patients" in pages["hash"].text
+    assert "the names of scans stand on it" in pages["hash"].text
+    assert len(pages["hash"].addresses) == len(pages["show"].addresses) - 1  # the contact sheet of the run
+    assert captions[2:] == [hashlib.sha256(name.encode()).hexdigest()[:8] for name in captions[:2]]
+    features = [FeatureTable(lesions, table.features, table.origin)]
+    with pytest.raises(FeatureTableError, match="identifiers=hash shows no names, but PatientID has such"):
+        report_all(tmp_path / "page.html", features=features, options=FeatureOptions(["PatientID"], identifiers="hash"))
+    gone = FeatureTable(lesions, table.features, {**table.origin, "source": {"kind": "store", "path": "Doe"}})
+    page = report_all(tmp_path / "page.html", features=[gone], options=FeatureOptions(identifiers="hash"))
+    assert "Doe" not in parse(page).text
+
+
 def test_features_whose_scans_are_gone_are_mapped_all_the_same(given: Path, tmp_path: Path) -> None:
     table = FeatureTable.read(given / "features.parquet")
     gone = FeatureTable(table.lesions, table.features, {**table.origin, "source": {"kind": "store", "path": "gone"}})
@@ -347,7 +390,9 @@ def test_the_page_of_a_fine_tuning(given: Path, tmp_path: Path) -> None:
     predictions.drop(columns=["features", "probe", "fraction"]).assign(split=sides).to_parquet(
         run / "predictions.parquet"
     )
-    (run / "config.yaml").write_text(yaml.safe_dump({"data": {"store": "s", "select": {"fold": [1, 2]}}}))
+    config = {"data": {"store": "s", "select": {"fold": [1, 2]}}, "finetune": {"label": "rough"}}
+    config |= {"method": {"_target_": "x.MinedContrast"}, "encoder": {"_target_": "x.small_net"}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
     for options in ({"run": run}, {"results": [run]}, {"run": run, "results": [run]}):
         page = parse(report_all(tmp_path / "report.html", **options))
         assert page.headings[:2] == ["Results: rough", "ROC and calibration: tuned"]
@@ -355,6 +400,8 @@ def test_the_page_of_a_fine_tuning(given: Path, tmp_path: Path) -> None:
         assert "0.90 (0.80 to 0.95)" in page.text
         assert "pretrained weights" in page.text
     assert "select (fold 1 2), store s" in page.text
+    assert "small_net" in page.text
+    assert "MinedContrast" not in page.text
 
 
 def test_links_in_a_run_are_not_followed_and_a_failed_write_leaves_the_old_page(
