@@ -251,8 +251,8 @@ def _hidden(value: Any) -> Any:
 def identifier(name: object, identifiers: Identifiers) -> str:
     """A name of a scan or patient as it is, or for `hash` the first 8 hexadecimal digits of its SHA-256.
 
-    The digits are the same on every page, so that pages can be compared. This is no anonymisation against someone who
-    has the names, or can guess them: they need only be hashed in turn.
+    One name has the same digits on every page, so that pages can be compared. This is no anonymisation against someone
+    who has the names, or can guess them: they need only be hashed in turn.
     """
     return str(name) if identifiers == "show" else hashlib.sha256(str(name).encode()).hexdigest()[:8]
 
