@@ -63,14 +63,15 @@ def _open(path: Path, *, layered: bool = False) -> tuple[Any, ScanGeometry]:
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.SetNumberOfThreads(1)
+    image_io = sitk.ImageFileReader.GetImageIOFromFileName(str(path))
+    # Before it is opened: reading VTK leaves the whole process in the locale "C".
+    if image_io not in ("", "NrrdImageIO", "MetaImageIO", "GDCMImageIO"):
+        name = image_io.removesuffix("ImageIO")
+        raise ScanError(path, f"is a {name} file, whose geometry is not known to be right; use {FORMATS}")
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
         raise ScanError(path, f"cannot be read: {shortened(error)}") from error
-    image_io = sitk.ImageFileReader.GetImageIOFromFileName(str(path))
-    if image_io not in ("NrrdImageIO", "MetaImageIO", "GDCMImageIO"):
-        name = image_io.removesuffix("ImageIO")
-        raise ScanError(path, f"is a {name} file, whose geometry is not known to be right; use {FORMATS}")
     size = reader.GetSize()
     if len(size) != 3 or min(size) < 2:
         hint = "; for DICOM name the folder of the series, not one slice" if len(size) == 3 else ""

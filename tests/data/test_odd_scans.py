@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import locale
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -259,8 +260,10 @@ def write_by_itk(path: Path) -> Path:
 def test_formats_that_are_refused_by_name(
     tmp_path: Path, name: str, write: Callable[[Path], Path], message: str
 ) -> None:
+    before = locale.setlocale(locale.LC_ALL)
     with pytest.raises(ScanError, match=message):
         read_header(write(tmp_path / name))
+    assert locale.setlocale(locale.LC_ALL) == before  # ITK's reader of VTK changes it
 
 
 # --- a scan that fails is one scan ---

@@ -87,7 +87,9 @@ def run(
     return result.stderr
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+@pytest.mark.parametrize(
+    "method", ["fork", *(pytest.param(m, marks=pytest.mark.slow) for m in ("forkserver", "spawn"))]
+)
 def test_killed_within_the_lock_of_the_queue(method: str, tmp_path: Path) -> None:
     said = run(tmp_path, "within_the_lock", method)
     assert "error: data worker 0 (process" in said and "SIGKILL, likely out of memory" in said

@@ -112,7 +112,7 @@ def test_nothing_is_sent_but_what_the_docs_list(
 ) -> None:
     """Everything that the server was ever sent is looked through."""
     monkeypatch.setattr(
-        "sys.argv", ["train.py", "hydra.job.env_set.MY_API_KEY=abc123", "data.annotations=/jane_doe.csv"]
+        "sys.argv", ["/home/jane_doe/train.py", "hydra.job.env_set.MY_API_KEY=abc123", "data.annotations=/jane_doe.csv"]
     )
     settings = tiny_settings(
         phantom_table, tmp_path / "jane_doe", "logger=wandb", "contact_sheet_rows=1", "trainer.max_epochs=1"

@@ -127,7 +127,7 @@ class TrackingServer:
         name = asked["name"]
         inserted = name not in self.pages
         page = self.pages[name]
-        if asked["host"]:  # a client says where it is when it begins, and not again
+        if asked["displayName"]:  # a client names the run when it begins, and not again
             self.opened.append(name)
         if asked["config"]:
             page.config = json.loads(asked["config"])
