@@ -302,3 +302,17 @@ def test_checkpoints_that_are_something_else_are_named(tmp_path: Path) -> None:
     torch.save({**good, "state_dict": {}}, path)
     with pytest.raises(EncoderFileError, match="does not fit the weights"):
         load_encoder(path)
+
+
+def test_monai_alone_reads_it_as_the_docs_say(tmp_path: Path) -> None:
+    spec = {"_target_": f"{OWN}.monai_resnet", "depth": 10, "widen_factor": 0.25, "conv1_t_stride": 2}
+    path = tmp_path / "encoder.safetensors"
+    export_encoder(build(spec), spec, LUNG, path)
+    docs = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    section = docs.partition("### With MONAI alone\n")[2].partition("\n## ")[0]
+    code = "\n".join(line[4:] for line in section.splitlines() if not line or line[:4] == "    ")
+    names: dict[str, Any] = {}
+    exec(code.replace("runs/.../encoder.safetensors", str(path)), names)
+    patch = torch.randn(1, 1, *LUNG.patch_size_zyx, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(names["network"](patch), load_encoder(path)(patch))
