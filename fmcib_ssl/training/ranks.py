@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from fmcib_ssl.training.faults import TrainingFaultError
 from fmcib_ssl.training.provenance import environment
-from fmcib_ssl.training.same_run import flat_settings
+from fmcib_ssl.training.same_run import DATA_ACCESS, flat_settings
 
 #: Settings that each machine may have its own of: where data lie, and how they are read.
 FREE_ON_EACH_RANK = (
@@ -24,12 +24,7 @@ FREE_ON_EACH_RANK = (
     "hardware.num_workers",
     "hardware.num_threads",
     "hardware.pin_memory",
-    "data.store",
-    "data.annotations",
-    "data.image_root",
-    "data.path_prefix",
-    "data.cache_scans",
-    "data.phantom.folder",
+    *DATA_ACCESS,
 )
 _MOST_SHOWN = 12
 

@@ -12,6 +12,15 @@ from typing import Any
 
 from fmcib_ssl.training.run_folder import ANEW, STATE_FILE, RunFolderError, digest_of, saved_settings
 
+#: Where data lie on a machine, and how they are read.
+DATA_ACCESS = (
+    "data.store",
+    "data.annotations",
+    "data.image_root",
+    "data.path_prefix",
+    "data.cache_scans",
+    "data.phantom.folder",
+)
 #: Settings that a run may be resumed with changed: where and how fast it runs, where its data lie, what is watched.
 FREE_SETTINGS = (
     "name",
@@ -23,12 +32,7 @@ FREE_SETTINGS = (
     "trainer.log_every_n_steps",
     "trainer.enable_",
     "trainer.profiler",
-    "data.store",
-    "data.annotations",
-    "data.image_root",
-    "data.path_prefix",
-    "data.cache_scans",
-    "data.phantom.folder",
+    *DATA_ACCESS,
 )
 #: Settings that earlier versions had not, with what they did: a run of theirs is the same run.
 EARLIER = {"data.padding": "constant"}
