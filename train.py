@@ -58,7 +58,7 @@ def stop_before_training(stopped: signals.Stopped, settings: Settings) -> int:
 
 def run(settings: Settings) -> float:
     """Do what is asked for; mistakes of the user end the process with a message."""
-    from fmcib_ssl.run import UserError, train  # noqa: PLC0415  (imports torch: all that can be is checked before)
+    from fmcib_ssl.run import USER_ERRORS, train  # noqa: PLC0415  (imports torch: all that can be is checked before)
 
     if settings.finetune is not None:
         from fmcib_ssl.finetune_run import finetune as train  # noqa: PLC0415
@@ -66,7 +66,7 @@ def run(settings: Settings) -> float:
     signals.listen()
     try:
         return train(settings)
-    except UserError as error:
+    except USER_ERRORS as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:
         if "shared memory" not in str(error):

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from fmcib_ssl.command import Command, parse_command
 from fmcib_ssl.data.phantom import make_archive
-from fmcib_ssl.whole_file import write_whole
+from fmcib_ssl.io import write_atomically
 
 RESULTS = Path(__file__).parent / "results" / "faults.json"
 
@@ -164,7 +164,7 @@ def main(arguments: list[str]) -> None:
         "rows": rows,
         "problems": problems,
     }
-    write_whole(
+    write_atomically(
         RESULTS if command.num_kills >= 200 and not command.only else workspace / "faults.json",
         json.dumps(found, indent=1) + "\n",
     )

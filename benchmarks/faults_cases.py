@@ -27,7 +27,7 @@ from faults_runs import (
     start_ranks,
 )
 
-from fmcib_ssl.whole_file import write_whole
+from fmcib_ssl.io import write_atomically
 
 NUM_SCANS = 4
 #: What a launcher gives the ranks that are left when one is gone, before SIGTERM, and before SIGKILL.
@@ -100,7 +100,7 @@ class Case:
             "kind": self.kind, "kills": self.kills, "starts": self.num_starts, "problems": self.problems,
             "seconds": round(time.monotonic() - began, 1),
         }  # fmt: skip
-        write_whole(self.file, json.dumps(record, indent=1))
+        write_atomically(self.file, json.dumps(record, indent=1))
         if not self.problems:
             shutil.rmtree(self.folder)
         return record

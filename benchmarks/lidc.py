@@ -42,7 +42,7 @@ from fmcib_ssl.evaluation.folds import Part, without_shared
 from fmcib_ssl.evaluation.frozen_probes import Inputs
 from fmcib_ssl.evaluation.leakage import check_duplicates, check_patch_borders, check_patients
 from fmcib_ssl.evaluation.scoring import PartScores
-from fmcib_ssl.whole_file import whole_file
+from fmcib_ssl.io import atomic_write
 
 Array = npt.NDArray[Any]
 
@@ -150,7 +150,7 @@ class Benchmark:
         file = self.folder(contender) / f"features-seed{job.seed}-{part}.npy"
         if not file.is_file():
             found = self._made(job)
-            with whole_file(file) as unfinished:
+            with atomic_write(file) as unfinished:
                 np.save(unfinished, found)
         kept: Array = np.load(file)
         return kept

@@ -16,7 +16,7 @@ from fmcib_ssl.evaluation.frozen_probes import PROBES, Inputs
 from fmcib_ssl.evaluation.labels import Labels
 from fmcib_ssl.evaluation.metrics import auc
 from fmcib_ssl.evaluation.scoring import PartScores, Setup, resampled, score
-from fmcib_ssl.whole_file import whole_file
+from fmcib_ssl.io import atomic_write
 
 Array = npt.NDArray[Any]
 
@@ -58,7 +58,7 @@ def scores_of(question: Question, inputs: Callable[[], Inputs], patients: Array,
     if cache.is_file():
         return PartScores(part.name, part.test, np.load(cache), float("nan"), len(part.train))
     (found,) = score(PROBE, inputs(), setup_of(question.task, question.labels, patients, [part]), question.fraction)
-    with whole_file(cache) as file:
+    with atomic_write(cache) as file:
         np.save(file, found.scores)
     return found
 

@@ -33,6 +33,7 @@ from fmcib_ssl.evaluation.labels import EvaluationError
 from fmcib_ssl.evaluation.metrics import METRICS
 from fmcib_ssl.evaluation.scoring import PartScores, estimate
 from fmcib_ssl.finetune_task import Task, labelled_task
+from fmcib_ssl.io import atomic_write, checksum_of, digest_of
 from fmcib_ssl.methods.finetune import FineTuning
 from fmcib_ssl.models.encoders import feature_dim
 from fmcib_ssl.models.export import EncoderFileError, encoder_metadata, export_encoder, load_encoder
@@ -40,10 +41,9 @@ from fmcib_ssl.safety import redacted
 from fmcib_ssl.settings import Component, ConfigError, FineTune, Settings
 from fmcib_ssl.training.progress import Progress
 from fmcib_ssl.training.provenance import environment, write_json
-from fmcib_ssl.training.run_folder import RunFolder, checksum_of, digest_of, saved_settings
+from fmcib_ssl.training.run_folder import RunFolder, saved_settings
 from fmcib_ssl.training.same_run import check_same_run, unlike_the_last
 from fmcib_ssl.types import ViewTransform
-from fmcib_ssl.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +209,7 @@ def _train_part(settings: Settings, asked: FineTune, task: Task, part: Part, fol
     for side, loader, rows in (("val", val, part.val), ("test", test, part.test)):
         scores = _predict(trainer, module, loader, task.labels.rows[rows])
         tables.append(_table(task, part.name, side, rows, scores))
-    with whole_file(folder / "predictions.parquet") as file:
+    with atomic_write(folder / "predictions.parquet") as file:
         pd.concat(tables).to_parquet(file, index=False)
 
 

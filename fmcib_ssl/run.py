@@ -29,10 +29,9 @@ from fmcib_ssl import signals
 from fmcib_ssl.auto_batch import fit_to_memory
 from fmcib_ssl.components import accelerate, blame, build, build_module, build_trainer, build_views
 from fmcib_ssl.data.datamodule import LesionDataModule
-from fmcib_ssl.data.store import StoreError
-from fmcib_ssl.data.tables import AnnotationsError, ScanError
-from fmcib_ssl.data.workers import WorkerDiedError, no_worker_left
+from fmcib_ssl.data.workers import no_worker_left
 from fmcib_ssl.evaluation.figures import ContactRow, contact_sheet, training_curves
+from fmcib_ssl.io import checksum_of
 from fmcib_ssl.lesion_source import open_lesions
 from fmcib_ssl.methods.pretraining import Pretraining
 from fmcib_ssl.models.export import export_encoder
@@ -41,11 +40,10 @@ from fmcib_ssl.safety import redacted, without_names
 from fmcib_ssl.settings import ConfigError, Settings
 from fmcib_ssl.summary import num_steps, summary
 from fmcib_ssl.training.checkpoints import RunCheckpoints, WholeFileIO, find_checkpoint, restored_state, step_of
-from fmcib_ssl.training.faults import TrainingFaultError
 from fmcib_ssl.training.online_probe import OnlineProbe
 from fmcib_ssl.training.provenance import environment
 from fmcib_ssl.training.ranks import RanksAgree, facts_of_rank
-from fmcib_ssl.training.run_folder import ANEW, RunFolder, RunFolderError, checksum_of, saved_settings
+from fmcib_ssl.training.run_folder import ANEW, RunFolder, RunFolderError, saved_settings
 from fmcib_ssl.training.same_run import check_same_run, unlike_the_last
 from fmcib_ssl.training.throughput import duration
 from fmcib_ssl.training.tracking import (
@@ -56,21 +54,12 @@ from fmcib_ssl.training.tracking import (
     WeightsAndBiases,
     read_metrics,
 )
-from fmcib_ssl.types import Preprocessing, SampleKey
+from fmcib_ssl.types import Preprocessing, SampleKey, UserError
 
 logger = logging.getLogger(__name__)
 
 #: Errors whose message is for the user; a traceback would add nothing.
-UserError = (
-    ConfigError,
-    AnnotationsError,
-    ScanError,
-    StoreError,
-    RunFolderError,
-    TrainingFaultError,
-    WorkerDiedError,
-    torch.OutOfMemoryError,
-)
+USER_ERRORS = (UserError, torch.OutOfMemoryError)
 
 
 def train(settings: Settings) -> float:

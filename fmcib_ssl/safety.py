@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import yaml
 
+from fmcib_ssl.types import UserError
+
 #: Where a run's own parts are defined: everything in these modules may be built.
 OWN_PARTS = (
     "fmcib_ssl.augment",
@@ -68,7 +70,7 @@ Identifiers = Literal["show", "hash"]
 _NAMES_LESIONS = ("store", "annotations", "path_prefix", "select")
 
 
-class UntrustedTargetError(ValueError):
+class UntrustedTargetError(UserError, ValueError):
     """A file names code that nobody has said to trust; the message says how to."""
 
 

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from fmcib_ssl.types import Padding
+from fmcib_ssl.types import Padding, UserError
 
 #: A section with a `_target_` and its arguments.
 Component = dict[str, Any]
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """The configuration cannot be used; the message says which key, why, and what would do."""
 
 

@@ -32,6 +32,13 @@ PADDING_HU = -1024
 Padding = Literal["constant", "edge"]
 
 
+class UserError(Exception):
+    """What a user can mend: the message says which file, row, value or option, what is allowed, and what to do.
+
+    Commands print it without a traceback and end with exit code 1; every error of this package's own is one.
+    """
+
+
 class SampleKey(NamedTuple):
     """Names one draw: which lesion, in which epoch. Everything random about a sample follows from it."""
 

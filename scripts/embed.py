@@ -136,7 +136,7 @@ def main(arguments: list[str]) -> None:
 
 def start_processes(number: int, arguments: list[str]) -> int:
     """Run this command in several processes; none waits for another, so what one has done stays if another fails."""
-    from fmcib_ssl.data.jobs import num_cores  # noqa: PLC0415
+    from fmcib_ssl.io import num_cores  # noqa: PLC0415
 
     threads = str(max(1, num_cores() // number))
     children = []
@@ -214,8 +214,8 @@ def inference_of(command: Embed, local: int) -> Inference:
     """How patches go through the encoder on this machine."""
     import torch  # noqa: PLC0415
 
-    from fmcib_ssl.data.jobs import num_cores  # noqa: PLC0415
     from fmcib_ssl.evaluation.embedding_inference import Inference  # noqa: PLC0415
+    from fmcib_ssl.io import num_cores  # noqa: PLC0415
 
     device = command.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda":

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import Field, NonNegativeInt, model_validator
 
 from fmcib_ssl.command import Command, parse_command
-from fmcib_ssl.whole_file import write_whole
+from fmcib_ssl.io import write_atomically
 
 
 class Split(Command):
@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> None:
     except AnnotationsError as error:
         sys.exit(str(error))
     as_it_stands = read_table(command.annotations, text=[str(name) for name in rows])
-    write_whole(command.output, as_it_stands.assign(**{column: sides}).to_csv(index=False))
+    write_atomically(command.output, as_it_stands.assign(**{column: sides}).to_csv(index=False))
     with pd.option_context("display.width", 200, "display.max_columns", 50, "display.precision", 3):
         print(describe_splits(rows, sides, command.group, labels))
 

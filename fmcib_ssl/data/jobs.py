@@ -20,11 +20,6 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def num_cores() -> int:
-    """Cores that this process may use: a batch system gives a part of the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def run_jobs(
     work: Callable[[Item], Result], items: Iterable[Item], num_workers: int, killed: Callable[[Item], Result]
 ) -> Iterator[tuple[Item, Result]]:

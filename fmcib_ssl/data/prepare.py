@@ -19,7 +19,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from fmcib_ssl.data.annotations import PATH_COLUMN, BadRowsError, LesionTable, OnBadRow, check_annotations
-from fmcib_ssl.data.jobs import num_cores, run_jobs
+from fmcib_ssl.data.jobs import run_jobs
 from fmcib_ssl.data.prepare_plan import (
     REJECTED_FILE,
     Record,
@@ -48,6 +48,7 @@ from fmcib_ssl.data.store import (
 )
 from fmcib_ssl.data.store_lock import claim_store
 from fmcib_ssl.data.tables import REJECTED_COLUMNS
+from fmcib_ssl.io import num_cores
 from fmcib_ssl.types import Preprocessing
 
 logger = logging.getLogger(__name__)

@@ -24,6 +24,8 @@ import numpy.typing as npt
 from jaxtyping import Int16
 from xxhash import xxh3_64_digest, xxh3_64_intdigest
 
+from fmcib_ssl.types import UserError
+
 Triple = tuple[int, int, int]
 
 #: Of the candidates measured on CT (docs/prepare.md) the fastest to read; 50 voxels of an edge touch 27 blocks.
@@ -41,7 +43,7 @@ _NOT_PLAIN = (b"LazyArray", b"b2o", b"proxy-source")
 _LONGEST_HEADER = 1 << 20
 
 
-class DamagedScanError(ValueError):
+class DamagedScanError(UserError, ValueError):
     """A file of a scan is not as it was written; the message says how, without the file's name."""
 
 

@@ -41,8 +41,8 @@ from fmcib_ssl.data.coarse_map import CoarseMap
 from fmcib_ssl.data.geometry import ScanGeometry
 from fmcib_ssl.data.scan_file import DamagedScanError, OpenScan, ScanSums, Triple, encode_voxels, read_regular
 from fmcib_ssl.data.store_index import is_name, problem_of_lesions, problem_of_scans
-from fmcib_ssl.types import PADDING_HU
-from fmcib_ssl.whole_file import write_whole
+from fmcib_ssl.io import write_atomically
+from fmcib_ssl.types import PADDING_HU, UserError
 
 #: Of the format; goes up when older versions of this package could not read it.
 STORE_VERSION = 1
@@ -63,7 +63,7 @@ _NUM_OPEN = 4
 Interpolation = Literal["linear", "nearest", "bspline"]
 
 
-class StoreError(ValueError):
+class StoreError(UserError, ValueError):
     """A store that cannot be read, written or gone on with."""
 
 
@@ -417,7 +417,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         StoreError: it cannot be written; says what to do.
     """
     try:
-        write_whole(path, data)
+        write_atomically(path, data)
     except OSError as error:
         raise StoreError(cannot_write(path, error)) from error
 

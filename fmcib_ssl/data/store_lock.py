@@ -23,7 +23,7 @@ from fmcib_ssl.data.store import (
     read_settings_file,
     write_settings_file,
 )
-from fmcib_ssl.whole_file import remove_leftovers
+from fmcib_ssl.io import remove_leftovers
 
 logger = logging.getLogger(__name__)
 

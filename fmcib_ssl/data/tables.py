@@ -18,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from fmcib_ssl.types import UserError
+
 logger = logging.getLogger(__name__)
 
 OnBadRow = Literal["refuse", "skip"]
@@ -32,11 +34,11 @@ _WHOLE_NUMBER = re.compile(r"-?\d+")
 _TRUTHS = {"True", "TRUE", "true", "False", "FALSE", "false"}
 
 
-class AnnotationsError(ValueError):
+class AnnotationsError(UserError, ValueError):
     """A table as a whole cannot be used."""
 
 
-class ScanError(Exception):
+class ScanError(UserError):
     """A scan that cannot be used: which file, why, and what to do if it is not simply to repair or leave it out.
 
     With `path` alone it is the message as a whole, as a worker of a `DataLoader` rebuilds it.
@@ -57,7 +59,7 @@ class BadRowsError(AnnotationsError):
         self.rejected = rejected
 
 
-class SelectionError(ValueError):
+class SelectionError(UserError, ValueError):
     """A selection names a column that the rows do not have."""
 
 

@@ -28,7 +28,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from fmcib_ssl import signals
-from fmcib_ssl.types import SampleKey
+from fmcib_ssl.types import SampleKey, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ _SHARED_MEMORY = (
 )
 
 
-class WorkerDiedError(RuntimeError):
+class WorkerDiedError(UserError, RuntimeError):
     """A data worker has died; the message says which one, why, and over which lesion."""
 
 

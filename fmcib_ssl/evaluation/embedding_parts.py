@@ -28,7 +28,7 @@ from fmcib_ssl.evaluation.embedding_encoders import FrozenEncoder
 from fmcib_ssl.evaluation.embedding_inference import EmbeddedShard, Inference, embed_shards
 from fmcib_ssl.evaluation.embedding_sources import open_patches
 from fmcib_ssl.evaluation.feature_table import ID_COLUMN, METADATA_KEY, FeatureTable, FeatureTableError
-from fmcib_ssl.whole_file import write_whole
+from fmcib_ssl.io import write_atomically
 
 SHARD_SIZE = 256
 REQUEST_FILE = "request.json"
@@ -171,7 +171,7 @@ class _Parts:
         if file.exists() and not restart:
             _agree(folder, json.loads(file.read_text(encoding="utf-8")), self.request)
         try:
-            write_whole(file, json.dumps(self.request, indent=1))
+            write_atomically(file, json.dumps(self.request, indent=1))
         except OSError as error:
             raise FeatureTableError(f"{folder} cannot be written: {error.strerror}") from error
 

@@ -20,7 +20,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fmcib_ssl.whole_file import whole_file
+from fmcib_ssl.io import atomic_write
+from fmcib_ssl.types import UserError
 
 FEATURES_COLUMN = "features"
 ID_COLUMN = "lesion_id"
@@ -36,7 +37,7 @@ _MOST_ROWS = 50_000_000
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 
 
-class FeatureTableError(ValueError):
+class FeatureTableError(UserError, ValueError):
     """A table of features that cannot be made, read, written or joined; the message says what to do."""
 
 
@@ -124,7 +125,7 @@ class FeatureTable:
         ours = {METADATA_KEY: origin, DIGEST_KEY: _UNSEALED}
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), **ours})
         try:
-            with whole_file(path) as file:
+            with atomic_write(path) as file:
                 # Features are noise to a dictionary and to a compressor; the lesions' columns are not.
                 names = [str(name) for name in self.lesions]
                 pq.write_table(table, file, use_dictionary=names, compression=dict.fromkeys(names, "zstd"))

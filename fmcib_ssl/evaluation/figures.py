@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from torch import Tensor
 
+from fmcib_ssl.io import atomic_write
 from fmcib_ssl.types import Preprocessing
-from fmcib_ssl.whole_file import whole_file
 
 LUNG_WINDOW_HU = (-1350.0, 150.0)
 INK, MUTED = "#1f2933", "#7b8794"
@@ -249,9 +249,9 @@ def save_figure(figure: Figure, path: Path | str, dpi: int = 150, *, svg: bool =
     for text in figure.findobj(Text):
         text.set_parse_math(False)
     FigureCanvasAgg(figure)
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, dpi=dpi, format="png")
     if svg:
-        with whole_file(path.with_suffix(".svg")) as file, rc_context({"svg.hashsalt": "fmcib_ssl"}):
+        with atomic_write(path.with_suffix(".svg")) as file, rc_context({"svg.hashsalt": "fmcib_ssl"}):
             figure.savefig(file, format="svg", metadata={"Date": None})
     return path

@@ -15,6 +15,7 @@ import pandas as pd
 from fmcib_ssl.data.tables import read_table, text_of
 from fmcib_ssl.evaluation.feature_table import ID_COLUMN
 from fmcib_ssl.evaluation.metrics import Kind
+from fmcib_ssl.types import UserError
 
 Array = npt.NDArray[Any]
 
@@ -25,7 +26,7 @@ _COMPARISONS = {
 }  # fmt: skip
 
 
-class EvaluationError(ValueError):
+class EvaluationError(UserError, ValueError):
     """Something that cannot be evaluated as asked for; the message says what to do."""
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fmcib_ssl.whole_file import write_whole
+from fmcib_ssl.io import write_atomically
 
 Table = Sequence[Mapping[str, object]]
 #: Curves of long runs are smaller as a PNG.
@@ -119,7 +119,7 @@ def write_report(path: Path | str, title: str, sections: Sequence[Section], subt
     ]
     page = environment.get_template("report.html").render(title=title, subtitle=subtitle, sections=parts)
     path = Path(path)
-    write_whole(path, page)
+    write_atomically(path, page)
     return path
 
 

@@ -23,11 +23,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 import fmcib_ssl
+from fmcib_ssl.io import write_atomically
 from fmcib_ssl.models import encoders
 from fmcib_ssl.models.concentric import ConcentricResNet
 from fmcib_ssl.safety import is_trusted, trusted_callable
-from fmcib_ssl.types import Padding, Preprocessing
-from fmcib_ssl.whole_file import write_whole
+from fmcib_ssl.types import Padding, Preprocessing, UserError
 
 #: Key of the description, in a safetensors file's metadata and in a training checkpoint.
 METADATA_KEY = "fmcib_ssl"
@@ -49,7 +49,7 @@ OWN_TARGETS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-class EncoderFileError(ValueError):
+class EncoderFileError(UserError, ValueError):
     """A file is not an encoder of ours, or is damaged; the message names it and says what to do."""
 
 
@@ -111,7 +111,7 @@ def export_encoder(
     weights = {name: _portable(weight) for name, weight in encoder.state_dict().items()}
     metadata[_DIGEST] = _digest(metadata, weights)
     # Not safetensors' save_file: it makes files that only their owner may read.
-    write_whole(path, save(weights, metadata={METADATA_KEY: json.dumps(metadata)}))
+    write_atomically(path, save(weights, metadata={METADATA_KEY: json.dumps(metadata)}))
 
 
 def _portable(weight: Tensor) -> Tensor:

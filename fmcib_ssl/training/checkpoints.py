@@ -26,12 +26,12 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from fmcib_ssl import signals
+from fmcib_ssl.io import atomic_write
 from fmcib_ssl.models.export import FORMAT_VERSION, read_archive
 from fmcib_ssl.training.requeue import requeue
 from fmcib_ssl.training.rng import random_state, set_random_state
 from fmcib_ssl.training.run_folder import ANEW, CHECKPOINT_NAME, RunFolderError, kept_state, read_state
 from fmcib_ssl.training.tracking import MetricsFile
-from fmcib_ssl.whole_file import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class WholeFileIO(TorchCheckpointIO):
         """
         path = Path(path)
         try:
-            with whole_file(path) as file:
+            with atomic_write(path) as file:
                 torch.save(checkpoint, file)  # a zip archive, with a CRC-32 of each member
         except (OSError, RuntimeError) as error:  # torch's writer turns what the disk says into a RuntimeError
             cause = error if isinstance(error, OSError) else error.__context__

@@ -19,15 +19,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fmcib_ssl.io import atomic_write, write_atomically
 from fmcib_ssl.models.export import read_archive
-from fmcib_ssl.whole_file import whole_file, write_whole
+from fmcib_ssl.types import UserError
 
 FOLDER = "faults"
 LESIONS_FILE = "lesions.csv"
 FAULT_FORMAT = 1
 
 
-class TrainingFaultError(RuntimeError):
+class TrainingFaultError(UserError, RuntimeError):
     """Training cannot go on; the message says what happened and what to do."""
 
 
@@ -44,7 +45,7 @@ def write_fault(folder: Path, rank: int, fault: Mapping[str, Any]) -> Path:
     """
     path = folder / f"rank-{rank}.pt"
     try:
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             torch.save({"format": FAULT_FORMAT, **on_cpu(dict(fault))}, file)
     except RuntimeError as error:  # torch's writer turns what the disk says into one
         raise OSError(str(error)) from error
@@ -77,7 +78,7 @@ def write_lesions(folder: Path, rows: list[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, list(rows[0]) if rows else ["rank"])
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(folder / LESIONS_FILE, text.getvalue())
+    write_atomically(folder / LESIONS_FILE, text.getvalue())
 
 
 def lesions_of(batch: Any, patches: Any, rank: int) -> list[dict[str, Any]]:

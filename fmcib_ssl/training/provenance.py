@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from fmcib_ssl.io import write_atomically
 from fmcib_ssl.safety import redacted
-from fmcib_ssl.whole_file import write_whole
 
 #: Packages that can change a result.
 PACKAGES = ("fmcib_ssl", "torch", "torchvision", "lightning", "monai", "SimpleITK", "numpy", "scipy", "timm")
@@ -49,7 +49,7 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 def write_json(values: dict[str, Any], path: Path) -> None:
     """Write plain values where a person can read them."""
-    write_whole(path, json.dumps(values, indent=2, default=str) + "\n")
+    write_atomically(path, json.dumps(values, indent=2, default=str) + "\n")
 
 
 def _version(package: str) -> str | None:

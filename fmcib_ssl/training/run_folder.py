@@ -5,14 +5,13 @@ The main process alone writes it, every file whole or not at all, and no start i
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import re
 import secrets
 import socket
 import string
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from fmcib_ssl.io import remove_leftovers, write_atomically
 from fmcib_ssl.safety import read_yaml
 from fmcib_ssl.training.run_lock import CLAIM_FILE, LOCK_FILE, Held, RunLock
-from fmcib_ssl.whole_file import remove_leftovers, write_whole
+from fmcib_ssl.types import UserError
 
 STATE_FILE, CONFIG_FILE, ENVIRONMENT_FILE = "run.json", "config.yaml", "environment.json"
 CHECKPOINT_NAME = re.compile(r"step-(\d+)(-epoch-(\d+))?\.ckpt")
@@ -54,7 +54,7 @@ class _State(BaseModel):
     auto_batch: dict[str, int] = {}
 
 
-class RunFolderError(ValueError):
+class RunFolderError(UserError, ValueError):
     """The run folder cannot be used for this run; the message says why and what to do."""
 
 
@@ -177,7 +177,7 @@ class RunFolder:
 
     def _write_file(self, name: str, text: str) -> None:
         try:
-            write_whole(self.path / name, text)
+            write_atomically(self.path / name, text)
         except OSError as error:
             raise RunFolderError(f"{self.path / name} cannot be written: {error.strerror or error}") from error
 
@@ -249,21 +249,6 @@ def saved_settings(folder: Path) -> dict[str, Any] | None:
             f"settings are the same; {ANEW}"
         ) from error
     return dict(settings)
-
-
-def digest_of(*values: object) -> str:
-    """SHA-256 over plain values; numbers of NumPy's count as Python's."""
-    text = json.dumps(values, sort_keys=True, default=lambda value: getattr(value, "tolist", value.__str__)())
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def checksum_of(files: Iterable[Path]) -> str:
-    """SHA-256 over the contents of files, in this order."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _new_id() -> str:

@@ -10,7 +10,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from fmcib_ssl.training.run_folder import ANEW, STATE_FILE, RunFolderError, digest_of, saved_settings
+from fmcib_ssl.io import digest_of
+from fmcib_ssl.training.run_folder import ANEW, STATE_FILE, RunFolderError, saved_settings
 
 #: Where data lie on a machine, and how they are read.
 DATA_ACCESS = (

@@ -12,8 +12,8 @@ from typing import Any
 import lightning as L
 import torch
 
-from fmcib_ssl.data.jobs import num_cores
 from fmcib_ssl.data.patches import LesionPatches
+from fmcib_ssl.io import num_cores
 from fmcib_ssl.training.flops import peak_flops
 from fmcib_ssl.training.memory import peak_memory
 from fmcib_ssl.training.rows import row_is_due

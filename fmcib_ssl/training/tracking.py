@@ -24,9 +24,9 @@ from lightning.pytorch.loggers.logger import DummyExperiment, Logger  # type: ig
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
+from fmcib_ssl.io import write_atomically
 from fmcib_ssl.safety import HIDDEN
 from fmcib_ssl.training.run_folder import RunFolderError
-from fmcib_ssl.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ class MetricsFile(Logger):
 
     def _write_anew(self, rows: list[dict[str, Any]], columns: list[str]) -> None:
         text = f"{_csv_of([dict(zip(columns, columns, strict=True))], columns)}{_csv_of(rows, columns)}".encode()
-        write_whole(self.path, text)
+        write_atomically(self.path, text)
         self._columns, self._size = columns, len(text)
 
 

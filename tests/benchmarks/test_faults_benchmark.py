@@ -22,14 +22,14 @@ import faults_runs  # noqa: E402
 from faults_runs import DeathTrap, HangError, Started  # noqa: E402
 
 from fmcib_ssl.data.phantom import make_archive  # noqa: E402
-from fmcib_ssl.whole_file import write_whole  # noqa: E402
+from fmcib_ssl.io import write_atomically  # noqa: E402
 
 SPAWN = multiprocessing.get_context("spawn")
 
 
 def write_with_trap(folder: Path, trap: DeathTrap) -> None:
     trap.arm()
-    write_whole(folder / "a", b"new")
+    write_atomically(folder / "a", b"new")
 
 
 @pytest.mark.parametrize(

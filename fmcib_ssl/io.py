@@ -1,18 +1,20 @@
-"""Files that are there whole or not at all, whatever stops the process or the machine."""
+"""Files that are written whole or not at all, digests of values and files, and the cores of this process."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Write a file under another name, flush it to the disk, then rename it; its folder is made if there is none.
 
     If the block ends with an error, or the disk is full, what was there before stays and nothing else is left. A
@@ -41,13 +43,13 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         _sync_folder(path.parent)
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write text (UTF-8) or bytes as `whole_file` does.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write text (UTF-8) or bytes as `atomic_write` does.
 
     Raises:
         OSError: it cannot be written.
     """
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
@@ -68,3 +70,23 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def digest_of(*values: object) -> str:
+    """SHA-256 over plain values; numbers of NumPy's count as Python's."""
+    text = json.dumps(values, sort_keys=True, default=lambda value: getattr(value, "tolist", value.__str__)())
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def checksum_of(files: Iterable[Path]) -> str:
+    """SHA-256 over the contents of files, in this order."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def num_cores() -> int:
+    """Cores that this process may use: a batch system gives a part of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

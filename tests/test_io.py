@@ -12,20 +12,20 @@ from pathlib import Path
 
 import pytest
 
-from fmcib_ssl.whole_file import remove_leftovers, whole_file, write_whole
+from fmcib_ssl.io import atomic_write, remove_leftovers, write_atomically
 
 
 def test_written_read_and_written_again(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.txt"
     for content in ("Größe", b"\x00\xff", ""):
-        write_whole(path, content)
+        write_atomically(path, content)
         assert path.read_bytes() == (content.encode() if isinstance(content, str) else content)
     assert [file.name for file in path.parent.iterdir()] == ["a.txt"]
 
 
 def test_not_there_before_the_end_of_the_block(tmp_path: Path) -> None:
     path = tmp_path / "a"
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(b"half")
         file.flush()
         assert not path.exists()
@@ -35,8 +35,8 @@ def test_not_there_before_the_end_of_the_block(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, RuntimeError])
 def test_an_error_keeps_what_was_there(error: type[BaseException], tmp_path: Path) -> None:
     path = tmp_path / "a"
-    write_whole(path, b"old")
-    with pytest.raises(error), whole_file(path) as file:
+    write_atomically(path, b"old")
+    with pytest.raises(error), atomic_write(path) as file:
         file.write(b"new")
         raise error
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a", b"old")]
@@ -46,12 +46,12 @@ def test_an_error_keeps_what_was_there(error: type[BaseException], tmp_path: Pat
 def test_a_full_disk_keeps_what_was_there(size: int, tmp_path: Path) -> None:
     """Also if it is only found out when the buffer is emptied."""
     path = tmp_path / "a"
-    write_whole(path, b"old")
+    write_atomically(path, b"old")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5, limit[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            write_whole(path, b"n" * size)
+            write_atomically(path, b"n" * size)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a", b"old")]
@@ -61,7 +61,7 @@ def test_a_full_disk_keeps_what_was_there(size: int, tmp_path: Path) -> None:
 def test_as_readable_as_any_other_file_and_never_writable_by_all(umask: int, tmp_path: Path) -> None:
     before = os.umask(umask)
     try:
-        write_whole(tmp_path / "a", "")
+        write_atomically(tmp_path / "a", "")
         (tmp_path / "other").touch()
     finally:
         os.umask(before)
@@ -71,14 +71,14 @@ def test_as_readable_as_any_other_file_and_never_writable_by_all(umask: int, tmp
 
 def test_a_killed_process_leaves_a_leftover_that_can_be_removed(tmp_path: Path) -> None:
     path = tmp_path / "a"
-    write_whole(path, b"old")
+    write_atomically(path, b"old")
     code = (
-        "import os, sys; from pathlib import Path; from fmcib_ssl.whole_file import whole_file\n"
-        "with whole_file(Path(sys.argv[1])) as file:\n"
+        "import os, sys; from pathlib import Path; from fmcib_ssl.io import atomic_write\n"
+        "with atomic_write(Path(sys.argv[1])) as file:\n"
         "    file.write(b'new'); file.flush(); os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code, path], check=False).returncode == -signal.SIGKILL
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
-    write_whole(path, b"newer")
+    write_atomically(path, b"newer")
     remove_leftovers(tmp_path)
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a", b"newer")]
