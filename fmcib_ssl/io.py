@@ -1,16 +1,28 @@
-"""Files that are written whole or not at all, digests of values and files, and the cores of this process."""
+"""Files that are written whole or not at all, locks between processes, digests of values and files, cores."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import logging
 import os
 import secrets
+import socket
+import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO, ClassVar
+
+logger = logging.getLogger(__name__)
+
+#: A claim is renewed so often, and taken over when it was not for so long.
+BEAT_S, SILENCE_S = 10.0, 60.0
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextmanager
@@ -90,3 +102,152 @@ def checksum_of(files: Iterable[Path]) -> str:
 def num_cores() -> int:
     """Cores that this process may use: a batch system gives a part of the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Held(Exception):  # noqa: N818  (caught where it is known what to do)
+    """Another process has the lock; the message names it."""
+
+
+class Lock:
+    """One process at a time: the kernel's lock of a file or, where there is none, a claim with a heartbeat.
+
+    This process may take a lock that it has once more; the last `release` lets it go. The kernel's lock ends with the
+    process, however it ends, and its children do not inherit it, as they would that of `flock` and so of filelock. Over
+    a network, and on Windows, there may be none. Then a file `.claim...` names the process and is touched every ten
+    seconds; who finds one watches whether it is.
+
+    Args:
+        file: `.lock...`, made if there is none; its folder exists.
+        patience_s: so long a lock that another process has is waited for.
+
+    Raises:
+        OSError: the file cannot be written.
+        Held: another process has it.
+    """
+
+    _owned: ClassVar[dict[tuple[int, str], _Owned]] = {}  # by process too: a fork has the dictionary, not the lock
+
+    def __init__(self, file: Path, patience_s: float = 0.0) -> None:
+        self._key = os.getpid(), os.path.abspath(file)  # noqa: PTH100  (a link is another name, of another lock)
+        if self._key not in Lock._owned:
+            Lock._owned[self._key] = _Owned(file, time.monotonic() + patience_s)
+        self._owner = Lock._owned[self._key]
+        self._owner.count += 1
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let others have it; the end of the process does so too."""
+        self._owner.count -= 1
+        if self._owner.count == 0:
+            del Lock._owned[self._key]
+            self._owner.release()
+
+
+class _Owned:
+    """A lock that this process has, however often it took it: closing any descriptor of the file would end it."""
+
+    def __init__(self, file: Path, until: float) -> None:
+        self.count = 0
+        self._claim_file = file.with_name(file.name.replace("lock", "claim", 1))
+        self._claim = ""
+        self._released = threading.Event()
+        self._stream: IO[str] = file.open("a+")
+        try:
+            if not self._lock(until):
+                self._make_claim(until)
+        except BaseException:
+            self._stream.close()
+            raise
+
+    def release(self) -> None:
+        self._stream.close()
+        self._released.set()
+        if self._claim and _read_claim(self._claim_file)[0] == self._claim:
+            self._claim_file.unlink(missing_ok=True)
+
+    def _lock(self, until: float) -> bool:
+        """Take the kernel's lock; whether there is such a thing."""
+        try:
+            import fcntl  # noqa: PLC0415
+        except ImportError:  # Windows
+            return False
+        while True:
+            try:
+                fcntl.lockf(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in _NO_LOCKS:
+                    return False
+                if time.monotonic() >= until:
+                    self._stream.seek(0)
+                    raise Held(self._stream.read().strip() or "unknown") from error
+                time.sleep(0.2)
+            else:
+                self._stream.truncate(0)
+                self._stream.write(f"{_this_process()}\n")
+                self._stream.flush()
+                return True
+
+    def _make_claim(self, until: float) -> None:
+        claim = f"{_this_process()} {secrets.token_hex(4)}"
+        while True:
+            try:
+                with self._claim_file.open("x") as new:
+                    new.write(claim)
+                break
+            except FileExistsError:
+                _await_silence(self._claim_file, until)
+        self._claim = claim
+        logger.warning(
+            "%s: this file system has no locks. %s, renewed every %g s, keeps other runs out",
+            self._claim_file.parent, self._claim_file.name, BEAT_S,
+        )  # fmt: skip
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def _beat(self) -> None:
+        while not self._released.wait(BEAT_S):
+            if (now := _read_claim(self._claim_file)[0]) and now != self._claim:
+                # This process was suspended for so long that another took its place; a step more, and both would write.
+                sys.stderr.write(f"error: {self._claim_file.parent} was taken over by another run: this one ends\n")
+                os._exit(1)
+            try:
+                os.utime(self._claim_file)
+            except OSError as error:
+                logger.warning("%s cannot be renewed: %s", self._claim_file, error.strerror or error)
+
+
+def _await_silence(claim_file: Path, until: float) -> None:
+    """Wait until a claim is released, or take it away if nobody renews it; clocks of machines are not compared.
+
+    Raises:
+        Held: it is renewed, and there is no patience left.
+    """
+    before = _read_claim(claim_file)
+    logger.info("%s was there before: waiting up to %g s whether that run is still at work", before[0], SILENCE_S)
+    silent_at = time.monotonic() + SILENCE_S
+    while time.monotonic() < silent_at:
+        time.sleep(min(1.0, BEAT_S / 4))
+        if (now := _read_claim(claim_file)) == ("", 0):
+            return  # released
+        if now != before:
+            if time.monotonic() >= until:
+                raise Held(now[0].rpartition(" ")[0] or "unknown")
+            before, silent_at = now, time.monotonic() + SILENCE_S
+    claim_file.unlink(missing_ok=True)
+
+
+def _read_claim(file: Path) -> tuple[str, int]:
+    """What a claim says, and when it was renewed; over a network only opening a file looks at the server's copy."""
+    try:
+        with file.open() as opened:
+            return opened.read(), os.fstat(opened.fileno()).st_mtime_ns
+    except OSError:
+        return "", 0
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import logging
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -23,68 +19,53 @@ from fmcib_ssl.data.store import (
     read_settings_file,
     write_settings_file,
 )
-from fmcib_ssl.io import remove_leftovers
+from fmcib_ssl.io import Held, Lock, remove_leftovers
 
-logger = logging.getLogger(__name__)
+#: A run that is killed may take a moment to let go, and so may shards that look whether a whole run is on.
+PATIENCE_S = 5.0
 
 
 @contextmanager
-def claim_store(folder: Path, settings: StoreSettings, shard: tuple[int, int] | None) -> Iterator[bool]:
+def claim_store(
+    folder: Path, settings: StoreSettings, shard: tuple[int, int] | None, patience_s: float | None = None
+) -> Iterator[bool]:
     """Hold a store for writing; it is made if there is none. Yields whether it was finished before, or is damaged.
 
-    The locks are the kernel's: they end with the process, however it ends.
+    Shards lock a file each, a run on all scans another one, and each looks for the other's after its own is locked.
 
     Args:
         folder: of the store.
         settings: that it has, or gets.
         shard: number and total; None claims the store as a whole.
+        patience_s: so long another run is waited for; by default some seconds.
 
     Raises:
         StoreError: another run has it; it has other settings; the folder is something else, which is left as it is; or
             it cannot be written.
     """
-    with ExitStack() as locks:
+    patience_s = PATIENCE_S if patience_s is None else patience_s
+    own = ".lock" if shard is None else f".lock-{shard[0]}-of-{shard[1]}"
+    with ExitStack() as stack:
         try:
             _agree_on_settings(folder, settings)  # before anything is made or removed there
             (folder / SCANS_FOLDER).mkdir(parents=True, exist_ok=True)
-            _lock(folder, "", locks, shared=shard is not None)
+            stack.enter_context(Lock(folder / own, patience_s))
+            for other in [folder / ".lock"] if shard else sorted(folder.glob(".lock-*")):
+                Lock(other, patience_s).release()
             if shard is None:
                 remove_leftovers(folder)
                 remove_leftovers(folder / SCANS_FOLDER)
-            else:
-                _lock(folder, f"-{shard[0]}-of-{shard[1]}", locks, shared=False)
             finished = _agree_on_settings(folder, settings)
+        except Held as error:
+            raise StoreError(
+                f"{folder} is being written by another run ({error}): wait for it or stop it. "
+                "Two may write one store only as different shards of one table (shard=1/2, shard=2/2)"
+            ) from error
         except OSError as error:
             raise StoreError(cannot_write(folder, error)) from error
         if finished is None:
             write_settings_file(folder, settings, complete=False)
         yield bool(finished)
-
-
-def _lock(folder: Path, suffix: str, locks: ExitStack, *, shared: bool) -> None:
-    try:
-        import fcntl  # noqa: PLC0415
-    except ImportError:  # Windows
-        logger.warning("%s: no locks on this system; see to it that no other run writes there", folder)
-        return
-    file = locks.enter_context((folder / f".lock{suffix}").open("a+"))
-    try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        holder = file.read().strip()
-        raise StoreError(
-            f"{folder} is being written by another run ({holder or 'a shard'}): wait for it or stop it. "
-            "Two may write one store only as different shards of one table (shard=1/2, shard=2/2)"
-        ) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            raise
-        logger.warning("%s: this file system knows no locks; see to it that no other run writes there", folder)
-    if not shared:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
 
 
 def _agree_on_settings(folder: Path, settings: StoreSettings) -> bool | None:
@@ -100,7 +81,7 @@ def _agree_on_settings(folder: Path, settings: StoreSettings) -> bool | None:
         if found is None:
             raise
     if found is None:
-        ours = (".lock", f".{SETTINGS_FILE}.")  # the last: a shard is just writing it
+        ours = (".lock", ".claim", f".{SETTINGS_FILE}.")  # the last: a shard is just writing it
         there = list(folder.iterdir()) if folder.exists() else []
         empty = [path for path in there if path.name == SCANS_FOLDER and path.is_dir() and not any(path.iterdir())]
         foreign = [path.name for path in there if not path.name.startswith(ours) and path not in empty]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -68,3 +72,18 @@ def content(store: Path) -> dict[str, bytes]:
     """Every file of a store but the lock and the file times."""
     files = {p.relative_to(store).as_posix(): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file()}
     return {name: data for name, data in files.items() if not name.startswith(".lock")}
+
+
+@contextmanager
+def claimed_by_another_process(store: Path, shard: tuple[int, int] | None = None) -> Iterator[int]:
+    """A run that is at work on a store; gives its process."""
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from fmcib_ssl.data.store import StoreSettings\nfrom fmcib_ssl.data.store_lock import claim_store\n"
+        f"with claim_store(Path(sys.argv[1]), StoreSettings(), {shard}): print(flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, str(store)], text=True, **pipes) as process:  # type: ignore[call-overload]
+        process.stdout.readline()
+        yield process.pid
+        process.stdin.close()

@@ -12,14 +12,23 @@ import numpy as np
 import pandas as pd
 import pytest
 import SimpleITK as sitk
-from prepared import content, decoded, direct_patch, run, scan_image, store_patch, three_scans, write_table
+from prepared import (
+    claimed_by_another_process,
+    content,
+    decoded,
+    direct_patch,
+    run,
+    scan_image,
+    store_patch,
+    three_scans,
+    write_table,
+)
 
-from fmcib_ssl.data import prepare_plan, prepare_scan
+from fmcib_ssl.data import prepare_plan, prepare_scan, store_lock
 from fmcib_ssl.data.annotations import BadRowsError, read_annotations
 from fmcib_ssl.data.prepare import Shard, merge
 from fmcib_ssl.data.scans import read_scan
 from fmcib_ssl.data.store import Store, StoreError, StoreSettings
-from fmcib_ssl.data.store_lock import claim_store
 
 
 def test_names_outlive_a_move_of_the_archive(tmp_path: Path) -> None:
@@ -137,14 +146,14 @@ def test_shards_and_merge_give_what_one_run_gives(tmp_path: Path) -> None:
         Shard(4, 3)
 
 
-def test_two_runs_on_one_store_are_refused(tmp_path: Path) -> None:
+def test_two_runs_on_one_store_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_lock, "PATIENCE_S", 0.0)
     table, store = three_scans(tmp_path), tmp_path / "store"
-    with (
-        claim_store(store, StoreSettings(), None),
-        pytest.raises(StoreError, match=rf"another run \(process {os.getpid()}"),
-    ):
-        run(table, store)
-    with claim_store(store, StoreSettings(), (1, 2)):
+    with claimed_by_another_process(store) as process:
+        for shard in (None, Shard(1, 2)):
+            with pytest.raises(StoreError, match=rf"being written by another run \(process {process} on"):
+                run(table, store, shard=shard)
+    with claimed_by_another_process(store, (1, 2)):
         with pytest.raises(StoreError, match="being written by another run"):
             run(table, store, shard=Shard(1, 2))
         with pytest.raises(StoreError, match="being written by another run"):

@@ -18,8 +18,7 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 
-from fmcib_ssl.data.store import Store, StoreSettings
-from fmcib_ssl.data.store_lock import claim_store
+from fmcib_ssl.data.store import Store
 from fmcib_ssl.evaluation import lesion_sheet
 
 REPO = Path(__file__).resolve().parents[2]
@@ -119,15 +118,6 @@ def test_ctrl_c_ends_it_quietly(archive: Path, tmp_path: Path) -> None:
     assert process.returncode == 130, errors
     assert "stopped; the same command goes on from here" in errors
     assert "Traceback" not in errors
-
-
-def test_two_processes_on_one_store(archive: Path, tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    with claim_store(store, StoreSettings(), None):
-        second = run("prepare.py", f"annotations={archive / 'lesions.csv'}", f"store={store}", "sheet_lesions=0")
-    assert second.returncode == 1
-    assert f"being written by another run (process {os.getpid()} on" in second.stderr
-    assert "Traceback" not in second.stderr
 
 
 def test_a_disk_that_is_full(archive: Path, tmp_path: Path) -> None:
