@@ -39,6 +39,19 @@ class UserError(Exception):
     """
 
 
+class ScanError(UserError):
+    """A scan that cannot be used: which file, why, and what to do if it is not simply to repair or leave it out.
+
+    With `path` alone it is the message as a whole, as a worker of a `DataLoader` rebuilds it.
+    """
+
+    def __init__(self, path: object, reason: str = "", remedy: str = "") -> None:
+        self.path = str(path)
+        self.reason = reason
+        self.remedy = remedy
+        super().__init__(f"{path}: {reason}" if reason else str(path))
+
+
 class SampleKey(NamedTuple):
     """Names one draw: which lesion, in which epoch. Everything random about a sample follows from it."""
 

@@ -19,8 +19,8 @@ from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.tag import Tag
 
-from fmcib_ssl.data.scan_checks import decoded
-from fmcib_ssl.data.tables import ScanError
+from fmcib_ssl.data.itk import decoded
+from fmcib_ssl.types import ScanError
 
 _SUFFIXES = (".dcm", ".dicom", ".ima")
 #: CT Image Storage, its enhanced and its legacy converted form.

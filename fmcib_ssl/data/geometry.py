@@ -8,14 +8,23 @@ A point is turned into an index only by the grid whose voxels are read with it; 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from jaxtyping import Bool, Float
 
+from fmcib_ssl.types import ScanError
+
 FloatArray = npt.NDArray[np.float64]
 
+#: Voxel edges that a CT of a patient can have, mm.
+SPACING_RANGE_MM = (0.05, 25.0)
+#: Two statements about one voxel's place may differ by this much: rounding.
+MAX_CONFLICT_MM = 0.1
 _CORNERS = np.array(list(itertools.product((0.0, 1.0), repeat=3)))
 
 
@@ -155,3 +164,64 @@ class ScanGeometry:
             origin_lps_mm=(x, y, z),
             direction=self.direction,
         )
+
+
+def checked_geometry(path: Path, size: Any, spacing: Any, origin: Any, direction: FloatArray) -> ScanGeometry:
+    """The geometry of these parts, if a CT of a patient can have it."""
+    (nx, ny, nz), (sx, sy, sz), (x, y, z) = size, spacing, origin
+    rows: list[list[float]] = direction.tolist()
+    geometry = ScanGeometry(
+        size_xyz=(int(nx), int(ny), int(nz)),
+        spacing_mm_xyz=(float(sx), float(sy), float(sz)),
+        origin_lps_mm=(float(x), float(y), float(z)),
+        direction=tuple((a, b, c) for a, b, c in rows),
+    )
+    return check_geometry(path, geometry)
+
+
+def check_geometry(path: Path, geometry: ScanGeometry) -> ScanGeometry:
+    """Refuse a geometry that no CT of a patient can have."""
+    lowest, highest = SPACING_RANGE_MM
+    spacing, direction = geometry.spacing_mm_xyz, np.array(geometry.direction)
+    if not all(lowest <= s <= highest for s in spacing):
+        raise ScanError(
+            path,
+            f"has a spacing of {tuple(round(s, 4) for s in spacing)} mm; "
+            f"each must be between {lowest} and {highest} mm: is its header in another unit?",
+        )
+    if not np.allclose(direction.T @ direction, np.eye(3), atol=1e-3):
+        kind = "singular" if abs(np.linalg.det(direction)) < 1e-3 else "sheared (gantry tilt?)"
+        raise ScanError(
+            path,
+            f"has a {kind} direction matrix {direction.round(4).tolist()}, not a rotation; "
+            "resample it to a rectangular volume first",
+        )
+    if not np.isfinite(geometry.origin_lps_mm).all():
+        raise ScanError(path, f"has the origin {geometry.origin_lps_mm}")
+    return geometry
+
+
+def check_agreement(path: Path, stated: Mapping[str, ScanGeometry], remedy: str) -> None:
+    """Refuse a scan of which two statements put a corner voxel at two places.
+
+    Args:
+        path: the scan.
+        stated: two geometries, by who says so.
+        remedy: what to do, for the message.
+    """
+    (one, first), (other, second) = stated.items()
+    distance_mm = np.linalg.norm(first.corners_lps_mm() - second.corners_lps_mm(), axis=1).max()
+    if not distance_mm <= MAX_CONFLICT_MM:
+        texts = (
+            f"{name}: voxels of {numbers_text(g.spacing_mm_xyz, ' x ')} mm, the first at "
+            f"({numbers_text(g.origin_lps_mm)}), the last at ({numbers_text(g.corners_lps_mm()[-1])}) LPS mm"
+            for name, g in stated.items()
+        )
+        raise ScanError(
+            path, f"its {one} and {other} are up to {distance_mm:.1f} mm apart ({'; '.join(texts)}){remedy}"
+        )
+
+
+def numbers_text(numbers: Iterable[float], separator: str = ", ") -> str:
+    """Numbers for a message, with at most four digits after the point."""
+    return separator.join(f"{round(float(number), 4):g}" for number in numbers)

@@ -16,12 +16,11 @@ import numpy as np
 from tqdm import tqdm
 
 from fmcib_ssl.data.geometry import ScanGeometry
-from fmcib_ssl.data.hounsfield import HuSummary
 from fmcib_ssl.data.jobs import run_jobs
 from fmcib_ssl.data.prepare_scan import source_listing
-from fmcib_ssl.data.scans import ScanSource, read_header, read_scan
-from fmcib_ssl.data.tables import ScanError
+from fmcib_ssl.data.scans import HuSummary, ScanSource, read_header, read_scan
 from fmcib_ssl.io import num_cores
+from fmcib_ssl.types import ScanError
 
 Check = Literal["headers", "full"]
 

@@ -5,6 +5,9 @@ Each holds lesions of two classes that differ in texture and margin and in nothi
 place are drawn from the same distributions, so a probe that tells them apart has seen how a lesion looks.
 
 Everything about scan `n` is a function of `(seed, n)`: a longer archive begins with the scans of a shorter one.
+
+Shapes are distances to a border, in mm, and a voxel takes the share of a tissue that its distance says. So borders are
+as blurred as the scanner's, and no scan is painted on a finer grid than its own.
 """
 
 from __future__ import annotations
@@ -16,16 +19,24 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import SimpleITK as sitk
+from scipy import ndimage
 from tqdm import tqdm
 
-from fmcib_ssl.data.phantom_chest import Chest, PhantomLesion, draw_lesions, render
+Array = npt.NDArray[np.float32]
+Axes = tuple[Array, Array, Array]
 
+AIR_HU, FAT_HU, MUSCLE_HU, BLOOD_HU, MARROW_HU, CORTEX_HU = -1000, -100, 45, 110, 180, 550
+ORIENTATIONS = ("LPS", "RAS", "LAS", "LPI", "PSL", "SRA")
+MIN_DISTANCE_MM = 34.0  # between the centres of two lesions of a scan
+BORDER_MM = 14.0  # between a lesion's centre and the first and last slice
 VERSION = 1  # of what is drawn: scans of two versions are not mixed in one archive
 HELD_OUT = (2, 4)  # scan numbers modulo 5 that are the test set: two fifths of the patients
 
@@ -143,3 +154,296 @@ def _table_rows(seed: int, number: int, lesions_per_scan: tuple[int, int]) -> It
             "label": lesion.label,
             "split": "test" if number % 5 in HELD_OUT else "train",
         }
+
+
+@dataclass(frozen=True)
+class PhantomLesion:
+    """A lesion of a phantom, in the phantom's own frame: LPS millimetres from the middle of the chest."""
+
+    center_lps_mm: tuple[float, float, float]
+    diameter_mm: float
+    mean_hu: float
+    label: int  # 0: homogeneous, smooth margin; 1: heterogeneous, irregular and spiculated margin
+
+
+@dataclass(frozen=True)
+class Chest:
+    """The shape of one chest and how it was scanned. Lengths in mm, intensities in HU."""
+
+    body_x: float  # half axes of the body
+    body_y: float
+    fat: float  # thickness under the skin
+    wall: float  # from the skin to the lung
+    mediastinum: float  # half its width
+    height: float  # of the slab that was scanned
+    heart: tuple[float, float, float]  # centre
+    liver_top: float  # z of the diaphragm's dome
+    rib_phase: float
+    lung_hu: float
+    spacing_xyz: tuple[float, float, float]
+    origin_lps: tuple[float, float, float]  # where the middle of the chest lies in the scanner's frame
+    orientation: str  # of the stored axes
+    edge: float  # width over which a sharp border is blurred
+    noise_hu: float
+    noise_grain: float  # in-plane standard deviation of the noise's correlation, pixels
+    offset_hu: float  # of the scanner's calibration
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> Chest:
+        """A random chest on a random scanner."""
+        in_plane, slices = rng.uniform(1.15, 1.45), rng.uniform(1.6, 2.6)
+        return cls(
+            body_x=rng.uniform(138, 156),
+            body_y=rng.uniform(96, 112),
+            fat=rng.uniform(7, 18),
+            wall=rng.uniform(26, 34),
+            mediastinum=rng.uniform(20, 28),
+            height=rng.uniform(88, 104),
+            heart=(rng.uniform(14, 24), rng.uniform(-34, -22), rng.uniform(-34, -18)),
+            liver_top=rng.uniform(-44, -26),
+            rib_phase=rng.uniform(0, 26),
+            lung_hu=rng.uniform(-880, -810),
+            spacing_xyz=(in_plane, in_plane, slices),
+            origin_lps=(rng.uniform(-20, 20), rng.uniform(-220, -140), rng.uniform(-900, 300)),
+            orientation=str(rng.choice(ORIENTATIONS)),
+            edge=rng.uniform(1.2, 2.2),
+            noise_hu=rng.uniform(10, 30),
+            noise_grain=rng.uniform(0.4, 0.9),
+            offset_hu=rng.uniform(-15, 15),
+        )
+
+    def axes(self) -> Axes:
+        """Coordinates of the voxels along x, y and z, shaped to broadcast to `(z, y, x)`."""
+        low = (-self.body_x - 10, -self.body_y - 10, -self.height / 2)
+        high = (self.body_x + 10, self.body_y + 24, self.height / 2)
+        x, y, z = (
+            np.arange(start, stop, step).astype(np.float32)
+            for start, stop, step in zip(low, high, self.spacing_xyz, strict=True)
+        )
+        return x[None, None, :], y[None, :, None], z[:, None, None]
+
+    def depth_under_skin(self, x: Array, y: Array) -> Array:
+        """Distance to the skin, negative outside the body."""
+        radius = (np.abs(x / self.body_x) ** 2.6 + np.abs(y / self.body_y) ** 2.6) ** (1 / 2.6)
+        return np.asarray((1 - radius) * min(self.body_x, self.body_y), np.float32)
+
+    def depth_in_lung(self, x: Array, y: Array, z: Array) -> Array:
+        """Distance to the lung's border, negative outside the lungs."""
+        waist = self.mediastinum + 0.012 * np.maximum(-y - 20, 0) ** 1.5  # the mediastinum widens to the front
+        in_cage = np.minimum(self.depth_under_skin(x, y) - self.wall, np.abs(x + 4) - waist)
+        off_spine = np.hypot(x, y - 0.60 * self.body_y) - 31
+        depth = np.minimum(in_cage, off_spine) - 0.10 * np.maximum(z, 0)
+        for center, half_axes in self._organs():
+            offset = [(p - c) / h for p, c, h in zip((x, y, z), center, half_axes, strict=True)]
+            radius = np.sqrt(offset[0] ** 2 + offset[1] ** 2 + offset[2] ** 2)
+            depth = np.minimum(depth, (radius - 1) * min(half_axes))
+        return np.asarray(depth, np.float32)
+
+    def _organs(self) -> Iterator[tuple[tuple[float, float, float], tuple[float, float, float]]]:
+        """Centre and half axes of the heart and the two domes of the diaphragm."""
+        yield self.heart, (50, 40, 42)
+        yield (-62, 4, self.liver_top - 50), (70, 82, 50)
+        yield (66, 10, self.liver_top - 66), (60, 72, 56)
+
+
+def draw_lesions(chest: Chest, num_lesions: int, rng: np.random.Generator) -> list[PhantomLesion]:
+    """Place lesions in the lungs, a third of them against the lung's border. The class is drawn last."""
+    lesions: list[PhantomLesion] = []
+    half = np.array([chest.body_x, chest.body_y, chest.height / 2 - BORDER_MM], np.float32)
+    for _ in range(num_lesions):
+        diameter = rng.uniform(11, 20)
+        low, high = (0.2, 0.5) if rng.random() < 1 / 3 else (0.6, np.inf)
+        points = rng.uniform(-half, half, (4096, 3)).astype(np.float32)
+        depth = chest.depth_in_lung(*points.T)
+        legal = (depth > low * diameter) & (depth < high * diameter)
+        for other in lesions:
+            legal &= np.linalg.norm(points - np.array(other.center_lps_mm), axis=1) > MIN_DISTANCE_MM
+        if not legal.any():
+            raise ValueError(f"no room for lesion {len(lesions) + 1} of {num_lesions} in a phantom; ask for fewer")
+        x, y, z = points[np.argmax(legal)].tolist()
+        lesions.append(PhantomLesion((x, y, z), diameter, rng.uniform(-200, 0), int(rng.integers(2))))
+    return lesions
+
+
+def render(chest: Chest, lesions: list[PhantomLesion], rng: np.random.Generator) -> sitk.Image:
+    """Paint a chest and scan it.
+
+    Args:
+        chest: anatomy and scanner.
+        lesions: what to put into the lungs.
+        rng: draws ribs' and vessels' courses, the lesions' texture and the noise.
+
+    Returns:
+        int16 image in HU, its axes stored in `chest.orientation`.
+    """
+    x, y, z = chest.axes()
+    lung = _coverage(chest.depth_in_lung(x, y, z), chest.edge)
+    volume = np.broadcast_to(_trunk(chest, x, y), lung.shape).copy()
+    _paint_bones(volume, chest, x, y, z)
+    _paint_blood(volume, chest, x, y, z)
+    # dependent lung is denser, and its parenchyma is not even
+    texture = ndimage.zoom(_smooth_noise(rng, tuple(-(-n // 4) for n in volume.shape), 0.7), 4, order=1)
+    parenchyma = chest.lung_hu + 0.35 * y + 18 * texture[: lung.shape[0], : lung.shape[1], : lung.shape[2]]
+    volume += lung * (parenchyma - volume)
+    for side in (-1, 1):
+        _paint_vessels(volume, chest, side, rng)
+    for lesion in lesions:
+        _paint_lesion(volume, lung, chest, lesion, rng)
+
+    noise = ndimage.gaussian_filter(rng.standard_normal(volume.shape, np.float32), (0, *[chest.noise_grain] * 2))
+    volume += noise * np.float32(chest.noise_hu / noise.std()) + np.float32(chest.offset_hu)
+    image = sitk.GetImageFromArray(np.clip(np.rint(volume), -1024, 3071).astype(np.int16))
+    image.SetSpacing(chest.spacing_xyz)
+    first_voxel = (x.flat[0], y.flat[0], z.flat[0])
+    image.SetOrigin([float(a + b) for a, b in zip(first_voxel, chest.origin_lps, strict=True)])
+    return sitk.DICOMOrient(image, chest.orientation)
+
+
+def _coverage(depth: Array, edge: float) -> Array:
+    """Share of a voxel that lies inside, from its distance to the border, both mm."""
+    return np.asarray(np.clip(depth / np.float32(edge) + np.float32(0.5), 0, 1), np.float32)
+
+
+def _smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], sigma: float) -> Array:
+    """Gaussian noise of standard deviation 1, correlated over `sigma` voxels."""
+    noise = ndimage.gaussian_filter(rng.standard_normal(shape, np.float32), sigma)
+    return np.asarray(noise / noise.std(), np.float32)
+
+
+def _blend(target: Array, coverage: Array, value: float | Array) -> None:
+    target += coverage * (np.asarray(value, np.float32) - target)
+
+
+def _trunk(chest: Chest, x: Array, y: Array) -> Array:
+    """What is the same in every slice: skin, fat, muscle, fat of the mediastinum, shoulder blades, couch."""
+    depth, edge = chest.depth_under_skin(x, y), chest.edge
+    plane = np.full(depth.shape, AIR_HU, np.float32)
+    _blend(plane, _coverage(depth, edge), 20)
+    _blend(plane, _coverage(depth - 2, edge), FAT_HU)
+    _blend(plane, _coverage(depth - chest.fat, edge), MUSCLE_HU)
+    pericardial = 24 - np.hypot(x + 3, 0.6 * (y + 0.1 * chest.body_y))
+    _blend(plane, _coverage(pericardial, 6), FAT_HU + 10)
+    for side in (-1, 1):
+        across, along = x - side * 0.60 * chest.body_x, y - 0.60 * chest.body_y
+        blade = np.abs(along + side * 0.55 * across) - 3.0
+        _blend(plane, _coverage(np.minimum(-blade, 24 - np.abs(across)), edge) * (depth > chest.fat), MARROW_HU + 60)
+    couch = 2 - np.abs(y - (chest.body_y + 14 - 0.0006 * x**2))
+    _blend(plane, _coverage(couch, edge), -250)
+    return plane
+
+
+def _paint_bones(volume: Array, chest: Chest, x: Array, y: Array, z: Array) -> None:
+    """Ribs that fall towards the front, a spine with discs, a breastbone."""
+    edge = chest.edge
+    ring = np.abs(chest.depth_under_skin(x, y) - chest.wall + 6)
+    course = (z + 0.42 * y + 0.05 * np.abs(x) + chest.rib_phase) % 26 - 13
+    rib = np.sqrt((ring / 4.2) ** 2 + (course / 6.5) ** 2)
+    rib += 4 * (np.abs(x) < 30)  # cartilage and muscle where the ribs do not reach
+    _blend(volume, _coverage((1 - rib) * 4.2, edge), CORTEX_HU)
+    _blend(volume, _coverage((0.55 - rib) * 4.2, edge), MARROW_HU)
+
+    spine_y = 0.60 * chest.body_y
+    body = 19 - np.hypot(x, 1.15 * (y - spine_y))
+    disc = np.abs((z + chest.rib_phase) % 26 - 13) - 9.5  # positive between two vertebrae
+    canal = 8.5 - np.hypot(x, y - spine_y - 25)
+    arch = 5 - np.abs(np.hypot(0.9 * x, y - spine_y - 25) - 14)
+    process = np.minimum(4 - np.abs(x), np.minimum(y - spine_y - 34, spine_y + 60 - y))
+    vertebra = np.maximum(np.maximum(body, arch), process)
+    _blend(volume, _coverage(vertebra, edge) * _coverage(-disc, edge), CORTEX_HU - 150)
+    _blend(volume, _coverage(np.minimum(body - 3, -disc - 2), 2 * edge), MARROW_HU)
+    _blend(volume, _coverage(np.minimum(body, disc), edge), 80.0)
+    _blend(volume, _coverage(canal, edge), 25.0)
+    sternum = 1 - np.sqrt((x / 19) ** 2 + ((y + chest.body_y - chest.wall + 9) / 6) ** 2)
+    _blend(volume, _coverage(6 * sternum, edge), CORTEX_HU - 200)
+
+
+def _paint_blood(volume: Array, chest: Chest, x: Array, y: Array, z: Array) -> None:
+    """Heart, aorta (ascending and descending), and the air of the trachea's two main branches."""
+    half_axes, center = np.array([45.0, 35.0, 38.0]), np.array(chest.heart)
+    window, points = _window((x, y, z), center - half_axes - 4, center + half_axes + 4)
+    radius = np.sqrt(sum(((p - c) / h) ** 2 for p, c, h in zip(points, center, half_axes, strict=True)))
+    _blend(volume[window], _coverage((1 - radius) * 35, 4), BLOOD_HU)
+    spine_y = 0.60 * chest.body_y
+    for center_x, center_y, size in ((19.0, spine_y - 19, 11.5), (-6.0, -16.0, 14.0)):
+        _blend(volume, _coverage(size - np.hypot(x - center_x, y - center_y), chest.edge), BLOOD_HU + 40.0)
+    for side in (-1, 1):
+        bronchus = 5.5 - np.hypot(x - side * (6 + 0.5 * np.maximum(20 - z, 0)), y - 14)
+        _blend(volume, _coverage(np.minimum(bronchus, z + 4), chest.edge), AIR_HU)
+
+
+def _paint_vessels(volume: Array, chest: Chest, side: int, rng: np.random.Generator) -> None:
+    """A tree of tubes that grows from the hilum and ends at the lung's border."""
+    axes = chest.axes()
+    root = np.array([side * (chest.mediastinum + 2), 6, rng.uniform(-8, 12)])
+    branches = [(root, np.array([side, dy, dz]), 3.6) for dy in (-0.9, 0.1, 1.0) for dz in (-0.9, 0.9)]
+    while branches:
+        start, direction, radius = branches.pop()
+        direction = direction / np.linalg.norm(direction)
+        end = start + direction * (5 + 4 * radius)
+        _paint_tube(volume, axes, start, end, radius, edge=chest.edge)
+        if radius > 0.75 and chest.depth_in_lung(*end) > 2:
+            turns = rng.normal(0, 0.42, (2, 3))
+            branches += [(end, direction + turn, radius * rng.uniform(0.66, 0.86)) for turn in turns]
+
+
+def _paint_tube(volume: Array, axes: Axes, start: Array, end: Array, radius: float, *, edge: float) -> None:
+    low, high = np.minimum(start, end) - radius - edge, np.maximum(start, end) + radius + edge
+    window, points = _window(axes, low, high)
+    along = end - start
+    offset = [p - s for p, s in zip(points, start.astype(np.float32), strict=True)]
+    share = np.clip(sum(o * a for o, a in zip(offset, along, strict=True)) / (along @ along), 0, 1)
+    distance = np.sqrt(sum((o - share * a) ** 2 for o, a in zip(offset, along, strict=True)))
+    # a tube thinner than a voxel fills only part of it
+    coverage = _coverage(radius - distance, edge) * min(1.0, 1.2 * radius / edge)
+    patch = volume[window]
+    np.maximum(patch, patch + coverage * (MUSCLE_HU - patch), out=patch)
+
+
+def _window(axes: Axes, low: npt.ArrayLike, high: npt.ArrayLike) -> tuple[tuple[slice, ...], tuple[Array, ...]]:
+    """The part `(z, y, x)` of the grid between two corners `(x, y, z)`, and its coordinates along x, y, z."""
+    bounds = zip(axes, np.asarray(low), np.asarray(high), strict=True)
+    x, y, z = (slice(*np.searchsorted(axis.ravel(), (a, b)).tolist()) for axis, a, b in bounds)
+    return (z, y, x), (axes[0][:, :, x], axes[1][:, y, :], axes[2][z])
+
+
+def _paint_lesion(volume: Array, lung: Array, chest: Chest, lesion: PhantomLesion, rng: np.random.Generator) -> None:
+    """Put a lesion into the lung. Both classes are lobulated; see the constants for what sets them apart."""
+    radius, center = lesion.diameter_mm / 2, np.array(lesion.center_lps_mm)
+    reach = 1.9 * radius + 4
+    window, axes = _window(chest.axes(), center - reach, center + reach)
+    offset = [np.asarray(p - c, np.float32) for p, c in zip(axes, center, strict=True)]
+    distance = np.sqrt(offset[0] ** 2 + offset[1] ** 2 + offset[2] ** 2)
+
+    def field(grain_mm: float) -> Array:
+        """Smooth noise on a 1 mm lattice, so that its grain does not depend on the scan's voxels."""
+        size = int(np.ceil(2 * reach)) + 4
+        lattice = _smooth_noise(rng, (size,) * 3, grain_mm)
+        where = np.broadcast_arrays(*[o + size / 2 for o in reversed(offset)])
+        return np.asarray(ndimage.map_coordinates(lattice, where, order=1), np.float32)
+
+    surface = radius * (1 + 0.10 * field(5.0))
+    if lesion.label == 0:
+        edge, grain_hu = rng.uniform(1.0, 2.5), rng.uniform(10, 40)
+    else:
+        edge, grain_hu = rng.uniform(2.0, 4.0), rng.uniform(110, 240)
+        surface = surface * (0.96 + rng.uniform(0.10, 0.20) * field(2.0))
+        surface = surface + radius * _spicules(offset, distance, rng)
+    coverage = _coverage(surface - distance, max(edge, chest.edge))
+    contrast = coverage * (lesion.mean_hu - chest.lung_hu + grain_hu * field(1.7))
+    # the margin must not show in the mean: inside the nominal sphere every lesion has the mean it was given
+    core = distance < 0.7 * radius
+    contrast += coverage * (lesion.mean_hu - chest.lung_hu - contrast[core].mean()) / coverage[core].mean()
+    patch = volume[window]
+    patch += lung[window] * (coverage * (chest.lung_hu - patch) + contrast)
+
+
+def _spicules(offset: list[Array], distance: Array, rng: np.random.Generator) -> Array:
+    """How far thin rays reach beyond the surface, in radii."""
+    directions = rng.normal(size=(int(rng.integers(7, 14)), 3)).astype(np.float32)
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    rays = np.zeros(distance.shape, np.float32)
+    for direction in directions:
+        cosine = sum(o * d for o, d in zip(offset, direction, strict=True)) / np.maximum(distance, 1e-3)
+        ray = rng.uniform(0.3, 0.8) * np.exp((cosine - 1) / 0.02)
+        rays = np.maximum(rays, ray)
+    return rays

@@ -16,7 +16,7 @@ from jaxtyping import Int16
 
 from fmcib_ssl.data.coarse_map import build_coarse_map
 from fmcib_ssl.data.dicom_files import series_files
-from fmcib_ssl.data.nifti_scans import header_and_voxels, is_nifti
+from fmcib_ssl.data.nifti import header_and_voxels, is_nifti
 from fmcib_ssl.data.scans import Scan, ScanSource, read_scan
 from fmcib_ssl.data.store import (
     STORE_VERSION,
@@ -25,7 +25,7 @@ from fmcib_ssl.data.store import (
     StoreSettings,
     write_scan,
 )
-from fmcib_ssl.data.tables import ScanError
+from fmcib_ssl.types import ScanError
 
 #: Slices of the store's grid that are resampled at a time; as fast as all at once, and floats of a whole body would
 #: need gigabytes.

@@ -38,19 +38,6 @@ class AnnotationsError(UserError, ValueError):
     """A table as a whole cannot be used."""
 
 
-class ScanError(UserError):
-    """A scan that cannot be used: which file, why, and what to do if it is not simply to repair or leave it out.
-
-    With `path` alone it is the message as a whole, as a worker of a `DataLoader` rebuilds it.
-    """
-
-    def __init__(self, path: object, reason: str = "", remedy: str = "") -> None:
-        self.path = str(path)
-        self.reason = reason
-        self.remedy = remedy
-        super().__init__(f"{path}: {reason}" if reason else str(path))
-
-
 class BadRowsError(AnnotationsError):
     """Rows that cannot be used; `rejected` has them all: row, image_path, value, reason, remedy."""
 

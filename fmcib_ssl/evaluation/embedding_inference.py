@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fmcib_ssl.data.store import StoreError
-from fmcib_ssl.data.tables import ScanError
 from fmcib_ssl.data.workers import WatchedLoader, no_worker_left
 from fmcib_ssl.evaluation.embedding_sources import SourcePatches
 from fmcib_ssl.evaluation.feature_table import ID_COLUMN, FeatureTableError
-from fmcib_ssl.types import Preprocessing
+from fmcib_ssl.types import Preprocessing, ScanError
 
 Precision = Literal["32", "bf16", "fp16"]
 #: The patch alone, or the mean over it and its seven mirror images.

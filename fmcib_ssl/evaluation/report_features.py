@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from fmcib_ssl.data.store import StoreError
-from fmcib_ssl.data.tables import AnnotationsError, ScanError, text_of
+from fmcib_ssl.data.tables import AnnotationsError, text_of
 from fmcib_ssl.evaluation.embedding_maps import (
     MAX_POINTS,
     MIN_UMAP,
@@ -37,7 +37,7 @@ from fmcib_ssl.evaluation.retrieval import agreement, nearest_lesions, retrieval
 from fmcib_ssl.evaluation.saliency import LinearReadout, SalientLesion, has_captum, occlusion, saliency_sheet
 from fmcib_ssl.models.export import EncoderFileError, load_encoder
 from fmcib_ssl.safety import Identifiers, identifier
-from fmcib_ssl.types import Preprocessing
+from fmcib_ssl.types import Preprocessing, ScanError
 
 Array = npt.NDArray[Any]
 ReadPatch = Callable[[int], Tensor]

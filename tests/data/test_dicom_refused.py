@@ -24,9 +24,9 @@ from odd_dicom import (
 )
 from pydicom.dataset import Dataset
 
-from fmcib_ssl.data import dicom_scans
+from fmcib_ssl.data import dicom
 from fmcib_ssl.data.scans import read_header, read_scan
-from fmcib_ssl.data.tables import ScanError
+from fmcib_ssl.types import ScanError
 
 Spoil = Callable[[list[Dataset]], object]
 
@@ -167,7 +167,7 @@ def test_readers_that_contradict_each_other(tmp_path: Path, monkeypatch: pytest.
             x, y, z = super().GetOrigin()
             return x, y + 0.2, z
 
-    monkeypatch.setattr(dicom_scans.sitk, "ImageFileReader", Elsewhere)
+    monkeypatch.setattr(dicom.sitk, "ImageFileReader", Elsewhere)
     with pytest.raises(ScanError, match=r"corner at \(.*\) LPS mm by its tags, but at \(.*\) by SimpleITK, 0\.2 mm"):
         read_header(folder)
 
@@ -199,10 +199,10 @@ def test_slices_that_are_cut_off(tmp_path: Path, instance: int, name: str, compr
 def test_whatever_happens_is_a_rejected_scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write(tmp_path / "a", ct_series(ct_hu()))
     with monkeypatch.context() as patch, pytest.raises(ScanError, match=r"cannot be read \(KeyError: 'odd'\)"):
-        patch.setattr(dicom_scans, "series_at", _raise)
+        patch.setattr(dicom, "series_at", _raise)
         read_header(folder)
     with monkeypatch.context() as patch, pytest.raises(ScanError, match="cannot be decoded: KeyError: 'odd'"):
-        patch.setattr(dicom_scans, "_rescaled", _raise)
+        patch.setattr(dicom, "_rescaled", _raise)
         read_scan(folder)
 
 

@@ -36,8 +36,7 @@ from fmcib_ssl.data.annotations import check_annotations, read_annotations
 from fmcib_ssl.data.geometry import ScanGeometry
 from fmcib_ssl.data.scans import read_header, read_scan
 from fmcib_ssl.data.store import Store
-from fmcib_ssl.data.tables import ScanError
-from fmcib_ssl.types import Preprocessing
+from fmcib_ssl.types import Preprocessing, ScanError
 
 # --- values ---
 

@@ -13,7 +13,7 @@ from odd_images import chest, moved, write_nifti
 from fmcib_ssl.data import inspection
 from fmcib_ssl.data.inspection import ScanReport, inspect_scans
 from fmcib_ssl.data.scans import ScanSource, read_scan
-from fmcib_ssl.data.tables import ScanError
+from fmcib_ssl.types import ScanError
 
 
 @pytest.fixture

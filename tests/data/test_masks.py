@@ -14,8 +14,7 @@ from fmcib_ssl.data.annotations import AnnotationsError, BadRowsError, check_ann
 from fmcib_ssl.data.geometry import ScanGeometry
 from fmcib_ssl.data.masks import Region, find_lesions, lesions_from_masks, read_regions
 from fmcib_ssl.data.scans import ScanSource, read_header
-from fmcib_ssl.data.tables import ScanError
-from fmcib_ssl.types import Preprocessing
+from fmcib_ssl.types import Preprocessing, ScanError
 
 ANGLE = np.radians(20)
 OBLIQUE = ((np.cos(ANGLE), 0.0, np.sin(ANGLE)), (0.0, -1.0, 0.0), (np.sin(ANGLE), 0.0, -np.cos(ANGLE)))

@@ -19,8 +19,8 @@ from fmcib_ssl.data.annotations import AnnotationsError, check_annotations, read
 from fmcib_ssl.data.geometry import PatchGrid
 from fmcib_ssl.data.prepare import prepare
 from fmcib_ssl.data.scans import ScanSource, crop_patch, read_header, read_scan
-from fmcib_ssl.data.tables import BadRowsError, ScanError
-from fmcib_ssl.types import Preprocessing
+from fmcib_ssl.data.tables import BadRowsError
+from fmcib_ssl.types import Preprocessing, ScanError
 
 SHIFTED = moved(AFFINE_RAS, x=15)
 SHEARED = moved(AFFINE_RAS, shear=0.3)

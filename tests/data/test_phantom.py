@@ -13,8 +13,7 @@ import pytest
 import SimpleITK as sitk
 from sklearn.metrics import roc_auc_score
 
-from fmcib_ssl.data.phantom import draw_scan, make_archive
-from fmcib_ssl.data.phantom_chest import MIN_DISTANCE_MM, ORIENTATIONS, PhantomLesion, render
+from fmcib_ssl.data.phantom import MIN_DISTANCE_MM, ORIENTATIONS, PhantomLesion, draw_scan, make_archive, render
 
 NUM_SCANS = 14
 

@@ -22,7 +22,7 @@ from fmcib_ssl.data.geometry import PatchGrid, ScanGeometry
 from fmcib_ssl.data.prepare_scan import resample
 from fmcib_ssl.data.scans import Scan, ScanSource, crop_patch, read_scan
 from fmcib_ssl.data.store import Store, StoreGrid, StoreSettings
-from fmcib_ssl.data.tables import ScanError
+from fmcib_ssl.types import ScanError
 
 AXES = [(a, b, 3 - a - b) for a in range(3) for b in range(3) if a != b]
 FLIPS = [(x, y, z) for x in (False, True) for y in (False, True) for z in (False, True)]

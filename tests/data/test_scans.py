@@ -15,7 +15,7 @@ from scipy.spatial.transform import Rotation
 
 from fmcib_ssl.data.geometry import PatchGrid, ScanGeometry, ras_to_lps
 from fmcib_ssl.data.scans import Scan, crop_patch, read_header, read_scan
-from fmcib_ssl.data.tables import ScanError
+from fmcib_ssl.types import ScanError
 
 AXIS_ORIENTATIONS = [
     np.eye(3)[:, list(order)] * signs

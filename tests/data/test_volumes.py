@@ -17,9 +17,8 @@ from fmcib_ssl.data.annotations import LesionTable, check_annotations, read_anno
 from fmcib_ssl.data.geometry import PatchGrid, ScanGeometry
 from fmcib_ssl.data.mining import Near
 from fmcib_ssl.data.scans import ScanSource
-from fmcib_ssl.data.tables import ScanError
 from fmcib_ssl.data.volumes import VolumePatches, covering_grid
-from fmcib_ssl.types import Preprocessing, SampleKey
+from fmcib_ssl.types import Preprocessing, SampleKey, ScanError
 
 PATCH = Preprocessing(patch_size_zyx=(16, 18, 20))
 

@@ -20,9 +20,9 @@ import numpy.typing as npt
 from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
 
-from fmcib_ssl.data.geometry import ScanGeometry
-from fmcib_ssl.data.scan_checks import FORMATS, check_agreement, check_geometry, numbers_text
-from fmcib_ssl.data.tables import ScanError
+from fmcib_ssl.data.geometry import ScanGeometry, check_agreement, check_geometry, numbers_text
+from fmcib_ssl.data.itk import FORMATS
+from fmcib_ssl.types import ScanError
 
 #: Which of the two transforms of a NIfTI header is right, where they contradict each other.
 Affine = Literal["sform", "qform"]

@@ -18,11 +18,8 @@ import SimpleITK as sitk
 from pydicom.dataset import Dataset
 
 from fmcib_ssl.data.dicom_files import DicomFile, numbers, read_stored_values, series_at, text
-from fmcib_ssl.data.geometry import ScanGeometry
-from fmcib_ssl.data.scan_checks import MAX_CONFLICT_MM, checked_geometry
-from fmcib_ssl.data.tables import ScanError
-
-FloatArray = npt.NDArray[np.float64]
+from fmcib_ssl.data.geometry import MAX_CONFLICT_MM, FloatArray, ScanGeometry, checked_geometry
+from fmcib_ssl.types import ScanError
 
 #: A corner of a slice may lie this far from the regular grid, mm: rounding in the headers, jitter of the table.
 MAX_OFF_GRID_MM = 0.5

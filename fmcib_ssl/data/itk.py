@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import SimpleITK as sitk
 
-from fmcib_ssl.data.geometry import ScanGeometry
-from fmcib_ssl.data.scan_checks import FORMATS, check_agreement, checked_geometry, decoded, numbers_text, shortened
-from fmcib_ssl.data.tables import ScanError
+from fmcib_ssl.data.geometry import ScanGeometry, check_agreement, checked_geometry, numbers_text
+from fmcib_ssl.types import ScanError
 
+#: What can be read, for messages.
+FORMATS = "NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr), MetaImage (.mha, .mhd) or DICOM (folder of slices, enhanced CT)"
 #: Longest header that is looked at, bytes: fields of a Slicer segmentation may be long.
 _MAX_HEADER = 1 << 20
 _NUMBER = re.compile(r"[-+]?(?:nan|inf|\d*\.?\d+(?:e[-+]?\d+)?)", re.IGNORECASE)
@@ -150,3 +151,28 @@ def _numbers(text: str) -> list[float]:
 
 def _quoted(names: list[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
+
+
+def decoded(reader: Any, path: Path) -> npt.NDArray[Any]:
+    """The voxels that a SimpleITK reader gives, `(z, y, x)`."""
+    try:
+        values: npt.NDArray[Any] = sitk.GetArrayFromImage(reader.Execute())
+    except (RuntimeError, MemoryError) as error:
+        raise ScanError(path, f"cannot be decoded: {shortened(error)}") from error
+    return values
+
+
+def shortened(error: BaseException) -> str:
+    """What SimpleITK has to say, in a sentence."""
+    text = str(error).rsplit("ERROR: ", 1)[-1]
+    if "Unable to determine ImageIO reader" in text:
+        return f"its content is not what its name says, or not a format we read; use {FORMATS}"
+    if "MetaImageIO" in text and "cannot be read" in text:
+        return "it is cut off, or the file that holds its voxels is missing"
+    if "orthonormal" in text:
+        return (
+            "its direction matrix is sheared (gantry tilt?), not a rotation; resample it to a rectangular volume first"
+        )
+    last = text.strip().splitlines()[-1] if text.strip() else type(error).__name__
+    last = re.sub(r"^(\[nrrd\] \w+: |\w+\(0x[0-9a-f]+\): )+", "", last).strip()
+    return f"it is cut off ({last})" if re.match(r"expected \d+ bytes|fread got only", last) else last
