@@ -14,12 +14,15 @@ import hydra  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
-from fmcib_ssl.composition import fit_experiment  # noqa: E402
-from fmcib_ssl.config import CONFIG_NAME, check_command_line, read_settings  # noqa: E402
-from fmcib_ssl.preflight import check_machine  # noqa: E402
-from fmcib_ssl.safety import no_world_write  # noqa: E402
-from fmcib_ssl.settings import ConfigError, Settings  # noqa: E402
-from fmcib_ssl.training.requeue import requeue  # noqa: E402
+from fmcib_ssl.io import no_world_write  # noqa: E402
+from fmcib_ssl.training.cluster import check_machine, requeue  # noqa: E402
+from fmcib_ssl.training.config import (  # noqa: E402
+    CONFIG_NAME,
+    check_command_line,
+    fit_experiment,
+    read_settings,
+)
+from fmcib_ssl.training.settings import ConfigError, Settings  # noqa: E402
 
 CONFIG_DIR = Path(__file__).resolve().parent / "configs"
 
@@ -58,11 +61,13 @@ def stop_before_training(stopped: signals.Stopped, settings: Settings) -> int:
 
 def run(settings: Settings) -> float:
     """Do what is asked for; mistakes of the user end the process with a message."""
-    from fmcib_ssl.run import USER_ERRORS, train  # noqa: PLC0415  (imports torch: all that can be is checked before)
+    from fmcib_ssl.run import (  # noqa: PLC0415  (imports torch: all that can be is checked before)
+        USER_ERRORS,
+        finetune,
+        pretrain,
+    )
 
-    if settings.finetune is not None:
-        from fmcib_ssl.finetune_run import finetune as train  # noqa: PLC0415
-
+    train = pretrain if settings.finetune is None else finetune
     signals.listen()
     try:
         return train(settings)

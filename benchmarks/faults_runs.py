@@ -41,7 +41,13 @@ TWO_RANKS = ["data.batch_size=1", "head.batch_norm=false", "hardware.devices=2"]
 # Signals, files and sockets are real; some starts are genuine, `python train.py`, all the same.
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
-    ["fmcib_ssl.run", "fmcib_ssl.config", "fmcib_ssl.augment", "fmcib_ssl.data.volumes", "fmcib_ssl.data.prepare"]
+    [
+        "fmcib_ssl.run",
+        "fmcib_ssl.training.config",
+        "fmcib_ssl.augment",
+        "fmcib_ssl.data.volumes",
+        "fmcib_ssl.data.prepare",
+    ]
 )
 
 

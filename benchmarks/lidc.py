@@ -36,13 +36,12 @@ from pydantic import Field
 from tqdm import tqdm
 
 import fmcib_ssl
-from fmcib_ssl.command import Command, parse_command
 from fmcib_ssl.evaluation.baselines import NUM_COMPONENTS, compact
 from fmcib_ssl.evaluation.folds import Part, without_shared
 from fmcib_ssl.evaluation.frozen_probes import Inputs
 from fmcib_ssl.evaluation.leakage import check_duplicates, check_patch_borders, check_patients
 from fmcib_ssl.evaluation.scoring import PartScores
-from fmcib_ssl.io import atomic_write
+from fmcib_ssl.io import Command, atomic_write, parse_command
 
 Array = npt.NDArray[Any]
 

@@ -12,7 +12,7 @@ import matplotlib as mpl
 from matplotlib import pyplot as plt
 from pydantic import Field
 
-from fmcib_ssl.command import Command, parse_command
+from fmcib_ssl.io import Command, parse_command
 
 REPO = Path(__file__).resolve().parents[1]
 TASKS = ("texture", "margin", "malignancy")

@@ -20,11 +20,11 @@ from hydra import compose, initialize_config_dir
 from lidc_data import PREPROCESSING, TrainingPatches
 from torch import Tensor, nn
 
-from fmcib_ssl.components import build, build_module, build_views
-from fmcib_ssl.config import read_settings
 from fmcib_ssl.data.datamodule import LesionDataModule
 from fmcib_ssl.evaluation.embedding_inference import encode
-from fmcib_ssl.settings import Settings
+from fmcib_ssl.training.build import build, build_module, build_views
+from fmcib_ssl.training.config import read_settings
+from fmcib_ssl.training.settings import Settings
 
 Array = npt.NDArray[Any]
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 
-from fmcib_ssl.config import CONFIG_NAME, read_settings
-from fmcib_ssl.run import train
+from fmcib_ssl.run import pretrain
+from fmcib_ssl.training.config import CONFIG_NAME, read_settings
 from fmcib_ssl.training.learning_signals import LearningSignals
 from fmcib_ssl.training.online_probe import OnlineProbe
 
@@ -43,7 +43,7 @@ def main(overrides: list[str]) -> None:
     with tempfile.TemporaryDirectory() as run:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
             config = compose(CONFIG_NAME, [*overrides, f"paths.run={run}", "callbacks.progress.refresh_rate=0"])
-        train(read_settings(config))
+        pretrain(read_settings(config))
     whole = moments["end"] - moments["start"]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{whole:.1f} s of training, {calls['LearningSignals.on_train_batch_end']} steps, {device}")

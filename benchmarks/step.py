@@ -33,14 +33,14 @@ from large_batches import peak_mib
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from fmcib_ssl.command import Command, parse_command
-from fmcib_ssl.components import accelerate, build_module, build_views
-from fmcib_ssl.config import CONFIG_NAME, read_settings
 from fmcib_ssl.data.datamodule import LesionDataModule
+from fmcib_ssl.io import Command, parse_command
 from fmcib_ssl.methods import MinedContrast
 from fmcib_ssl.models.acceleration import resolve_precision
-from fmcib_ssl.settings import Settings
+from fmcib_ssl.training.build import accelerate, build_module, build_views
+from fmcib_ssl.training.config import CONFIG_NAME, read_settings
 from fmcib_ssl.training.flops import flops_of_lesion, peak_flops
+from fmcib_ssl.training.settings import Settings
 from fmcib_ssl.types import BatchViewTransform, PatchPair, Preprocessing, SampleKey
 
 REPO = Path(__file__).resolve().parents[1]

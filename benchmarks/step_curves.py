@@ -24,9 +24,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from pydantic import Field, PositiveInt
 
-from fmcib_ssl.command import Command, parse_command
-from fmcib_ssl.config import CONFIG_NAME, read_settings
-from fmcib_ssl.run import train
+from fmcib_ssl.io import Command, parse_command
+from fmcib_ssl.run import pretrain
+from fmcib_ssl.training.config import CONFIG_NAME, read_settings
 
 REPO = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "step_curves.json"
@@ -81,7 +81,7 @@ def losses(command: StepCurves, kind: str, seed: int) -> npt.NDArray[np.float64]
     ]
     with initialize_config_dir(version_base="1.3", config_dir=str(REPO / "configs")):
         settings = read_settings(compose(CONFIG_NAME, overrides))
-    train(settings)
+    pretrain(settings)
     table = pd.read_csv(run / "metrics.csv")
     steps = table["train/loss"].to_numpy()
     return steps.reshape(command.epochs, -1).mean(axis=1)

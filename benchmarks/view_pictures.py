@@ -21,10 +21,10 @@ from PIL import Image
 from pydantic import Field, PositiveInt
 from views import RECIPES, REPO, shipped
 
-from fmcib_ssl.command import Command, parse_command
 from fmcib_ssl.data.annotations import check_annotations, read_annotations
 from fmcib_ssl.data.phantom import make_archive
 from fmcib_ssl.data.volumes import VolumePatches
+from fmcib_ssl.io import Command, parse_command
 from fmcib_ssl.types import Preprocessing
 
 SIZE, NUM_VIEWS = 40, 8

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from fmcib_ssl import augment
 from fmcib_ssl.augment import BatchedViews, MonaiViews, PublishedViews, RandomGeometry, RandResizedCrop
-from fmcib_ssl.command import Command, parse_command
+from fmcib_ssl.io import Command, parse_command
 
 REPO = Path(__file__).resolve().parents[1]
 SIZES = (50, 32)

@@ -1,28 +1,49 @@
-"""Files that are written whole or not at all, locks between processes, digests of values and files, cores."""
+"""Files written whole or not at all, locks, YAML from elsewhere, digests, redaction, commands `key=value`."""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, BinaryIO, ClassVar
+from typing import IO, Any, BinaryIO, ClassVar, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 logger = logging.getLogger(__name__)
 
 #: A claim is renewed so often, and taken over when it was not for so long.
 BEAT_S, SILENCE_S = 10.0, 60.0
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+#: Of a YAML file from elsewhere: aliases make a thousand million values of a few lines.
+_MOST_BYTES, _MOST_VALUES, _MOST_DEPTH = 1_000_000, 100_000, 64
+
+_SECRET = r"(?:api_?-?key|access_?-?key|private_?-?key|token|passw(?:or)?d|\bpwd|secret|credential|signature|env_set)"
+_SECRET_NAME = re.compile(_SECRET.replace(r"\b", ""), re.IGNORECASE)
+#: `key=value` and `key: value` in a text; a value with blanks is quoted.
+_SECRET_VALUE = re.compile(rf"(?i)([\w.+~-]*{_SECRET}[\w.-]*(?:=|:\s+))(?:\"[^\"]*\"|'[^']*'|[^\s&,}}\]]+)")
+#: One word of a command line, whose value ends with the word.
+_SECRET_WORD = re.compile(rf"(?i)^(-*[\w.+~@/-]*{_SECRET}[\w.-]*=)[^{{\[].*", re.DOTALL)
+_SECRET_OPTION = re.compile(rf"(?i)--?[\w.-]*{_SECRET}[\w.-]*")
+_URL_LOGIN = re.compile(r"(\w[\w+.-]*://)[^/\s@]+@")
+HIDDEN = "***"
+#: Whether a page names scans and patients, or has the first digits of a digest of each name in its place.
+Identifiers = Literal["show", "hash"]
+#: Settings of `data` that may name patients, or are paths, also where they are relative.
+_NAMES_LESIONS = ("store", "annotations", "path_prefix", "select")
 
 
 @contextmanager
@@ -63,6 +84,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """
     with atomic_write(path) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def write_json(values: Mapping[str, Any], path: Path) -> None:
+    """Write plain values where a person can read them."""
+    write_atomically(path, json.dumps(values, indent=2, default=str) + "\n")
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -251,3 +277,166 @@ def _read_claim(file: Path) -> tuple[str, int]:
 
 def _this_process() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def read_yaml(path: Path) -> Any:
+    """Plain values of a YAML file that may come from elsewhere: no objects, and no more than a configuration needs.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it cannot be read, is no YAML, is too large, too deep, or becomes too large by its aliases.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(_MOST_BYTES + 1)
+        if len(text) > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES / 1e6:g} MB, which no configuration needs")
+        loader = yaml.SafeLoader(text.decode("utf-8"))
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _num_values(node, {}) > _MOST_VALUES:
+            raise ValueError(f"its aliases make more than {_MOST_VALUES} values of it")
+        return loader.construct_document(node)
+    except FileNotFoundError:
+        raise
+    except RecursionError as error:
+        raise ValueError(f"{path} cannot be read: it is nested too deeply") from error
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def _num_values(node: yaml.Node, known: dict[int, int], depth: int = 0) -> int:
+    """Values that a node stands for once its aliases are written out, each node looked at once."""
+    if depth > _MOST_DEPTH:
+        raise RecursionError
+    if id(node) not in known:
+        known[id(node)] = _MOST_VALUES + 1  # what it is while it is being looked at: it holds itself
+        children: Iterator[yaml.Node] = iter(())
+        if isinstance(node, yaml.MappingNode):
+            children = (part for pair in node.value for part in pair)
+        elif isinstance(node, yaml.SequenceNode):
+            children = iter(node.value)
+        known[id(node)] = 1 + sum(_num_values(child, known, depth + 1) for child in children)
+    return known[id(node)]
+
+
+def redacted(values: Any) -> Any:
+    """Plain values, with what looks like a secret hidden: by its key, after `key=` in a text, or the login of a URL."""
+    if isinstance(values, Mapping):
+        return {
+            key: _hidden(value) if _SECRET_NAME.search(str(key)) else redacted(value) for key, value in values.items()
+        }
+    if isinstance(values, list | tuple):
+        options = [isinstance(value, str) and bool(_SECRET_OPTION.fullmatch(value)) for value in values]
+        return type(values)(
+            HIDDEN if follows and isinstance(value, str) else redacted(value)
+            for value, follows in zip(values, [False, *options], strict=False)
+        )
+    if isinstance(values, str):
+        text = _SECRET_VALUE.sub(rf"\g<1>{HIDDEN}", _SECRET_WORD.sub(rf"\g<1>{HIDDEN}", values))
+        return _URL_LOGIN.sub(rf"\g<1>{HIDDEN}@", text)
+    return values
+
+
+def _hidden(value: Any) -> Any:
+    """A secret's value; what is nested in it is hidden too, and a count or a switch is no secret."""
+    if isinstance(value, Mapping):
+        return {key: _hidden(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_hidden(part) for part in value)
+    return HIDDEN if isinstance(value, str) and value else value
+
+
+def identifier(name: object, identifiers: Identifiers) -> str:
+    """A name of a scan or patient as it is, or for `hash` the first 8 hexadecimal digits of its SHA-256.
+
+    One name has the same digits on every page, so that pages can be compared. This is no anonymisation against someone
+    who has the names, or can guess them: they need only be hashed in turn.
+    """
+    return str(name) if identifiers == "show" else hashlib.sha256(str(name).encode()).hexdigest()[:8]
+
+
+def without_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run, with absolute paths hidden, and what of `data` may name scans and patients."""
+    plain: dict[str, Any] = _without_places(values)
+    if isinstance(data := plain.get("data"), dict):
+        plain["data"] = {key: HIDDEN if key in _NAMES_LESIONS and value else value for key, value in data.items()}
+    return plain
+
+
+def _without_places(values: Any) -> Any:
+    if isinstance(values, Mapping):
+        return {key: _without_places(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_without_places(value) for value in values]
+    return HIDDEN if isinstance(values, str) and Path(values).is_absolute() else values
+
+
+def no_world_write() -> None:
+    """From here on this process, and those it starts, make no file that everybody may write, whatever the umask."""
+    umask = os.umask(0o077)
+    os.umask(umask | 0o002)
+
+
+class Command(BaseModel):
+    """What a command takes: a field for each key, with its type, default and `Field(description=...)`.
+
+    The docstring of a subclass is the beginning of its help.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+CommandT = TypeVar("CommandT", bound=Command)
+
+
+def parse_command(command: type[CommandT], arguments: Sequence[str]) -> CommandT:
+    """The settings that a command line gives; for `--help` the help, and the end of the program.
+
+    A value is taken as text and turned into the type of its field; `null` is None.
+
+    Args:
+        command: the class that says what is allowed.
+        arguments: the command line, without the program.
+
+    Raises:
+        SystemExit: with 0 after the help; with 2, and a message on stderr, for an unknown key or a wrong value.
+    """
+    no_world_write()
+    logging.getLogger("numexpr").setLevel(logging.WARNING)  # on import it says how many threads it takes
+    if any(argument in ("-h", "--help", "help") for argument in arguments):
+        print(_help(command))
+        raise SystemExit(0)
+    values: dict[str, str | None] = {}
+    problems = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            problems.append(f"{argument!r} is not of the form key=value")
+        elif key not in command.model_fields:
+            close = difflib.get_close_matches(key, command.model_fields, 1)
+            problems.append(f"there is no {key!r}" + (f": do you mean {close[0]!r}?" if close else ""))
+        elif key in values:
+            problems.append(f"{key!r} is given twice")
+        else:
+            values[key] = None if value == "null" else value
+    if not problems:
+        try:
+            return command.model_validate(values)
+        except ValidationError as error:
+            for found in error.errors():
+                key = ".".join(map(str, found["loc"]))
+                what = "is missing" if found["type"] == "missing" else f"is {found['input']!r}: {found['msg']}"
+                problems.append(f"{key} {what}" if key else found["msg"])
+    print("\n".join([*problems, "--help shows what can be set"]), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _help(command: type[Command]) -> str:
+    lines = [(command.__doc__ or "").strip(), ""]
+    width = max(map(len, command.model_fields))
+    for key, field in command.model_fields.items():
+        default = "" if field.is_required() else f" [{'null' if field.default is None else field.default}]"
+        lines.append(f"  {key:<{width}}  {field.description or ''}{default}")
+    return "\n".join(lines)

@@ -14,7 +14,7 @@ import pandas as pd
 
 from fmcib_ssl.data.tables import SelectionError, selected
 from fmcib_ssl.io import digest_of
-from fmcib_ssl.settings import ConfigError, Data, Settings
+from fmcib_ssl.training.settings import ConfigError, Data, Settings
 from fmcib_ssl.types import Preprocessing
 
 if TYPE_CHECKING:

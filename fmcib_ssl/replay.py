@@ -17,11 +17,12 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from fmcib_ssl.components import build_module
-from fmcib_ssl.safety import check_targets, read_yaml
-from fmcib_ssl.settings import ConfigError, Settings, settings_of
+from fmcib_ssl.io import read_yaml
+from fmcib_ssl.models.trusted import check_targets
+from fmcib_ssl.training.build import build_module
 from fmcib_ssl.training.faults import bad_views, fault_folder, newest_fault, read_faults
 from fmcib_ssl.training.rng import set_random_state
+from fmcib_ssl.training.settings import ConfigError, Settings, settings_of
 from fmcib_ssl.types import Preprocessing
 
 #: Sections that a step is computed with.
@@ -71,7 +72,7 @@ def replay(
         step: which; None is the last that was kept.
         device: where to compute.
         trusted_modules: packages of the user's that `config.yaml` may name. The folder may come from elsewhere, so
-            it may else build only what `fmcib_ssl.safety` lists.
+            it may else build only what `fmcib_ssl.models.trusted` lists.
 
     Raises:
         ConfigError: a configuration that cannot be used.

@@ -1,6 +1,6 @@
-"""A training run from its settings: the one place where data, model, method and trainer meet.
+"""Pretraining and fine-tuning from their settings: the one place where data, model, method and trainer meet.
 
-Read `train` from top to bottom; everything it calls takes plain values.
+Read `pretrain` and `finetune` from top to bottom; everything it calls takes plain values.
 """
 
 from __future__ import annotations
@@ -19,32 +19,51 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
+import pandas as pd
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+import fmcib_ssl
 from fmcib_ssl import signals
-from fmcib_ssl.auto_batch import fit_to_memory
-from fmcib_ssl.components import accelerate, blame, build, build_module, build_trainer, build_views
 from fmcib_ssl.data.datamodule import LesionDataModule
 from fmcib_ssl.data.workers import no_worker_left
+from fmcib_ssl.evaluation.feature_table import FeatureTableError
 from fmcib_ssl.evaluation.figures import ContactRow, contact_sheet, training_curves
-from fmcib_ssl.io import checksum_of
-from fmcib_ssl.lesion_source import open_lesions
+from fmcib_ssl.evaluation.labels import EvaluationError
+from fmcib_ssl.io import checksum_of, redacted, without_names, write_json
+from fmcib_ssl.lesion_source import LesionSource, open_lesions
 from fmcib_ssl.methods.pretraining import Pretraining
+from fmcib_ssl.models.acceleration import resolve_precision
 from fmcib_ssl.models.export import export_encoder
-from fmcib_ssl.preflight import check_disk
-from fmcib_ssl.safety import redacted, without_names
-from fmcib_ssl.settings import ConfigError, Settings
-from fmcib_ssl.summary import num_steps, summary
+from fmcib_ssl.training.batch_search import fit_to_memory
+from fmcib_ssl.training.build import (
+    accelerate,
+    blame,
+    build,
+    build_module,
+    build_trainer,
+    build_views,
+    learning_rate,
+    refuse_unused,
+)
 from fmcib_ssl.training.checkpoints import RunCheckpoints, WholeFileIO, find_checkpoint, restored_state, step_of
+from fmcib_ssl.training.cluster import check_disk
+from fmcib_ssl.training.finetuning import (
+    labelled_task,
+    results_of,
+    starting_encoder,
+    task_checksum,
+    task_summary,
+    train_part,
+)
 from fmcib_ssl.training.online_probe import OnlineProbe
-from fmcib_ssl.training.provenance import environment
-from fmcib_ssl.training.ranks import RanksAgree, facts_of_rank
+from fmcib_ssl.training.provenance import RanksAgree, environment, facts_of_rank
 from fmcib_ssl.training.run_folder import ANEW, RunFolder, RunFolderError, saved_settings
 from fmcib_ssl.training.same_run import check_same_run, unlike_the_last
+from fmcib_ssl.training.settings import Component, ConfigError, FineTune, Settings
 from fmcib_ssl.training.throughput import duration
 from fmcib_ssl.training.tracking import (
     MetricsFile,
@@ -60,9 +79,11 @@ logger = logging.getLogger(__name__)
 
 #: Errors whose message is for the user; a traceback would add nothing.
 USER_ERRORS = (UserError, torch.OutOfMemoryError)
+#: Sections that only pretraining uses.
+_UNUSED = ("method", "loss", "head", "logger", "callbacks", "contact_sheet_rows")
 
 
-def train(settings: Settings) -> float:
+def pretrain(settings: Settings) -> float:
     """Pretrain an encoder and leave everything worth keeping in the run folder; gives the last loss.
 
     Writes `run.json`, `config.yaml`, `environment.json`, `rejected.csv` (if rows were set aside), `contact_sheet.png`
@@ -80,12 +101,12 @@ def train(settings: Settings) -> float:
     _check_devices(settings)
     folder = RunFolder(settings.paths.run, main_process=main_process)
     try:
-        return _train(settings, folder, main_process)
+        return _pretrain(settings, folder, main_process)
     finally:
         folder.release()
 
 
-def _train(settings: Settings, folder: RunFolder, main_process: bool) -> float:
+def _pretrain(settings: Settings, folder: RunFolder, main_process: bool) -> float:
     _prepare_process(settings, main_process)
     checkpoint = _checkpoint_to_resume(settings, folder, main_process)
     if _is_finished(settings, folder):
@@ -395,3 +416,147 @@ def _outcome(settings: Settings, trainer: L.Trainer, loss: float, seconds: float
     given = [f"{key}={value}" for key, value in arguments.items() if value is not None]
     lines.append(f"next       {shlex.join(['python', 'scripts/embed.py', *given])}")
     return "\n".join(lines)
+
+
+def num_steps(settings: Settings, batches_per_epoch: int) -> tuple[int, int]:
+    """Optimizer steps in an epoch and in all; an epoch's last step may accumulate fewer batches than the others."""
+    trainer = settings.trainer
+    steps_per_epoch = -(-batches_per_epoch // trainer.accumulate_grad_batches)
+    limits = []
+    if trainer.max_epochs not in (None, -1):
+        limits.append(trainer.max_epochs * steps_per_epoch)
+    if trainer.max_steps != -1:
+        limits.append(trainer.max_steps)
+    return steps_per_epoch, min(limits)
+
+
+def summary(settings: Settings, source: LesionSource, batch_size: int, module: Pretraining, step: int) -> str:
+    """One line a part of the run.
+
+    Args:
+        settings: of the run.
+        source: its lesions.
+        batch_size: of one device.
+        module: what is trained.
+        step: optimizer steps that were done before.
+    """
+    hardware, trainer, data = settings.hardware, settings.trainer, settings.data
+    global_batch = batch_size * settings.world_size
+    steps_per_epoch, all_steps = num_steps(settings, len(source.patches) // global_batch)
+    parameters = sum(p.numel() for p in module.encoder.parameters()) / 1e6
+    accumulated = f", {trainer.accumulate_grad_batches} accumulated" if trainer.accumulate_grad_batches > 1 else ""
+    chunk_size = getattr(module, "chunk_size", None)
+    chunks = f", in chunks of {chunk_size}" if chunk_size and chunk_size < batch_size else ""
+    loss = ""
+    if (of_module := getattr(module, "loss", None)) is not None:
+        loss_arguments = ", ".join(f"{key} {value}" for key, value in settings.loss.items() if key != "_target_")
+        loss = f", {type(of_module).__name__}: {loss_arguments}"
+    schedule = _last_name(settings.schedule) if settings.schedule else "constant"
+    rate = learning_rate(settings, batch_size)
+    base_lr, reference_batch = settings.optimizer["base_lr"], settings.optimizer["reference_batch"]
+    times = f" x {trainer.accumulate_grad_batches}" if accumulated else ""
+    flops = module.flops_per_lesion
+    work = "not counted" if flops is None else f"{flops / 1e9:.3g} GFLOP a lesion, forward and back"
+    switches = ("channels_last", "trim", "compile", "gradient_checkpointing")
+    switched_on = [name for name in switches if getattr(hardware, name)]
+    rows = {
+        "run": f"{settings.name}, fmcib_ssl {fmcib_ssl.__version__}, in {settings.paths.run}",
+        "lesions": f"{len(source.patches)} in {source.num_scans} scans, from {source.origin}",
+        "negatives": f"{data.per_lesion} a lesion, {data.mining}" if data.per_lesion else "none mined",
+        "patch": f"{' x '.join(map(str, data.patch_size))} voxels (z, y, x) of {source.preprocessing.spacing_mm:g} mm",
+        "batch": f"{batch_size} lesions on each of {settings.world_size} {hardware.accelerator} devices"
+        f"{chunks}{accumulated}",
+        "steps": f"{all_steps} in all, {steps_per_epoch} an epoch" + (f"; {step} are done" if step else ""),
+        "encoder": f"{_last_name(settings.encoder)}, {parameters:.2f} M weights, "
+        f"{module.metadata['feature_dim']} features",
+        "work": work,
+        "step": ", ".join([resolve_precision(hardware.precision, hardware.accelerator), *switched_on]),
+        "method": f"{type(module).__name__}{loss}",
+        "rate": f"{rate:.3g} at its highest = {base_lr:g} x {global_batch}{times} / {reference_batch}, "
+        f"{_last_name(settings.optimizer)}, {schedule}",
+    }
+    return "\n".join(f"{name:<9}  {text}" for name, text in rows.items())
+
+
+def _last_name(component: Component) -> str:
+    name: str = component["_target_"].rsplit(".", 1)[-1]
+    return name
+
+
+def finetune(settings: Settings) -> float:
+    """Train on labels, test on other patients; gives the first metric, for sweepers.
+
+    Writes `config.yaml`, `environment.json`, `results.json` (every metric with an interval over patients) and
+    `predictions.parquet` (validation and test lesions), and for every fold a folder with `metrics.csv`,
+    `checkpoints/best.ckpt`, `encoder.safetensors` and its own `predictions.parquet`.
+
+    Raises:
+        ConfigError: settings that contradict each other, the data, the weights or the machine.
+        RunFolderError: a folder that holds another run, or that another process uses.
+    """
+    assert settings.finetune is not None
+    if settings.finetune.label is None:
+        raise ConfigError("finetune.label has no value: name the column to be learned, finetune.label=COLUMN")
+    if settings.world_size > 1:
+        raise ConfigError("fine-tuning runs on one device: set hardware.devices=1 and hardware.num_nodes=1")
+    unused = [*_UNUSED, "encoder"] if settings.finetune.weights is not None else _UNUSED
+    refuse_unused(unused, "fine-tuning", "finetune", settings.finetune.model_dump())
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.* is deprecated")  # Lightning's to mend
+    warnings.filterwarnings("ignore", message="Found .* module.* in eval mode")  # what is frozen
+    warnings.filterwarnings(
+        "ignore", message="Experiment logs directory .* exists and is not empty"
+    )  # a stopped fold's
+    if settings.hardware.num_threads is not None:
+        torch.set_num_threads(settings.hardware.num_threads)
+    folder = RunFolder(settings.paths.run)
+    try:
+        return _finetune(settings, settings.finetune, folder)
+    except (EvaluationError, FeatureTableError) as error:
+        raise ConfigError(str(error)) from error
+    finally:
+        folder.release()
+
+
+def _finetune(settings: Settings, asked: FineTune, folder: RunFolder) -> float:
+    run, shown, num_done = folder.path, redacted(settings.model_dump(mode="json")), folder.num_saved()
+    if (before := saved_settings(run)) is not None:
+        for change in check_same_run(before, shown, run):
+            logger.info("with another %s", change)
+    elif difference := unlike_the_last(run, shown):
+        logger.warning("%s", difference)
+    encoder, spec = starting_encoder(settings, asked)
+    task = labelled_task(settings, asked, getattr(encoder, "preprocessing", None))
+    checksum = task_checksum(asked, task)
+    if num_done:
+        folder.check_lesions([checksum])
+        what = (
+            "resuming %s: %d of %d parts are done" if num_done < len(task.parts) else "%s is finished: %d of %d parts"
+        )
+        logger.info(f"{what}; run=new starts afresh", run, num_done, len(task.parts))
+    logger.info("%s", task_summary(settings, asked, task, spec))
+    if num_done < len(task.parts):
+        facts, job = environment(), os.environ.get("SLURM_JOB_ID")
+        folder.note(data_checksum=checksum)
+        folder.begin(shown, facts, step=num_done, commit=facts["git"]["commit"], job=job)
+    tables = []
+    for part in task.parts:
+        place = run / (f"fold_{part.name}" if asked.split is None else part.name)
+        done = place / "predictions.parquet"
+        if done.is_file():
+            logger.info("%s is finished", place)
+        else:
+            with no_worker_left():
+                train_part(settings, asked, task, part, place)
+        tables.append(pd.read_parquet(done))
+    predictions = pd.concat(tables, ignore_index=True)
+    predictions.to_parquet(run / "predictions.parquet", index=False)
+    rows = results_of(task, predictions, settings.seed, asked.num_bootstrap)
+    about = {"label": task.labels.name, "kind": task.labels.kind, "classes": list(task.labels.classes)}
+    write_json({"rows": rows, **about, "train": asked.train, "weights": asked.weights}, run / "results.json")
+    lines = [f"{row['metric']:<20} {row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})" for row in rows]
+    logger.info("%s on held-out patients\n%s\nin %s", task.labels.name, "\n".join(lines), run / "results.json")
+    if folder.finished is None:
+        folder.finish(step=len(task.parts))
+    return float(rows[0]["value"])

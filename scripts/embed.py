@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from fmcib_ssl.command import Command, parse_command
+from fmcib_ssl.io import Command, parse_command
 
 if TYPE_CHECKING:
     from fmcib_ssl.evaluation.embedding_encoders import FrozenEncoder

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from fmcib_ssl.command import Command, parse_command
+from fmcib_ssl.io import Command, parse_command
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat
 
-from fmcib_ssl.command import Command, parse_command
+from fmcib_ssl.io import Command, parse_command
 
 
 class ImportAnnotations(Command):

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
-from fmcib_ssl.command import Command, parse_command
-from fmcib_ssl.safety import Identifiers, identifier
+from fmcib_ssl.io import Command, Identifiers, identifier, parse_command
 
 if TYPE_CHECKING:
     from fmcib_ssl.data.prepare import Summary

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import Field, NonNegativeInt
 
-from fmcib_ssl.command import Command, parse_command
+from fmcib_ssl.io import Command, parse_command
 
 
 class Replay(Command):
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
     command = parse_command(Replay, arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     from fmcib_ssl.replay import replay  # noqa: PLC0415  # the help is quick
-    from fmcib_ssl.settings import ConfigError  # noqa: PLC0415
+    from fmcib_ssl.training.settings import ConfigError  # noqa: PLC0415
 
     trusted = [name.strip() for name in (command.trusted_modules or "").strip("[]").split(",") if name.strip()]
     try:

@@ -12,8 +12,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from fmcib_ssl.command import Command, parse_command
-from fmcib_ssl.safety import Identifiers
+from fmcib_ssl.io import Command, Identifiers, parse_command
 
 
 class Report(Command):

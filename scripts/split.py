@@ -10,8 +10,7 @@ from pathlib import Path
 
 from pydantic import Field, NonNegativeInt, model_validator
 
-from fmcib_ssl.command import Command, parse_command
-from fmcib_ssl.io import write_atomically
+from fmcib_ssl.io import Command, parse_command, write_atomically
 
 
 class Split(Command):

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from pydantic import Field, PositiveInt
 
-from fmcib_ssl.command import Command, parse_command
+from fmcib_ssl.io import Command, parse_command
 
 REPO = Path(__file__).resolve().parents[1]
 

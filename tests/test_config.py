@@ -16,9 +16,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from fmcib_ssl import composition
-from fmcib_ssl.config import check_command_line, read_settings
-from fmcib_ssl.settings import ConfigError
+from fmcib_ssl.training import config as composition
+from fmcib_ssl.training.config import check_command_line, read_settings
+from fmcib_ssl.training.settings import ConfigError
 
 REPO = Path(__file__).resolve().parents[1]
 CONFIGS = REPO / "configs"
@@ -284,8 +284,8 @@ def run_python(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
 def test_the_check_needs_no_torch(tmp_path: Path, arguments: list[str]) -> None:
     code = (
         "import sys; from pathlib import Path\n"
-        "from fmcib_ssl.config import check_command_line\n"
-        "from fmcib_ssl.settings import ConfigError\n"
+        "from fmcib_ssl.training.config import check_command_line\n"
+        "from fmcib_ssl.training.settings import ConfigError\n"
         f"try: check_command_line({arguments}, Path({str(CONFIGS)!r}))\n"
         "except ConfigError: print('refused')\n"
         "print(sorted({'torch', 'lightning', 'monai', 'pandas', 'SimpleITK'} & set(sys.modules)))\n"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fmcib_ssl.config import check_command_line
-from fmcib_ssl.settings import ConfigError
+from fmcib_ssl.training.config import check_command_line
+from fmcib_ssl.training.settings import ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RUN = ["+experiment=ct_infonce", "data.annotations=my.csv"]

@@ -15,9 +15,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from fmcib_ssl.config import read_settings
-from fmcib_ssl.job import run_key
-from fmcib_ssl.settings import ConfigError, Settings
+from fmcib_ssl.training.config import read_settings
+from fmcib_ssl.training.same_run import run_key
+from fmcib_ssl.training.settings import ConfigError, Settings
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SLURM = {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "pretrain"}
@@ -146,7 +146,8 @@ def test_a_folder_that_was_named_by_its_job_is_found(settings: Settings, tmp_pat
 def test_processes_of_one_torchrun_agree(settings: Settings, tmp_path: Path) -> None:
     """Two children, a second apart, of one parent."""
     child = (
-        "from pathlib import Path; from fmcib_ssl.job import run_key; from fmcib_ssl.settings import settings_of; "
+        "from pathlib import Path; from fmcib_ssl.training.same_run import run_key; "
+        "from fmcib_ssl.training.settings import settings_of; "
         f"import json; settings = settings_of(json.loads({settings.model_dump_json()!r}) | {{'run': 'new'}}); "
         f"print(run_key(settings, Path({str(tmp_path)!r}), environ={TORCHRUN!r}))"
     )

@@ -18,9 +18,9 @@ from mutations import changed, damaged, harmful_pickles
 
 from fmcib_ssl.data.patches import LesionPatches
 from fmcib_ssl.data.store import SCANS_FOLDER, Store, StoreError
-from fmcib_ssl.settings import ConfigError, settings_of
 from fmcib_ssl.training.faults import read_faults, write_fault
 from fmcib_ssl.training.run_folder import RunFolder, RunFolderError
+from fmcib_ssl.training.settings import ConfigError, settings_of
 
 sys.path.insert(0, str(Path(__file__).parent / "data"))
 sys.path.insert(0, str(Path(__file__).parent / "integration"))

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from fmcib_ssl import preflight
-from fmcib_ssl.config import read_settings
-from fmcib_ssl.preflight import check_disk, check_machine, first_host
-from fmcib_ssl.settings import ConfigError, Settings
+from fmcib_ssl.training import cluster as preflight
+from fmcib_ssl.training.cluster import check_disk, check_machine, first_host
+from fmcib_ssl.training.config import read_settings
+from fmcib_ssl.training.settings import ConfigError, Settings
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -122,5 +122,5 @@ def test_the_first_host_of_a_list(nodes: str, first: str) -> None:
 
 
 def test_nothing_heavy_is_imported() -> None:
-    code = "import sys, fmcib_ssl.preflight; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
+    code = "import sys, fmcib_ssl.training.cluster; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -14,15 +14,8 @@ from typing import Any
 
 import pytest
 
-from fmcib_ssl.safety import (
-    HIDDEN,
-    UntrustedTargetError,
-    check_targets,
-    is_trusted,
-    no_world_write,
-    read_yaml,
-    redacted,
-)
+from fmcib_ssl.io import HIDDEN, no_world_write, read_yaml, redacted
+from fmcib_ssl.models.trusted import UntrustedTargetError, check_targets, is_trusted
 
 REPO = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*REPO.glob("fmcib_ssl/**/*.py"), *REPO.glob("scripts/**/*.py"), REPO / "train.py"])
@@ -135,7 +128,7 @@ UNTRUSTED = [
     "monai.networks.nets.resnet.importlib.import_module",
     "fmcib_ssl.models.load_encoder",  # would build what its trusted_targets say
     "fmcib_ssl.models.export.load_encoder",
-    "fmcib_ssl.components.build",
+    "fmcib_ssl.training.build.build",
     "fmcib_ssl.training.provenance.subprocess.run",
     "hydra.utils.instantiate",
     "pickle.loads",
@@ -172,7 +165,7 @@ def test_every_shipped_option_is_a_part_of_a_run() -> None:
 def test_a_package_that_is_not_trusted_is_not_even_imported(tmp_path: Path) -> None:
     (tmp_path / "harmful.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\nclass Net: pass\n")
     code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom fmcib_ssl.safety import check_targets\n"
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom fmcib_ssl.models.trusted import check_targets\n"
         "try: check_targets({'_target_': 'harmful.Net'}, 'f')\nexcept ValueError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -51,10 +51,10 @@ signals.listen(starting=True)
 sys.path += ["tests/integration"]
 from tiny_runs import tiny_settings
 from fmcib_ssl.data.phantom import make_archive
-from fmcib_ssl.run import train
+from fmcib_ssl.run import pretrain
 make_archive(FOLDER / "ct", 4, seed=0, progress=False)
 signals.listen()
-train(tiny_settings(FOLDER / "ct/annotations.csv", FOLDER / "run", "+experiment=ct_ntxent_mined", "encoder=small",
+pretrain(tiny_settings(FOLDER / "ct/annotations.csv", FOLDER / "run", "+experiment=ct_ntxent_mined", "encoder=small",
                     "trainer.max_steps=2"))
 """
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from fmcib_ssl.evaluation.figures import INK, LUNG_WINDOW_HU, MUTED, mark_center, save_figure
 from fmcib_ssl.evaluation.report import Section
-from fmcib_ssl.safety import Identifiers, identifier
+from fmcib_ssl.io import Identifiers, identifier
 
 SOFT_TISSUE_WINDOW_HU = (-160.0, 240.0)
 _PANELS = (

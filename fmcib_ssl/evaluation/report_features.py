@@ -35,8 +35,8 @@ from fmcib_ssl.evaluation.lesion_sheet import SOFT_TISSUE_WINDOW_HU
 from fmcib_ssl.evaluation.report import PointMap, ReportFigure, Section
 from fmcib_ssl.evaluation.retrieval import agreement, nearest_lesions, retrieval_sheet, spread_queries
 from fmcib_ssl.evaluation.saliency import LinearReadout, SalientLesion, has_captum, occlusion, saliency_sheet
+from fmcib_ssl.io import Identifiers, identifier
 from fmcib_ssl.models.export import EncoderFileError, load_encoder
-from fmcib_ssl.safety import Identifiers, identifier
 from fmcib_ssl.types import Preprocessing, ScanError
 
 Array = npt.NDArray[Any]

@@ -21,7 +21,7 @@ from fmcib_ssl.evaluation.probe_figures import (
     survival_curves,
 )
 from fmcib_ssl.evaluation.report import ReportFigure, Section, is_own_file
-from fmcib_ssl.safety import Identifiers
+from fmcib_ssl.io import Identifiers
 
 #: What `scripts/evaluate.py` and a fine-tuning leave in their folders.
 RESULTS_FILE, PREDICTIONS_FILE = "results.json", "predictions.parquet"

@@ -11,7 +11,7 @@ import pandas as pd
 
 from fmcib_ssl.evaluation.figures import read_metrics, training_curves
 from fmcib_ssl.evaluation.report import ReportFigure, Section, is_own_file
-from fmcib_ssl.safety import Identifiers, read_yaml, without_names
+from fmcib_ssl.io import Identifiers, read_yaml, without_names
 
 #: What `fmcib_ssl.training.learning_signals` logs, and what is to be said of it.
 SIGNALS = {

@@ -26,7 +26,7 @@ import fmcib_ssl
 from fmcib_ssl.io import write_atomically
 from fmcib_ssl.models import encoders
 from fmcib_ssl.models.concentric import ConcentricResNet
-from fmcib_ssl.safety import is_trusted, trusted_callable
+from fmcib_ssl.models.trusted import is_trusted, trusted_callable
 from fmcib_ssl.types import Padding, Preprocessing, UserError
 
 #: Key of the description, in a safetensors file's metadata and in a training checkpoint.

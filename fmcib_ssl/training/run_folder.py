@@ -19,8 +19,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fmcib_ssl.io import remove_leftovers, write_atomically
-from fmcib_ssl.safety import read_yaml
+from fmcib_ssl.io import read_yaml, remove_leftovers, write_atomically
 from fmcib_ssl.training.run_lock import CLAIM_FILE, LOCK_FILE, Held, RunLock
 from fmcib_ssl.types import UserError
 

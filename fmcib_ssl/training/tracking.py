@@ -24,8 +24,7 @@ from lightning.pytorch.loggers.logger import DummyExperiment, Logger  # type: ig
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
-from fmcib_ssl.io import write_atomically
-from fmcib_ssl.safety import HIDDEN
+from fmcib_ssl.io import HIDDEN, write_atomically
 from fmcib_ssl.training.run_folder import RunFolderError
 
 logger = logging.getLogger(__name__)

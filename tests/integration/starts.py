@@ -21,7 +21,9 @@ from tiny_runs import REPO, assert_equal_weights, checkpoint_of, metrics_of
 TIMED = re.compile("perf/.*")
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["fmcib_ssl.run", "fmcib_ssl.config", "fmcib_ssl.augment", "fmcib_ssl.data.volumes"])
+_SERVER.set_forkserver_preload(
+    ["fmcib_ssl.run", "fmcib_ssl.training.config", "fmcib_ssl.augment", "fmcib_ssl.data.volumes"]
+)
 
 OPTIONS = [
     "+experiment=ct_infonce",

@@ -15,7 +15,7 @@ from starts import assert_same_runs
 from tiny_runs import REPO, assert_equal_weights, checkpoint_of, metrics_of, tiny_settings
 
 import fmcib_ssl
-from fmcib_ssl.run import train
+from fmcib_ssl.run import pretrain
 
 OPTIONS = ["+experiment=ct_infonce", "encoder=small", "schedule=constant", "schedule.warmup=0", "optimizer.base_lr=0.1"]
 SWITCHES = [f"hardware.{name}=true" for name in ("channels_last", "trim", "gradient_checkpointing")]
@@ -23,7 +23,7 @@ PLAIN = ["hardware.precision=32-true", "hardware.trim=false"]
 
 
 def run_for(epochs: int, table: Path, run: Path, *overrides: str) -> Path:
-    train(tiny_settings(table, run, *OPTIONS, f"trainer.max_epochs={epochs}", *overrides))
+    pretrain(tiny_settings(table, run, *OPTIONS, f"trainer.max_epochs={epochs}", *overrides))
     return run
 
 

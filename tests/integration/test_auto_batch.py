@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from tiny_runs import WATCH, Watch, assert_equal_weights, checkpoint_of, metrics_of, tiny_settings
 
-from fmcib_ssl import auto_batch
-from fmcib_ssl.run import train
-from fmcib_ssl.settings import ConfigError
+from fmcib_ssl.run import pretrain
+from fmcib_ssl.training import batch_search as auto_batch
 from fmcib_ssl.training.batch_search import SmallestOfAll
+from fmcib_ssl.training.settings import ConfigError
 
 SMALL = ["encoder=small", "hardware.precision=32-true", "trainer.max_epochs=-1"]
 AUTO = [*SMALL, "hardware.auto_batch=true", "data.batch_size=auto"]
@@ -56,9 +56,9 @@ def found_in(run: Path) -> dict[str, int]:
 def test_the_run_is_that_of_its_batch(method: str, phantom_table: Path, tmp_path: Path, room: RoomFor) -> None:
     looked, told = tmp_path / "looked", tmp_path / "told"
     options = [*SMALL, f"method={method}", "trainer.max_steps=2", WATCH]
-    train(tiny_settings(phantom_table, looked, *options, *AUTO))
+    pretrain(tiny_settings(phantom_table, looked, *options, *AUTO))
     first = Watch.latest.first_weights
-    train(tiny_settings(phantom_table, told, *options, "data.batch_size=3"))
+    pretrain(tiny_settings(phantom_table, told, *options, "data.batch_size=3"))
     assert room.tried == [2, 4, 3] and found_in(looked) == {"batch_size": 3}
     assert_equal_weights(first, Watch.latest.first_weights)
     one, other = checkpoint_of(looked), checkpoint_of(told)
@@ -71,11 +71,11 @@ def test_the_run_is_that_of_its_batch(method: str, phantom_table: Path, tmp_path
 
 def test_a_later_start_keeps_the_batch(phantom_table: Path, tmp_path: Path, room: RoomFor) -> None:
     run = tmp_path / "run"
-    train(tiny_settings(phantom_table, run, *AUTO, "trainer.max_steps=1"))
+    pretrain(tiny_settings(phantom_table, run, *AUTO, "trainer.max_steps=1"))
     room.most, room.tried = 2, []  # another device, with less memory
-    train(tiny_settings(phantom_table, run, *AUTO, "trainer.max_steps=3"))
+    pretrain(tiny_settings(phantom_table, run, *AUTO, "trainer.max_steps=3"))
     assert not room.tried and found_in(run) == {"batch_size": 3}
-    train(tiny_settings(phantom_table, run, *AUTO, "trainer.max_steps=4", "hardware.auto_batch=false"))
+    pretrain(tiny_settings(phantom_table, run, *AUTO, "trainer.max_steps=4", "hardware.auto_batch=false"))
     assert found_in(run) == {"batch_size": 3}
     assert len(metrics_of(run)) == 4
 
@@ -83,8 +83,8 @@ def test_a_later_start_keeps_the_batch(phantom_table: Path, tmp_path: Path, room
 @pytest.mark.slow
 def test_what_was_trained_keeps_its_batch(phantom_table: Path, tmp_path: Path, room: RoomFor) -> None:
     options = [*SMALL, "data.batch_size=auto", "data.max_batch_size=2"]
-    train(tiny_settings(phantom_table, tmp_path, *options, "trainer.max_steps=1"))
-    train(tiny_settings(phantom_table, tmp_path, *options, "trainer.max_steps=2", "hardware.auto_batch=true"))
+    pretrain(tiny_settings(phantom_table, tmp_path, *options, "trainer.max_steps=1"))
+    pretrain(tiny_settings(phantom_table, tmp_path, *options, "trainer.max_steps=2", "hardware.auto_batch=true"))
     assert not room.tried and "auto_batch" not in json.loads((tmp_path / "run.json").read_text())
 
 
@@ -93,7 +93,7 @@ def test_the_largest_chunk(
 ) -> None:
     options = ["method.chunk_size=1", "data.batch_size=4", "hardware.auto_batch=true", *SMALL, WATCH]
     with caplog.at_level("INFO", "fmcib_ssl"):
-        train(tiny_settings(phantom_table, tmp_path, *options, "trainer.max_steps=1"))
+        pretrain(tiny_settings(phantom_table, tmp_path, *options, "trainer.max_steps=1"))
     assert room.tried == [2, 4, 3] and found_in(tmp_path) == {"chunk_size": 3}
     module: Any = Watch.latest.module
     assert module.chunk_size == 3
@@ -108,8 +108,8 @@ def test_another_device_has_less(
     monkeypatch.setattr(SmallestOfAll, "setup", lambda self, *_, **__: self._take(2))
     looked, told = tmp_path / "looked", tmp_path / "told"
     options = [*SMALL, "trainer.max_steps=2"]
-    train(tiny_settings(phantom_table, looked, *options, *AUTO))
-    train(tiny_settings(phantom_table, told, *options, "data.batch_size=2"))
+    pretrain(tiny_settings(phantom_table, looked, *options, *AUTO))
+    pretrain(tiny_settings(phantom_table, told, *options, "data.batch_size=2"))
     assert found_in(looked) == {"batch_size": 2}
     assert_equal_weights(checkpoint_of(looked)["state_dict"], checkpoint_of(told)["state_dict"])
 
@@ -117,13 +117,13 @@ def test_another_device_has_less(
 def test_no_room(phantom_table: Path, tmp_path: Path, room: RoomFor) -> None:
     room.most = 1
     with pytest.raises(ConfigError, match=r"not even batch_size=2 fits in 3\.0 GB: take a smaller encoder"):
-        train(tiny_settings(phantom_table, tmp_path, *AUTO, "trainer.max_steps=1"))
+        pretrain(tiny_settings(phantom_table, tmp_path, *AUTO, "trainer.max_steps=1"))
 
 
 @pytest.mark.slow
 def test_a_real_search_on_this_machine(phantom_table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "fmcib_ssl"):
-        train(tiny_settings(phantom_table, tmp_path, *AUTO, "data.max_batch_size=3", "trainer.max_steps=1"))
+        pretrain(tiny_settings(phantom_table, tmp_path, *AUTO, "data.max_batch_size=3", "trainer.max_steps=1"))
     assert found_in(tmp_path) == {"batch_size": 3}
     assert "no more are tried: data.max_batch_size=3" in caplog.text
 

@@ -25,7 +25,7 @@ from fmcib_ssl.data.prepare import prepare
 from fmcib_ssl.evaluation.feature_table import FeatureTable
 from fmcib_ssl.lesion_source import open_lesions
 from fmcib_ssl.models import export_encoder, small_resnet
-from fmcib_ssl.run import train
+from fmcib_ssl.run import pretrain
 from fmcib_ssl.types import Preprocessing
 
 SMALL = {"_target_": "fmcib_ssl.models.encoders.small_resnet"}
@@ -101,7 +101,9 @@ def test_a_run_its_checkpoint_and_its_export(
     embed: Embed, phantom_table: Path, store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Training, then embedding from both files; the names of the published command line."""
-    train(tiny_settings(phantom_table, tmp_path / "run", "encoder=small", "trainer.max_steps=1", "data.batch_size=2"))
+    pretrain(
+        tiny_settings(phantom_table, tmp_path / "run", "encoder=small", "trainer.max_steps=1", "data.batch_size=2")
+    )
     for name, file in (("export", "encoder.safetensors"), ("checkpoint", "checkpoints/last.ckpt")):
         result = embed(f"checkpoint=run/{file}", f"store={store}", f"output={name}.parquet")
         assert result.status == 0, result.status
@@ -145,7 +147,7 @@ def test_repeated_edges_go_from_the_training_to_the_features(
     source = open_lesions(settings, main_process=True)
     assert source.preprocessing.padding == source.patches.padding == "edge"
     with caplog.at_level(logging.INFO, "fmcib_ssl"):
-        train(settings)
+        pretrain(settings)
     assert "done       1 steps, loss " in caplog.text
     run = tmp_path / "run"
     next_command = f"python scripts/embed.py checkpoint={run} store={store} output={run / 'features.parquet'}"

@@ -16,8 +16,8 @@ from tiny_runs import CONFIGS, WATCH, Watch, metrics_of, tiny_settings
 
 import fmcib_ssl
 from fmcib_ssl.losses import InfoNCELoss
-from fmcib_ssl.run import train
-from fmcib_ssl.settings import Settings
+from fmcib_ssl.run import pretrain
+from fmcib_ssl.training.settings import Settings
 
 #: Fine-tuning is no pretraining: test_finetune.py.
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml") if path.stem != "finetune")
@@ -48,7 +48,7 @@ def test_two_steps(experiment: str, phantom_table: Path, tmp_path: Path) -> None
     if settings.encoder.get("widen_factor", 1) > 1:
         # The published trunk has 184 million weights. A quarter of the width has the same layers.
         settings = tiny_settings(phantom_table, run, *overrides, "encoder.widen_factor=0.25")
-    loss = train(settings)
+    loss = pretrain(settings)
 
     assert Settings.model_validate(yaml.safe_load((run / "config.yaml").read_text())) == settings
     environment = json.loads((run / "environment.json").read_text())
@@ -91,16 +91,17 @@ def test_two_steps(experiment: str, phantom_table: Path, tmp_path: Path) -> None
 
 def test_the_loss_chosen_on_the_command_line_is_the_one_trained(phantom_table: Path, tmp_path: Path) -> None:
     overrides = ["encoder=small", "loss=infonce", "loss.temperature=0.2", "loss.margin=0", "trainer.max_steps=1", WATCH]
-    infonce = train(tiny_settings(phantom_table, tmp_path / "infonce", "+experiment=ct_ntxent_mined", *overrides))
+    infonce = pretrain(tiny_settings(phantom_table, tmp_path / "infonce", "+experiment=ct_ntxent_mined", *overrides))
     loss: Any = Watch.latest.module.loss
     assert isinstance(loss, InfoNCELoss) and float(loss.temperature) == pytest.approx(0.2)
     assert loss.negatives == "mined_and_lesions"  # what the experiment says of its loss holds for the other one too
     # Without the margin it is NT-Xent at that temperature, and is not at the default one.
     overrides[1:4] = ["loss.temperature=0.2"]
     assert infonce == pytest.approx(
-        train(tiny_settings(phantom_table, tmp_path / "ntxent", "+experiment=ct_ntxent_mined", *overrides)), rel=1e-5
+        pretrain(tiny_settings(phantom_table, tmp_path / "ntxent", "+experiment=ct_ntxent_mined", *overrides)), rel=1e-5
     )
     overrides[1] = "loss.temperature=0.1"
     assert infonce != pytest.approx(
-        train(tiny_settings(phantom_table, tmp_path / "default", "+experiment=ct_ntxent_mined", *overrides)), rel=1e-2
+        pretrain(tiny_settings(phantom_table, tmp_path / "default", "+experiment=ct_ntxent_mined", *overrides)),
+        rel=1e-2,
     )

@@ -15,14 +15,14 @@ from sklearn.metrics import roc_auc_score
 from tiny_runs import assert_equal_weights, composed
 
 import fmcib_ssl
-from fmcib_ssl.config import read_settings
 from fmcib_ssl.data.coarse_map import build_coarse_map
 from fmcib_ssl.data.store import SCANS_FOLDER, StoreSettings, write_index, write_scan, write_settings_file
-from fmcib_ssl.finetune_run import finetune
 from fmcib_ssl.models.encoders import small_resnet
 from fmcib_ssl.models.export import export_encoder
-from fmcib_ssl.settings import ConfigError
+from fmcib_ssl.run import finetune
+from fmcib_ssl.training.config import read_settings
 from fmcib_ssl.training.run_folder import RunFolderError
+from fmcib_ssl.training.settings import ConfigError
 from fmcib_ssl.types import Preprocessing
 
 NUM_PATIENTS, SIDE = 16, 16

@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 from tiny_runs import assert_equal_weights, checkpoint_of, metrics_of, tiny_settings
 
 import fmcib_ssl
-from fmcib_ssl.components import refuse_unused
-from fmcib_ssl.run import train
-from fmcib_ssl.settings import ConfigError
+from fmcib_ssl.run import pretrain
+from fmcib_ssl.training.build import refuse_unused
+from fmcib_ssl.training.settings import ConfigError
 
 BASELINES = ["simclr", "nnclr", "swav", "byol", "vicreg", "denoising"]
 OPTIONS = ["+experiment=phantom_ntxent_mined", "data.per_lesion=0", "optimizer.base_lr=0.1"]
@@ -23,7 +23,7 @@ OPTIONS = ["+experiment=phantom_ntxent_mined", "data.per_lesion=0", "optimizer.b
 
 def run_method(name: str, table: Path, run: Path, *overrides: str) -> Path:
     small = [f"method.{key}={value}" for key, value in SMALL.get(name, {}).items()]
-    train(tiny_settings(table, run, *OPTIONS, f"method={name}", *small, *overrides))
+    pretrain(tiny_settings(table, run, *OPTIONS, f"method={name}", *small, *overrides))
     return run
 
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from tiny_runs import NUM_SCANS, REPO, composed, metrics_of, tiny_settings
 
-from fmcib_ssl.config import read_settings
 from fmcib_ssl.data.annotations import BadRowsError
-from fmcib_ssl.run import train
-from fmcib_ssl.settings import ConfigError
+from fmcib_ssl.run import pretrain
+from fmcib_ssl.training.config import read_settings
+from fmcib_ssl.training.settings import ConfigError
 
 TORCH = "torch.nn"
 #: An encoder that takes no patch below nine voxels.
@@ -77,7 +77,7 @@ def test_a_contradiction_is_named_before_the_first_step(
     ours = [] if "~encoder" in overrides or "encoder=resnet18" in overrides else ["encoder=small"]
     settings = tiny_settings(phantom_table, tmp_path, *ours, "trainer.max_steps=2", *overrides)
     with pytest.raises(ConfigError) as caught:
-        train(settings)
+        pretrain(settings)
     message = str(caught.value)
     assert not [fragment for fragment in fragments if fragment not in message], message
     assert not (tmp_path / "metrics.csv").exists()
@@ -87,7 +87,7 @@ def test_a_contradiction_is_named_before_the_first_step(
 def test_a_patch_larger_than_the_scans_is_named(phantom_table: Path, tmp_path: Path) -> None:
     settings = tiny_settings(phantom_table, tmp_path, "encoder=small", "data.patch_size=[16,16,600]")
     with pytest.raises(BadRowsError, match=r"the patch 600\.0 mm") as caught:
-        train(settings)
+        pretrain(settings)
     assert "allow_short_scans=true" in str(caught.value)
 
 
@@ -95,7 +95,7 @@ def test_an_archive_made_otherwise_is_not_mixed_with_this_one(phantom_table: Pat
     overrides = [f"data.phantom.folder={phantom_table.parent}", f"data.phantom.num_scans={NUM_SCANS + 1}"]
     settings = read_settings(composed("data=phantom", "hardware=cpu", f"paths.run={tmp_path}", *overrides))
     with pytest.raises(ConfigError, match=r"data\.phantom.*delete that folder or give another"):
-        train(settings)
+        pretrain(settings)
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_bad_rows_are_skipped_if_asked(
     run = tmp_path / "run"
     options = ["encoder=small", "data.on_bad_row=skip", "data.batch_size=auto", "trainer.max_epochs=1"]
     with caplog.at_level(logging.INFO):
-        train(tiny_settings(table_with_bad_rows, run, *options))
+        pretrain(tiny_settings(table_with_bad_rows, run, *options))
     assert "2 of 6 rows cannot be used" in caplog.text and "4 in 3 scans" in caplog.text
     assert pd.read_csv(run / "rejected.csv")["row"].tolist() == [2, 4]
     assert len(metrics_of(run)) == 1

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_runs import assert_equal_weights, checkpoint_of, metrics_of, tiny_settings
 
-from fmcib_ssl.run import train
+from fmcib_ssl.run import pretrain
 from fmcib_ssl.training.run_folder import RunFolderError
 from fmcib_ssl.training.tracking import MetricsFile
 
@@ -23,7 +23,7 @@ STEPS_PER_EPOCH = 3
 
 
 def run_for(epochs: int, phantom_table: Path, run: Path, *overrides: str) -> Path:
-    train(tiny_settings(phantom_table, run, *OPTIONS, f"trainer.max_epochs={epochs}", *overrides))
+    pretrain(tiny_settings(phantom_table, run, *OPTIONS, f"trainer.max_epochs={epochs}", *overrides))
     return run
 
 
@@ -64,7 +64,7 @@ def test_a_finished_run_is_left_alone_and_may_be_trained_for_longer(
     assert first["global_step"] == STEPS_PER_EPOCH
     times = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
     with caplog.at_level(logging.INFO):
-        loss = train(tiny_settings(phantom_table, tmp_path, *OPTIONS, "trainer.max_epochs=1"))
+        loss = pretrain(tiny_settings(phantom_table, tmp_path, *OPTIONS, "trainer.max_epochs=1"))
     assert "is finished, after 3 steps" in caplog.text and "trainer.max_epochs" in caplog.text
     assert loss == losses_of(tmp_path)[-1]
     changed = {file.name for file, time in times.items() if file.stat().st_mtime_ns != time}
@@ -100,7 +100,7 @@ def test_a_finished_run_is_left_alone_and_may_be_trained_for_longer(
 )
 def test_a_folder_of_another_run_is_refused(override: str, line: str, reference: Path, phantom_table: Path) -> None:
     with pytest.raises(RunFolderError) as caught:
-        train(tiny_settings(phantom_table, reference, *OPTIONS, "trainer.max_epochs=2", override))
+        pretrain(tiny_settings(phantom_table, reference, *OPTIONS, "trainer.max_epochs=2", override))
     assert line in str(caught.value) and "run=new" in str(caught.value)
 
 

@@ -17,12 +17,12 @@ import yaml
 from tiny_runs import REPO, TINY, composed, metrics_of
 from torch import Tensor
 
-from fmcib_ssl.config import read_settings
 from fmcib_ssl.replay import _Step, _take, replay
-from fmcib_ssl.run import train
-from fmcib_ssl.settings import ConfigError, Settings
+from fmcib_ssl.run import pretrain
+from fmcib_ssl.training.config import read_settings
 from fmcib_ssl.training.guards import TrainingFaultError
 from fmcib_ssl.training.rng import random_state
+from fmcib_ssl.training.settings import ConfigError, Settings
 
 
 class Poison(L.Callback):
@@ -74,7 +74,7 @@ def stopped(phantom_table: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     for what in ("view", "weight"):
         run = tmp_path_factory.mktemp(what)
         with pytest.raises(TrainingFaultError) as caught:
-            train(settings(phantom_table, run, what, "++callbacks.guards.stop_after=1"))
+            pretrain(settings(phantom_table, run, what, "++callbacks.guards.stop_after=1"))
         runs[what] = run, str(caught.value)
     yield runs
 
@@ -112,7 +112,7 @@ def test_the_command_says_it(stopped: dict[str, tuple[Path, str]]) -> None:
 
 
 def test_skipping_goes_on_to_the_end(phantom_table: Path, tmp_path: Path) -> None:
-    train(settings(phantom_table, tmp_path, "view", "++callbacks.guards.on_non_finite=skip"))
+    pretrain(settings(phantom_table, tmp_path, "view", "++callbacks.guards.on_non_finite=skip"))
     metrics = metrics_of(tmp_path)
     assert metrics["train/non_finite_steps"].max() == 1
     assert metrics["train/loss"].isna().sum() <= 1 and metrics["train/loss"].iloc[-1] > 0

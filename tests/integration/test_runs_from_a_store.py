@@ -13,8 +13,8 @@ import fmcib_ssl
 from fmcib_ssl.data.annotations import read_annotations
 from fmcib_ssl.data.prepare import prepare
 from fmcib_ssl.data.store import StoreSettings
-from fmcib_ssl.run import train
-from fmcib_ssl.settings import ConfigError
+from fmcib_ssl.run import pretrain
+from fmcib_ssl.training.settings import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_a_run_from_a_store(
     choices = [f"data.store={store}", "data.spacing_mm=null", f"data.per_lesion={per_lesion}", f"data.mining={mining}"]
     overrides = ["+experiment=phantom_ntxent_mined", *choices, "trainer.max_steps=2", "contact_sheet_rows=2"]
     with caplog.at_level("INFO", logger="fmcib_ssl"):
-        train(tiny_settings(phantom_table, tmp_path, *overrides))
+        pretrain(tiny_settings(phantom_table, tmp_path, *overrides))
     assert len(metrics_of(tmp_path)) == 2
     assert (tmp_path / "contact_sheet.png").is_file()
     assert f"from store {store}" in caplog.text
@@ -41,7 +41,7 @@ def test_a_run_from_a_store(
 def test_no_negatives_are_mined_for_plain_simclr(store: Path, phantom_table: Path, tmp_path: Path) -> None:
     choices = [f"data.store={store}", "data.spacing_mm=null", "data.per_lesion=0"]
     overrides = ["+experiment=phantom_ntxent_mined", *choices, "trainer.max_steps=1"]
-    train(tiny_settings(phantom_table, tmp_path, *overrides, "loss.negatives=lesions", "contact_sheet_rows=1"))
+    pretrain(tiny_settings(phantom_table, tmp_path, *overrides, "loss.negatives=lesions", "contact_sheet_rows=1"))
     assert "train/negative_cosine" not in metrics_of(tmp_path)
     with pytest.raises(ConfigError, match=r"data\.per_lesion=0 mines no negatives.*loss\.negatives=lesions"):
         tiny_settings(phantom_table, tmp_path, *overrides)
@@ -50,7 +50,7 @@ def test_no_negatives_are_mined_for_plain_simclr(store: Path, phantom_table: Pat
 def test_another_spacing_than_the_stores_is_refused(store: Path, phantom_table: Path, tmp_path: Path) -> None:
     overrides = ["+experiment=phantom_ntxent_mined", f"data.store={store}", "data.spacing_mm=1", "trainer.max_steps=1"]
     with pytest.raises(ConfigError, match=r"data\.spacing_mm=1, but .* was prepared with 1\.5"):
-        train(tiny_settings(phantom_table, tmp_path, *overrides))
+        pretrain(tiny_settings(phantom_table, tmp_path, *overrides))
 
 
 def test_a_run_from_a_store_imports_no_reader_of_scans() -> None:

@@ -16,7 +16,7 @@ from starts import NUM_STEPS, end, start, steps_logged, wait_for
 from tiny_runs import tiny_settings
 from wandb_server import TrackingServer
 
-from fmcib_ssl.run import train
+from fmcib_ssl.run import pretrain
 from fmcib_ssl.training.tracking import MetricsFile, Start, WeightsAndBiases
 
 RUN_ID = "abcd1234"
@@ -117,7 +117,7 @@ def test_nothing_is_sent_but_what_the_docs_list(
     settings = tiny_settings(
         phantom_table, tmp_path / "jane_doe", "logger=wandb", "contact_sheet_rows=1", "trainer.max_epochs=1"
     )
-    train(settings)
+    pretrain(settings)
     (page,) = server.pages.values()
     sent = server.received + b"".join(page.files.values()) + json.dumps(page.config).encode()
     for secret in (

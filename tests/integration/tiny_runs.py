@@ -12,8 +12,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor
 
-from fmcib_ssl.config import read_settings
-from fmcib_ssl.settings import Settings
+from fmcib_ssl.training.config import read_settings
+from fmcib_ssl.training.settings import Settings
 
 REPO = Path(__file__).resolve().parents[2]
 CONFIGS = REPO / "configs"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from fmcib_ssl.training import ranks
+from fmcib_ssl.training import provenance as ranks
 
 
 def facts(**settings: Any) -> dict[str, Any]:

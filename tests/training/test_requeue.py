@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fmcib_ssl.training.requeue import EXIT_TOO_SHORT, requeue
+from fmcib_ssl.training.cluster import EXIT_TOO_SHORT, requeue
 from fmcib_ssl.training.run_folder import RunFolder
 
 

@@ -1,13 +1,10 @@
-"""Fine-tuning from its settings: one training for each fold of patients, or one for a given split.
-
-Every fold leaves its folder when it is finished; a run that was stopped goes on with the first that is not.
-"""
+"""Fine-tuning: what is learned, and on whom (lesions with labels, parted by patient), and the training of one part."""
 
 from __future__ import annotations
 
 import logging
-import os
-import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -22,124 +19,151 @@ from lightning.pytorch.loggers import CSVLogger
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
-from fmcib_ssl.components import accelerate, blame, build, build_optimizer, build_trainer, build_views, refuse_unused
 from fmcib_ssl.data.labelled import LabelledPatches
 from fmcib_ssl.data.sampler import EpochSampler
-from fmcib_ssl.data.workers import WatchedLoader, no_worker_left
+from fmcib_ssl.data.workers import WatchedLoader
 from fmcib_ssl.evaluation.bootstrap import patient_weights
-from fmcib_ssl.evaluation.feature_table import ID_COLUMN, FeatureTableError
-from fmcib_ssl.evaluation.folds import Part
-from fmcib_ssl.evaluation.labels import EvaluationError
+from fmcib_ssl.evaluation.embedding_sources import SourcePatches, open_patches
+from fmcib_ssl.evaluation.feature_table import ID_COLUMN
+from fmcib_ssl.evaluation.folds import Part, cross_validation, given_split, grouped_folds, shared_patients, strata
+from fmcib_ssl.evaluation.labels import Labels, column_text, read_labels
 from fmcib_ssl.evaluation.metrics import METRICS
 from fmcib_ssl.evaluation.scoring import PartScores, estimate
-from fmcib_ssl.finetune_task import Task, labelled_task
 from fmcib_ssl.io import atomic_write, checksum_of, digest_of
 from fmcib_ssl.methods.finetune import FineTuning
 from fmcib_ssl.models.encoders import feature_dim
 from fmcib_ssl.models.export import EncoderFileError, encoder_metadata, export_encoder, load_encoder
-from fmcib_ssl.safety import redacted
-from fmcib_ssl.settings import Component, ConfigError, FineTune, Settings
+from fmcib_ssl.training.build import accelerate, blame, build, build_optimizer, build_trainer, build_views
 from fmcib_ssl.training.progress import Progress
-from fmcib_ssl.training.provenance import environment, write_json
-from fmcib_ssl.training.run_folder import RunFolder, saved_settings
-from fmcib_ssl.training.same_run import check_same_run, unlike_the_last
-from fmcib_ssl.types import ViewTransform
+from fmcib_ssl.training.settings import Component, ConfigError, FineTune, Settings
+from fmcib_ssl.types import Preprocessing, ViewTransform
 
 logger = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 
-#: Sections that only pretraining uses.
-_UNUSED = ("method", "loss", "head", "logger", "callbacks", "contact_sheet_rows")
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned, on whom; arrays have one entry a labelled lesion.
+
+    Attributes:
+        patches: of all lesions of the source.
+        labels: `labels.rows` says which of those have one.
+        patients: of each.
+        parts: who is trained on, validated by (`val` is never None) and tested on.
+        preprocessing: of the patches.
+    """
+
+    patches: SourcePatches
+    labels: Labels
+    patients: Array
+    parts: Sequence[Part]
+    preprocessing: Preprocessing
+
+    def ids(self) -> Array:
+        """The lesions' ids."""
+        return self.patches.lesions[ID_COLUMN].to_numpy()[self.labels.rows]
 
 
-def finetune(settings: Settings) -> float:
-    """Train on labels, test on other patients; gives the first metric, for sweepers.
+def labelled_task(settings: Settings, asked: FineTune, trained_on: Preprocessing | None) -> Task:
+    """Open the lesions, read their labels and part their patients.
 
-    Writes `config.yaml`, `environment.json`, `results.json` (every metric with an interval over patients) and
-    `predictions.parquet` (validation and test lesions), and for every fold a folder with `metrics.csv`,
-    `checkpoints/best.ckpt`, `encoder.safetensors` and its own `predictions.parquet`.
+    Args:
+        settings: of the run.
+        asked: its section `finetune`.
+        trained_on: the patches that the encoder knows; None for random weights.
 
     Raises:
-        ConfigError: settings that contradict each other, the data, the weights or the machine.
-        RunFolderError: a folder that holds another run, or that another process uses.
+        ConfigError: patches that are not those, no such column or label, patients on two sides of a split.
+        EvaluationError, FeatureTableError: tables that cannot be used.
     """
-    assert settings.finetune is not None
-    if settings.finetune.label is None:
-        raise ConfigError("finetune.label has no value: name the column to be learned, finetune.label=COLUMN")
-    if settings.world_size > 1:
-        raise ConfigError("fine-tuning runs on one device: set hardware.devices=1 and hardware.num_nodes=1")
-    unused = [*_UNUSED, "encoder"] if settings.finetune.weights is not None else _UNUSED
-    refuse_unused(unused, "fine-tuning", "finetune", settings.finetune.model_dump())
-    for library in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(library).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.* is deprecated")  # Lightning's to mend
-    warnings.filterwarnings("ignore", message="Found .* module.* in eval mode")  # what is frozen
-    warnings.filterwarnings(
-        "ignore", message="Experiment logs directory .* exists and is not empty"
-    )  # a stopped fold's
-    if settings.hardware.num_threads is not None:
-        torch.set_num_threads(settings.hardware.num_threads)
-    folder = RunFolder(settings.paths.run)
-    try:
-        return _finetune(settings, settings.finetune, folder)
-    except (EvaluationError, FeatureTableError) as error:
-        raise ConfigError(str(error)) from error
-    finally:
-        folder.release()
-
-
-def _finetune(settings: Settings, asked: FineTune, folder: RunFolder) -> float:
-    run, shown, num_done = folder.path, redacted(settings.model_dump(mode="json")), folder.num_saved()
-    if (before := saved_settings(run)) is not None:
-        for change in check_same_run(before, shown, run):
-            logger.info("with another %s", change)
-    elif difference := unlike_the_last(run, shown):
-        logger.warning("%s", difference)
-    encoder, spec = _encoder(settings, asked)
-    task = labelled_task(settings, asked, getattr(encoder, "preprocessing", None))
-    checksum = _checksum(asked, task)
-    if num_done:
-        folder.check_lesions([checksum])
-        what = (
-            "resuming %s: %d of %d parts are done" if num_done < len(task.parts) else "%s is finished: %d of %d parts"
+    data = settings.data
+    if trained_on is not None and trained_on.patch_size_zyx != data.patch_size:
+        size = ",".join(map(str, trained_on.patch_size_zyx))
+        raise ConfigError(
+            f"data.patch_size={list(data.patch_size)}, and {asked.weights} was trained on other patches: set "
+            f"data.patch_size=[{size}]"
         )
-        logger.info(f"{what}; run=new starts afresh", run, num_done, len(task.parts))
-    logger.info("%s", _summary(settings, asked, task, spec))
-    if num_done < len(task.parts):
-        facts, job = environment(), os.environ.get("SLURM_JOB_ID")
-        folder.note(data_checksum=checksum)
-        folder.begin(shown, facts, step=num_done, commit=facts["git"]["commit"], job=job)
-    tables = []
-    for part in task.parts:
-        place = run / (f"fold_{part.name}" if asked.split is None else part.name)
-        done = place / "predictions.parquet"
-        if done.is_file():
-            logger.info("%s is finished", place)
+    spacing = data.spacing_mm
+    if trained_on is not None and spacing not in (None, trained_on.spacing_mm):
+        raise ConfigError(
+            f"data.spacing_mm={spacing:g}, and {asked.weights} was trained on {trained_on.spacing_mm:g} mm: set "
+            f"data.spacing_mm={trained_on.spacing_mm:g}"
+        )
+    if trained_on is not None and trained_on.padding != data.padding:
+        raise ConfigError(
+            f"data.padding={data.padding}, and {asked.weights} was trained on patches with {trained_on.padding}: set "
+            f"data.padding={trained_on.padding}"
+        )
+    patches, preprocessing = _open(settings, trained_on)
+    assert asked.label is not None
+    labels = read_labels(patches.lesions, asked.task, label=asked.label, threshold=asked.threshold)
+    lesions = patches.lesions.iloc[labels.rows]
+    ids = lesions[ID_COLUMN].to_numpy()
+    patients = ids if asked.group is None else column_text(lesions, asked.group, "finetune.group")
+    try:
+        if asked.split is None:
+            parts = cross_validation(labels.kind, labels.values, patients, num_folds=asked.folds, seed=settings.seed)
         else:
-            with no_worker_left():
-                _train_part(settings, asked, task, part, place)
-        tables.append(pd.read_parquet(done))
-    predictions = pd.concat(tables, ignore_index=True)
-    predictions.to_parquet(run / "predictions.parquet", index=False)
-    rows = _results(task, predictions, settings.seed, asked.num_bootstrap)
-    about = {"label": task.labels.name, "kind": task.labels.kind, "classes": list(task.labels.classes)}
-    write_json({"rows": rows, **about, "train": asked.train, "weights": asked.weights}, run / "results.json")
-    lines = [f"{row['metric']:<20} {row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})" for row in rows]
-    logger.info("%s on held-out patients\n%s\nin %s", task.labels.name, "\n".join(lines), run / "results.json")
-    if folder.finished is None:
-        folder.finish(step=len(task.parts))
-    return float(rows[0]["value"])
+            parts = [given_split(column_text(lesions, asked.split, "finetune.split"))]
+            if len(shared := shared_patients(parts[0], patients)):
+                raise ConfigError(
+                    f"{len(shared)} patients stand on more than one side of {asked.split!r}, such as {shared[0]!r}: "
+                    "the result would be too good. Mend the split, or say finetune.group=null to let it be"
+                )
+        parts = [_with_validation(part, labels, patients, asked.val_share, settings.seed) for part in parts]
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return Task(patches, labels, patients, parts, preprocessing)
 
 
-def _checksum(asked: FineTune, task: Task) -> str:
+def _open(settings: Settings, trained_on: Preprocessing | None) -> tuple[SourcePatches, Preprocessing]:
+    data = settings.data
+    if (phantom := data.phantom) is not None:
+        from fmcib_ssl.data.phantom import make_archive  # noqa: PLC0415  (a store must not need the readers of scans)
+
+        make_archive(phantom.folder, phantom.num_scans, seed=phantom.seed, num_workers=settings.hardware.num_workers)
+    source: dict[str, Any] = {"kind": "store", "path": data.store, "select": data.select}
+    wanted = trained_on
+    if data.store is None:
+        source |= {
+            "kind": "scans", "annotations": data.annotations, "image_root": data.image_root,
+            "path_prefix": data.path_prefix, "coordinates": data.coordinates, "on_bad_row": data.on_bad_row,
+        }  # fmt: skip
+        spacing_mm = 1.0 if data.spacing_mm is None else data.spacing_mm
+        wanted = trained_on or Preprocessing(data.patch_size, spacing_mm, padding=data.padding)
+    elif trained_on is None:
+        from fmcib_ssl.data.store import Store  # noqa: PLC0415
+
+        there = Store(data.store).settings
+        wanted = Preprocessing(data.patch_size, there.spacing_mm, there.padding_hu, padding=data.padding)
+    _, patches, preprocessing = open_patches(source, wanted)
+    if len(patches.rejected):
+        patches.rejected.to_csv(settings.paths.run / "rejected.csv", index=False)
+        logger.info("%d rows cannot be used: %s", len(patches.rejected), settings.paths.run / "rejected.csv")
+    return patches, preprocessing
+
+
+def _with_validation(part: Part, labels: Labels, patients: Array, share: float, seed: int) -> Part:
+    """Set a share of the training patients aside, unless the split has done so."""
+    if part.val is not None:
+        return part
+    values = labels.values[part.train]
+    num_folds = max(2, min(round(1 / share), np.bincount(strata(labels.kind, values)).max()))
+    folds = grouped_folds(labels.kind, values, patients[part.train], num_folds, seed)
+    fit, check = folds[0]
+    return replace(part, train=part.train[fit], val=part.train[check])
+
+
+def task_checksum(asked: FineTune, task: Task) -> str:
     """Of who is trained on and tested on, with which labels, and of the weights that the training begins with."""
     parts = [(part.name, part.train, part.val, part.test) for part in task.parts]
     weights = None if asked.weights is None else checksum_of([asked.weights])
     return digest_of(task.ids(), task.labels.values, parts, weights)
 
 
-def _encoder(settings: Settings, asked: FineTune) -> tuple[nn.Module, Component]:
+def starting_encoder(settings: Settings, asked: FineTune) -> tuple[nn.Module, Component]:
     """The encoder to begin with, and what builds it; the same at every call."""
     L.seed_everything(settings.seed, verbose=False)
     if asked.weights is None:
@@ -151,7 +175,7 @@ def _encoder(settings: Settings, asked: FineTune) -> tuple[nn.Module, Component]
     return encoder, encoder.spec
 
 
-def _train_part(settings: Settings, asked: FineTune, task: Task, part: Part, folder: Path) -> None:
+def train_part(settings: Settings, asked: FineTune, task: Task, part: Part, folder: Path) -> None:
     """Train until the validation score rises no more, and let the best weights predict.
 
     The score, not the loss: after few steps batch norm's running statistics lag behind the weights, which shifts all
@@ -160,7 +184,7 @@ def _train_part(settings: Settings, asked: FineTune, task: Task, part: Part, fol
     assert part.val is not None
     if len(np.unique(task.labels.values[part.val])) < 2:
         raise ConfigError(f"the validation lesions of part {part.name} all have one label: nothing to stop by")
-    encoder, spec = _encoder(settings, asked)
+    encoder, spec = starting_encoder(settings, asked)
     datasets = _datasets(settings, task, part)
     batch_size = settings.data.max_batch_size if settings.data.batch_size == "auto" else settings.data.batch_size
     batch_size = min(batch_size, len(part.train))
@@ -307,7 +331,7 @@ def _table(task: Task, fold: str, side: str, rows: Array, scores: Array) -> pd.D
     return pd.DataFrame(columns)
 
 
-def _results(task: Task, predictions: pd.DataFrame, seed: int, num_bootstrap: int) -> list[dict[str, Any]]:
+def results_of(task: Task, predictions: pd.DataFrame, seed: int, num_bootstrap: int) -> list[dict[str, Any]]:
     """Each metric within each fold and then their mean, as for frozen features, with an interval over patients."""
     test = predictions[predictions["split"] == "test"]
     rows_of = pd.Series(range(len(task.patients)), index=task.ids())
@@ -328,7 +352,8 @@ def _results(task: Task, predictions: pd.DataFrame, seed: int, num_bootstrap: in
     return results
 
 
-def _summary(settings: Settings, asked: FineTune, task: Task, spec: Component) -> str:
+def task_summary(settings: Settings, asked: FineTune, task: Task, spec: Component) -> str:
+    """What a fine-tuning is about to do, one line a part."""
     labels, part = task.labels, task.parts[0]
     counts = ""
     if labels.num_classes:

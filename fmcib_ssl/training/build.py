@@ -28,9 +28,9 @@ from fmcib_ssl.models.acceleration import (
 )
 from fmcib_ssl.models.encoders import feature_dim
 from fmcib_ssl.models.export import encoder_metadata
-from fmcib_ssl.settings import Component, ConfigError, Hardware, Settings
 from fmcib_ssl.training.flops import flops_of_lesion
 from fmcib_ssl.training.optimizers import scaled_learning_rate
+from fmcib_ssl.training.settings import Component, ConfigError, Hardware, Settings
 from fmcib_ssl.types import Preprocessing, ViewTransform
 
 logger = logging.getLogger(__name__)
