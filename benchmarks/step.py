@@ -35,7 +35,7 @@ from torch import Tensor
 
 from fmcib_ssl.data.datamodule import LesionDataModule
 from fmcib_ssl.io import Command, parse_command
-from fmcib_ssl.methods import MinedContrast
+from fmcib_ssl.models import MinedContrast
 from fmcib_ssl.models.acceleration import resolve_precision
 from fmcib_ssl.training.build import accelerate, build_module, build_views
 from fmcib_ssl.training.config import CONFIG_NAME, read_settings

@@ -35,9 +35,9 @@ from fmcib_ssl.evaluation.figures import ContactRow, contact_sheet, training_cur
 from fmcib_ssl.evaluation.labels import EvaluationError
 from fmcib_ssl.io import checksum_of, redacted, without_names, write_json
 from fmcib_ssl.lesion_source import LesionSource, open_lesions
-from fmcib_ssl.methods.pretraining import Pretraining
 from fmcib_ssl.models.acceleration import resolve_precision
 from fmcib_ssl.models.export import export_encoder
+from fmcib_ssl.models.pretraining import Pretraining
 from fmcib_ssl.training.batch_search import fit_to_memory
 from fmcib_ssl.training.build import (
     accelerate,

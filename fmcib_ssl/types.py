@@ -1,6 +1,6 @@
 """What the rooms of the package hand each other.
 
-`data` and `methods` know nothing of each other; they agree on the names in this file.
+`data` and `models` know nothing of each other; they agree on the names in this file.
 Importing it costs little: torch is needed only by a type checker.
 """
 
@@ -30,6 +30,26 @@ PADDING_HU = -1024
 
 #: What stands in a patch outside the scan: `padding_hu`, or the nearest voxel of the scan.
 Padding = Literal["constant", "edge"]
+
+
+#: Names of parts in files of earlier versions and in users' experiments, and what they are called today. Of several old
+#: names of a part the one that shipped configs had comes first: the names of run folders are made from it.
+RENAMED_TARGETS = {
+    "fmcib_ssl.methods.BYOL": "fmcib_ssl.models.BYOL",
+    "fmcib_ssl.methods.DenoisingAutoencoder": "fmcib_ssl.models.DenoisingAutoencoder",
+    "fmcib_ssl.methods.MinedContrast": "fmcib_ssl.models.MinedContrast",
+    "fmcib_ssl.methods.NNCLR": "fmcib_ssl.models.NNCLR",
+    "fmcib_ssl.methods.SimCLR": "fmcib_ssl.models.SimCLR",
+    "fmcib_ssl.methods.SwAV": "fmcib_ssl.models.SwAV",
+    "fmcib_ssl.methods.VICReg": "fmcib_ssl.models.VICReg",
+    "fmcib_ssl.methods.byol.BYOL": "fmcib_ssl.models.BYOL",
+    "fmcib_ssl.methods.denoising.DenoisingAutoencoder": "fmcib_ssl.models.DenoisingAutoencoder",
+    "fmcib_ssl.methods.mined_contrast.MinedContrast": "fmcib_ssl.models.MinedContrast",
+    "fmcib_ssl.methods.nnclr.NNCLR": "fmcib_ssl.models.NNCLR",
+    "fmcib_ssl.methods.simclr.SimCLR": "fmcib_ssl.models.SimCLR",
+    "fmcib_ssl.methods.swav.SwAV": "fmcib_ssl.models.SwAV",
+    "fmcib_ssl.methods.vicreg.VICReg": "fmcib_ssl.models.VICReg",
+}
 
 
 class UserError(Exception):
@@ -141,3 +161,23 @@ class Preprocessing:
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
         """The inverse of `to_dict`, also after a journey through JSON."""
         return cls(**{**values, "patch_size_zyx": tuple(values["patch_size_zyx"])})
+
+
+def current_target(target: str) -> str:
+    """Today's dotted name of a part that a file of an earlier version, or an experiment of the user's, names."""
+    return RENAMED_TARGETS.get(target, target)
+
+
+def first_target(target: str) -> str:
+    """The dotted name that a part had in the first version."""
+    return next((old for old, new in RENAMED_TARGETS.items() if new == target), target)
+
+
+def with_current_targets(values: Any) -> Any:
+    """Plain values, nested, with today's name in every `_target_`."""
+    if isinstance(values, dict):
+        return {
+            key: current_target(value) if key == "_target_" and isinstance(value, str) else with_current_targets(value)
+            for key, value in values.items()
+        }
+    return [with_current_targets(value) for value in values] if isinstance(values, list) else values

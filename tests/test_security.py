@@ -91,7 +91,7 @@ def test_ruffs_rules_against_shells_and_pickles() -> None:
 
 
 TRUSTED = [
-    "fmcib_ssl.methods.MinedContrast",
+    "fmcib_ssl.models.MinedContrast",
     "fmcib_ssl.losses.InfoNCELoss.from_temperature",
     "fmcib_ssl.models.encoders.small_resnet",
     "fmcib_ssl.models.heads.ProjectionHead",
@@ -133,7 +133,7 @@ UNTRUSTED = [
     "hydra.utils.instantiate",
     "pickle.loads",
     "importlib.import_module",
-    "fmcib_ssl.methods.__init__.os.system",
+    "fmcib_ssl.models.__init__.os.system",
     "fmcib_ssl.losses.__builtins__.eval",
     "no_such_package.Thing",
     "torch.nn.NoSuchLayer",

@@ -1,14 +1,33 @@
-"""Encoders, heads, and encoders as files."""
+"""Encoders, heads, encoders as files, and the methods that pretrain: from batches of views to a loss."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from fmcib_ssl.models.concentric import ConcentricResNet
 from fmcib_ssl.models.encoders import feature_dim, monai_resnet, small_resnet, video_resnet
 from fmcib_ssl.models.export import EncoderFileError, encoder_metadata, export_encoder, load_encoder
 from fmcib_ssl.models.heads import ProjectionHead
 
+if TYPE_CHECKING:
+    from fmcib_ssl.models.byol import BYOL
+    from fmcib_ssl.models.denoising import DenoisingAutoencoder
+    from fmcib_ssl.models.mined_contrast import MinedContrast
+    from fmcib_ssl.models.nnclr import NNCLR
+    from fmcib_ssl.models.simclr import SimCLR
+    from fmcib_ssl.models.swav import SwAV
+    from fmcib_ssl.models.vicreg import VICReg
+
 __all__ = [
+    "BYOL",
+    "NNCLR",
     "ConcentricResNet",
+    "DenoisingAutoencoder",
     "EncoderFileError",
+    "MinedContrast",
     "ProjectionHead",
+    "SimCLR",
+    "SwAV",
+    "VICReg",
     "encoder_metadata",
     "export_encoder",
     "feature_dim",
@@ -17,3 +36,20 @@ __all__ = [
     "small_resnet",
     "video_resnet",
 ]
+
+#: The methods are Lightning modules; who only loads an encoder does not wait for Lightning.
+_METHODS = {
+    "BYOL": "byol",
+    "DenoisingAutoencoder": "denoising",
+    "MinedContrast": "mined_contrast",
+    "NNCLR": "nnclr",
+    "SimCLR": "simclr",
+    "SwAV": "swav",
+    "VICReg": "vicreg",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _METHODS:
+        return getattr(importlib.import_module(f"{__name__}.{_METHODS[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,7 +27,7 @@ from fmcib_ssl.io import write_atomically
 from fmcib_ssl.models import encoders
 from fmcib_ssl.models.concentric import ConcentricResNet
 from fmcib_ssl.models.trusted import is_trusted, trusted_callable
-from fmcib_ssl.types import Padding, Preprocessing, UserError
+from fmcib_ssl.types import Padding, Preprocessing, UserError, current_target
 
 #: Key of the description, in a safetensors file's metadata and in a training checkpoint.
 METADATA_KEY = "fmcib_ssl"
@@ -156,7 +156,7 @@ def load_encoder(path: str | os.PathLike[str], *, trusted_targets: Collection[st
         _check_digest(metadata, weights, path)
     try:
         spec = dict(metadata["encoder"])
-        target = str(spec.pop("_target_"))
+        target = current_target(str(spec.pop("_target_")))
         num_features = int(metadata["feature_dim"])
         preprocessing = _preprocessing(metadata["preprocessing"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -305,6 +305,7 @@ def find_builder(target: str, trusted_targets: Collection[str], source: object) 
     Raises:
         EncoderFileError: it is neither, or there is no such thing.
     """
+    target = current_target(target)
     if target in OWN_TARGETS:
         return OWN_TARGETS[target]
     if not is_trusted(target, trusted_targets):

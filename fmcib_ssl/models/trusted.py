@@ -11,16 +11,23 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from fmcib_ssl.types import UserError
+from fmcib_ssl.types import UserError, current_target
 
 #: Where a run's own parts are defined: everything in these modules may be built.
 OWN_PARTS = (
     "fmcib_ssl.augment",
     "fmcib_ssl.losses",
-    "fmcib_ssl.methods",
+    "fmcib_ssl.models.byol",
     "fmcib_ssl.models.concentric",
+    "fmcib_ssl.models.denoising",
     "fmcib_ssl.models.encoders",
+    "fmcib_ssl.models.finetune",
     "fmcib_ssl.models.heads",
+    "fmcib_ssl.models.mined_contrast",
+    "fmcib_ssl.models.nnclr",
+    "fmcib_ssl.models.simclr",
+    "fmcib_ssl.models.swav",
+    "fmcib_ssl.models.vicreg",
     "fmcib_ssl.training.optimizers",
     "fmcib_ssl.training.schedules",
 )
@@ -85,6 +92,7 @@ def check_targets(values: Any, source: object, trusted: Collection[str] = ()) ->
 def _refused(component: Mapping[Any, Any], trusted: Collection[str]) -> str | None:
     """Why a component of a foreign file may not be built; None if it may."""
     target = component["_target_"]
+    target = current_target(target) if isinstance(target, str) else target
     if isinstance(target, str) and is_trusted(target, trusted):
         found = trusted_callable(target, trusted)
         return None if found else "which is trusted, but cannot be imported, or is defined in another package"

@@ -17,8 +17,6 @@ from hydra.utils import get_class, instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from fmcib_ssl.methods.pretraining import Pretraining
-from fmcib_ssl.methods.two_views import TwoViews
 from fmcib_ssl.models.acceleration import (
     compile_training,
     lay_out_channels_last,
@@ -28,6 +26,8 @@ from fmcib_ssl.models.acceleration import (
 )
 from fmcib_ssl.models.encoders import feature_dim
 from fmcib_ssl.models.export import encoder_metadata
+from fmcib_ssl.models.pretraining import Pretraining
+from fmcib_ssl.models.two_views import TwoViews
 from fmcib_ssl.training.flops import flops_of_lesion
 from fmcib_ssl.training.optimizers import scaled_learning_rate
 from fmcib_ssl.training.settings import Component, ConfigError, Hardware, Settings

@@ -35,6 +35,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fmcib_ssl.training.run_folder import RunFolderError, refuse_foreign
 from fmcib_ssl.training.same_run import LENGTHS, run_key
 from fmcib_ssl.training.settings import ConfigError, Settings, settings_of
+from fmcib_ssl.types import current_target
 
 #: `train.py` composes this file.
 CONFIG_NAME = "train"
@@ -288,7 +289,7 @@ def _drop_undeclared(config: DictConfig, declared: DictConfig, key: str) -> list
     mine, option = config[key], declared[key]
     if not isinstance(mine, DictConfig) or not isinstance(option, DictConfig):
         return []
-    if mine.get("_target_") != option.get("_target_"):  # the experiment's own object, with arguments of its own
+    if _target(config, key) != _target(declared, key):  # the experiment's own object, with arguments of its own
         config[key] = option
         return [key]
     return [f"{key}.{gone}" for name in list(mine) for gone in _drop_undeclared(mine, option, str(name))]
@@ -415,7 +416,8 @@ def _check_keys_of_experiment(config: DictConfig, declared: DictConfig, experime
 
 def _target(config: DictConfig, section: str) -> object:
     part = None if OmegaConf.is_interpolation(config, section) else config.get(section)
-    return part.get("_target_") if isinstance(part, DictConfig) else None
+    target = part.get("_target_") if isinstance(part, DictConfig) else None
+    return current_target(target) if isinstance(target, str) else target
 
 
 def keys_of(config: DictConfig, prefix: str = "") -> list[str]:

@@ -30,9 +30,9 @@ from fmcib_ssl.evaluation.labels import Labels, column_text, read_labels
 from fmcib_ssl.evaluation.metrics import METRICS
 from fmcib_ssl.evaluation.scoring import PartScores, estimate
 from fmcib_ssl.io import atomic_write, checksum_of, digest_of
-from fmcib_ssl.methods.finetune import FineTuning
 from fmcib_ssl.models.encoders import feature_dim
 from fmcib_ssl.models.export import EncoderFileError, encoder_metadata, export_encoder, load_encoder
+from fmcib_ssl.models.finetune import FineTuning
 from fmcib_ssl.training.build import accelerate, blame, build, build_optimizer, build_trainer, build_views
 from fmcib_ssl.training.progress import Progress
 from fmcib_ssl.training.settings import Component, ConfigError, FineTune, Settings

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 
 from fmcib_ssl.io import read_yaml, remove_leftovers, write_atomically
 from fmcib_ssl.training.run_lock import CLAIM_FILE, LOCK_FILE, Held, RunLock
-from fmcib_ssl.types import UserError
+from fmcib_ssl.types import UserError, with_current_targets
 
 STATE_FILE, CONFIG_FILE, ENVIRONMENT_FILE = "run.json", "config.yaml", "environment.json"
 CHECKPOINT_NAME = re.compile(r"step-(\d+)(-epoch-(\d+))?\.ckpt")
@@ -229,7 +229,7 @@ def refuse_foreign(folder: Path) -> None:
 
 
 def saved_settings(folder: Path) -> dict[str, Any] | None:
-    """The settings in a run folder's `config.yaml`; None if there is none.
+    """The settings in a run folder's `config.yaml`, with today's `_target_`s; None if there is none.
 
     Raises:
         RunFolderError: it is damaged.
@@ -247,7 +247,7 @@ def saved_settings(folder: Path) -> dict[str, Any] | None:
             f"{file} is damaged ({reason}), so the run's settings cannot be compared: restore it, or remove it if the "
             f"settings are the same; {ANEW}"
         ) from error
-    return dict(settings)
+    return dict(with_current_targets(settings))
 
 
 def _new_id() -> str:

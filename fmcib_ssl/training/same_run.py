@@ -17,6 +17,7 @@ from fmcib_ssl.io import digest_of
 from fmcib_ssl.training.cluster import started_by_slurm
 from fmcib_ssl.training.run_folder import ANEW, STATE_FILE, RunFolderError, saved_settings
 from fmcib_ssl.training.settings import ConfigError, Settings
+from fmcib_ssl.types import first_target
 
 #: Where data lie on a machine, and how they are read.
 DATA_ACCESS = (
@@ -61,6 +62,8 @@ def settings_digest(settings: Mapping[str, Any], keyed: Collection[str] = ()) ->
     flat = flat_settings(settings)
     counted = (key in (*PLACES, *keyed) or not (_is_free(key) or key in LENGTHS) for key in sorted(flat))
     fixed = {key: _plain(flat[key]) for key, counts in zip(sorted(flat), counted, strict=True) if counts}
+    # A run of an earlier version is in a folder that is called after what parts had as names then.
+    fixed |= {key: first_target(value) for key, value in fixed.items() if key.endswith("_target_")}
     return digest_of(fixed)[:_NUM_DIGITS]
 
 

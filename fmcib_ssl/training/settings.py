@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from fmcib_ssl.types import Padding, UserError
+from fmcib_ssl.types import Padding, UserError, with_current_targets
 
 #: A section with a `_target_` and its arguments.
 Component = dict[str, Any]
@@ -168,7 +168,7 @@ class Settings(_Section):
         if self.hardware.auto_batch and self.finetune is not None:
             raise ValueError("hardware.auto_batch is for pretraining: set it to false")
         # Only this method is known to take the loss; others may bring their own.
-        contrasts = self.method.get("_target_") == "fmcib_ssl.methods.MinedContrast"
+        contrasts = self.method.get("_target_") == "fmcib_ssl.models.MinedContrast"
         if contrasts and self.data.per_lesion == 0 and self.loss.get("negatives") != "lesions":
             raise ValueError(
                 "data.per_lesion=0 mines no negatives, and the loss wants some: set loss.negatives=lesions, or "
@@ -194,7 +194,7 @@ def settings_of(values: dict[str, Any]) -> Settings:
         ConfigError: naming every key whose value is not allowed.
     """
     try:
-        return Settings.model_validate(values)
+        return Settings.model_validate(with_current_targets(values))
     except ValidationError as error:
         raise ConfigError("the configuration has values that are not allowed:\n" + _describe(error)) from error
 

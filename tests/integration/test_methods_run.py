@@ -91,7 +91,7 @@ def test_what_would_have_no_effect_is_refused(override: str, is_refused: bool, m
     hydra: Any = OmegaConf.create({"overrides": {"task": ["method=simclr", override]}})
     monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
     monkeypatch.setattr(HydraConfig, "get", lambda: hydra)
-    section = {"_target_": "fmcib_ssl.methods.SimCLR", "temperature": 0.1}
+    section = {"_target_": "fmcib_ssl.models.SimCLR", "temperature": 0.1}
     if is_refused:
         with pytest.raises(ConfigError) as caught:
             refuse_unused(["loss"], "SimCLR", "method", section)

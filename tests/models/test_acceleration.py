@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fmcib_ssl.losses import NTXentNegativeMinedLoss
-from fmcib_ssl.methods import MinedContrast
-from fmcib_ssl.models import acceleration
+from fmcib_ssl.models import MinedContrast, acceleration
 from fmcib_ssl.models.acceleration import (
     compile_training,
     lay_out_channels_last,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fmcib_ssl.augment import BatchedPublishedViews, PublishedViews
 from fmcib_ssl.data.datamodule import LesionDataModule
-from fmcib_ssl.methods.pretraining import Pretraining
+from fmcib_ssl.models.pretraining import Pretraining
 from fmcib_ssl.training import batch_search
 from fmcib_ssl.training.batch_search import GPURoom, HostRoom, SmallestOfAll, largest_that_fits, take_steps
 from fmcib_ssl.training.memory import free_host_memory, peak_memory, reset_host_peak

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fmcib_ssl.losses import NTXentNegativeMinedLoss
-from fmcib_ssl.methods import MinedContrast
+from fmcib_ssl.models import MinedContrast
 from fmcib_ssl.training.learning_signals import LearningSignals
 
 NUM_LESIONS, NUM_STEPS, DIM = 32, 60, 8

@@ -14,7 +14,7 @@ from tiny_methods import METHODS, a_batch, make_method, make_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fmcib_ssl.methods.pretraining import Pretraining
+from fmcib_ssl.models.pretraining import Pretraining
 
 NUM_LESIONS = 3
 

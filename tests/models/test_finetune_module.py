@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fmcib_ssl.methods.finetune import FineTuning, last_stage
 from fmcib_ssl.models.encoders import small_resnet, video_resnet
+from fmcib_ssl.models.finetune import FineTuning, last_stage
 from fmcib_ssl.training.optimizers import adamw
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fmcib_ssl.methods.pretraining import NamedParameters
-from fmcib_ssl.methods.two_views import Step, TwoViews, full, lightly_module
+from fmcib_ssl.models.pretraining import NamedParameters
+from fmcib_ssl.models.two_views import Step, TwoViews, full, lightly_module
 
 
 class SimCLR(TwoViews):

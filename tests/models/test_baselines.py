@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tiny_methods import METHODS, a_batch, fitted, make_method
 from torch import Tensor
 
-from fmcib_ssl.methods.denoising import Decoder
+from fmcib_ssl.models.denoising import Decoder
 
 
 def unit_rows(embeddings: Tensor) -> np.ndarray[Any, Any]:

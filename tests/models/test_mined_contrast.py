@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from fmcib_ssl.losses import InfoNCELoss, NTXentNegativeMinedLoss
-from fmcib_ssl.methods import MinedContrast
+from fmcib_ssl.models import MinedContrast
 from fmcib_ssl.types import ViewPairs
 
 

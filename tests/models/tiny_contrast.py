@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fmcib_ssl.losses import InfoNCELoss, NTXentNegativeMinedLoss
-from fmcib_ssl.methods import MinedContrast
+from fmcib_ssl.models import MinedContrast
 from fmcib_ssl.types import ViewPairs
 
 #: Both losses with each choice of negatives, and a sum in place of a mean.

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fmcib_ssl.methods.pretraining import NamedParameters
-from fmcib_ssl.methods.two_views import Step, TwoViews, full
+from fmcib_ssl.models.pretraining import NamedParameters
+from fmcib_ssl.models.two_views import Step, TwoViews, full
 
 #: The decoder starts from a grid of at most as many voxels along an edge.
 _COARSEST_EDGE = 4

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fmcib_ssl.methods.pretraining import NamedParameters
+from fmcib_ssl.models.pretraining import NamedParameters
 
 #: How much of the encoder is trained.
 Depth = Literal["head", "last_stage", "all"]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fmcib_ssl.methods.gradient_cache import embed_in_chunks
-from fmcib_ssl.methods.pretraining import NamedParameters, Pretraining, detached
+from fmcib_ssl.models.gradient_cache import embed_in_chunks
+from fmcib_ssl.models.pretraining import NamedParameters, Pretraining, detached
 from fmcib_ssl.types import ViewPairs
 
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fmcib_ssl.methods.pretraining import Pretraining, detached
+from fmcib_ssl.models.pretraining import Pretraining, detached
 from fmcib_ssl.types import ViewPairs
 
 

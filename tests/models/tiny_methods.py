@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from fmcib_ssl.methods import BYOL, NNCLR, DenoisingAutoencoder, SimCLR, SwAV, VICReg
-from fmcib_ssl.methods.two_views import TwoViews
+from fmcib_ssl.models import BYOL, NNCLR, DenoisingAutoencoder, SimCLR, SwAV, VICReg
+from fmcib_ssl.models.two_views import TwoViews
 
 SIDE = 6
 FEATURES = 32

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fmcib_ssl.losses import InfoNCELoss, NTXentNegativeMinedLoss
-from fmcib_ssl.methods import MinedContrast
-from fmcib_ssl.methods.gradient_cache import embed_in_chunks
+from fmcib_ssl.models import MinedContrast
+from fmcib_ssl.models.gradient_cache import embed_in_chunks
 from fmcib_ssl.training.throughput import Throughput
 from fmcib_ssl.types import ViewPairs
 
