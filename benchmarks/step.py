@@ -33,7 +33,7 @@ from large_batches import peak_mib
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from fmcib_ssl.data.datamodule import LesionDataModule
+from fmcib_ssl.data.loader import LesionDataModule
 from fmcib_ssl.io import Command, parse_command
 from fmcib_ssl.models import MinedContrast
 from fmcib_ssl.models.acceleration import resolve_precision
@@ -41,7 +41,7 @@ from fmcib_ssl.training.build import accelerate, build_module, build_views
 from fmcib_ssl.training.config import CONFIG_NAME, read_settings
 from fmcib_ssl.training.flops import flops_of_lesion, peak_flops
 from fmcib_ssl.training.settings import Settings
-from fmcib_ssl.types import BatchViewTransform, PatchPair, Preprocessing, SampleKey
+from fmcib_ssl.types import PatchPair, Preprocessing, SampleKey
 
 REPO = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "step.json"
@@ -153,7 +153,7 @@ class Contender:
             batch_size=per_pass,
             num_workers=settings.hardware.num_workers if case.gpu else 0,
             pin_memory=case.gpu,
-            views_on="device" if isinstance(view_transform, BatchViewTransform) else "auto",
+            views_on="workers" if getattr(view_transform, "patch_by_patch", False) else "device",
         )
         self.loader = self.data.train_dataloader()
 

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
             patch = patches.positive(lesion * len(patches) // num)
             for number, recipe in enumerate(RECIPES):
                 row = lesion * len(RECIPES) + number
-                views = shipped(recipe, SIZE).views(patch.expand(NUM_VIEWS, -1, -1, -1, -1), torch.arange(NUM_VIEWS))
+                views = shipped(recipe, SIZE)(patch.expand(NUM_VIEWS, -1, -1, -1, -1), torch.arange(NUM_VIEWS))
                 for column, image in enumerate(preprocessing.normalize(torch.stack([patch.float(), *views]))):
                     axes = figure.add_subplot(grid[row, column])
                     _show(axes, image)

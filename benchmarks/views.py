@@ -146,7 +146,7 @@ def largest_difference_hu(patches: Tensor, seeds: Tensor) -> float:
         if smooth.active[i]:
             image = mt.GaussianSmooth(smooth.sigma_zyx[i].tolist())(image)
         expected.append(torch.as_tensor(image).as_subclass(Tensor))
-    return float((views.views(patches, seeds) - torch.stack(expected)).abs().max())
+    return float((views(patches, seeds) - torch.stack(expected)).abs().max())
 
 
 def in_turns(
@@ -173,7 +173,7 @@ def in_turns(
 def each_transform(size: int, num: int, rounds: int, *, gpu: bool) -> dict[str, float]:
     """Milliseconds a view of each transform alone."""
     patches, seeds = patches_hu(num, size).to("cuda" if gpu else "cpu"), torch.arange(num)
-    work = {name: (lambda views=views: views.views(patches, seeds)) for name, views in alone().items()}
+    work = {name: (lambda views=views: views(patches, seeds)) for name, views in alone().items()}
     return {name: statistics.median(times) for name, times in in_turns(work, rounds, num, gpu=gpu).items()}
 
 
@@ -184,8 +184,8 @@ def on_cpu(size: int, num: int, rounds: int) -> dict[str, Any]:
     for recipe in RECIPES:
         monai_views, batched = by_monai(recipe, size), shipped(recipe, size)
         contenders: dict[str, Work] = {
-            "monai": lambda views=monai_views: [views(patch, i) for i, patch in enumerate(patches)],
-            "batched": lambda views=batched: views.views(patches, seeds),
+            "monai": lambda views=monai_views: views(patches, seeds),
+            "batched": lambda views=batched: views(patches, seeds),
         }
         times = in_turns(contenders, rounds, num, gpu=False)
         faster = [one / other for one, other in zip(times["monai"], times["batched"], strict=True)]
@@ -203,12 +203,12 @@ def on_gpu(size: int, num: int, rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for recipe in RECIPES:
         views = shipped(recipe, size)
-        times = in_turns({recipe: lambda views=views: views.views(patches, seeds)}, rounds, num, gpu=True)[recipe]
+        times = in_turns({recipe: lambda views=views: views(patches, seeds)}, rounds, num, gpu=True)[recipe]
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        made = views.views(patches, seeds)
+        made = views(patches, seeds)
         peak = torch.cuda.max_memory_allocated() - before
-        there = views.views(patches[:32].cpu(), seeds[:32])
+        there = views(patches[:32].cpu(), seeds[:32])
         found[recipe] = {
             "views_per_s": 1e3 / statistics.median(times),
             "ms_by_round": times,

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import fmcib_ssl
 from fmcib_ssl import signals
-from fmcib_ssl.data.datamodule import LesionDataModule
+from fmcib_ssl.data.loader import LesionDataModule
 from fmcib_ssl.data.workers import no_worker_left
 from fmcib_ssl.evaluation.feature_table import FeatureTableError
 from fmcib_ssl.evaluation.figures import ContactRow, contact_sheet, training_curves
@@ -294,9 +294,11 @@ def draw_contact_sheet(
     rows = []
     for i in range(num_rows):
         key = SampleKey(0, i * len(dataset) // num_rows)
-        pair, views = dataset.patches[key], dataset[key]
+        pair = dataset[key]
+        views = dataset.collate([pair])
         title = dataset.patches.title(pair["lesion"]) if names else f"lesion {pair['lesion']}"
-        rows.append(ContactRow(title, pair["positive"], views["positive"], _first_negative(views["negative"])))
+        positive, negative = ((first[0], second[0]) for first, second in (views["positive"], views["negative"]))
+        rows.append(ContactRow(title, pair["positive"], positive, _first_negative(negative)))
     return contact_sheet(rows, path, preprocessing)
 
 

@@ -16,7 +16,6 @@ from typing import (
     Protocol,
     TypedDict,
     overload,
-    runtime_checkable,
 )
 
 import numpy as np
@@ -102,19 +101,10 @@ class ViewPairs(TypedDict):
 
 
 class ViewTransform(Protocol):
-    """Makes one view of one patch, in HU too. What it draws is a function of `seed`, of nothing else."""
+    """Makes a view of each patch of a batch, in HU too: a function of that patch and its seed, to rounding."""
 
-    def __call__(self, patch: Tensor, seed: int) -> Tensor:
-        """Turn an int16 HU patch `(1, z, y, x)` into a float32 HU view of the same shape."""
-        ...
-
-
-@runtime_checkable
-class BatchViewTransform(ViewTransform, Protocol):
-    """Makes the views of many patches at once, on their device; one by one they are the same to rounding."""
-
-    def views(self, patches: Tensor, seeds: Tensor) -> Tensor:
-        """Turn int16 HU patches `(n, 1, z, y, x)` into float32 HU views, with one int64 seed each, on any device."""
+    def __call__(self, patches: Tensor, seeds: Tensor) -> Tensor:
+        """Turn int16 HU patches `(n, 1, z, y, x)` and int64 seeds `(n,)` into float32 HU views, on their device."""
         ...
 
 

@@ -39,12 +39,12 @@ class DyingViews(PublishedViews):
         self.fuse = Path(fuse)
         self.num_made = 0
 
-    def __call__(self, patch: Tensor, seed: int) -> Tensor:
-        self.num_made += 1
-        if get_worker_info() is not None and self.num_made == 26 and self.fuse.exists():
+    def __call__(self, patches: Tensor, seeds: Tensor) -> Tensor:
+        before, self.num_made = self.num_made, self.num_made + len(patches)
+        if get_worker_info() is not None and before < 26 <= self.num_made and self.fuse.exists():
             self.fuse.unlink(missing_ok=True)
             die_within_the_lock()
-        return super().__call__(patch, seed)
+        return super().__call__(patches, seeds)
 
 
 class FailsOverAnError(L.Callback):

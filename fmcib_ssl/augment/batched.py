@@ -96,7 +96,7 @@ class BatchedViews:
                 views[first:end] = work.finished()
         return views
 
-    def views(self, patches: Tensor, seeds: Int64[Tensor, " n"]) -> Float[Tensor, "n 1 z y x"]:
+    def __call__(self, patches: Tensor, seeds: Int64[Tensor, " n"]) -> Float[Tensor, "n 1 z y x"]:
         """Make one view of each patch, float32 HU.
 
         Args:
@@ -104,10 +104,6 @@ class BatchedViews:
             seeds: one a patch, of up to 64 bits; decides everything that is drawn for its view.
         """
         return self.apply(patches, self.draw(seeds, size_of(patches)))
-
-    def __call__(self, patch: Tensor, seed: int) -> Float[Tensor, "1 z y x"]:
-        """Make one view of one patch `(1, z, y, x)`, the same as in a batch."""
-        return self.views(patch[None], torch.tensor([seed]))[0]
 
 
 class BatchedPublishedViews(BatchedViews):

@@ -33,7 +33,7 @@ class LabelledPatches(Dataset[LabelledView]):
         rows: of the lesions to serve.
         labels: of all rows: class numbers or values.
         preprocessing: how patches and views are scaled.
-        view_transform: makes one view of one patch, in HU.
+        view_transform: makes the views of a batch of patches, in HU.
         seed: non-negative.
     """
 
@@ -65,6 +65,6 @@ class LabelledPatches(Dataset[LabelledView]):
         view_hu = self.read(row)
         if self.view_transform is not None:
             seed = np.random.SeedSequence(self.seed, spawn_key=(epoch, row)).generate_state(1)[0]
-            view_hu = self.view_transform(view_hu, int(seed))
+            view_hu = self.view_transform(view_hu[None], torch.tensor([int(seed)]))[0]
         view = self.preprocessing.normalize(view_hu)
         return LabelledView(view=view, label=torch.as_tensor(self.labels[row]), row=row)

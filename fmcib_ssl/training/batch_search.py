@@ -23,7 +23,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.utilities.memory import is_oom_error
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from fmcib_ssl.data.datamodule import LesionDataModule
+from fmcib_ssl.data.loader import LesionDataModule
 from fmcib_ssl.models.pretraining import Pretraining
 from fmcib_ssl.training.build import build_optimizer, learning_rate
 from fmcib_ssl.training.memory import SPARE, free_host_memory, gpu_capacity, peak_memory, reset_host_peak

@@ -79,10 +79,10 @@ def build_views(settings: Settings) -> ViewTransform:
     """
     view_transform: ViewTransform = build("augment", settings.augment)
     if not callable(view_transform):
-        raise ConfigError("section augment of the configuration makes no view of a single patch: choose another")
-    noise = np.random.default_rng(0).normal(-300, 400, (1, *settings.data.patch_size)).clip(-1000, 1000)
+        raise ConfigError("section augment of the configuration makes no views: choose another")
+    noise = np.random.default_rng(0).normal(-300, 400, (1, 1, *settings.data.patch_size)).clip(-1000, 1000)
     with blame("augment"):
-        low, high = view_transform(torch.from_numpy(noise.astype(np.int16)), 0).aminmax()
+        low, high = view_transform(torch.from_numpy(noise.astype(np.int16)), torch.tensor([0])).aminmax()
     if max(-low, high) < _NOT_IN_HU:
         raise ConfigError(
             f"section augment of the configuration: of noise from -1000 to 1000 HU it makes a view from {low:.3g} to "

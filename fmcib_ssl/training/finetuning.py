@@ -20,7 +20,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
 from fmcib_ssl.data.labelled import LabelledPatches
-from fmcib_ssl.data.sampler import EpochSampler
+from fmcib_ssl.data.loader import EpochSampler
 from fmcib_ssl.data.workers import WatchedLoader
 from fmcib_ssl.evaluation.bootstrap import patient_weights
 from fmcib_ssl.evaluation.embedding_sources import SourcePatches, open_patches

@@ -17,7 +17,6 @@ from fmcib_ssl.io import num_cores
 from fmcib_ssl.training.flops import peak_flops
 from fmcib_ssl.training.memory import peak_memory
 from fmcib_ssl.training.rows import row_is_due
-from fmcib_ssl.types import BatchViewTransform
 
 logger = logging.getLogger(__name__)
 
@@ -193,6 +192,6 @@ def _remedies(trainer: L.Trainer, wait: float) -> list[str]:
     dataset = getattr(getattr(trainer, "datamodule", None), "dataset", None)
     if dataset is not None and not isinstance(dataset.patches, LesionPatches):
         remedies.append("prepare a store and train from that (docs/prepare.md)")
-    if dataset is not None and not isinstance(dataset.view_transform, BatchViewTransform):
+    if dataset is not None and getattr(dataset.view_transform, "patch_by_patch", False):
         remedies.append("make the views of a whole batch at once, on a GPU there (augment=batched_published)")
     return remedies or [f"more cores: all {num_cores()} are in use"]

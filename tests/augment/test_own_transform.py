@@ -33,4 +33,4 @@ def test_the_documented_transform_works_and_is_short() -> None:
         assert torch.equal(view, patch.clamp_max(highest) if active else patch)
     every = names["RandomSaturation"](1.0, (100.0, 500.0))
     views = BatchedViews({"saturation": every, "noise": RandomNoise(0.0)})
-    assert views.views(patches, seeds).max() <= 500
+    assert views(patches, seeds).max() <= 500

@@ -40,8 +40,8 @@ def patch_hu(size: tuple[int, int, int] = SIZE, seed: int = 0) -> Tensor:
 class Seen(PublishedViews):
     """Views as the encoder sees them."""
 
-    def __call__(self, patch: Tensor, seed: int) -> Tensor:
-        return Preprocessing().normalize(super().__call__(patch, seed))
+    def __call__(self, patch: Tensor, seed: int) -> Tensor:  # type: ignore[override]  # one view, as MONAI makes them
+        return Preprocessing().normalize(super().__call__(patch[None], torch.tensor([seed]))[0])
 
 
 def only(**chosen: object) -> Seen:
@@ -181,27 +181,25 @@ def test_uniform_patches_stay_finite(hu: int) -> None:
 
 def test_a_view_is_a_function_of_patch_and_seed() -> None:
     views: ViewTransform = PublishedViews(SIZE)
-    patch = patch_hu()
-    before = patch.clone()
-    first = [views(patch, seed) for seed in range(12)]
-    again = [views(patch, seed) for seed in reversed(range(12))]
+    patches, seeds = patch_hu().expand(12, -1, -1, -1, -1), torch.arange(12)
+    before = patches.clone()
+    first = views(patches, seeds)
     fresh = pickle.loads(pickle.dumps(views))  # as a worker that does not fork gets it
-    for seed in range(12):
-        assert torch.equal(first[seed], again[11 - seed])
-        assert torch.equal(first[seed], fresh(patch, seed))
-        assert all(not torch.equal(first[seed], first[other]) for other in range(seed))
-    assert torch.equal(patch, before)
-    assert torch.equal(views(patch.float(), 3), first[3])
+    assert torch.equal(first, views(patches, seeds.flip(0)).flip(0))
+    assert torch.equal(first, fresh(patches.float(), seeds))
+    assert torch.equal(first[3:4], views(patches[:1], seeds[3:4]))
+    assert len(first.flatten(1).unique(dim=0)) == 12
+    assert torch.equal(patches, before)
 
 
 def test_what_leaves_is_a_plain_tensor_and_nothing_global_changes() -> None:
     torch.manual_seed(1)
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
     for seed in range(8):
-        view = PublishedViews((8, 9, 7))(patch_hu(), seed)
+        view = PublishedViews((8, 9, 7))(patch_hu()[None], torch.tensor([seed]))
         assert type(view) is Tensor
         assert view.dtype == torch.float32
-        assert view.shape == (1, 8, 9, 7)
+        assert view.shape == (1, 1, 8, 9, 7)
         assert view.is_contiguous()
         assert view.untyped_storage().nbytes() == view.nbytes  # a view of something larger would be sent whole
     assert torch.equal(states[0], torch.get_rng_state())
@@ -212,9 +210,10 @@ def test_what_leaves_is_a_plain_tensor_and_nothing_global_changes() -> None:
 
 def test_any_list_of_monai_transforms_makes_views() -> None:
     noise = MonaiViews([RandGaussianNoise(prob=1.0, mean=0.0, std=1.0)])
-    patch = torch.zeros(1, 16, 16, 16, dtype=torch.int16)
-    assert torch.equal(noise(patch, 5), noise(patch, 5))
-    assert not torch.equal(noise(patch, 5), noise(patch, 6))
+    patches = torch.zeros(3, 1, 16, 16, 16, dtype=torch.int16)
+    views = noise(patches, torch.tensor([5, 5, 6]))
+    assert torch.equal(views[0], views[1])
+    assert not torch.equal(views[0], views[2])
     with pytest.raises(ValueError, match="no transforms"):
         MonaiViews([])
 

@@ -52,9 +52,9 @@ def test_noise_has_its_deviation_and_the_untouched_stay_as_they_are() -> None:
 def test_a_view_follows_from_its_seed_alone() -> None:
     views = BatchedViews({"surroundings": RandomSurroundings(0.7)})
     given = patches(len(SEEDS)).to(torch.int16)
-    together = views.views(given, SEEDS)
+    together = views(given, SEEDS)
     for number in (0, 5, 39):
-        torch.testing.assert_close(views(given[number], int(SEEDS[number])), together[number])
+        torch.testing.assert_close(views(given[number, None], SEEDS[number, None])[0], together[number])
 
 
 @pytest.mark.parametrize("wrong", [{"radius": (5.0, 2.0)}, {"softness": 0.0}, {"lung_prob": 1.5}, {"noise_std_hu": -1}])

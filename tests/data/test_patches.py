@@ -172,7 +172,7 @@ def test_training_from_a_store_needs_no_reader_of_scans(store: Store) -> None:
         "import sys\n"
         "from fmcib_ssl.augment import PublishedViews\n"
         "from fmcib_ssl.data import LesionPatches\n"
-        "from fmcib_ssl.data.datamodule import LesionDataModule\n"
+        "from fmcib_ssl.data.loader import LesionDataModule\n"
         "data = LesionDataModule(LesionPatches(sys.argv[1], (16, 18, 20)), PublishedViews((16, 18, 20)))\n"
         "assert len(next(iter(data.train_dataloader()))['lesion']) == 4\n"
         "assert 'SimpleITK' not in sys.modules"

@@ -60,10 +60,6 @@ CONTRADICTIONS = [
     (["~optimizer.base_lr"], ["section optimizer", "base_lr"]),
     (["schedule.warmup=10"], ["section schedule", "warm-up of 10 steps", "the 2 steps of training"]),
     (["hardware.precision=bf17"], ["section hardware", "'bf17'", "bf16-mixed"]),
-    (
-        ["hardware.views_on=device"],
-        ["section hardware", "PublishedViews makes one view at a time", "batched_published"],
-    ),
     (["hardware.strategy=dpp"], ["section hardware", "'dpp'"]),
     (["+trainer.profile=simple"], ["trainer", "'profile'"]),
 ]

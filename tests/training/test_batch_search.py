@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fmcib_ssl.augment import BatchedPublishedViews, PublishedViews
-from fmcib_ssl.data.datamodule import LesionDataModule
+from fmcib_ssl.data.loader import LesionDataModule
 from fmcib_ssl.models.pretraining import Pretraining
 from fmcib_ssl.training import batch_search
 from fmcib_ssl.training.batch_search import GPURoom, HostRoom, SmallestOfAll, largest_that_fits, take_steps

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fmcib_ssl import signals
-from fmcib_ssl.data.datamodule import ResumableLoader
-from fmcib_ssl.data.sampler import EpochSampler
+from fmcib_ssl.data.loader import EpochSampler, ResumableLoader
 from fmcib_ssl.training.checkpoints import RunCheckpoints, WholeFileIO, find_checkpoint, restored_state, step_of
 from fmcib_ssl.training.run_folder import RunFolderError
 from fmcib_ssl.training.tracking import MetricsFile, Start, read_metrics
