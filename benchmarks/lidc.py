@@ -36,11 +36,10 @@ from pydantic import Field
 from tqdm import tqdm
 
 import fmcib_ssl
-from fmcib_ssl.evaluation.baselines import NUM_COMPONENTS, compact
-from fmcib_ssl.evaluation.folds import Part, without_shared
-from fmcib_ssl.evaluation.frozen_probes import Inputs
+from fmcib_ssl.evaluation.evaluate import NUM_COMPONENTS, compact
+from fmcib_ssl.evaluation.labels import Split, without_shared
 from fmcib_ssl.evaluation.leakage import check_duplicates, check_patch_borders, check_patients
-from fmcib_ssl.evaluation.scoring import PartScores
+from fmcib_ssl.evaluation.probes import Inputs, SplitScores
 from fmcib_ssl.io import Command, atomic_write, parse_command
 
 Array = npt.NDArray[Any]
@@ -82,7 +81,7 @@ class Job:
 
     contender: Contender
     seed: int
-    part: Part
+    part: Split
     questions: tuple[Question, ...]
 
 
@@ -178,7 +177,7 @@ class Benchmark:
         """Where a contender's pieces are kept."""
         return self.command.workspace / "pieces" / contender.key(self.epochs)
 
-    def scores(self, job: Job, question: Question, *, only_cached: bool = False) -> PartScores | None:
+    def scores(self, job: Job, question: Question, *, only_cached: bool = False) -> SplitScores | None:
         """Scores of one question; None where they are wanted from the workspace only, and are not there."""
         cache = self.folder(job.contender) / f"scores-seed{job.seed}-{job.part.name}-{question.file}.npy"
         if only_cached and not cache.is_file():
@@ -202,7 +201,7 @@ class Benchmark:
     def write(self) -> dict[str, Any]:
         """The tables of all contenders that are finished for at least one seed."""
         drawn: dict[tuple[str, str, float], tuple[Array, int]] = {}
-        pieces: dict[tuple[str, str, float], dict[int, list[PartScores]]] = {}
+        pieces: dict[tuple[str, str, float], dict[int, list[SplitScores]]] = {}
         answers: dict[tuple[str, float], Question] = {}
         for job in self.jobs():
             for question in job.questions:
@@ -226,7 +225,9 @@ class Benchmark:
         output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         return results
 
-    def by_rating(self, pieces: dict[tuple[str, str, float], dict[int, list[PartScores]]], weights: Array) -> list[Any]:
+    def by_rating(
+        self, pieces: dict[tuple[str, str, float], dict[int, list[SplitScores]]], weights: Array
+    ) -> list[Any]:
         """AUC of the nodules of one rating against those that the raters call plainly 0: which of the 1s are missed."""
         found: list[Any] = []
         for (method, task, fraction), by_seed in pieces.items():
@@ -236,7 +237,7 @@ class Benchmark:
             ratings = self.nodules.lesions[task].to_numpy(np.int64)
             for rating in range(1, 5):
                 kept = [
-                    [PartScores(p.part, p.rows[among], p.scores[among], p.setting, p.num_train)
+                    [SplitScores(p.split, p.rows[among], p.scores[among], p.setting, p.num_train)
                      for p in parts for among in [np.isin(ratings[p.rows], (rating, 5))]]
                     for parts in whole
                 ]  # fmt: skip
@@ -279,25 +280,26 @@ class Benchmark:
         }  # fmt: skip
 
 
-def folds(nodules: Nodules) -> list[Part]:
+def folds(nodules: Nodules) -> list[Split]:
     """Each fold tested once."""
     return [
-        Part(f"fold{k}", np.flatnonzero(nodules.fold != k), np.flatnonzero(nodules.fold == k)) for k in range(NUM_FOLDS)
+        Split(f"fold{k}", np.flatnonzero(nodules.fold != k), np.flatnonzero(nodules.fold == k))
+        for k in range(NUM_FOLDS)
     ]
 
 
-def published_part(nodules: Nodules) -> Part:
+def published_part(nodules: Nodules) -> Split:
     """The published malignancy split, without the patients that it has on two sides in training and validation."""
     rows = {side: np.flatnonzero(nodules.published == side) for side in ("train", "val", "test")}
-    return without_shared(Part("published", rows["train"], rows["test"], rows["val"]), nodules.patients)
+    return without_shared(Split("published", rows["train"], rows["test"], rows["val"]), nodules.patients)
 
 
-def pretraining_rows(patients: Array, part: Part) -> Array:
+def pretraining_rows(patients: Array, part: Split) -> Array:
     """Nodules of all patients but those that are tested."""
     return np.flatnonzero(~np.isin(patients, patients[part.test]))
 
 
-def leakage(nodules: Nodules, parts: Sequence[Part]) -> Iterator[str]:
+def leakage(nodules: Nodules, parts: Sequence[Split]) -> Iterator[str]:
     """What the package's own checks say of the patches: patients, equal images, padding, repeated edges."""
     voxels = PREPROCESSING.normalize(nodules.patches).flatten(1).numpy()
     names = np.arange(len(voxels)).astype(str)

@@ -10,12 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fmcib_ssl.evaluation.bootstrap import Estimate, interval
-from fmcib_ssl.evaluation.folds import Part
-from fmcib_ssl.evaluation.frozen_probes import PROBES, Inputs
-from fmcib_ssl.evaluation.labels import Labels
-from fmcib_ssl.evaluation.metrics import auc
-from fmcib_ssl.evaluation.scoring import PartScores, Setup, resampled, score
+from fmcib_ssl.evaluation.labels import Labels, Split
+from fmcib_ssl.evaluation.metrics import Estimate, auc, interval
+from fmcib_ssl.evaluation.probes import PROBES, Inputs, Protocol, SplitScores, resampled, score
 from fmcib_ssl.io import atomic_write
 
 Array = npt.NDArray[Any]
@@ -45,7 +42,9 @@ class Question:
         return f"{self.task}-{self.fraction:g}"
 
 
-def scores_of(question: Question, inputs: Callable[[], Inputs], patients: Array, part: Part, cache: Path) -> PartScores:
+def scores_of(
+    question: Question, inputs: Callable[[], Inputs], patients: Array, part: Split, cache: Path
+) -> SplitScores:
     """Scores of a part's test rows, computed once; the regularisation is chosen on folds of its training patients.
 
     Args:
@@ -56,20 +55,20 @@ def scores_of(question: Question, inputs: Callable[[], Inputs], patients: Array,
         cache: where the scores are kept.
     """
     if cache.is_file():
-        return PartScores(part.name, part.test, np.load(cache), float("nan"), len(part.train))
+        return SplitScores(part.name, part.test, np.load(cache), float("nan"), len(part.train))
     (found,) = score(PROBE, inputs(), setup_of(question.task, question.labels, patients, [part]), question.fraction)
     with atomic_write(cache) as file:
         np.save(file, found.scores)
     return found
 
 
-def setup_of(task: str, labels: Array, patients: Array, parts: Sequence[Part]) -> Setup:
+def setup_of(task: str, labels: Array, patients: Array, parts: Sequence[Split]) -> Protocol:
     """The package's own setup of a binary task."""
     everyone = np.arange(len(labels))
-    return Setup(Labels(task, "binary", labels, everyone, ("0", "1")), patients, parts, "folds", num_inner_folds=5)
+    return Protocol(Labels(task, "binary", labels, everyone, ("0", "1")), patients, parts, "folds", num_inner_folds=5)
 
 
-def mean_auc(labels: Array, by_seed: Sequence[Sequence[PartScores]], weights: Array) -> Array:
+def mean_auc(labels: Array, by_seed: Sequence[Sequence[SplitScores]], weights: Array) -> Array:
     """AUC within each fold, mean over folds, then over seeds; for all rows and for every resample of the patients."""
     found: Array = np.mean([resampled(auc, labels, parts, weights) for parts in by_seed], axis=0)
     return found

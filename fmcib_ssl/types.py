@@ -24,6 +24,9 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from torch import Tensor
 
+#: An array of NumPy's; its shape stands where it is described.
+Array = npt.NDArray[Any]
+
 #: What lies outside a scan, and what a patch is padded with, in Hounsfield units: air.
 PADDING_HU = -1024
 

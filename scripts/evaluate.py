@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fmcib_ssl.evaluation.evaluate import Evaluation
     from fmcib_ssl.evaluation.feature_table import FeatureTable
     from fmcib_ssl.evaluation.leakage import Finding
-    from fmcib_ssl.evaluation.scoring import Setup
+    from fmcib_ssl.evaluation.probes import Protocol
     from fmcib_ssl.evaluation.tasks import PublishedTask
 
 TASKS = Path(__file__).resolve().parent / "tasks"
@@ -83,16 +83,15 @@ def main(arguments: list[str]) -> None:
 
 def run(command: Evaluate) -> None:
     """Read, check for leakage, evaluate, write."""
-    from fmcib_ssl.evaluation.baselines import gather  # noqa: PLC0415
-    from fmcib_ssl.evaluation.evaluate import evaluate, find_leakage, without_shared_patients  # noqa: PLC0415
-    from fmcib_ssl.evaluation.frozen_probes import LINEAR_PROBE  # noqa: PLC0415
+    from fmcib_ssl.evaluation.evaluate import evaluate, find_leakage, gather, without_shared_patients  # noqa: PLC0415
     from fmcib_ssl.evaluation.leakage import REFUSING, refused  # noqa: PLC0415
+    from fmcib_ssl.evaluation.probes import LINEAR_PROBE  # noqa: PLC0415
 
     allowed = set(_names(command.allow_leakage))
     if unknown := allowed - set(REFUSING):
         raise ValueError(f"allow_leakage={', '.join(sorted(unknown))}: the checks are {', '.join(REFUSING)}")
     tables = _read(_names(command.features))
-    setup, lesions, published, notes = _setup(command, tables)
+    protocol, lesions, published, notes = _protocol(command, tables)
     _say(notes)
     make = None
     if command.baselines:
@@ -101,38 +100,45 @@ def run(command: Evaluate) -> None:
         def make(table: FeatureTable) -> dict[str, FeatureTable]:
             return baseline_tables(table, seed=command.seed, device=command.device)
 
-    contestants = gather(tables, lesions, _names(command.size), make)
-    findings = find_leakage(setup, lesions, contestants, _names(command.extent) or None)
+    candidates = gather(tables, lesions, _names(command.size), make)
+    findings = find_leakage(protocol, lesions, candidates, _names(command.extent) or None)
     for finding in findings:
         mark = ("refused" if finding.refuses else "warning") if finding.found else "ok"
         allowed_here = finding.found and finding.check in allowed | set(published.allow_leakage if published else ())
         print(f"leakage   {finding.check}: {'allowed' if allowed_here else mark}: {finding.message}")
     if found := refused(findings, allowed | set(published.allow_leakage if published else ())):
         names = ",".join(dict.fromkeys(finding.check for finding in found))
-        raise ValueError(f"leakage: the result would be too good. Mend it, or say allow_leakage={names}")
-    setups = [setup]
+        raise ValueError(
+            f"data leakage: results would be optimistic. Fix the split, or accept it with allow_leakage={names}"
+        )
+    protocols = [protocol]
     if any(finding.check == "patients" and finding.found for finding in findings):
-        setups += [other for other in [without_shared_patients(setup)] if other is not None]
-    probes = _names(command.probe) or [LINEAR_PROBE[setup.labels.kind]]
+        protocols += [other for other in [without_shared_patients(protocol)] if other is not None]
+    probes = _names(command.probe) or [LINEAR_PROBE[protocol.labels.kind]]
     fractions = [float(text) for text in _names(command.fractions)]
     result = evaluate(
-        setups, lesions, contestants, probes=probes, fractions=fractions, num_bootstrap=command.num_bootstrap
+        protocols, lesions, candidates, probes=probes, fractions=fractions, num_bootstrap=command.num_bootstrap
     )
-    _write(command, result, findings=findings, published=published, notes=notes, tables=tables, setup=setup)
+    _write(command, result, findings=findings, published=published, notes=notes, tables=tables, protocol=protocol)
     _print(result, published)
     print(f"\nresults   {command.output / 'results.json'}\nscores    {command.output / 'predictions.parquet'}")
 
 
-def _setup(
+def _protocol(
     command: Evaluate, tables: dict[str, FeatureTable]
-) -> tuple[Setup, pd.DataFrame, PublishedTask | None, list[str]]:
+) -> tuple[Protocol, pd.DataFrame, PublishedTask | None, list[str]]:
     """Who is labelled how, trained on and tested: the rows of the lesions, and what to know about them."""
     import numpy as np  # noqa: PLC0415
 
-    from fmcib_ssl.evaluation.folds import cross_validation, given_split  # noqa: PLC0415
-    from fmcib_ssl.evaluation.labels import column_text, join_labels, read_labels  # noqa: PLC0415
+    from fmcib_ssl.evaluation.labels import (  # noqa: PLC0415
+        column_text,
+        cross_validation,
+        given_split,
+        join_labels,
+        read_labels,
+    )
     from fmcib_ssl.evaluation.metrics import Kind  # noqa: PLC0415
-    from fmcib_ssl.evaluation.scoring import Setup  # noqa: PLC0415
+    from fmcib_ssl.evaluation.probes import Protocol  # noqa: PLC0415
     from fmcib_ssl.evaluation.tasks import join_task, load_task  # noqa: PLC0415
 
     first, *others = tables.values()
@@ -161,17 +167,17 @@ def _setup(
     lesions = lesions.iloc[labels.rows].reset_index(drop=True)
     patients = lesions["lesion_id"].to_numpy(str) if group is None else column_text(lesions, group, "group")
     if split is not None:
-        parts, name = [given_split(column_text(lesions, split, "split"))], f"as {split}"
+        splits = [given_split(column_text(lesions, split, "split"))]
         name = "as published" if published else f"column {split}"
     else:
-        parts = cross_validation(
+        splits = cross_validation(
             labels.kind, labels.values, patients,
             num_folds=command.folds, seed=command.seed, num_repeats=command.repeats,
         )  # fmt: skip
         times = f", {command.repeats} times" if command.repeats > 1 else ""
         name = f"{command.folds} folds by {group or 'lesion'}{times}"
     notes.append(f"{len(lesions)} lesions of {len(np.unique(patients))} patients, {labels.name}, {name}")
-    return Setup(labels, patients, parts, name, command.seed), lesions, published, notes
+    return Protocol(labels, patients, splits, name, command.seed), lesions, published, notes
 
 
 def _read(paths: list[str]) -> dict[str, FeatureTable]:
@@ -195,24 +201,25 @@ def _write(
     published: PublishedTask | None,
     notes: list[str],
     tables: dict[str, FeatureTable],
-    setup: Setup,
+    protocol: Protocol,
 ) -> None:
-    from fmcib_ssl.training.provenance import environment, write_json  # noqa: PLC0415
+    from fmcib_ssl.io import write_json  # noqa: PLC0415
+    from fmcib_ssl.training.provenance import environment  # noqa: PLC0415
 
     command.output.mkdir(parents=True, exist_ok=True)
     result.predictions.to_parquet(command.output / "predictions.parquet", index=False)
     values: dict[str, Any] = {
         "rows": result.rows,
         "differences": result.differences,
-        "leakage": [finding.to_dict() for finding in findings],
+        "leakage": [vars(finding) for finding in findings],
         "missing": result.missing,
         "survival": result.survival,
         "published": [figure.model_dump() for figure in published.published] if published else [],
         "notes": notes,
-        "label": {"name": setup.labels.name, "kind": setup.labels.kind, "classes": list(setup.labels.classes)},
+        "label": {"name": protocol.labels.name, "kind": protocol.labels.kind, "classes": list(protocol.labels.classes)},
         "provenance": {
             "arguments": json.loads(command.model_dump_json()),
-            "features": {name: table.origin for name, table in tables.items()},
+            "features": {name: table.provenance for name, table in tables.items()},
             **environment(),
         },
     }

@@ -93,7 +93,7 @@ def make_features(folder: Path) -> None:
 
 def use_features(folder: Path) -> Any:
     table = FeatureTable.read(folder / "features.parquet")
-    return table.lesions.to_csv(), table.features.tobytes(), table.origin
+    return table.lesions.to_csv(), table.features.tobytes(), table.provenance
 
 
 def make_fault(folder: Path) -> None:

@@ -78,8 +78,8 @@ def embed_source(
     (shard,) = embed_shards(frozen.module, preprocessing, patches, {0: places[order].tolist()}, inference)
     for place, reason in shard.failures.items():
         logger.warning("lesion %s is left out: %s", lesions[ID_COLUMN].iloc[place], reason)
-    origin = origin_of(frozen, preprocessing, source, patches, inference)
-    return gather([shard], lesions, origin).aligned(
+    provenance = provenance_of(frozen, preprocessing, source, patches, inference)
+    return gather([shard], lesions, provenance).aligned(
         lesions[ID_COLUMN].iloc[[place for place in places.tolist() if place not in shard.failures]]
     )
 
@@ -111,32 +111,32 @@ def baseline_tables(
         fmcib_ssl.data.store.StoreError: as `open_patches`.
         fmcib_ssl.data.tables.AnnotationsError: as `open_patches`.
     """
-    origin = table.origin
-    if not origin.get("source") or not origin.get("preprocessing"):
+    provenance = table.provenance
+    if not provenance.get("source") or not provenance.get("preprocessing"):
         raise FeatureTableError(
-            f"{origin.get('name')!r} does not say where its lesions are, so no baseline can be made of them: "
+            f"{provenance.get('name')!r} does not say where its lesions are, so no baseline can be made of them: "
             "embed them with scripts/embed.py"
         )
-    preprocessing = Preprocessing.from_dict(origin["preprocessing"])
+    preprocessing = Preprocessing.from_dict(provenance["preprocessing"])
     encoders = {"raw voxels": raw_voxels(preprocessing)}
-    if origin.get("encoder"):
-        untrained = random_encoder(origin["encoder"], preprocessing, seed, trusted_targets=trusted_targets)
+    if provenance.get("encoder"):
+        untrained = random_encoder(provenance["encoder"], preprocessing, seed, trusted_targets=trusted_targets)
         encoders = {"random weights": untrained, **encoders}
     baselines = {}
     for name, encoder in encoders.items():
         same = encoder.about["kind"] == "random_weights"
         found = embed_source(
             encoder,
-            origin["source"],
+            provenance["source"],
             batch_size=batch_size,
             # Half precision of another machine may be one that this device has not.
-            precision=origin["precision"] if same and origin["precision"] != "fp16" else "32",
-            views=origin["views"] if same else 1,
+            precision=provenance["precision"] if same and provenance["precision"] != "fp16" else "32",
+            views=provenance["views"] if same else 1,
             device=device,
             num_workers=num_workers,
             lesion_ids=table.lesions[ID_COLUMN].tolist(),
         ).aligned(table.lesions[ID_COLUMN])
-        baselines[name] = FeatureTable(table.lesions, found.features, found.origin)
+        baselines[name] = FeatureTable(table.lesions, found.features, found.provenance)
     return baselines
 
 
@@ -145,7 +145,7 @@ def reading_order(lesions: pd.DataFrame) -> npt.NDArray[np.int64]:
     return np.argsort(lesions[SCAN_COLUMN].to_numpy(dtype=str), kind="stable")
 
 
-def origin_of(
+def provenance_of(
     encoder: FrozenEncoder,
     preprocessing: Preprocessing,
     source: Mapping[str, Any],
@@ -164,7 +164,7 @@ def origin_of(
     }
 
 
-def gather(shards: Iterable[EmbeddedShard], lesions: pd.DataFrame, origin: Mapping[str, Any]) -> FeatureTable:
+def gather(shards: Iterable[EmbeddedShard], lesions: pd.DataFrame, provenance: Mapping[str, Any]) -> FeatureTable:
     """One table of all shards, in the order of the lesions' table.
 
     Raises:
@@ -176,7 +176,7 @@ def gather(shards: Iterable[EmbeddedShard], lesions: pd.DataFrame, origin: Mappi
     places = np.concatenate([shard.places for shard in filled])
     features = np.concatenate([shard.features for shard in filled])
     order = np.argsort(places)
-    return FeatureTable(lesions.iloc[places[order]].reset_index(drop=True), features[order], dict(origin))
+    return FeatureTable(lesions.iloc[places[order]].reset_index(drop=True), features[order], dict(provenance))
 
 
 def rejected_lesions(patches: SourcePatches, failures: Mapping[int, str]) -> pd.DataFrame:

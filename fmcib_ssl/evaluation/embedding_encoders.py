@@ -24,7 +24,7 @@ class FrozenEncoder:
     Attributes:
         module: `(batch, 1, z, y, x)` to `(batch, features)`.
         preprocessing: of its patches.
-        about: `name`, `kind`, `weights`, `sha256`, `encoder` and `seed` of a `FeatureTable`'s origin.
+        about: `name`, `kind`, `weights`, `sha256`, `encoder` and `seed` of a `FeatureTable`'s provenance.
     """
 
     module: nn.Module

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from fmcib_ssl.evaluation.embedding import gather, origin_of, reading_order, rejected_lesions
+from fmcib_ssl.evaluation.embedding import gather, provenance_of, reading_order, rejected_lesions
 from fmcib_ssl.evaluation.embedding_encoders import FrozenEncoder
 from fmcib_ssl.evaluation.embedding_inference import EmbeddedShard, Inference, embed_shards
 from fmcib_ssl.evaluation.embedding_sources import open_patches
@@ -32,7 +32,7 @@ from fmcib_ssl.io import write_atomically
 
 SHARD_SIZE = 256
 REQUEST_FILE = "request.json"
-#: What of an origin decides the features.
+#: What of an provenance decides the features.
 _DECISIVE = ("kind", "sha256", "encoder", "seed", "preprocessing", "views", "precision")
 
 
@@ -115,16 +115,16 @@ def embed_to_file(
     if output.suffix != ".parquet":
         raise FeatureTableError(f"{output}: call the table of features NAME.parquet")
     lesions, patches, preprocessing = open_patches(source, encoder.preprocessing)
-    origin = origin_of(encoder, preprocessing, source, patches, inference)
+    provenance = provenance_of(encoder, preprocessing, source, patches, inference)
     if output.exists() and not restart:
-        _agree(output, _decisive(_origin_in(output)), _decisive(origin))
+        _agree(output, _decisive(_provenance_in(output)), _decisive(provenance))
         return Outcome(output, len(lesions))
     places = reading_order(lesions)
     shards = dict(enumerate(np.split(places, range(shard_size, len(places), shard_size))))
     own = {number: shard.tolist() for number, shard in shards.items() if number % share.total == share.number}
     if not own:
         return Outcome(output, len(lesions), num_missing=len(lesions))
-    parts = _Parts(parts_folder(output), lesions[ID_COLUMN], origin, shard_size, restart=restart)
+    parts = _Parts(parts_folder(output), lesions[ID_COLUMN], provenance, shard_size, restart=restart)
     to_do = {number: shard for number, shard in own.items() if parts.read(number, shard) is None}
     began = time.monotonic()
     num_own, num_to_do = (sum(map(len, some.values())) for some in (own, to_do))
@@ -150,7 +150,7 @@ def embed_to_file(
     if len(rejected):
         rejected.to_csv(rejected_file(output), index=False)
     try:
-        gather(done, lesions, origin).write(output, half=inference.precision != "32")
+        gather(done, lesions, provenance).write(output, half=inference.precision != "32")
     except FeatureTableError as error:
         raise FeatureTableError(f"{error}; see {rejected_file(output)}") from error
     finally:
@@ -162,11 +162,11 @@ class _Parts:
     """The folder of parts, each a table of features of its own that names its request."""
 
     def __init__(
-        self, folder: Path, lesion_ids: pd.Series[str], origin: Mapping[str, Any], shard_size: int, *, restart: bool
+        self, folder: Path, lesion_ids: pd.Series[str], provenance: Mapping[str, Any], shard_size: int, *, restart: bool
     ) -> None:
         self.folder = folder
         self.lesion_ids = lesion_ids.to_numpy()
-        self.request = {**_decisive(origin), "shard_size": shard_size}
+        self.request = {**_decisive(provenance), "shard_size": shard_size}
         file = folder / REQUEST_FILE
         if file.exists() and not restart:
             _agree(folder, json.loads(file.read_text(encoding="utf-8")), self.request)
@@ -182,9 +182,9 @@ class _Parts:
         except (FileNotFoundError, FeatureTableError):
             return None
         place_of = {self.lesion_ids[place]: place for place in places}
-        failures: dict[str, str] = table.origin["failures"]
+        failures: dict[str, str] = table.provenance["failures"]
         ids = table.lesions[ID_COLUMN].tolist()
-        if table.origin["request"] != self.request or {*ids, *failures} != place_of.keys():
+        if table.provenance["request"] != self.request or {*ids, *failures} != place_of.keys():
             return None
         return EmbeddedShard(
             number,
@@ -196,8 +196,8 @@ class _Parts:
     def write(self, shard: EmbeddedShard) -> None:
         lesions = pd.DataFrame({ID_COLUMN: self.lesion_ids[shard.places]}, dtype="str")
         failures = {str(self.lesion_ids[place]): reason for place, reason in shard.failures.items()}
-        origin = {"request": self.request, "failures": failures}
-        FeatureTable(lesions, shard.features, origin).write(self._file(shard.number))
+        provenance = {"request": self.request, "failures": failures}
+        FeatureTable(lesions, shard.features, provenance).write(self._file(shard.number))
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -206,10 +206,10 @@ class _Parts:
         return self.folder / f"{number:06d}.parquet"
 
 
-def _decisive(origin: Mapping[str, Any]) -> dict[str, Any]:
+def _decisive(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """What two requests must have in common; as after a journey through JSON."""
-    source = origin.get("source") or {}
-    said = {key: origin.get(key) for key in _DECISIVE}
+    source = provenance.get("source") or {}
+    said = {key: provenance.get(key) for key in _DECISIVE}
     found: dict[str, Any] = json.loads(json.dumps({**said, "lesions": source.get("fingerprint")}))
     return found
 
@@ -227,12 +227,12 @@ def _agree(where: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> N
         )
 
 
-def _origin_in(output: Path) -> dict[str, Any]:
-    """The origin that a file holds; features are not read."""
+def _provenance_in(output: Path) -> dict[str, Any]:
+    """The provenance that a file holds; features are not read."""
     try:
-        origin: dict[str, Any] = json.loads(pq.read_schema(output).metadata[METADATA_KEY])
+        provenance: dict[str, Any] = json.loads(pq.read_schema(output).metadata[METADATA_KEY])
     except (pa.ArrowException, OSError, TypeError, KeyError, ValueError) as error:
         raise FeatureTableError(
             f"{output} is there, and no table of features: choose another output=FILE.parquet, or restart=true"
         ) from error
-    return origin
+    return provenance

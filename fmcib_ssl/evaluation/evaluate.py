@@ -1,36 +1,174 @@
-"""Everything that is asked of frozen features, on the same patients: metrics with intervals, differences, curves."""
+"""Everything that is asked of frozen features, on the same patients: metrics with intervals, differences, curves.
+
+Beside the features stand their baselines: random weights, raw voxels, and the lesion's size alone.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from tqdm import tqdm
 
-from fmcib_ssl.evaluation.baselines import Contestants
-from fmcib_ssl.evaluation.bootstrap import interval
-from fmcib_ssl.evaluation.feature_table import ID_COLUMN
-from fmcib_ssl.evaluation.folds import Part, without_shared
-from fmcib_ssl.evaluation.frozen_probes import LINEAR_PROBE, PROBES
-from fmcib_ssl.evaluation.labels import EvaluationError
-from fmcib_ssl.evaluation.leakage import (
-    Finding,
-    check_duplicates,
-    check_extent_columns,
-    check_patch_borders,
-    check_patients,
-)
-from fmcib_ssl.evaluation.metrics import ERRORS, METRICS
-from fmcib_ssl.evaluation.scoring import PartScores, Setup, resampled, score
-from fmcib_ssl.evaluation.survival import risk_halves
+from fmcib_ssl.evaluation.feature_table import ID_COLUMN, FeatureTable
+from fmcib_ssl.evaluation.labels import EvaluationError, shared_patients, without_shared
+from fmcib_ssl.evaluation.leakage import Finding, check_duplicates, check_extent, check_patch_borders, check_patients
+from fmcib_ssl.evaluation.metrics import ERRORS, METRICS, interval, risk_halves
+from fmcib_ssl.evaluation.probes import LINEAR_PROBE, PROBES, Inputs, Protocol, SplitScores, resampled, score
+from fmcib_ssl.types import Array, Preprocessing
 
-Array = npt.NDArray[Any]
-logger = logging.getLogger(__name__)
+MakeBaselines = Callable[[FeatureTable], Mapping[str, FeatureTable]]
+
+#: Components to which raw voxels are reduced before a probe.
+NUM_COMPONENTS = 64
+_BASELINES = {"random weights": "random_weights", "raw voxels": "raw_voxels"}
+
+
+@dataclass
+class Candidates:
+    """Everything that is evaluated on the same lesions.
+
+    Attributes:
+        inputs: what is scored, the user's tables first.
+        compared: pairs of names: features, and what they should be ahead of.
+        missing: baselines that could not be made: `features`, `reason`.
+        voxels: normalised patches, flattened, and how they were cut, where there are any.
+    """
+
+    inputs: list[Inputs] = field(default_factory=list)
+    compared: list[tuple[str, str]] = field(default_factory=list)
+    missing: list[dict[str, str]] = field(default_factory=list)
+    voxels: tuple[Array, Preprocessing] | None = None
+
+
+def gather(
+    tables: Mapping[str, FeatureTable],
+    lesions: pd.DataFrame,
+    size: Sequence[str] = (),
+    make_baselines: MakeBaselines | None = None,
+) -> Candidates:
+    """The user's tables, their baselines, the size alone, and each table together with the size.
+
+    Args:
+        tables: features by name; a table that itself is of random weights or raw voxels is not made again.
+        lesions: the rows to evaluate, with `lesion_id`.
+        size: columns with the lesion's size, such as a diameter.
+        make_baselines: opens a table's patches again; `embedding.baseline_tables`. None: no baselines are made.
+    """
+    ids = lesions[ID_COLUMN].tolist()
+    candidates = Candidates()
+    own = {name: table.aligned(ids) for name, table in tables.items()}
+    kinds = {name: table.provenance.get("kind") for name, table in own.items()}
+    encoders = [name for name in own if kinds[name] not in _BASELINES.values()] or list(own)
+    others = {name: table for name, table in own.items() if name not in encoders}
+    wanted = [title for title, kind in _BASELINES.items() if kind not in kinds.values()]
+    for name in encoders:
+        if make_baselines is None or not wanted:
+            break
+        made, reason = _baselines_of(own[name], wanted, make_baselines)
+        candidates.missing += [{"features": f"{t} of {name}", "reason": reason} for t in wanted if t not in made]
+        for title, table in made.items():
+            if not any(np.array_equal(other.features, table.features) for other in others.values()):
+                others[title if title not in others else f"{title} ({name})"] = table
+    for name, table in {**{name: own[name] for name in encoders}, **others}.items():
+        if table.provenance.get("kind") != "raw_voxels":
+            candidates.inputs.append(Inputs(name, table.features.astype(np.float64)))
+            continue
+        candidates.inputs.append(Inputs(name, compact(table.features), NUM_COMPONENTS))
+        if candidates.voxels is None and table.provenance.get("preprocessing"):
+            candidates.voxels = table.features, Preprocessing.from_dict(table.provenance["preprocessing"])
+    candidates.compared += [(name, other) for name in encoders for other in others]
+    candidates.compared += [(a, b) for i, a in enumerate(encoders) for b in encoders[i + 1 :]]
+    _add_size(candidates, encoders, lesions, size)
+    return candidates
+
+
+def _baselines_of(
+    table: FeatureTable, wanted: Sequence[str], make_baselines: MakeBaselines
+) -> tuple[dict[str, FeatureTable], str]:
+    """Those that could be made, and why another could not."""
+    reason = "the table does not say what builds its encoder"
+    if not table.provenance.get("encoder") and "raw voxels" not in wanted:
+        return {}, reason
+    try:
+        ids = table.lesions[ID_COLUMN]
+        return {title: made.aligned(ids) for title, made in make_baselines(table).items() if title in wanted}, reason
+    except (OSError, ValueError, RuntimeError) as error:
+        return {}, str(error)
+
+
+def compact(x: Array) -> Array:
+    """Rows in a basis of their span: distances stay, so a PCA sees the same, and columns are no more than rows."""
+    if x.shape[1] <= len(x):
+        return x.astype(np.float64)
+    centered = x.astype(np.float64) - x.mean(axis=0, dtype=np.float64)
+    values, vectors = np.linalg.eigh(centered @ centered.T)
+    return np.asarray((vectors * np.sqrt(np.clip(values, 0, None)))[:, ::-1])
+
+
+def _add_size(candidates: Candidates, encoders: Sequence[str], lesions: pd.DataFrame, size: Sequence[str]) -> None:
+    alone, reason = f"size ({', '.join(size)})", ""
+    values = lesions.reindex(columns=list(size)).apply(pd.to_numeric, errors="coerce")
+    values = values.to_numpy(np.float64, na_value=np.nan)
+    if not size:
+        alone, reason = "size", "no column was named: size=diameter_mm, or a volume"
+    elif absent := [name for name in size if name not in lesions]:
+        reason = f"there is no column {', '.join(map(repr, absent))}; name the lesion's diameter or volume with size="
+    elif lacking := int((~np.isfinite(values)).any(axis=1).sum()):
+        reason = f"{lacking} of {len(lesions)} lesions have no {', '.join(size)}"
+    if reason:
+        candidates.missing.append({"features": alone, "reason": reason})
+        return
+    with_features = [inputs for inputs in candidates.inputs if inputs.name in encoders]
+    candidates.inputs.append(Inputs(alone, values, linear_only=True))
+    for inputs in with_features:
+        name = f"{inputs.name} + size"
+        candidates.inputs.append(
+            replace(inputs, name=name, x=np.hstack([inputs.x, values]), num_beside=values.shape[1])
+        )
+        candidates.compared += [(inputs.name, alone), (name, alone)]
+
+
+def find_leakage(
+    protocol: Protocol, lesions: pd.DataFrame, candidates: Candidates, extent: Sequence[str] | None = None
+) -> list[Finding]:
+    """Run every check that the tables allow.
+
+    Args:
+        protocol: of the evaluation.
+        lesions: one row a lesion, in the order of `protocol`.
+        candidates: the features; images are compared by their voxels where there are any, else by their features.
+        extent: columns with the extent of crops; None: those that are named like one.
+    """
+    # A patient that is shared has its own finding; its images are compared all the same.
+    ids, first = lesions[ID_COLUMN].to_numpy(), candidates.inputs[0]
+    findings = [check_patients(protocol.splits, protocol.patients)]
+    if candidates.voxels is not None:
+        voxels, preprocessing = candidates.voxels
+        findings.append(check_duplicates("patches", voxels, protocol.splits, ids))
+        findings += check_patch_borders(voxels, preprocessing, protocol)
+    else:
+        findings.append(check_duplicates(first.name, first.x, protocol.splits, ids))
+        unseen = "not checked: there are no voxels, since the patches could not be opened again"
+        findings.append(Finding("padding", False, True, unseen))
+    return findings + check_extent(lesions, protocol, extent)
+
+
+def without_shared_patients(protocol: Protocol) -> Protocol | None:
+    """The same test without the tested patients in training and choosing; None where nothing would change.
+
+    Raises:
+        EvaluationError: nobody would be left to train on.
+    """
+    if not any(len(shared_patients(split, protocol.patients)) for split in protocol.splits):
+        return None
+    splits = [without_shared(split, protocol.patients) for split in protocol.splits]
+    if any(not len(split.train) for split in splits):
+        raise EvaluationError("every training patient is also tested: nobody is left to train on")
+    return replace(protocol, splits=splits, name=f"{protocol.name}, without shared patients")
 
 
 @dataclass
@@ -52,54 +190,10 @@ class Evaluation:
     missing: list[dict[str, str]] = field(default_factory=list)
 
 
-def find_leakage(
-    setup: Setup, lesions: pd.DataFrame, contestants: Contestants, extent: Sequence[str] | None = None
-) -> list[Finding]:
-    """Run every check that the tables allow.
-
-    Args:
-        setup: the evaluation.
-        lesions: one row a lesion, in the order of `setup`.
-        contestants: the features; images are compared by their voxels where there are any, else by their features.
-        extent: columns with the extent of crops; None: those that are named like one.
-    """
-    # A patient that is shared has its own finding; its images are compared all the same.
-    ids = lesions[ID_COLUMN].to_numpy()
-    found = [check_patients(setup.parts, setup.patients)]
-    if contestants.voxels is not None:
-        voxels, preprocessing = contestants.voxels
-        found.append(check_duplicates("patches", voxels, setup.parts, ids))
-        found += check_patch_borders(voxels, preprocessing, setup)
-    else:
-        first = contestants.inputs[0]
-        found.append(check_duplicates(first.name, first.x, setup.parts, ids))
-        unseen = "not checked: there are no voxels, since the patches could not be opened again"
-        found.append(Finding("padding", False, True, unseen))
-    return found + check_extent_columns(lesions, setup, extent)
-
-
-def without_shared_patients(setup: Setup) -> Setup | None:
-    """The same test without the tested patients in training and choosing; None where nothing would change.
-
-    Raises:
-        EvaluationError: nobody would be left to train on.
-    """
-    parts = [without_shared(part, setup.patients) for part in setup.parts]
-    if all(_size(new) == _size(old) for new, old in zip(parts, setup.parts, strict=True)):
-        return None
-    if any(not len(part.train) for part in parts):
-        raise EvaluationError("every training patient is also tested: nobody is left to train on")
-    return replace(setup, parts=parts, split=f"{setup.split}, without shared patients")
-
-
-def _size(part: Part) -> tuple[int, int]:
-    return len(part.train), 0 if part.val is None else len(part.val)
-
-
 def evaluate(
-    setups: Sequence[Setup],
+    protocols: Sequence[Protocol],
     lesions: pd.DataFrame,
-    contestants: Contestants,
+    candidates: Candidates,
     *,
     probes: Sequence[str],
     fractions: Sequence[float] = (1.0,),
@@ -109,9 +203,9 @@ def evaluate(
     """Score all features with all probes on all shares of the labels, and compare them.
 
     Args:
-        setups: the evaluation, and others of the same labels, such as one without shared patients.
-        lesions: one row a lesion, in the order of the setups.
-        contestants: what is scored and compared.
+        protocols: the evaluation, and others of the same labels, such as one without shared patients.
+        lesions: one row a lesion, in the order of the protocols.
+        candidates: what is scored and compared.
         probes: names of `PROBES`; the size alone is always given to the linear probe.
         fractions: of the training patients, above 0 and at most 1.
         num_bootstrap: resamples of the patients.
@@ -120,60 +214,62 @@ def evaluate(
     Raises:
         EvaluationError: a probe that cannot learn such labels, or a fraction that is none.
     """
-    kind = setups[0].labels.kind
-    _check_options(kind, probes, fractions)
-    linear = LINEAR_PROBE[kind]
+    labels = protocols[0].labels
+    _check_options(labels.kind, probes, fractions)
+    linear, metrics = LINEAR_PROBE[labels.kind], METRICS[labels.kind]
     jobs = [
-        (setup, inputs, name, fraction)
-        for setup in setups
-        for inputs in contestants.inputs
+        (protocol, inputs, name, fraction)
+        for protocol in protocols
+        for inputs in candidates.inputs
         for name in ([linear] if inputs.linear_only else probes)
         for fraction in sorted(set(fractions), reverse=True)
     ]
-    result = Evaluation(missing=list(contestants.missing))
-    weights = {setup.split: setup.weights(num_bootstrap) for setup in setups}
+    evaluation = Evaluation(missing=list(candidates.missing))
+    weights = {protocol.name: protocol.weights(num_bootstrap) for protocol in protocols}
     drawn: dict[tuple[str, str, str, float], dict[str, Array]] = {}
-    tables = []
-    for setup, inputs, name, fraction in tqdm(jobs, "evaluating", disable=not progress):
+    predictions = []
+    for protocol, inputs, name, fraction in tqdm(jobs, "evaluating", disable=not progress):
         try:
-            scored = _Scored(setup, inputs.name, name, fraction, score(PROBES[name], inputs, setup, fraction))
+            results = score(PROBES[name], inputs, protocol, fraction)
         except ValueError as error:
-            what = f"{inputs.name}, {name}, {fraction:.0%} of the patients, {setup.split}"
-            result.missing.append({"features": what, "reason": str(error)})
+            title = f"{inputs.name}, {name}, {fraction:.0%} of the patients, {protocol.name}"
+            evaluation.missing.append({"features": title, "reason": str(error)})
             continue
-        values = {
-            title: resampled(metric, setup.labels.values, scored.parts, weights[setup.split])
-            for title, metric in METRICS[kind].items()
+        about = {"features": inputs.name, "probe": name, "fraction": fraction, "split": protocol.name}
+        sizes = {
+            "num_train": round(float(np.mean([one.num_train for one in results]))),
+            "num_test": len(np.unique(np.concatenate([one.rows for one in results]))),
+            "settings": [one.setting for one in results],
         }
-        drawn[setup.split, inputs.name, name, fraction] = values
-        result.rows += _rows(scored, values)
-        tables.append(_predictions(scored, lesions))
-        if kind == "survival":
-            result.survival.append(_halves(scored))
+        values = {
+            title: resampled(metric, labels.values, results, weights[protocol.name])
+            for title, metric in metrics.items()
+        }
+        evaluation.rows += [
+            {"task": labels.name, **about, "metric": metric, **_interval(value), **sizes}
+            for metric, value in values.items()
+        ]
+        drawn[protocol.name, inputs.name, name, fraction] = values
+        predictions += [_predictions(one, protocol, lesions, about) for one in results]
+        if labels.kind == "survival":  # above or below the median risk of the test rows, each split by its own
+            rows = np.concatenate([one.rows for one in results])
+            is_high = np.concatenate([one.scores > np.median(one.scores) for one in results])
+            evaluation.survival.append({**about, **risk_halves(labels.values[rows], is_high)})
     for (split, features, name, fraction), values in drawn.items():
-        for ours, theirs in contestants.compared:
-            other = drawn.get((split, theirs, name, fraction), drawn.get((split, theirs, linear, fraction)))
-            if features == ours and other is not None:
-                about = {"split": split, "fraction": fraction, "task": setups[0].labels.name, "probe": name}
-                result.differences += _differences(ours, theirs, about, values, other)
-    if tables:
-        result.predictions = pd.concat(tables, ignore_index=True)
-    return result
-
-
-@dataclass(frozen=True)
-class _Scored:
-    """Features that were scored, and how."""
-
-    setup: Setup
-    features: str
-    probe: str
-    fraction: float
-    parts: Sequence[PartScores]
-
-    def about(self) -> dict[str, Any]:
-        values = {"features": self.features, "probe": self.probe, "fraction": self.fraction}
-        return {**values, "split": self.setup.split}
+        for ours, against in candidates.compared:
+            other = drawn.get((split, against, name, fraction), drawn.get((split, against, linear, fraction)))
+            if features != ours or other is None:
+                continue
+            about = {"features": ours, "against": against, "split": split, "fraction": fraction}
+            evaluation.differences += [
+                {**about, "task": labels.name, "probe": name, "metric": metric}
+                # Positive is ahead, so of an error the sign is turned.
+                | _interval(other[metric] - value if metric in ERRORS else value - other[metric])
+                for metric, value in values.items()
+            ]
+    if predictions:
+        evaluation.predictions = pd.concat(predictions, ignore_index=True)
+    return evaluation
 
 
 def _check_options(kind: str, probes: Sequence[str], fractions: Collection[float]) -> None:
@@ -187,58 +283,27 @@ def _check_options(kind: str, probes: Sequence[str], fractions: Collection[float
         raise EvaluationError(f"fractions={wrong[0]:g}: a share of the training patients is above 0 and at most 1")
 
 
-def _rows(scored: _Scored, values: dict[str, Array]) -> list[dict[str, Any]]:
-    sizes = {
-        "num_train": round(float(np.mean([part.num_train for part in scored.parts]))),
-        "num_test": len(np.unique(np.concatenate([part.rows for part in scored.parts]))),
-        "settings": [part.setting for part in scored.parts],
-    }
-    about = {"task": scored.setup.labels.name, **scored.about()}
-    return [{**about, "metric": metric, **_told(drawn), **sizes} for metric, drawn in values.items()]
-
-
-def _differences(
-    ours: str, theirs: str, about: dict[str, Any], values: dict[str, Array], other: dict[str, Array]
-) -> list[dict[str, Any]]:
-    """Positive is ahead, so of an error the sign is turned."""
-    return [
-        {"features": ours, "against": theirs, **about, "metric": metric}
-        | _told((other[metric] - drawn) if metric in ERRORS else (drawn - other[metric]))
-        for metric, drawn in values.items()
-    ]
-
-
-def _told(drawn: Array) -> dict[str, float | None]:
+def _interval(drawn: Array) -> dict[str, float | None]:
     """The value and its interval; None where a metric has no meaning for these lesions."""
     if np.isnan(drawn[0]) or np.isnan(drawn[1:]).all():
         return {"value": None, "low": None, "high": None}
-    told = interval(drawn[0], drawn[1:])
-    return {"value": told.value, "low": told.low, "high": told.high}
+    return dict(vars(interval(drawn[0], drawn[1:])))
 
 
-def _predictions(scored: _Scored, lesions: pd.DataFrame) -> pd.DataFrame:
-    labels, ids = scored.setup.labels, lesions[ID_COLUMN].to_numpy()
-    tables = []
-    for part in scored.parts:
-        truth = labels.values[part.rows]
-        columns: dict[str, Any] = {ID_COLUMN: ids[part.rows], "patient": scored.setup.patients[part.rows]}
-        columns |= {"fold": part.part, **scored.about()}
-        if labels.kind == "survival":
-            columns |= {"label": truth[:, 0], "event": truth[:, 1].astype(bool)}
-        else:
-            columns["label"] = truth
-        if part.scores.ndim == 2:
-            columns |= {f"score_{name}": part.scores[:, number] for number, name in enumerate(labels.classes)}
-        else:
-            columns["score"] = part.scores
-        if part.chosen is not None:
-            columns["predicted"] = part.chosen
-        tables.append(pd.DataFrame(columns))
-    return pd.concat(tables, ignore_index=True)
-
-
-def _halves(scored: _Scored) -> dict[str, Any]:
-    """Above or below the median risk of the test rows, each fold by its own."""
-    rows = np.concatenate([part.rows for part in scored.parts])
-    is_high = np.concatenate([part.scores > np.median(part.scores) for part in scored.parts])
-    return scored.about() | risk_halves(scored.setup.labels.values[rows], is_high)
+def _predictions(
+    results: SplitScores, protocol: Protocol, lesions: pd.DataFrame, about: Mapping[str, object]
+) -> pd.DataFrame:
+    labels, rows = protocol.labels, results.rows
+    columns: dict[str, Any] = {ID_COLUMN: lesions[ID_COLUMN].to_numpy()[rows], "patient": protocol.patients[rows]}
+    columns |= {"fold": results.split, **about}
+    if labels.kind == "survival":
+        columns |= {"label": labels.values[rows, 0], "event": labels.values[rows, 1].astype(bool)}
+    else:
+        columns["label"] = labels.values[rows]
+    if results.scores.ndim == 2:
+        columns |= {f"score_{name}": results.scores[:, number] for number, name in enumerate(labels.classes)}
+    else:
+        columns["score"] = results.scores
+    if results.chosen is not None:
+        columns["predicted"] = results.chosen
+    return pd.DataFrame(columns)

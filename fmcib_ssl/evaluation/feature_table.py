@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,20 +19,18 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fmcib_ssl.io import atomic_write
+from fmcib_ssl.io import atomic_write, digest_of
 from fmcib_ssl.types import UserError
 
 FEATURES_COLUMN = "features"
 ID_COLUMN = "lesion_id"
-#: Key of the origin in the metadata of the Parquet schema.
+#: Key of the provenance in the metadata of the Parquet schema.
 METADATA_KEY = b"fmcib_ssl"
-#: In the file's metadata: SHA-256 of the file's bytes, itself taken as zeros. Files of earlier versions have none.
-DIGEST_KEY = b"fmcib_ssl_digest"
-_SEAL = b"sha256:"
-_UNSEALED = _SEAL + b"0" * 64
+#: In the file's metadata: digest of all values. Files of earlier versions have none, or one of their bytes.
+_DIGEST_KEY = b"fmcib_ssl_values"
 
 _NUM_IDS_SHOWN = 5
-_MOST_ROWS = 50_000_000
+_MAX_ROWS = 50_000_000
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 
 
@@ -48,19 +45,19 @@ class FeatureTable:
     Attributes:
         lesions: every column of the lesions' table. `lesion_id`, unique text, is what rows are joined by.
         features: `(lesions, dim)` float32; row i belongs to `lesions.iloc[i]`.
-        origin: where the features came from; plain values, for JSON. `name` for people; `kind`, one of "encoder",
+        provenance: where the features came from; plain values, for JSON. `name` for people; `kind`, one of "encoder",
             "random_weights", "raw_voxels" and "columns"; `weights` and `sha256`, the file; `encoder`, the `_target_`
             and arguments that build it; `preprocessing`; `source`, which `open_patches` takes to open the same lesions
             again; `views`, `precision`, `versions`. What does not apply is None.
 
     Raises:
-        FeatureTableError: rows that do not fit together, ids that are missing or there twice, or an origin that is
-            not plain values.
+        FeatureTableError: rows that do not fit together, missing or duplicate ids, or a provenance that is not plain
+            values.
     """
 
     lesions: pd.DataFrame
     features: npt.NDArray[np.float32]
-    origin: dict[str, Any]
+    provenance: dict[str, Any]
 
     def __post_init__(self) -> None:
         if self.features.ndim != 2 or self.features.dtype != np.float32 or len(self.features) != len(self.lesions):
@@ -68,18 +65,19 @@ class FeatureTable:
                 f"features should be float32 ({len(self.lesions)}, dim), a row a lesion; they are "
                 f"{self.features.dtype} {self.features.shape}"
             )
-        for column, what in ((ID_COLUMN, "has no"), (FEATURES_COLUMN, "already has a")):
-            if (column in self.lesions) != (column == ID_COLUMN):
-                raise FeatureTableError(f"the table of lesions {what} column {column!r}")
+        if ID_COLUMN not in self.lesions:
+            raise FeatureTableError(f"the table of lesions has no column {ID_COLUMN!r}")
+        if FEATURES_COLUMN in self.lesions:
+            raise FeatureTableError(f"the table of lesions already has a column {FEATURES_COLUMN!r}")
         ids = self.lesions[ID_COLUMN]
         if wrong := [value for value in ids if not isinstance(value, str)]:
             raise FeatureTableError(f"{ID_COLUMN} should be text in every row; it is {_some(wrong)}")
         if ids.duplicated().any():
-            raise FeatureTableError(f"{ID_COLUMN} is there twice: {_some(ids[ids.duplicated()].unique())}")
+            raise FeatureTableError(f"duplicate {ID_COLUMN}: {_some(ids[ids.duplicated()].unique())}")
         try:
-            json.dumps(self.origin, allow_nan=False)
+            json.dumps(self.provenance, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise FeatureTableError(f"the origin may hold only plain values: {error}") from error
+            raise FeatureTableError(f"the provenance may hold only plain values: {error}") from error
 
     def __len__(self) -> int:
         return len(self.lesions)
@@ -93,14 +91,13 @@ class FeatureTable:
         wanted = pd.Index(lesion_ids)
         if wanted.has_duplicates:
             raise FeatureTableError(f"lesions asked for twice: {_some(wanted[wanted.duplicated()].unique())}")
-        places = pd.Index(self.lesions[ID_COLUMN]).get_indexer(wanted)
-        if (places < 0).any():
-            absent = wanted[places < 0]
+        rows = pd.Index(self.lesions[ID_COLUMN]).get_indexer(wanted)
+        if len(absent := wanted[rows < 0]):
+            name = self.provenance.get("name", "this table")
             raise FeatureTableError(
-                f"{self.origin.get('name', 'this table')!r} has no features of {len(absent)} of {len(wanted)} lesions: "
-                f"{_some(absent)}"
+                f"{name!r} has no features of {len(absent)} of {len(wanted)} lesions: {_some(absent)}"
             )
-        return FeatureTable(self.lesions.iloc[places].reset_index(drop=True), self.features[places], self.origin)
+        return FeatureTable(self.lesions.iloc[rows].reset_index(drop=True), self.features[rows], self.provenance)
 
     def write(self, path: Path | str, *, half: bool = False) -> Path:
         """Write one Parquet file, whole or not at all; one that was there is replaced.
@@ -121,17 +118,14 @@ class FeatureTable:
             raise FeatureTableError(f"{path}: a column of the lesions cannot be written: {error}") from error
         column = pa.FixedSizeListArray.from_arrays(values, self.features.shape[1])
         table = table.append_column(FEATURES_COLUMN, column)
-        origin = json.dumps(self.origin).encode()
-        ours = {METADATA_KEY: origin, DIGEST_KEY: _UNSEALED}
-        table = table.replace_schema_metadata({**(table.schema.metadata or {}), **ours})
+        metadata = {**(table.schema.metadata or {}), METADATA_KEY: json.dumps(self.provenance).encode()}
+        table = table.replace_schema_metadata(metadata)
+        table = table.replace_schema_metadata({**metadata, _DIGEST_KEY: _digest(table)})
         try:
             with atomic_write(path) as file:
                 # Features are noise to a dictionary and to a compressor; the lesions' columns are not.
                 names = [str(name) for name in self.lesions]
                 pq.write_table(table, file, use_dictionary=names, compression=dict.fromkeys(names, "zstd"))
-                place, digest = _digest(file, _UNSEALED)
-                file.seek(place)
-                file.write(digest)
         except OSError as error:
             raise FeatureTableError(f"{path} cannot be written: {error.strerror or error}") from error
         return path
@@ -148,15 +142,15 @@ class FeatureTable:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: there is no such file; scripts/embed.py makes one")
         try:
-            about = pq.read_metadata(path)
-            if about.num_rows > _MOST_ROWS:  # a file of kilobytes may claim any number
-                raise ValueError(f"it claims {about.num_rows} rows")
-            _check_digest(path, about.metadata or {})
+            if (num_rows := pq.read_metadata(path).num_rows) > _MAX_ROWS:  # a file of kilobytes may claim any number
+                raise ValueError(f"it claims {num_rows} rows")
             table = pq.read_table(path)
             table.validate(full=True)
-            origin = json.loads(table.schema.metadata[METADATA_KEY])
-            if not isinstance(origin, dict):
-                raise TypeError(f"its origin is {type(origin).__name__}")
+            if _DIGEST_KEY in table.schema.metadata and table.schema.metadata[_DIGEST_KEY] != _digest(table):
+                raise ValueError("its values are not those that were written")
+            provenance = json.loads(table.schema.metadata[METADATA_KEY])
+            if not isinstance(provenance, dict):
+                raise TypeError(f"its provenance is {type(provenance).__name__}")
             column = table[FEATURES_COLUMN].combine_chunks()
             values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
             features = values.reshape(len(table), column.type.list_size)
@@ -166,36 +160,16 @@ class FeatureTable:
                 f"{path}: not a whole table of features of fmcib_ssl ({type(error).__name__}: {error}); make it again "
                 "with scripts/embed.py"
             ) from error
-        return cls(lesions, features, origin)
+        return cls(lesions, features, provenance)
 
 
-def _digest(file: BinaryIO, seal: bytes) -> tuple[int, bytes]:
-    """Place of the seal in a Parquet file's footer, and what it should be: the digest with zeros in its place."""
-    size = file.seek(-8, os.SEEK_END) + 8
-    footer = size - 8 - int.from_bytes(file.read(4), "little")
-    file.seek(footer)
-    place = footer + file.read().rindex(seal)  # after all statistics, which might hold the same text
-    digest, position = hashlib.sha256(), file.seek(0)
-    while data := file.read(min(1 << 20, place - position) if position < place else 1 << 20):
-        digest.update(data)
-        position += len(data)
-        if position == place:
-            digest.update(_UNSEALED)
-            position = file.seek(place + len(seal))
-    return place, _SEAL + digest.hexdigest().encode()
-
-
-def _check_digest(path: Path, metadata: Mapping[bytes, bytes]) -> None:
-    """Refuse a file that is not as it was written; its seal is known by its key or, if that is damaged, by itself."""
-    seal = metadata.get(DIGEST_KEY) or next((value for value in metadata.values() if value.startswith(_SEAL)), None)
-    if seal is None:
-        return
-    with path.open("rb") as file:
-        if len(seal) != len(_UNSEALED) or _digest(file, seal)[1] != seal:
-            raise ValueError(
-                "its bytes are not those that were written: it is damaged, or was changed by another program, which "
-                f"should have taken {DIGEST_KEY.decode()} out of its metadata"
-            )
+def _digest(table: pa.Table) -> bytes:
+    """Of all names, values and metadata, whatever the bytes in which a file keeps them."""
+    features = table[FEATURES_COLUMN].combine_chunks()
+    numbers = hashlib.sha256(features.flatten().to_numpy(zero_copy_only=False).tobytes()).hexdigest()
+    metadata = {str(key): str(value) for key, value in table.schema.metadata.items() if key != _DIGEST_KEY}
+    lesions = table.drop_columns([FEATURES_COLUMN]).to_pydict()
+    return digest_of(features.type.list_size, numbers, metadata, list(lesions), lesions).encode()
 
 
 def _some(values: Iterable[object]) -> str:

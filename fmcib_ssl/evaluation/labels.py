@@ -1,29 +1,32 @@
-"""Labels from the columns of a table of lesions, and tables of labels that are joined to it."""
+"""Who is labelled how, and who is trained on and tested: labels from columns, splits and folds of patients."""
 
 from __future__ import annotations
 
 import operator
 import re
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
+from sklearn.model_selection import StratifiedGroupKFold
 
 from fmcib_ssl.data.tables import read_table, text_of
 from fmcib_ssl.evaluation.feature_table import ID_COLUMN
 from fmcib_ssl.evaluation.metrics import Kind
-from fmcib_ssl.types import UserError
+from fmcib_ssl.types import Array, UserError
 
-Array = npt.NDArray[Any]
-
+#: More different values than this are no classes.
 MAX_CLASSES = 50
-
+#: Classes into which values are cut to be stratified.
+_NUM_STRATA = 5
 _COMPARISONS = {
     "<=": operator.le, ">=": operator.ge, "==": operator.eq, "!=": operator.ne, "<": operator.lt, ">": operator.gt,
 }  # fmt: skip
+_TRUTHS = {"1": 1.0, "1.0": 1.0, "true": 1.0, "0": 0.0, "0.0": 0.0, "false": 0.0}
+_SIDES = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val", "tune": "val"}
 
 
 class EvaluationError(UserError, ValueError):
@@ -81,26 +84,19 @@ def read_labels(
             raise EvaluationError(
                 "survival needs two columns: time= to the event or the last contact, and event= 0 or 1"
             )
-        times, events = _numbers(lesions, time), _truths(lesions, event)
-        rows = np.flatnonzero(np.isfinite(times) & np.isfinite(events))
-        if (times[rows] < 0).any():
+        values = np.stack([_numbers(lesions, time), _truths(lesions, event)], axis=1)
+        rows = np.flatnonzero(np.isfinite(values).all(axis=1))
+        if (values[rows, 0] < 0).any():
             raise EvaluationError(f"{time!r} holds times below 0; they are counted from the scan or the diagnosis")
-        values = np.stack([times, events], axis=1)[rows]
-        return _checked(Labels(label or time, kind, values, rows))
+        return _checked(Labels(label or time, kind, values[rows], rows))
     if label is None:
         raise EvaluationError("label= names the column to predict")
     if threshold is not None and kind != "binary":
         raise EvaluationError(f"threshold={threshold} makes two classes; it goes with task=binary, not {kind}")
-    if kind == "binary" and threshold is not None:
-        sign, limit = _parse(threshold)
-        numbers = _numbers(lesions, label)
-        rows = np.flatnonzero(np.isfinite(numbers))
-        ones = _COMPARISONS[sign](numbers[rows], limit).astype(np.int64)
-        return _checked(Labels(f"{label}{threshold}", kind, ones, rows, (f"not {threshold}", threshold)))
-    if kind in ("binary", "multiclass"):
+    if kind == "multiclass" or (kind == "binary" and threshold is None):
         column = _column(lesions, label)
         rows = np.flatnonzero(column.notna().to_numpy())
-        names, numbers = np.unique(column.iloc[rows].to_numpy(), return_inverse=True)
+        names, values = np.unique(column.iloc[rows].to_numpy(), return_inverse=True)
         if kind == "binary" and len(names) != 2:
             raise EvaluationError(
                 f"{label!r} has {len(names)} different values, {_some(names)}; binary labels have two: give "
@@ -108,12 +104,27 @@ def read_labels(
             )
         if len(names) > MAX_CLASSES:
             raise EvaluationError(f"{label!r} has {len(names)} different values; is it task=continuous?")
-        return _checked(Labels(label, kind, numbers, rows, tuple(map(str, names))))
+        return _checked(Labels(label, kind, values, rows, tuple(map(str, names))))
     numbers = _numbers(lesions, label)
     rows = np.flatnonzero(np.isfinite(numbers))
+    if threshold is not None:
+        match = re.fullmatch(r"\s*(<=|>=|==|!=|<|>)\s*(-?[\d.]+(?:e-?\d+)?)\s*", threshold)
+        if match is None:
+            raise EvaluationError(f"threshold={threshold!r} should be a comparison such as '<5' or '>=3'")
+        is_one = _COMPARISONS[match[1]](numbers[rows], float(match[2])).astype(np.int64)
+        return _checked(Labels(f"{label}{threshold}", kind, is_one, rows, (f"not {threshold}", threshold)))
     if kind == "ordinal" and (numbers[rows] % 1 != 0).any():
         raise EvaluationError(f"{label!r} holds fractions; grades are whole numbers: task=continuous?")
     return _checked(Labels(label, kind, numbers[rows], rows))
+
+
+def _checked(labels: Labels) -> Labels:
+    outcomes = labels.values[:, 1] if labels.kind == "survival" else labels.values
+    if len(np.unique(outcomes)) < 2 and not (labels.kind == "survival" and outcomes.any()):
+        raise EvaluationError(
+            f"{labels.name!r}: {len(outcomes)} lesions have a label, and it is the same for all of them"
+        )
+    return labels
 
 
 def join_labels(lesions: pd.DataFrame, table: Path, on: str = ID_COLUMN) -> tuple[pd.DataFrame, int]:
@@ -128,26 +139,26 @@ def join_labels(lesions: pd.DataFrame, table: Path, on: str = ID_COLUMN) -> tupl
         The rows of the lesions, and how many of them the table does not have; their cells are empty.
 
     Raises:
-        EvaluationError: no such column, no lesion in common, or a lesion that is in the table twice.
+        EvaluationError: no such column, no lesion in common, or a duplicate in the table.
     """
     ours, _, theirs = on.partition(":")
     theirs = theirs or ours
     rows = pd.read_parquet(table) if table.suffix == ".parquet" else read_table(table)
-    _column(lesions, ours)
+    own = text_of(_column(lesions, ours)).fillna("")
     if theirs not in rows:
         raise EvaluationError(f"{table} has no column {theirs!r}; it has {', '.join(map(repr, rows))}; see labels_on=")
     rows = rows[rows[theirs].notna()]
-    keys = text_of(rows[theirs])
-    if (doubled := keys[keys.duplicated()]).size:
-        raise EvaluationError(f"{table}: {theirs} {doubled.iloc[0]!r} is there twice ({doubled.nunique()} such values)")
-    places = pd.Index(keys).get_indexer(pd.Index(text_of(lesions[ours]).fillna("")))
-    if (places < 0).all():
+    rows.index = pd.Index(text_of(rows[theirs]))
+    if rows.index.has_duplicates:
+        doubled = rows.index[rows.index.duplicated()]
+        raise EvaluationError(f"{table}: duplicate {theirs} {doubled[0]!r} ({doubled.nunique()} such values)")
+    absent = ~own.isin(rows.index)
+    if absent.all():
         raise EvaluationError(
-            f"no {ours} of the features is a {theirs} of {table}: {_some(lesions[ours])} against {_some(keys)}"
+            f"no {ours} of the features is a {theirs} of {table}: {_some(lesions[ours])} against {_some(rows.index)}"
         )
-    there = rows.reindex(np.where(places < 0, -1, rows.index.to_numpy()[places])).set_axis(lesions.index)
-    new = there[[name for name in rows if name not in (theirs, ID_COLUMN)]]
-    return lesions.drop(columns=[name for name in new if name in lesions]).join(new), int((places < 0).sum())
+    new = rows.drop(columns=[theirs, ID_COLUMN], errors="ignore").reindex(own).set_axis(lesions.index)
+    return lesions.drop(columns=[name for name in new if name in lesions]).join(new), int(absent.sum())
 
 
 def column_text(lesions: pd.DataFrame, name: str, option: str) -> Array:
@@ -178,27 +189,131 @@ def _numbers(lesions: pd.DataFrame, name: str) -> Array:
 
 def _truths(lesions: pd.DataFrame, name: str) -> Array:
     column = _column(lesions, name)
-    told = {"1": 1.0, "1.0": 1.0, "true": 1.0, "0": 0.0, "0.0": 0.0, "false": 0.0}
-    text = column.astype(str).str.strip().str.lower()
-    if (wrong := column[~text.isin(list(told)) & column.notna()]).size:
+    truths = column.astype(str).str.strip().str.lower().map(_TRUTHS)
+    if (wrong := column[truths.isna() & column.notna()]).size:
         raise EvaluationError(f"{name!r} should be 0 or 1, true or false; it is {wrong.iloc[0]} in {len(wrong)} rows")
-    return text.map(told).to_numpy(dtype=np.float64)
+    return truths.to_numpy(dtype=np.float64)
 
 
-def _parse(threshold: str) -> tuple[str, float]:
-    match = re.fullmatch(r"\s*(<=|>=|==|!=|<|>)\s*(-?[\d.]+(?:e-?\d+)?)\s*", threshold)
-    if match is None:
-        raise EvaluationError(f"threshold={threshold!r} should be a comparison such as '<5' or '>=3'")
-    return match[1], float(match[2])
+def _some(values: Collection[Any]) -> str:
+    return ", ".join(repr(str(value)) for value in list(values)[:4]) + (" ..." if len(values) > 4 else "")
 
 
-def _checked(labels: Labels) -> Labels:
-    what = labels.values[:, 1] if labels.kind == "survival" else labels.values
-    if len(np.unique(what)) < 2 and not (labels.kind == "survival" and what.any()):
-        raise EvaluationError(f"{labels.name!r}: {len(what)} lesions have a label, and it is the same for all of them")
-    return labels
+@dataclass(frozen=True)
+class Split:
+    """One training and one testing: row numbers.
+
+    Attributes:
+        name: such as "0" for the first fold.
+        train: rows that are fitted on.
+        test: rows that are scored.
+        val: rows by which a probe's setting is chosen; None: folds of the training patients.
+    """
+
+    name: str
+    train: Array
+    test: Array
+    val: Array | None = None
 
 
-def _some(values: Any) -> str:
-    shown = [repr(str(value)) for value in list(values)[:4]]
-    return ", ".join(shown) + (" ..." if len(values) > 4 else "")
+def strata(kind: Kind, labels: Array) -> Array:
+    """A class number for every row to stratify by: the class, a fifth of the values, or whether the event was seen."""
+    if kind == "survival":
+        return labels[:, 1].astype(np.int64)
+    if kind in ("binary", "multiclass"):
+        return np.unique(labels, return_inverse=True)[1]
+    return np.searchsorted(np.quantile(labels, np.linspace(0, 1, _NUM_STRATA + 1)[1:-1]), labels)
+
+
+def grouped_folds(kind: Kind, labels: Array, patients: Array, num_folds: int, seed: int) -> list[tuple[Array, Array]]:
+    """Row numbers to fit and to check, no patient on both sides, classes in equal shares.
+
+    There are fewer folds than asked for where a class has fewer patients than that; fifths of grades or values
+    need not be in every fold.
+
+    Raises:
+        ValueError: a class has fewer than two patients.
+    """
+    classes = strata(kind, labels)
+    per_class = [len(np.unique(patients[classes == k])) for k in np.unique(classes)]
+    fewest = min(per_class) if kind in ("binary", "multiclass", "survival") else len(np.unique(patients))
+    if len(per_class) < 2 or fewest < 2:
+        raise ValueError(
+            f"the training rows have {len(per_class)} class(es), the rarest with {fewest} patient(s); two patients of "
+            "two classes are the least"
+        )
+    splitter = StratifiedGroupKFold(min(num_folds, fewest), shuffle=True, random_state=seed)
+    return list(splitter.split(np.zeros((len(labels), 1)), classes, patients))
+
+
+def cross_validation(
+    kind: Kind, labels: Array, patients: Array, *, num_folds: int, seed: int = 0, num_repeats: int = 1
+) -> list[Split]:
+    """Folds of patients; with repeats other ones each time."""
+    return [
+        Split(str(k) if num_repeats == 1 else f"{repeat}.{k}", train, test)
+        for repeat in range(num_repeats)
+        for k, (train, test) in enumerate(grouped_folds(kind, labels, patients, num_folds, seed + repeat))
+    ]
+
+
+def given_split(sides: Array) -> Split:
+    """The split that a column names: train, test, and optionally val (or tune, valid, validation).
+
+    Raises:
+        ValueError: another name, or no row to train or to test on.
+    """
+    names = np.array([_SIDES.get(str(side).strip().lower(), "") for side in sides])
+    if (names == "").any():
+        raise ValueError(f"a split names 'train', 'val' and 'test', not {sorted({str(s) for s in sides[names == '']})}")
+    train, test, val = (np.flatnonzero(names == name) for name in ("train", "test", "val"))
+    if not len(train) or not len(test):
+        raise ValueError(f"the split has {len(train)} rows to train and {len(test)} to test on")
+    return Split("split", train, test, val if len(val) else None)
+
+
+def shared_patients(split: Split, patients: Array) -> Array:
+    """Patients that stand on more than one side."""
+    sides = [np.unique(patients[rows]) for rows in (split.train, split.val, split.test) if rows is not None]
+    names, counts = np.unique(np.concatenate(sides), return_counts=True)
+    return names[counts > 1]
+
+
+def without_shared(split: Split, patients: Array) -> Split:
+    """The same test rows; what is trained and chosen by loses their patients, and the training those of the choice."""
+    apart = ~np.isin(patients, patients[split.test])
+    train, val = split.train[apart[split.train]], split.val
+    if val is not None:
+        val = val[apart[val]]
+        train = train[~np.isin(patients[train], patients[val])]
+    return replace(split, train=train, val=val if val is not None and len(val) else None)
+
+
+def nested_share(kind: Kind, labels: Array, patients: Array, rows: Array, *, fraction: float, seed: int = 0) -> Array:
+    """Training rows of a share of the training patients; of two shares the smaller is part of the larger.
+
+    Patients of each class are put in a random order and the orders are merged so that every beginning holds the classes
+    in about equal shares. A patient is counted with the rarest class that it has.
+
+    Args:
+        kind: of the labels.
+        labels: of all rows.
+        patients: of all rows.
+        rows: the training rows.
+        fraction: of their patients, above 0 and at most 1.
+        seed: of the order.
+    """
+    if fraction >= 1:
+        return rows
+    classes = strata(kind, labels)[rows]
+    names, member = np.unique(patients[rows], return_inverse=True)
+    rarest = np.full(len(names), -1)
+    for number in np.argsort(-np.bincount(classes), kind="stable"):
+        rarest[np.unique(member[classes == number])] = number
+    rng = np.random.default_rng(seed)
+    place = np.empty(len(names))
+    for number in np.unique(rarest):
+        of_class = rng.permutation(np.flatnonzero(rarest == number))
+        place[of_class] = (np.arange(len(of_class)) + rng.random(len(of_class))) / len(of_class)
+    taken = np.argsort(place, kind="stable")[: max(1, round(fraction * len(names)))]
+    return rows[np.isin(member, taken)]

@@ -1,4 +1,4 @@
-"""What would make a result too good: named checks, which run before anything is scored.
+"""Data leakage, which would make results optimistic: named checks, which run before anything is scored.
 
 `patients`: a patient on two sides. `duplicates`: the same image on two sides. `padding`: how far a patch is padded
 predicts the label by itself. Those refuse. `repeated_layers` and `extent` only warn: where an edge was repeated to fill
@@ -9,31 +9,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
-from fmcib_ssl.evaluation.folds import Part, shared_patients
-from fmcib_ssl.evaluation.frozen_probes import LINEAR_PROBE, PROBES, Inputs
+from fmcib_ssl.evaluation.labels import Split, shared_patients
 from fmcib_ssl.evaluation.metrics import METRICS
-from fmcib_ssl.evaluation.scoring import Setup, estimate, score
-from fmcib_ssl.types import Preprocessing
-
-Array = npt.NDArray[Any]
+from fmcib_ssl.evaluation.probes import LINEAR_PROBE, PROBES, Inputs, Protocol, estimate, score
+from fmcib_ssl.types import Array, Preprocessing
 
 #: Checks that refuse, by the name that `allow_leakage` takes.
 REFUSING = ("patients", "duplicates", "padding")
 #: Root mean squared distance, in standard deviations of each feature, below which two rows are one image.
-SAME_IMAGE = 0.02
+_SAME_IMAGE = 0.02
 #: Features of fewer columns may agree by chance.
-MIN_DIM = 16
+_MIN_DIM = 16
 #: An interval wholly above this is taken for a leak: chance is 0.5 for an AUC, 0 for a rank correlation.
-MARGIN = {"AUC": 0.6, "C-index": 0.6, "Spearman": 0.2}
+_MARGIN = {"AUC": 0.6, "C-index": 0.6, "Spearman": 0.2}
 #: Columns that say how large a crop was.
-EXTENT_COLUMN = re.compile(r"n[xyz]|num_slices|(crop_|patch_)?(size|extent|shape)(_mm)?_[xyz](_mm)?", re.IGNORECASE)
+_EXTENT_COLUMN = re.compile(r"n[xyz]|num_slices|(crop_|patch_)?(size|extent|shape)(_mm)?_[xyz](_mm)?", re.IGNORECASE)
 
 _NUM_RESAMPLES = 1000
 
@@ -62,41 +57,33 @@ class Finding:
     high: float | None = None
     metric: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
 
 def refused(findings: Sequence[Finding], allowed: Collection[str]) -> list[Finding]:
     """Those that end the run."""
     return [finding for finding in findings if finding.found and finding.refuses and finding.check not in allowed]
 
 
-def check_patients(parts: Sequence[Part], patients: Array) -> Finding:
+def check_patients(splits: Sequence[Split], patients: Array) -> Finding:
     """Whether a patient stands on two sides of a split."""
-    shared = sorted({str(name) for part in parts for name in shared_patients(part, patients)})
-    tested = sum(int(np.isin(patients[part.test], shared).sum()) for part in parts)
-    text = "no patient stands on two sides"
-    if shared:
-        text = (
-            f"{len(shared)} patients stand on two sides, such as {', '.join(shared[:3])}; {tested} test lesions are of "
-            "such patients"
-        )
-    return Finding("patients", bool(shared), True, text)
+    shared = sorted({str(name) for split in splits for name in shared_patients(split, patients)})
+    if not shared:
+        return Finding("patients", False, True, "no patient stands on two sides")
+    tested = sum(int(np.isin(patients[split.test], shared).sum()) for split in splits)
+    text = f"{len(shared)} patients stand on two sides, such as {', '.join(shared[:3])}"
+    return Finding("patients", True, True, f"{text}; {tested} test lesions are of such patients")
 
 
-def check_duplicates(name: str, x: Array, parts: Sequence[Part], lesion_ids: Array) -> Finding:
+def check_duplicates(name: str, x: Array, splits: Sequence[Split], lesion_ids: Array) -> Finding:
     """Whether two lesions with the same features stand on two sides."""
-    if x.shape[1] < MIN_DIM:
+    if x.shape[1] < _MIN_DIM:
         return Finding("duplicates", False, True, f"{name}: {x.shape[1]} columns are too few to tell images apart")
     pairs = same_images(x)
     across = np.zeros(len(pairs), dtype=bool)
-    for part in parts:
+    for split in splits:
         side = np.zeros(len(x), dtype=np.int64)
-        side[part.train], side[part.test] = 1, 2
-        if part.val is not None:
-            side[part.val] = 3
-        a, b = side[pairs[:, 0]], side[pairs[:, 1]]
+        for number, rows in enumerate((split.train, split.test, split.val), start=1):
+            side[[] if rows is None else rows] = number
+        a, b = side[pairs].T
         across |= (a != b) & (a > 0) & (b > 0)
     if not across.any():
         return Finding("duplicates", False, True, f"{name}: no image stands on two sides")
@@ -107,23 +94,22 @@ def check_duplicates(name: str, x: Array, parts: Sequence[Part], lesion_ids: Arr
     return Finding("duplicates", True, True, text)
 
 
-def same_images(x: Array, tolerance: float = SAME_IMAGE, chunk: int = 1024, most: int = 100_000) -> Array:
+def same_images(x: Array, tolerance: float = _SAME_IMAGE, chunk: int = 1024, max_pairs: int = 100_000) -> Array:
     """Pairs of rows nearer than `tolerance` in standardised root mean squared distance, `(pairs, 2)`."""
     spread = x.std(axis=0)
     z = ((x - x.mean(axis=0)) / np.where(spread > 0, spread, 1)).astype(np.float32)[:, spread > 0]
     if not z.shape[1]:
         z = np.zeros((len(x), 1), dtype=np.float32)
     squares = np.square(z).sum(1)
-    found: list[Array] = []
+    pairs: list[Array] = []
     for start in range(0, len(z), chunk):
         block = z[start : start + chunk]
         distance = (squares[start : start + chunk, None] + squares - 2 * block @ z.T) / z.shape[1]
         rows, others = np.nonzero(distance < tolerance**2)
-        rows = rows + start
-        found.append(np.stack([rows, others], 1)[rows < others])
-        if sum(map(len, found)) > most:
+        pairs.append(np.stack([rows + start, others], 1)[rows + start < others])
+        if sum(map(len, pairs)) > max_pairs:
             break
-    return np.concatenate(found)[:most]
+    return np.concatenate(pairs)[:max_pairs]
 
 
 def border_layers(voxels: Array, padding: float) -> tuple[Array, Array]:
@@ -148,52 +134,47 @@ def border_layers(voxels: Array, padding: float) -> tuple[Array, Array]:
     return outside, np.maximum(np.stack(repeated, axis=1) - np.maximum(outside - 1, 0), 0)
 
 
-def check_patch_borders(voxels: Array, preprocessing: Preprocessing, setup: Setup) -> list[Finding]:
+def check_patch_borders(voxels: Array, preprocessing: Preprocessing, protocol: Protocol) -> list[Finding]:
     """Whether padding, or the repeated edges of a crop, predict the label without looking at the lesion.
 
     Args:
         voxels: normalised patches, flattened, `(n, z * y * x)`.
         preprocessing: how they were cut and normalised.
-        setup: the evaluation.
+        protocol: of the evaluation.
     """
     padding = (preprocessing.padding_hu + preprocessing.hu_offset) / preprocessing.hu_scale
     padded, repeated = border_layers(voxels.reshape(len(voxels), *preprocessing.patch_size_zyx), padding)
-    found = _measured("padding", "layers of padding at the patch's faces", padded, setup, refuses=True)
-    if found.found:
+    finding = _measured("padding", "layers of padding at the patch's faces", padded, protocol, refuses=True)
+    if finding.found:
         cure = "Patches that repeat the scan's nearest voxel have none: train with data.padding=edge, and embed again"
-        found = replace(found, message=f"{found.message}. {cure}")
-    return [
-        found,
-        _measured("repeated_layers", "layers repeated to fill the patch", repeated, setup, refuses=False),
-    ]
+        finding = replace(finding, message=f"{finding.message}. {cure}")
+    return [finding, _measured("repeated_layers", "layers repeated to fill the patch", repeated, protocol)]
 
 
-def check_extent_columns(lesions: pd.DataFrame, setup: Setup, columns: Sequence[str] | None = None) -> list[Finding]:
+def check_extent(lesions: pd.DataFrame, protocol: Protocol, columns: Sequence[str] | None = None) -> list[Finding]:
     """Whether columns with the extent of a crop predict the label; by default those that are named like one."""
     if columns is None:
-        columns = [str(name) for name in lesions if EXTENT_COLUMN.fullmatch(str(name))]
+        columns = [str(name) for name in lesions if _EXTENT_COLUMN.fullmatch(str(name))]
     numbers = lesions[list(columns)].apply(pd.to_numeric, errors="coerce").dropna(axis=1)
     if not numbers.shape[1]:
         return []
     text = f"the columns {', '.join(map(str, numbers))} (not given to any probe)"
-    return [_measured("extent", text, numbers.to_numpy(np.float64), setup, refuses=False)]
+    return [_measured("extent", text, numbers.to_numpy(np.float64), protocol)]
 
 
-def _measured(check: str, what: str, x: Array, setup: Setup, *, refuses: bool) -> Finding:
+def _measured(check: str, what: str, x: Array, protocol: Protocol, *, refuses: bool = False) -> Finding:
     """What a linear probe learns from a few columns alone."""
     if not np.ptp(x, axis=0).any():
         return Finding(check, False, refuses, f"{what}: the same for every lesion")
-    kind = setup.labels.kind
-    name, metric = next(iter(METRICS[kind].items()))
-    inputs = Inputs(check, x.astype(np.float64), linear_only=True)
+    labels = protocol.labels
+    name, metric = next(iter(METRICS[labels.kind].items()))
     try:
-        found = score(PROBES[LINEAR_PROBE[kind]], inputs, setup)
-        told = estimate(metric, setup.labels.values, found, setup.weights(_NUM_RESAMPLES))
+        results = score(PROBES[LINEAR_PROBE[labels.kind]], Inputs(check, x.astype(np.float64)), protocol)
+        measured = estimate(metric, labels.values, results, protocol.weights(_NUM_RESAMPLES))
     except ValueError as error:
         return Finding(check, False, refuses, f"{what}: could not be measured: {error}")
-    fired = told.low > MARGIN[name]
-    verb = "predict" if fired else "hardly predict"
-    text = (
-        f"{what} {verb} {setup.labels.name} by themselves: {name} {told.value:.3f} ({told.low:.3f} to {told.high:.3f})"
-    )
-    return Finding(check, fired, refuses, text, told.value, told.low, told.high, name)
+    found = measured.low > _MARGIN[name]
+    verb = "predict" if found else "hardly predict"
+    value = f"{name} {measured.value:.3f} ({measured.low:.3f} to {measured.high:.3f})"
+    text = f"{what} {verb} {labels.name} by themselves: {value}"
+    return Finding(check, found, refuses, text, measured.value, measured.low, measured.high, name)

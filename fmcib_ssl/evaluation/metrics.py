@@ -1,8 +1,9 @@
-"""How well scores fit labels, as functions of the rows' weights, for many weightings at once.
+"""How well scores fit labels, with intervals by bootstrap over patients.
 
-With weights of 1 they are the textbook metrics; with how often a bootstrap drew each row, those of the resample. So the
-value and its interval come from one implementation. A weighting for which a metric has no meaning, such as an AUC
-without one of the classes, gives NaN.
+A metric is a function of the rows' weights, for many weightings at once. With weights of 1 it is the textbook metric;
+with how often a bootstrap drew each row, that of the resample. So the value and its interval come from one
+implementation, and two tables of features that meet the same weights are compared on the same patients. A weighting for
+which a metric has no meaning, such as an AUC without one of the classes, gives NaN.
 
 `labels` are `(n,)` class numbers or values, for survival `(n, 2)`: time, and 1 where the event was seen. `scores` are
 `(n,)` or, for several classes, `(n, classes)`; balanced accuracy takes chosen classes. `weights` are `(resamples, n)`,
@@ -13,14 +14,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import CensoredData, binomtest, ecdf, logrank
+from sklearn.calibration import calibration_curve
 
-Array = npt.NDArray[Any]
+from fmcib_ssl.types import Array
+
 Metric = Callable[[Array, Array, Array], Array]
 Kind = Literal["binary", "multiclass", "ordinal", "continuous", "survival"]
+
+#: Probabilities that differ by no more say nothing in bins.
+_MIN_RANGE = 0.05
 
 
 def auc(labels: Array, scores: Array, weights: Array) -> Array:
@@ -28,31 +36,23 @@ def auc(labels: Array, scores: Array, weights: Array) -> Array:
     if scores.ndim == 2:
         return _over_classes(auc, labels, scores, weights)
     ones, zeros = _by_level(labels, scores, weights)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        area: Array = (ones * (np.cumsum(zeros, 1) - zeros / 2)).sum(1) / (ones.sum(1) * zeros.sum(1))
-    return area
+    return _ratio((ones * (np.cumsum(zeros, 1) - zeros / 2)).sum(1), ones.sum(1) * zeros.sum(1))
 
 
 def average_precision(labels: Array, scores: Array, weights: Array) -> Array:
     """Precision averaged over the steps of recall, as scikit-learn does; for several classes the mean over them."""
     if scores.ndim == 2:
         return _over_classes(average_precision, labels, scores, weights)
-    ones, zeros = (part[:, ::-1] for part in _by_level(labels, scores, weights))
-    found, false = np.cumsum(ones, 1), np.cumsum(zeros, 1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        precision = np.where(found + false > 0, found / (found + false), 0.0)
-        mean: Array = (ones * precision).sum(1) / ones.sum(1)
-    return np.where(zeros.sum(1) > 0, mean, np.nan)
+    ones, zeros = (side[:, ::-1] for side in _by_level(labels, scores, weights))
+    hits = np.cumsum(ones, 1)
+    precision = np.nan_to_num(_ratio(hits, hits + np.cumsum(zeros, 1)))
+    return np.where(zeros.sum(1) > 0, _ratio((ones * precision).sum(1), ones.sum(1)), np.nan)
 
 
 def balanced_accuracy(labels: Array, chosen: Array, weights: Array) -> Array:
     """Mean share of each class that is recognised; `chosen` are class numbers, `(n,)`."""
-    recalls = []
-    with np.errstate(invalid="ignore", divide="ignore"):
-        for number in np.unique(labels):
-            of_class = labels == number
-            recalls.append((weights @ (of_class & (chosen == number))) / (weights @ of_class))
-    return _mean(np.stack(recalls))
+    classes = [labels == number for number in np.unique(labels)]
+    return _mean([_ratio(weights @ (own & (chosen == labels)), weights @ own) for own in classes])
 
 
 def most_raised(scores: Array, shares: Array) -> Array:
@@ -65,27 +65,22 @@ def most_raised(scores: Array, shares: Array) -> Array:
         scores: probabilities, `(n, classes)`, or of class 1, `(n,)`.
         shares: of the classes among the training labels, `(classes,)`; of 0 is never chosen.
     """
-    both = scores if scores.ndim == 2 else np.stack([1 - scores, scores], axis=1)
-    raised = np.divide(both, shares, out=np.zeros_like(both), where=shares > 0)
-    chosen: Array = raised.argmax(axis=1)
-    return chosen
+    by_class = scores if scores.ndim == 2 else np.stack([1 - scores, scores], axis=1)
+    raised = np.divide(by_class, shares, out=np.zeros_like(by_class), where=shares > 0)
+    return np.asarray(raised.argmax(axis=1))
 
 
 def mean_absolute_error(labels: Array, scores: Array, weights: Array) -> Array:
     """Mean distance of the score from the label, in the label's unit."""
-    error: Array = weights @ np.abs(scores - labels) / weights.sum(1)
-    return error
+    return _ratio(weights @ np.abs(scores - labels), weights.sum(1))
 
 
 def spearman(labels: Array, scores: Array, weights: Array) -> Array:
     """Rank correlation, ties sharing the middle rank."""
-    x, y = _ranks(labels, weights), _ranks(scores, weights)
     total = weights.sum(1, keepdims=True)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        x, y = (ranks - (weights * ranks).sum(1, keepdims=True) / total for ranks in (x, y))
-        spread = np.sqrt((weights * x * x).sum(1) * (weights * y * y).sum(1))
-        correlation: Array = (weights * x * y).sum(1) / spread
-    return np.where(spread > 0, correlation, np.nan)
+    ranks = (_ranks(values, weights) for values in (labels, scores))
+    x, y = (rank - (weights * rank).sum(1, keepdims=True) / total for rank in ranks)
+    return _ratio((weights * x * y).sum(1), np.sqrt((weights * x * x).sum(1) * (weights * y * y).sum(1)))
 
 
 def quadratic_kappa(labels: Array, scores: Array, weights: Array) -> Array:
@@ -97,9 +92,7 @@ def quadratic_kappa(labels: Array, scores: Array, weights: Array) -> Array:
     total = weights.sum(1)
     observed = weights @ (labels - given) ** 2 / total
     expected = weights @ labels**2 + weights @ given**2 - 2 * (weights @ labels) * (weights @ given) / total
-    with np.errstate(invalid="ignore", divide="ignore"):
-        kappa: Array = 1 - observed * total / expected
-    return np.where(expected > 0, kappa, np.nan)
+    return 1 - _ratio(observed * total, expected)
 
 
 def concordance(labels: Array, scores: Array, weights: Array) -> Array:
@@ -111,9 +104,7 @@ def concordance(labels: Array, scores: Array, weights: Array) -> Array:
     time, event = labels[:, 0], labels[:, 1].astype(bool)
     before = event[:, None] & ((time[:, None] < time) | ((time[:, None] == time) & ~event))
     right = before * ((scores[:, None] > scores) + 0.5 * (scores[:, None] == scores))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        share: Array = ((weights @ right) * weights).sum(1) / ((weights @ before.astype(np.float64)) * weights).sum(1)
-    return share
+    return _ratio(((weights @ right) * weights).sum(1), ((weights @ before.astype(np.float64)) * weights).sum(1))
 
 
 #: What is reported for a kind of label, the first being what a probe's setting is judged by where it can be.
@@ -126,6 +117,130 @@ METRICS: dict[Kind, dict[str, Metric]] = {
 }
 #: Of these, smaller is better.
 ERRORS = frozenset({"MAE"})
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """As it stands in a table: `0.81 (0.74 to 0.88)`."""
+        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+def patient_weights(patients: npt.ArrayLike, num_bootstrap: int, seed: int) -> Array:
+    """How often each row is in each resample, `(num_bootstrap, n)`; as many patients are drawn as there are.
+
+    Args:
+        patients: the patient of every row, `(n,)`.
+        num_bootstrap: resamples.
+        seed: the draws follow from it and from the patients' sorted names, not from the order of the rows.
+    """
+    names, member_of = np.unique(np.asarray(patients), return_inverse=True)
+    drawn = np.random.default_rng(seed).integers(len(names), size=(num_bootstrap, len(names)))
+    drawn += len(names) * np.arange(num_bootstrap)[:, None]
+    times = np.bincount(drawn.ravel(), minlength=num_bootstrap * len(names)).reshape(num_bootstrap, -1)
+    return times[:, member_of].astype(np.float64)
+
+
+def interval(value: float, resampled: Array) -> Estimate:
+    """A value with the percentile interval of its resamples; those that have no value (NaN) are left out.
+
+    Raises:
+        ValueError: no resample has a value.
+    """
+    resampled = resampled[~np.isnan(resampled)]
+    if not len(resampled):
+        raise ValueError("no bootstrap resample holds both classes: there are too few patients for an interval")
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return Estimate(float(value), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Predicted against observed, in bins of about equal size.
+
+    Attributes:
+        predicted: mean probability in each bin, `(bins,)`, ascending.
+        observed: share of class 1 in each bin.
+        low: lower end of the share's 95 % interval (Wilson).
+        high: upper end.
+        counts: rows in each bin.
+        error: expected calibration error: the mean distance of observed from predicted over all rows.
+        brier: mean squared distance of probability and label.
+    """
+
+    predicted: Array
+    observed: Array
+    low: Array
+    high: Array
+    counts: Array
+    error: float
+    brier: float
+
+
+def calibration(labels: npt.ArrayLike, probabilities: npt.ArrayLike, num_bins: int = 10) -> Calibration:
+    """Compare probabilities with how often class 1 occurs; equal probabilities share a bin.
+
+    Args:
+        labels: 0 or 1, `(n,)`.
+        probabilities: of class 1, `(n,)`.
+        num_bins: fewer if there are not twenty rows for each; one if all probabilities are about the same.
+
+    Raises:
+        ValueError: a probability outside 0 to 1, or labels other than 0 and 1.
+    """
+    y, p = np.asarray(labels, dtype=np.float64), np.asarray(probabilities, dtype=np.float64)
+    if p.min() < 0 or p.max() > 1 or not np.isin(y, (0, 1)).all():
+        raise ValueError(
+            f"calibration takes labels of 0 and 1 and probabilities in 0 to 1, got labels {np.unique(y)[:3]} and "
+            f"scores from {p.min():.3g} to {p.max():.3g}"
+        )
+    num_bins = max(1, min(num_bins, len(y) // 20)) if np.ptp(p) > _MIN_RANGE else 1
+    observed, predicted = calibration_curve(y, p, n_bins=num_bins, strategy="quantile")
+    edges = np.quantile(p, np.linspace(0, 1, num_bins + 1))  # as calibration_curve has them, which gives no counts
+    counts = np.unique(np.searchsorted(edges[1:-1], p), return_counts=True)[1]
+    wilson = [binomtest(round(s * n), n).proportion_ci(method="wilson") for s, n in zip(observed, counts, strict=True)]
+    low, high = np.array(wilson).T
+    error = float((counts * np.abs(observed - predicted)).sum() / len(y))
+    return Calibration(predicted, observed, low, high, counts, error, float(((p - y) ** 2).mean()))
+
+
+def risk_halves(labels: Array, is_high: Array) -> dict[str, Any]:
+    """Kaplan-Meier curves of those at high and at low risk, and the log-rank test between them; plain values.
+
+    The test takes rows for independent: give one row a patient.
+
+    Args:
+        labels: `(n, 2)`: time, and 1 where the event was seen.
+        is_high: `(n,)`, which rows are of the half at high risk.
+
+    Returns:
+        `log_rank_p`, None where a half is empty; and `halves`, each with `name`, `num`, `num_events`, `times` and
+        `survival`, which holds from its time on; the curve begins at 0 with 1.
+    """
+    halves, samples = [], []
+    for name, rows in (("low risk", labels[~is_high]), ("high risk", labels[is_high])):
+        seen = rows[:, 1].astype(bool)
+        curve = {"name": name, "num": len(rows), "num_events": int(seen.sum()), "times": [0.0], "survival": [1.0]}
+        if len(rows):
+            samples.append(CensoredData(uncensored=rows[seen, 0], right=rows[~seen, 0]))
+            function = ecdf(samples[-1]).sf
+            curve["times"] += function.quantiles.tolist()
+            curve["survival"] += function.probabilities.tolist()
+        halves.append(curve)
+    p = float(logrank(*samples).pvalue) if len(samples) == 2 else np.nan
+    return {"log_rank_p": p if np.isfinite(p) else None, "halves": halves}
+
+
+def _ratio(numerator: Array, denominator: Array) -> Array:
+    """NaN where there is nothing to divide by."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(denominator > 0, numerator / denominator, np.nan)
 
 
 def _by_level(labels: Array, scores: Array, weights: Array) -> tuple[Array, Array]:
@@ -148,12 +263,11 @@ def _ranks(values: Array, weights: Array) -> Array:
 
 def _over_classes(metric: Metric, labels: Array, scores: Array, weights: Array) -> Array:
     columns = range(scores.shape[1])
-    return _mean(np.stack([metric((labels == k).astype(np.float64), scores[:, k], weights) for k in columns]))
+    return _mean([metric((labels == k).astype(np.float64), scores[:, k], weights) for k in columns])
 
 
-def _mean(values: Array) -> Array:
-    """Mean over the first axis of what has a value; NaN where nothing has."""
+def _mean(values: list[Array]) -> Array:
+    """Mean over those that have a value; NaN where none has."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, where nothing has a value
-        mean: Array = np.nanmean(values, axis=0)
-    return mean
+        return np.asarray(np.nanmean(values, axis=0))

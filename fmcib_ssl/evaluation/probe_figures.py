@@ -12,8 +12,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
-from fmcib_ssl.evaluation.calibration import Calibration
 from fmcib_ssl.evaluation.figures import COLORS, INK, MUTED, Palette, save_figure, tidy
+from fmcib_ssl.evaluation.metrics import Calibration
 
 Array = npt.NDArray[Any]
 

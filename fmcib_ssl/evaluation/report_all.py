@@ -72,7 +72,7 @@ def report_all(
     labels = [found.get("provenance", {}).get("arguments", {}).get("label") for found in evaluations]
     for given in features:
         table = given if isinstance(given, FeatureTable) else FeatureTable.read(given)
-        logger.info("features %s: maps, neighbours, saliency", table.origin.get("name"))
+        logger.info("features %s: maps, neighbours, saliency", table.provenance.get("name"))
         evaluated = next((label for label in labels if label in table.lesions), None)
         own = replace(options, label=options.label or evaluated)
         # Two tables may have one name.

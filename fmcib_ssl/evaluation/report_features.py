@@ -32,8 +32,9 @@ from fmcib_ssl.evaluation.embedding_sources import open_patches
 from fmcib_ssl.evaluation.feature_table import ID_COLUMN, FeatureTable, FeatureTableError
 from fmcib_ssl.evaluation.figures import LUNG_WINDOW_HU
 from fmcib_ssl.evaluation.lesion_sheet import SOFT_TISSUE_WINDOW_HU
+from fmcib_ssl.evaluation.probes import nearest_lesions
 from fmcib_ssl.evaluation.report import PointMap, ReportFigure, Section
-from fmcib_ssl.evaluation.retrieval import agreement, nearest_lesions, retrieval_sheet, spread_queries
+from fmcib_ssl.evaluation.retrieval import agreement, retrieval_sheet, spread_queries
 from fmcib_ssl.evaluation.saliency import LinearReadout, SalientLesion, has_captum, occlusion, saliency_sheet
 from fmcib_ssl.io import Identifiers, identifier
 from fmcib_ssl.models.export import EncoderFileError, load_encoder
@@ -87,7 +88,7 @@ class _Subject:
 
     @property
     def name(self) -> str:
-        return str(self.table.origin.get("name") or "features")
+        return str(self.table.provenance.get("name") or "features")
 
     def picture(self, kind: str) -> Path:
         return self.pictures / f"{''.join(c if c.isalnum() or c in '-_' else '_' for c in self.name)}_{kind}.png"
@@ -105,7 +106,7 @@ def feature_sections(table: FeatureTable, options: FeatureOptions, pictures: Pat
     """Maps, nearest neighbours and saliency.
 
     Args:
-        table: of features; its origin says where patches and weights are.
+        table: of features; its provenance says where patches and weights are.
         options: what is shown.
         pictures: folder for PNGs.
 
@@ -116,7 +117,7 @@ def feature_sections(table: FeatureTable, options: FeatureOptions, pictures: Pat
     for column in (*(options.color_by or ()), options.label, options.group):
         if column is not None and column not in lesions:
             raise FeatureTableError(
-                f"{table.origin.get('name')} has no column {column!r}; it has {', '.join(map(str, lesions))}"
+                f"{table.provenance.get('name')} has no column {column!r}; it has {', '.join(map(str, lesions))}"
             )
     group = options.group or next(column for column in ("PatientID", "scan_id", ID_COLUMN) if column in lesions)
     if options.identifiers == "hash" and (names := {group, *filter(is_name, map(str, lesions))} & _shown(options)):
@@ -129,7 +130,7 @@ def feature_sections(table: FeatureTable, options: FeatureOptions, pictures: Pat
         colors = [options.label, *colors]
     label = options.label or next((column for column in colors if not is_measurement(lesions[column])), None)
     subject = _Subject(table, options, label, group, pictures)
-    if not table.origin.get("source"):
+    if not table.provenance.get("source"):
         return [_maps(subject, colors, None)]
     try:
         read, preprocessing = _patches(table)
@@ -187,7 +188,7 @@ def _points(
     tile_of = np.full(len(rows), -1)
     tiles = b""
     if read is not None:
-        from_store = subject.table.origin["source"].get("kind") == "store"
+        from_store = subject.table.provenance["source"].get("kind") == "store"
         most = min(len(rows), MAX_TILES if from_store else MAX_TILES_OF_SCANS)
         chosen = np.unique(np.linspace(0, len(rows) - 1, most).round().astype(int))
         tile_of[chosen] = np.arange(len(chosen))
@@ -254,7 +255,7 @@ def _saliency(subject: _Subject, label: str | None, read: ReadPatch, preprocessi
     values = table.lesions[label].astype(object)
     kinds = sorted(values.dropna().unique(), key=str)
     try:
-        encoder = load_encoder(table.origin["weights"])
+        encoder = load_encoder(table.provenance["weights"])
     except (EncoderFileError, OSError, KeyError, TypeError) as error:
         return Section(title, f"The weights cannot be read, so saliency is not shown{subject.why(error)}")
     rows = np.flatnonzero(values.notna())
@@ -287,7 +288,7 @@ def _saliency(subject: _Subject, label: str | None, read: ReadPatch, preprocessi
 
 def _no_saliency(subject: _Subject, label: str | None) -> str:
     """Why there is nothing to show; empty where there is."""
-    if subject.table.origin.get("kind", "encoder") != "encoder":
+    if subject.table.provenance.get("kind", "encoder") != "encoder":
         return "it is of a trained encoder, and these features are of none."
     if label is None:
         return "no column has two classes to tell apart; name one with label=."
@@ -310,9 +311,9 @@ def _surest(logits: Array, labels: Array, shown: Array, number: int) -> list[int
 
 def _patches(table: FeatureTable) -> tuple[ReadPatch, Preprocessing]:
     """Reads the patch of a row of the table, wherever that row is in the source."""
-    held = table.origin.get("preprocessing")
+    held = table.provenance.get("preprocessing")
     lesions, patches, preprocessing = open_patches(
-        table.origin["source"], Preprocessing.from_dict(held) if held else None
+        table.provenance["source"], Preprocessing.from_dict(held) if held else None
     )
     place_of = {name: place for place, name in enumerate(lesions[ID_COLUMN])}
     if absent := [name for name in table.lesions[ID_COLUMN] if name not in place_of]:

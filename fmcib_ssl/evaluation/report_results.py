@@ -9,9 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from fmcib_ssl.evaluation.bootstrap import Estimate
-from fmcib_ssl.evaluation.calibration import calibration
 from fmcib_ssl.evaluation.figures import COLORS, Palette
+from fmcib_ssl.evaluation.metrics import Estimate, calibration
 from fmcib_ssl.evaluation.probe_figures import (
     calibration_curves,
     interval_plot,
@@ -58,8 +57,8 @@ def _start(found: dict[str, Any]) -> str:
 
 def answer(found: dict[str, Any]) -> str:
     """Whether pretraining helped, in a sentence; empty where nothing was compared with random weights."""
-    origins = found.get("provenance", {}).get("features") or {}
-    untrained = {name for name, origin in origins.items() if (origin or {}).get("kind") == "random_weights"}
+    provenances = found.get("provenance", {}).get("features") or {}
+    untrained = {name for name, provenance in provenances.items() if (provenance or {}).get("kind") == "random_weights"}
     sentences = []
     differences = _complete(pd.DataFrame(found.get("differences") or []))
     if not len(differences):
@@ -117,7 +116,7 @@ def result_sections(folder: Path, pictures: Path, palette: Palette, identifiers:
         sections[0] = replace(sections[0], text=sections[0].text + "\n\nNot computed: " + "; ".join(reasons))
     fired = [finding for finding in found.get("leakage") or [] if finding.get("found", True)]
     if problems := [finding["message" if named else "check"] for finding in fired]:
-        text = "Checks that fired; what they name may make results too good.\n\n" + "\n\n".join(problems)
+        text = "Checks that fired; what they name may make results optimistic.\n\n" + "\n\n".join(problems)
         sections.append(Section(f"Leakage checks, {folder.name}", text))
     return sections
 

@@ -3,53 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from fmcib_ssl.evaluation.figures import INK, LUNG_WINDOW_HU, MUTED, save_figure
-
-Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Neighbors:
-    """The nearest lesions of other patients, the nearest first.
-
-    Attributes:
-        rows: `(queries, k)`, rows of the features; -1 where there are no more lesions of other patients.
-        cosines: `(queries, k)`; NaN there.
-    """
-
-    rows: Array
-    cosines: Array
-
-
-def nearest_lesions(features: Array, patients: Array, queries: Sequence[int], num_neighbors: int = 5) -> Neighbors:
-    """Find each query's nearest neighbours by cosine, leaving out lesions of its own patient.
-
-    Args:
-        features: `(n, dim)`.
-        patients: of every lesion, `(n,)`.
-        queries: rows of `features`.
-        num_neighbors: of each.
-    """
-    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-    rows = np.full((len(queries), num_neighbors), -1)
-    cosines = np.full((len(queries), num_neighbors), np.nan)
-    for place, query in enumerate(queries):
-        cosine = (unit @ unit[query]).astype(np.float64)
-        cosine[patients == patients[query]] = -np.inf
-        nearest = np.argsort(-cosine, kind="stable")[:num_neighbors]
-        nearest = nearest[np.isfinite(cosine[nearest])]
-        rows[place, : len(nearest)] = nearest
-        cosines[place, : len(nearest)] = cosine[nearest]
-    return Neighbors(rows, cosines)
+from fmcib_ssl.evaluation.probes import Neighbors
+from fmcib_ssl.types import Array
 
 
 def agreement(neighbors: Neighbors, queries: Sequence[int], labels: Array, patients: Array) -> tuple[float, float]:

@@ -22,13 +22,21 @@ from torch import nn
 from fmcib_ssl.data.labelled import LabelledPatches
 from fmcib_ssl.data.loader import EpochSampler
 from fmcib_ssl.data.workers import WatchedLoader
-from fmcib_ssl.evaluation.bootstrap import patient_weights
 from fmcib_ssl.evaluation.embedding_sources import SourcePatches, open_patches
 from fmcib_ssl.evaluation.feature_table import ID_COLUMN
-from fmcib_ssl.evaluation.folds import Part, cross_validation, given_split, grouped_folds, shared_patients, strata
-from fmcib_ssl.evaluation.labels import Labels, column_text, read_labels
-from fmcib_ssl.evaluation.metrics import METRICS
-from fmcib_ssl.evaluation.scoring import PartScores, estimate
+from fmcib_ssl.evaluation.labels import (
+    Labels,
+    Split,
+    column_text,
+    cross_validation,
+    given_split,
+    grouped_folds,
+    read_labels,
+    shared_patients,
+    strata,
+)
+from fmcib_ssl.evaluation.metrics import METRICS, patient_weights
+from fmcib_ssl.evaluation.probes import SplitScores, estimate
 from fmcib_ssl.io import atomic_write, checksum_of, digest_of
 from fmcib_ssl.models.encoders import feature_dim
 from fmcib_ssl.models.export import EncoderFileError, encoder_metadata, export_encoder, load_encoder
@@ -58,7 +66,7 @@ class Task:
     patches: SourcePatches
     labels: Labels
     patients: Array
-    parts: Sequence[Part]
+    parts: Sequence[Split]
     preprocessing: Preprocessing
 
     def ids(self) -> Array:
@@ -110,7 +118,7 @@ def labelled_task(settings: Settings, asked: FineTune, trained_on: Preprocessing
             if len(shared := shared_patients(parts[0], patients)):
                 raise ConfigError(
                     f"{len(shared)} patients stand on more than one side of {asked.split!r}, such as {shared[0]!r}: "
-                    "the result would be too good. Mend the split, or say finetune.group=null to let it be"
+                    "results would be optimistic. Fix the split, or accept it with finetune.group=null"
                 )
         parts = [_with_validation(part, labels, patients, asked.val_share, settings.seed) for part in parts]
     except ValueError as error:
@@ -145,7 +153,7 @@ def _open(settings: Settings, trained_on: Preprocessing | None) -> tuple[SourceP
     return patches, preprocessing
 
 
-def _with_validation(part: Part, labels: Labels, patients: Array, share: float, seed: int) -> Part:
+def _with_validation(part: Split, labels: Labels, patients: Array, share: float, seed: int) -> Split:
     """Set a share of the training patients aside, unless the split has done so."""
     if part.val is not None:
         return part
@@ -175,7 +183,7 @@ def starting_encoder(settings: Settings, asked: FineTune) -> tuple[nn.Module, Co
     return encoder, encoder.spec
 
 
-def train_part(settings: Settings, asked: FineTune, task: Task, part: Part, folder: Path) -> None:
+def train_part(settings: Settings, asked: FineTune, task: Task, part: Split, folder: Path) -> None:
     """Train until the validation score rises no more, and let the best weights predict.
 
     The score, not the loss: after few steps batch norm's running statistics lag behind the weights, which shifts all
@@ -242,7 +250,7 @@ def _loader(task: Task, dataset: LabelledPatches, **arguments: Any) -> WatchedLo
     return WatchedLoader(dataset, title=lambda place: str(ids[dataset.rows[place]]), **arguments)
 
 
-def _datasets(settings: Settings, task: Task, part: Part) -> dict[str, LabelledPatches]:
+def _datasets(settings: Settings, task: Task, part: Split) -> dict[str, LabelledPatches]:
     view_transform = build_views(settings)
     classes = task.labels.num_classes > 0
     labels: Array = np.zeros(len(task.patches), np.int64 if classes else np.float32)
@@ -265,7 +273,7 @@ def _datasets(settings: Settings, task: Task, part: Part) -> dict[str, LabelledP
 def _module(
     settings: Settings,
     task: Task,
-    part: Part,
+    part: Split,
     *,
     encoder: nn.Module,
     batch_size: int,
@@ -342,7 +350,7 @@ def results_of(task: Task, predictions: pd.DataFrame, seed: int, num_bootstrap: 
         rows = rows_of.loc[table[ID_COLUMN]].to_numpy()
         chosen = table["predicted"].to_numpy() if "predicted" in table else None
         scores = scores if len(names) > 1 else scores[:, 0]
-        parts.append(PartScores(str(fold), rows, scores, setting=0.0, num_train=0, chosen=chosen))
+        parts.append(SplitScores(str(fold), rows, scores, setting=0.0, num_train=0, chosen=chosen))
     drawn = patient_weights(task.patients, num_bootstrap, seed)
     weights = np.concatenate([np.ones((1, len(task.patients))), drawn])
     results = []

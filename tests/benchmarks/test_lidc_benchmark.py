@@ -22,7 +22,7 @@ import lidc_data  # noqa: E402
 import lidc_methods  # noqa: E402
 import lidc_probes  # noqa: E402
 
-from fmcib_ssl.evaluation.folds import Part  # noqa: E402
+from fmcib_ssl.evaluation.labels import Split  # noqa: E402
 from fmcib_ssl.types import SampleKey  # noqa: E402
 
 NUM = 240
@@ -153,7 +153,7 @@ def test_features_that_are_kept_are_told_apart_by_their_configuration() -> None:
 
 def test_pretraining_sees_only_what_it_is_given_and_is_repeatable() -> None:
     nodules = made_up_nodules()
-    rows = lidc.pretraining_rows(nodules.patients, Part("x", np.arange(0), np.arange(100)))[:64]
+    rows = lidc.pretraining_rows(nodules.patients, Split("x", np.arange(0), np.arange(100)))[:64]
     mined = lidc_methods.BY_NAME["mined_and_lesions"]
     contender = replace(mined, overrides=(*mined.overrides, "data.batch_size=32"))
     changed = nodules.patches.clone()

@@ -7,8 +7,8 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from fmcib_ssl.evaluation import metrics
-from fmcib_ssl.evaluation.bootstrap import Estimate, interval, patient_weights
-from fmcib_ssl.evaluation.scoring import PartScores, estimate, resampled
+from fmcib_ssl.evaluation.metrics import Estimate, interval, patient_weights
+from fmcib_ssl.evaluation.probes import SplitScores, estimate, resampled
 
 #: Phi(1 / sqrt 2): the AUC of two normal scores one standard deviation apart.
 BINORMAL_AUC = 0.7602499389
@@ -47,7 +47,7 @@ def test_intervals_over_patients_hold_the_truth_and_intervals_over_rows_do_not(n
         scores = y + shared + rng.normal(scale=0.5, size=len(y))
         patients = np.repeat(np.arange(num_patients), per_patient)
         fold = patients // 2 % num_parts
-        parts = [PartScores(str(k), np.flatnonzero(fold == k), scores[fold == k], 1.0, 0) for k in range(num_parts)]
+        parts = [SplitScores(str(k), np.flatnonzero(fold == k), scores[fold == k], 1.0, 0) for k in range(num_parts)]
         for name, groups in (("patients", patients), ("rows", np.arange(len(y)))):
             if trial < tried[name]:
                 weights = np.concatenate([np.ones((1, len(y))), patient_weights(groups, 200, trial)])
@@ -77,8 +77,8 @@ def test_the_interval_of_a_c_index_holds_the_truth() -> None:
 
 def test_lesions_of_two_parts_are_not_compared() -> None:
     y = np.array([0, 1, 0, 1])
-    parts = [PartScores("0", np.array([0, 1]), np.array([0.1, 0.2]), 1.0, 2)]
-    parts += [PartScores("1", np.array([2, 3]), np.array([5.0, 6.0]), 1.0, 2)]
+    parts = [SplitScores("0", np.array([0, 1]), np.array([0.1, 0.2]), 1.0, 2)]
+    parts += [SplitScores("1", np.array([2, 3]), np.array([5.0, 6.0]), 1.0, 2)]
     assert resampled(metrics.auc, y, parts, np.ones((1, 4)))[0] == 1.0  # all pooled it would be 0.75
 
 

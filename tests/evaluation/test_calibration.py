@@ -9,7 +9,7 @@ import pytest
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss
 
-from fmcib_ssl.evaluation.calibration import calibration
+from fmcib_ssl.evaluation.metrics import calibration
 
 
 def drawn(n: int = 400, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -156,7 +156,7 @@ def test_a_store_of_another_spacing_is_refused(archive: Archive, encoder: Frozen
 
 def test_a_source_says_how_to_open_it_again(archive: Archive, encoder: FrozenEncoder) -> None:
     table = embed_source(encoder, archive.store_source)
-    lesions, patches, preprocessing = open_patches(table.origin["source"])
+    lesions, patches, preprocessing = open_patches(table.provenance["source"])
     assert preprocessing == encoder.preprocessing and len(patches) == len(LESIONS)
     close(table.features, by_hand(encoder, [patches[i] for i in range(len(patches))]))
     pd.testing.assert_frame_equal(lesions, table.lesions)
@@ -168,13 +168,14 @@ def test_a_source_says_how_to_open_it_again(archive: Archive, encoder: FrozenEnc
 
 
 def test_the_origin_tells_the_whole_story(archive: Archive, encoder: FrozenEncoder) -> None:
-    origin = embed_source(encoder, archive.store_source, precision="bf16", views=8).origin
-    weights = Path(origin["weights"])
-    assert origin["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert (origin["kind"], origin["name"], origin["precision"], origin["views"]) == ("encoder", "encoder", "bf16", 8)
-    assert Preprocessing.from_dict(origin["preprocessing"]) == encoder.preprocessing
-    assert origin["encoder"]["widths"] == [4, 4, 8, 8]
-    assert origin["versions"]["torch"] == torch.__version__.partition("+")[0]
+    provenance = embed_source(encoder, archive.store_source, precision="bf16", views=8).provenance
+    weights = Path(provenance["weights"])
+    assert provenance["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    expected = {"kind": "encoder", "name": "encoder", "precision": "bf16", "views": 8}
+    assert {key: provenance[key] for key in expected} == expected
+    assert Preprocessing.from_dict(provenance["preprocessing"]) == encoder.preprocessing
+    assert provenance["encoder"]["widths"] == [4, 4, 8, 8]
+    assert provenance["versions"]["torch"] == torch.__version__.partition("+")[0]
 
 
 def test_a_scan_that_is_damaged_costs_only_its_lesions(
@@ -232,16 +233,16 @@ def test_baselines(archive: Archive, encoder: FrozenEncoder, tmp_path: Path) -> 
     close(baselines["random weights"].features, by_hand(replace(encoder, module=untrained), hu))
     for baseline in baselines.values():
         pd.testing.assert_frame_equal(baseline.lesions[order], shuffled.lesions[order])
-    assert baselines["random weights"].origin["kind"] == "random_weights"
+    assert baselines["random weights"].provenance["kind"] == "random_weights"
 
 
 def test_baselines_need_to_know_their_lesions(archive: Archive, encoder: FrozenEncoder) -> None:
     table = embed_source(encoder, archive.store_source)
     with pytest.raises(FeatureTableError, match="does not say where its lesions are"):
-        baseline_tables(replace(table, origin={"name": "diameter"}))
-    unknown = replace(table, origin={**table.origin, "encoder": None})
+        baseline_tables(replace(table, provenance={"name": "diameter"}))
+    unknown = replace(table, provenance={**table.provenance, "encoder": None})
     assert list(baseline_tables(unknown)) == ["raw voxels"]
-    foreign = replace(table, origin={**table.origin, "encoder": {"_target_": "os.system", "command": "false"}})
+    foreign = replace(table, provenance={**table.provenance, "encoder": {"_target_": "os.system", "command": "false"}})
     with pytest.raises(FeatureTableError, match=r"os\.system, which is not one of"):
         baseline_tables(foreign)
     for target in (

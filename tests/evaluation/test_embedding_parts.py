@@ -89,7 +89,7 @@ def test_the_file_holds_what_the_memory_would(
     in_memory, in_file = embed_source(encoder, archive.store_source), FeatureTable.read(outcome.output)
     pd.testing.assert_frame_equal(in_file.lesions, in_memory.lesions)
     np.testing.assert_allclose(in_file.features, in_memory.features, rtol=1e-4, atol=1e-6)
-    assert in_file.origin == json.loads(json.dumps(in_memory.origin))
+    assert in_file.provenance == json.loads(json.dumps(in_memory.provenance))
 
 
 @pytest.mark.parametrize("stop_after", [0, 2, 3, 5, 6])

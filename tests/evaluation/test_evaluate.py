@@ -13,12 +13,18 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from fmcib_ssl.evaluation.baselines import Contestants, compact, gather
-from fmcib_ssl.evaluation.evaluate import Evaluation, evaluate, find_leakage, without_shared_patients
+from fmcib_ssl.evaluation.evaluate import (
+    Candidates,
+    Evaluation,
+    compact,
+    evaluate,
+    find_leakage,
+    gather,
+    without_shared_patients,
+)
 from fmcib_ssl.evaluation.feature_table import FeatureTable, FeatureTableError
-from fmcib_ssl.evaluation.folds import Part, cross_validation
-from fmcib_ssl.evaluation.labels import EvaluationError, Labels, read_labels
-from fmcib_ssl.evaluation.scoring import Setup
+from fmcib_ssl.evaluation.labels import EvaluationError, Labels, Split, cross_validation, read_labels
+from fmcib_ssl.evaluation.probes import Protocol
 from fmcib_ssl.types import Preprocessing
 
 NUM = 160
@@ -38,10 +44,10 @@ LESIONS = pd.DataFrame(
 )
 
 
-def table(x: np.ndarray, kind: str = "encoder", **origin: object) -> FeatureTable:
+def table(x: np.ndarray, kind: str = "encoder", **provenance: object) -> FeatureTable:
     order = RNG.permutation(NUM)  # rows are joined by name
-    origin = {"name": kind, "kind": kind, "preprocessing": None, "encoder": None, **origin}
-    return FeatureTable(LESIONS.iloc[order].reset_index(drop=True), x[order].astype(np.float32), origin)
+    provenance = {"name": kind, "kind": kind, "preprocessing": None, "encoder": None, **provenance}
+    return FeatureTable(LESIONS.iloc[order].reset_index(drop=True), x[order].astype(np.float32), provenance)
 
 
 GOOD = RNG.normal(size=(NUM, 24)) + 0.5 * Y[:, None]
@@ -51,7 +57,7 @@ PATCH = Preprocessing((4, 8, 8)).to_dict()
 
 
 def baselines(of: FeatureTable) -> Mapping[str, FeatureTable]:
-    if of.origin["encoder"] is None:
+    if of.provenance["encoder"] is None:
         return {"raw voxels": table(VOXELS, "raw_voxels", preprocessing=PATCH)}
     return {
         "random weights": table(NOISE, "random_weights"),
@@ -59,18 +65,18 @@ def baselines(of: FeatureTable) -> Mapping[str, FeatureTable]:
     }
 
 
-def setup_of(labels: Labels, parts: list[Part] | None = None) -> Setup:
+def protocol_of(labels: Labels, splits: list[Split] | None = None) -> Protocol:
     patients = LESIONS["PatientID"].to_numpy(str)
-    parts = parts or cross_validation(labels.kind, labels.values, patients, num_folds=3)
-    return Setup(labels, patients, parts, "3 folds", num_inner_folds=2)
+    splits = splits or cross_validation(labels.kind, labels.values, patients, num_folds=3)
+    return Protocol(labels, patients, splits, "3 folds", num_inner_folds=2)
 
 
-BINARY = setup_of(read_labels(LESIONS, "binary", label="y"))
+BINARY = protocol_of(read_labels(LESIONS, "binary", label="y"))
 
 
-def run(setup: Setup, contestants: Contestants, **options: object) -> Evaluation:
+def run(protocol: Protocol, candidates: Candidates, **options: object) -> Evaluation:
     options = {"probes": ["logistic"], "num_bootstrap": 100, "progress": False, **options}
-    return evaluate([setup], LESIONS, contestants, **options)  # type: ignore[arg-type]
+    return evaluate([protocol], LESIONS, candidates, **options)  # type: ignore[arg-type]
 
 
 def value(result: Evaluation, features: str, metric: str = "AUC", **where: object) -> float:
@@ -80,18 +86,18 @@ def value(result: Evaluation, features: str, metric: str = "AUC", **where: objec
 
 
 @pytest.fixture(scope="module")
-def whole() -> tuple[Contestants, Evaluation]:
+def whole() -> tuple[Candidates, Evaluation]:
     tables = {"ours": table(GOOD, encoder={"_target_": "x"}), "again": table(GOOD, encoder={"_target_": "x"})}
-    contestants = gather(tables, LESIONS, ["diameter_mm"], baselines)
-    return contestants, run(BINARY, contestants, probes=["logistic", "knn"], fractions=[1.0, 0.4])
+    candidates = gather(tables, LESIONS, ["diameter_mm"], baselines)
+    return candidates, run(BINARY, candidates, probes=["logistic", "knn"], fractions=[1.0, 0.4])
 
 
-def test_everything_that_explains_a_result_stands_beside_it(whole: tuple[Contestants, Evaluation]) -> None:
-    contestants, result = whole
+def test_everything_that_explains_a_result_stands_beside_it(whole: tuple[Candidates, Evaluation]) -> None:
+    candidates, result = whole
     names = {row["features"] for row in result.rows}
     size = "size (diameter_mm)"
     assert names == {"ours", "again", "random weights", "raw voxels", size, "ours + size", "again + size"}
-    assert contestants.missing == []
+    assert candidates.missing == []
     probes = {(row["features"], row["probe"]) for row in result.rows}
     assert ("random weights", "knn") in probes
     assert (size, "knn") not in probes  # a cosine of one column is its sign
@@ -104,13 +110,13 @@ def test_everything_that_explains_a_result_stands_beside_it(whole: tuple[Contest
     assert compared >= {("ours", "random weights"), ("ours", "raw voxels"), ("ours", size), ("ours + size", size)}
 
 
-def test_the_difference_of_two_equal_tables_is_exactly_zero(whole: tuple[Contestants, Evaluation]) -> None:
+def test_the_difference_of_two_equal_tables_is_exactly_zero(whole: tuple[Candidates, Evaluation]) -> None:
     same = [row for row in whole[1].differences if (row["features"], row["against"]) == ("ours", "again")]
     assert len(same) == 2 * 2 * 3
     assert {(row["value"], row["low"], row["high"]) for row in same} == {(0.0, 0.0, 0.0)}
 
 
-def test_a_difference_is_that_of_the_values(whole: tuple[Contestants, Evaluation]) -> None:
+def test_a_difference_is_that_of_the_values(whole: tuple[Candidates, Evaluation]) -> None:
     _, result = whole
     for row in result.differences:
         where = {"fraction": row["fraction"], "metric": row["metric"]}
@@ -121,7 +127,7 @@ def test_a_difference_is_that_of_the_values(whole: tuple[Contestants, Evaluation
     assert all(row["low"] > 0 for row in ahead if row["metric"] == "AUC" and row["fraction"] == 1.0)
 
 
-def test_the_values_are_those_of_the_predictions(whole: tuple[Contestants, Evaluation]) -> None:
+def test_the_values_are_those_of_the_predictions(whole: tuple[Candidates, Evaluation]) -> None:
     _, result = whole
     told = result.predictions.query("features == 'ours' and probe == 'logistic' and fraction == 1.0")
     assert sorted(told["lesion_id"]) == sorted(LESIONS["lesion_id"])
@@ -135,17 +141,17 @@ def test_the_values_are_those_of_the_predictions(whole: tuple[Contestants, Evalu
         for r in result.rows
         if (r["features"], r["probe"], r["fraction"], r["metric"]) == ("ours", "logistic", 1.0, "AUC")
     ]
-    for part, c in zip(BINARY.parts, row["settings"], strict=True):
+    for split, c in zip(BINARY.splits, row["settings"], strict=True):
         model = make_pipeline(StandardScaler(), LogisticRegression(C=c, solver="newton-cholesky", tol=1e-9))
         x = GOOD.astype(np.float32).astype(float)
-        expected = model.fit(x[part.train], Y[part.train]).predict_proba(x[part.test])[:, 1]
+        expected = model.fit(x[split.train], Y[split.train]).predict_proba(x[split.test])[:, 1]
         found = (
-            told[told["fold"] == part.name].set_index("lesion_id").loc[LESIONS["lesion_id"].iloc[part.test], "score"]
+            told[told["fold"] == split.name].set_index("lesion_id").loc[LESIONS["lesion_id"].iloc[split.test], "score"]
         )
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_the_size_alone_is_the_size(whole: tuple[Contestants, Evaluation]) -> None:
+def test_the_size_alone_is_the_size(whole: tuple[Candidates, Evaluation]) -> None:
     told = whole[1].predictions.query("features == 'size (diameter_mm)' and fraction == 1.0").merge(LESIONS)
     for _, fold in told.groupby("fold"):
         assert abs(fold["score"].corr(fold["diameter_mm"], method="spearman")) == pytest.approx(1)
@@ -190,9 +196,9 @@ def test_raw_voxels_in_the_basis_of_their_rows_have_the_same_components() -> Non
     ],
 )
 def test_every_kind_of_label(kind: str, options: dict[str, str], probes: list[str], metric: str) -> None:
-    setup = setup_of(read_labels(LESIONS, kind, **options))  # type: ignore[arg-type]
+    protocol = protocol_of(read_labels(LESIONS, kind, **options))  # type: ignore[arg-type]
     tables = {"ours": table(GOOD), "noise": table(NOISE)}
-    result = run(setup, gather(tables, LESIONS, ["diameter_mm"]), probes=probes)
+    result = run(protocol, gather(tables, LESIONS, ["diameter_mm"]), probes=probes)
     ahead = [r for r in result.differences if (r["features"], r["against"], r["metric"]) == ("ours", "noise", metric)]
     assert len(ahead) == len(probes)
     assert all(row["value"] > 0 for row in ahead)  # for an error too, ahead is positive
@@ -205,34 +211,34 @@ def test_every_kind_of_label(kind: str, options: dict[str, str], probes: list[st
 
 
 def test_shared_patients_are_also_left_out_of_training() -> None:
-    shared = setup_of(BINARY.labels, [Part("split", np.arange(0, 101), np.arange(101, NUM))])  # p50 has 100 and 101
+    shared = protocol_of(BINARY.labels, [Split("split", np.arange(0, 101), np.arange(101, NUM))])  # p50 has 100 and 101
     apart = without_shared_patients(shared)
     assert apart is not None
-    assert apart.split == "3 folds, without shared patients"
-    assert apart.parts[0].train.tolist() == list(range(100))
+    assert apart.name == "3 folds, without shared patients"
+    assert apart.splits[0].train.tolist() == list(range(100))
     assert without_shared_patients(apart) is None
     # what is shared only by choosing and testing is left out of choosing
-    chosen = setup_of(BINARY.labels, [Part("split", np.arange(80), np.arange(121, NUM), np.arange(80, 121))])
+    chosen = protocol_of(BINARY.labels, [Split("split", np.arange(80), np.arange(121, NUM), np.arange(80, 121))])
     apart_too = without_shared_patients(chosen)
     assert apart_too is not None
-    assert apart_too.parts[0].val is not None
-    assert apart_too.parts[0].val.tolist() == list(range(80, 120))
-    contestants = gather({"ours": table(GOOD)}, LESIONS, [])
-    (finding, *_) = find_leakage(shared, LESIONS, contestants)
+    assert apart_too.splits[0].val is not None
+    assert apart_too.splits[0].val.tolist() == list(range(80, 120))
+    candidates = gather({"ours": table(GOOD)}, LESIONS, [])
+    (finding, *_) = find_leakage(shared, LESIONS, candidates)
     assert finding.found
-    result = evaluate([shared, apart], LESIONS, contestants, probes=["logistic"], num_bootstrap=50, progress=False)
+    result = evaluate([shared, apart], LESIONS, candidates, probes=["logistic"], num_bootstrap=50, progress=False)
     told = {row["split"]: row["num_train"] for row in result.rows}
     assert told == {"3 folds": 101, "3 folds, without shared patients": 100}
 
 
 def test_a_share_that_is_too_small_is_said_and_wrong_options_are_refused() -> None:
-    contestants = gather({"ours": table(GOOD)}, LESIONS, [])
-    result = run(BINARY, contestants, fractions=[1.0, 0.01])
+    candidates = gather({"ours": table(GOOD)}, LESIONS, [])
+    result = run(BINARY, candidates, fractions=[1.0, 0.01])
     assert [m["features"] for m in result.missing] == ["size", "ours, logistic, 1% of the patients, 3 folds"]
     assert {row["fraction"] for row in result.rows} == {1.0}
     with pytest.raises(EvaluationError, match="probe=cox cannot learn binary labels; logistic, knn can"):
-        run(BINARY, contestants, probes=["cox"])
+        run(BINARY, candidates, probes=["cox"])
     with pytest.raises(EvaluationError, match="probe=svm: there is logistic, knn, ridge, cox"):
-        run(BINARY, contestants, probes=["svm"])
+        run(BINARY, candidates, probes=["svm"])
     with pytest.raises(EvaluationError, match=r"fractions=1\.5"):
-        run(BINARY, contestants, fractions=[1.5])
+        run(BINARY, candidates, fractions=[1.5])

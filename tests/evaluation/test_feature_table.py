@@ -13,7 +13,7 @@ import pytest
 
 from fmcib_ssl.evaluation.feature_table import FeatureTable, FeatureTableError
 
-ORIGIN = {"name": "test", "kind": "encoder", "preprocessing": {"patch_size_zyx": [8, 8, 8]}}
+PROVENANCE = {"name": "test", "kind": "encoder", "preprocessing": {"patch_size_zyx": [8, 8, 8]}}
 
 
 def lesions(num: int = 6) -> pd.DataFrame:
@@ -34,7 +34,7 @@ def lesions(num: int = 6) -> pd.DataFrame:
 
 def table(num: int = 6, dim: int = 5, scale: float = 1.0) -> FeatureTable:
     features = np.random.default_rng(0).normal(0, scale, (num, dim)).astype(np.float32)
-    return FeatureTable(lesions(num), features, ORIGIN)
+    return FeatureTable(lesions(num), features, PROVENANCE)
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     read = FeatureTable.read(written.write(tmp_path / "new folder" / "features.parquet"))
     pd.testing.assert_frame_equal(read.lesions, written.lesions)
     assert read.features.dtype == np.float32 and read.features.tobytes() == written.features.tobytes()
-    assert read.origin == ORIGIN
+    assert read.provenance == PROVENANCE
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -70,7 +70,7 @@ def test_rows_are_joined_by_id() -> None:
     whole = table(50)
     order = np.random.default_rng(1).permutation(50)
     by_id = dict(zip(whole.lesions["lesion_id"], whole.features, strict=True))
-    shuffled = FeatureTable(whole.lesions.iloc[order], whole.features[order], ORIGIN)
+    shuffled = FeatureTable(whole.lesions.iloc[order], whole.features[order], PROVENANCE)
     wanted = [f"lesion {i}" for i in (49, 3, 17, 0)]
     found = shuffled.aligned(wanted)
     assert found.lesions["lesion_id"].tolist() == wanted
@@ -98,19 +98,19 @@ def test_lesions_that_cannot_be_joined_are_named(wanted: list[str], message: str
         ({"lesions": lesions().drop(columns="lesion_id")}, "has no column 'lesion_id'"),
         ({"lesions": lesions().assign(features=0)}, "already has a column 'features'"),
         ({"lesions": lesions().assign(lesion_id=range(6))}, "should be text in every row; it is 0, 1"),
-        ({"lesions": lesions().assign(lesion_id=list("abcdea"))}, "there twice: 'a'"),
-        ({"origin": {"when": pd.Timestamp(0)}}, "only plain values"),
-        ({"origin": {"value": float("nan")}}, "only plain values"),
+        ({"lesions": lesions().assign(lesion_id=list("abcdea"))}, "duplicate lesion_id: 'a'"),
+        ({"provenance": {"when": pd.Timestamp(0)}}, "only plain values"),
+        ({"provenance": {"value": float("nan")}}, "only plain values"),
     ],
 )
 def test_what_is_no_table_is_refused(changes: dict[str, Any], message: str) -> None:
-    values = {"lesions": lesions(), "features": np.zeros((6, 3), np.float32), "origin": ORIGIN}
+    values = {"lesions": lesions(), "features": np.zeros((6, 3), np.float32), "provenance": PROVENANCE}
     with pytest.raises(FeatureTableError, match=message):
         FeatureTable(**{**values, **changes})
 
 
 def test_a_column_that_parquet_cannot_hold_is_named(tmp_path: Path) -> None:
-    mixed = FeatureTable(lesions().assign(odd=[1, "two", 3.0, [], {}, None]), np.zeros((6, 3), np.float32), ORIGIN)
+    mixed = FeatureTable(lesions().assign(odd=[1, "two", 3.0, [], {}, None]), np.zeros((6, 3), np.float32), PROVENANCE)
     with pytest.raises(FeatureTableError, match="odd"):
         mixed.write(tmp_path / "features.parquet")
     assert list(tmp_path.iterdir()) == []

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fmcib_ssl.evaluation.folds import (
-    Part,
+from fmcib_ssl.evaluation.labels import (
+    Split,
     cross_validation,
     given_split,
     grouped_folds,
@@ -90,10 +90,10 @@ def test_a_given_split_is_taken_as_it_is() -> None:
 
 def test_shared_patients_leave_what_is_trained_on_and_the_test_stays() -> None:
     patients = np.array(["a", "b", "c", "a", "c", "d", "b"])
-    part = Part("split", np.array([0, 1, 2]), np.array([3]), np.array([4, 5, 6]))
+    part = Split("split", np.array([0, 1, 2]), np.array([3]), np.array([4, 5, 6]))
     assert shared_patients(part, patients).tolist() == ["a", "b", "c"]
     apart = without_shared(part, patients)
     assert (apart.train.tolist(), apart.test.tolist()) == ([], [3])
-    part = Part("split", np.array([0, 1, 2, 5]), np.array([3]), None)
+    part = Split("split", np.array([0, 1, 2, 5]), np.array([3]), None)
     assert without_shared(part, patients).train.tolist() == [1, 2, 5]
     assert not len(shared_patients(without_shared(part, patients), patients))

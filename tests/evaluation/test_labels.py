@@ -71,7 +71,7 @@ def test_a_table_is_joined_by_name_and_never_by_position(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("text", "on", "message"),
     [
-        ("name,grade\n1.nii,2\n1.nii,3\n", "file:name", "name '1.nii' is there twice"),
+        ("name,grade\n1.nii,2\n1.nii,3\n", "file:name", "duplicate name '1.nii'"),
         ("name,grade\n1.mhd,2\n", "file:name", "no file of the features is a name of"),
         ("name,grade\n1.nii,2\n", "file", "has no column 'file'; it has 'name', 'grade'"),
         ("name,grade\n1.nii,2\n", "path:name", "label=path: there is no such column"),

@@ -6,23 +6,22 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fmcib_ssl.evaluation.folds import Part, cross_validation
-from fmcib_ssl.evaluation.labels import Labels
+from fmcib_ssl.evaluation.labels import Labels, Split, cross_validation
 from fmcib_ssl.evaluation.leakage import (
     border_layers,
     check_duplicates,
-    check_extent_columns,
+    check_extent,
     check_patch_borders,
     check_patients,
     refused,
     same_images,
 )
-from fmcib_ssl.evaluation.scoring import Setup
+from fmcib_ssl.evaluation.probes import Protocol
 from fmcib_ssl.types import Preprocessing
 
 NUM = 120
 IDS = np.array([f"l{k}" for k in range(NUM)])
-SPLIT = [Part("split", np.arange(60), np.arange(90, NUM), np.arange(60, 90))]
+SPLIT = [Split("split", np.arange(60), np.arange(90, NUM), np.arange(60, 90))]
 PREPROCESSING = Preprocessing((6, 8, 8))
 
 
@@ -30,9 +29,9 @@ def images(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).uniform(0.2, 0.6, (NUM, 6 * 8 * 8)).astype(np.float32)
 
 
-def setup(y: np.ndarray) -> Setup:
+def setup(y: np.ndarray) -> Protocol:
     labels = Labels("y", "binary", y, np.arange(NUM), ("0", "1"))
-    return Setup(labels, IDS, cross_validation("binary", y, IDS, num_folds=3), "3 folds")
+    return Protocol(labels, IDS, cross_validation("binary", y, IDS, num_folds=3), "3 folds")
 
 
 def test_patients() -> None:
@@ -118,11 +117,11 @@ def test_columns_with_the_extent_of_a_crop_warn_and_do_not_refuse() -> None:
     y = np.arange(NUM) % 2
     noise = np.random.default_rng(0).normal(size=NUM)
     lesions = pd.DataFrame({"lesion_id": IDS, "nz": 5 + 4 * y + noise, "diameter_mm": 9.0 * y})
-    (found,) = check_extent_columns(lesions, setup(y))
+    (found,) = check_extent(lesions, setup(y))
     assert (found.check, found.found, found.refuses) == ("extent", True, False)
     assert "nz" in found.message
     assert "diameter" not in found.message
-    (silent,) = check_extent_columns(lesions.assign(nz=noise), setup(y))
+    (silent,) = check_extent(lesions.assign(nz=noise), setup(y))
     assert not silent.found
-    assert check_extent_columns(lesions.drop(columns="nz"), setup(y)) == []
-    assert check_extent_columns(lesions, setup(y), ["diameter_mm"])[0].found
+    assert check_extent(lesions.drop(columns="nz"), setup(y)) == []
+    assert check_extent(lesions, setup(y), ["diameter_mm"])[0].found

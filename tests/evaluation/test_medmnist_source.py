@@ -138,7 +138,7 @@ def test_baselines_are_made_of_the_same_volumes(root: Path, encoder: FrozenEncod
     assert not np.allclose(made["random weights"].features, table.features)
     same = embed_source(raw_voxels(encoder.preprocessing), medmnist_source("nodulemnist3d", 28, root), device="cpu")
     np.testing.assert_array_equal(made["raw voxels"].features, same.features)
-    assert json.loads(json.dumps(table.origin["source"]))["window_hu"] == [-1024, 400]
+    assert json.loads(json.dumps(table.provenance["source"]))["window_hu"] == [-1024, 400]
 
 
 def test_the_fingerprint_is_of_the_file_and_of_how_it_is_read(root: Path, tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_the_tables_go_into_evaluate(
     (command,) = [line.split()[2:] for line in said.splitlines() if line.startswith("next ")]
     embed("checkpoint=random", f"like={weights}", "seed=3", f"output={tmp_path / 'random.parquet'}")
     embed("checkpoint=raw_voxels", f"output={tmp_path / 'raw.parquet'}")
-    kinds = {name: FeatureTable.read(tmp_path / f"{name}.parquet").origin["kind"] for name in ("random", "raw")}
+    kinds = {name: FeatureTable.read(tmp_path / f"{name}.parquet").provenance["kind"] for name in ("random", "raw")}
     assert kinds == {"random": "random_weights", "raw": "raw_voxels"}
     assert FeatureTable.read(tmp_path / "raw.parquet").features.shape == (44, 28**3)
 
@@ -277,7 +277,7 @@ def test_the_command_refuses_with_a_message(embed: Callable[..., tuple[Any, str]
 
 
 def test_the_script_does_not_hide_the_package() -> None:
-    code = "import importlib.util as u; s = u.find_spec('medmnist'); print(s.origin if s else None)"
+    code = "import importlib.util as u; s = u.find_spec('medmnist'); print(s.provenance if s else None)"
     environment = {"PYTHONPATH": str(REPO / "scripts"), "PATH": ""}
     found = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, encoding="utf-8", check=True

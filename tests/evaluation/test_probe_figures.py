@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 
 from fmcib_ssl.evaluation import probe_figures
-from fmcib_ssl.evaluation.calibration import calibration
 from fmcib_ssl.evaluation.figures import Palette
+from fmcib_ssl.evaluation.metrics import calibration
 from fmcib_ssl.evaluation.probe_figures import (
     calibration_curves,
     interval_plot,

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from matplotlib.image import imread, imsave
 
-from fmcib_ssl.evaluation.bootstrap import Estimate
+from fmcib_ssl.evaluation.metrics import Estimate
 from fmcib_ssl.evaluation.report import ReportFigure, Section, results_table, write_report
 
 ROWS = [

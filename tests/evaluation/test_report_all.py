@@ -98,14 +98,14 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
         features = encoder.eval()(pre.normalize(hu)).numpy()
     lesions = patches.lesions.assign(lesion_id=patches.lesions["lesion_id"].astype(str))
     order = np.random.default_rng(0).permutation(len(lesions))  # not the order of the store: rows are joined by id
-    origin = {
+    provenance = {
         "name": "ours",
         "kind": "encoder",
         "weights": str(folder / "run" / "encoder.safetensors"),
         "preprocessing": pre.to_dict(),
         "source": {"kind": "store", "path": str(folder / "store")},
     }
-    table = FeatureTable(lesions.iloc[order].reset_index(drop=True), features[order], origin)
+    table = FeatureTable(lesions.iloc[order].reset_index(drop=True), features[order], provenance)
     table.write(folder / "features.parquet")
     _write_run(folder / "run")
     _write_results(folder / "evaluated", table)
@@ -271,7 +271,7 @@ def test_a_report_without_names(given: Path, tmp_path: Path, monkeypatch: pytest
     pages = {}
     for identifiers in ("show", "hash"):
         options = FeatureOptions(num_salient=0, num_queries=2, identifiers=identifiers)
-        features = [FeatureTable(lesions, table.features, table.origin)]
+        features = [FeatureTable(lesions, table.features, table.provenance)]
         page = report_all(tmp_path / "page.html", run=run, features=features, results=[evaluated], options=options)
         pages[identifiers] = parse(page)
     assert "Doe" in pages["show"].text
@@ -281,17 +281,19 @@ def test_a_report_without_names(given: Path, tmp_path: Path, monkeypatch: pytest
     assert "the names of scans stand on it" in pages["hash"].text
     assert len(pages["hash"].addresses) == len(pages["show"].addresses) - 1  # the contact sheet of the run
     assert captions[2:] == [hashlib.sha256(name.encode()).hexdigest()[:8] for name in captions[:2]]
-    features = [FeatureTable(lesions, table.features, table.origin)]
+    features = [FeatureTable(lesions, table.features, table.provenance)]
     with pytest.raises(FeatureTableError, match="identifiers=hash shows no names, but PatientID has such"):
         report_all(tmp_path / "page.html", features=features, options=FeatureOptions(["PatientID"], identifiers="hash"))
-    gone = FeatureTable(lesions, table.features, {**table.origin, "source": {"kind": "store", "path": "Doe"}})
+    gone = FeatureTable(lesions, table.features, {**table.provenance, "source": {"kind": "store", "path": "Doe"}})
     page = report_all(tmp_path / "page.html", features=[gone], options=FeatureOptions(identifiers="hash"))
     assert "Doe" not in parse(page).text
 
 
 def test_features_whose_scans_are_gone_are_mapped_all_the_same(given: Path, tmp_path: Path) -> None:
     table = FeatureTable.read(given / "features.parquet")
-    gone = FeatureTable(table.lesions, table.features, {**table.origin, "source": {"kind": "store", "path": "gone"}})
+    gone = FeatureTable(
+        table.lesions, table.features, {**table.provenance, "source": {"kind": "store", "path": "gone"}}
+    )
     page = parse(report_all(tmp_path / "report.html", features=[gone]))
     assert page.headings == ["Map: ours", "Patches: ours"]
     assert '"tiles": ""' in page.text
@@ -332,7 +334,7 @@ def test_maps_choose_columns_by_themselves(given: Path) -> None:
 def test_a_few_lesions_have_a_page(given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num: int) -> None:
     monkeypatch.setattr(report_features, "has_umap", lambda: True)
     table = FeatureTable.read(given / "features.parquet")
-    few = FeatureTable(table.lesions.iloc[:num].reset_index(drop=True), table.features[:num], table.origin)
+    few = FeatureTable(table.lesions.iloc[:num].reset_index(drop=True), table.features[:num], table.provenance)
     page = parse(report_all(tmp_path / "report.html", features=[few]))
     assert "Fewer than 15 lesions" in page.text
     assert "Saliency is not shown: " in page.text
@@ -371,8 +373,12 @@ def test_a_sentence_answers_the_question(value: float, low: float, high: float, 
     against = {"against": "untrained", "value": value, "low": low, "high": high}
     smaller = {**row, **against, "fraction": 0.5, "value": 9.0}
     voxels = {**row, **against, "against": "raw voxels"}
-    origins = {"untrained": {"kind": "random_weights"}, "ours": {"kind": "encoder"}}
-    found = {"rows": [row], "differences": [{**row, **against}, smaller, voxels], "provenance": {"features": origins}}
+    provenances = {"untrained": {"kind": "random_weights"}, "ours": {"kind": "encoder"}}
+    found = {
+        "rows": [row],
+        "differences": [{**row, **against}, smaller, voxels],
+        "provenance": {"features": provenances},
+    }
     assert answer(found) == f"{expected} AUC for y (ours, logistic)."
 
 

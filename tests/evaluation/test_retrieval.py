@@ -12,7 +12,8 @@ from matplotlib.image import imread
 from sklearn.neighbors import NearestNeighbors
 
 from fmcib_ssl.evaluation import retrieval
-from fmcib_ssl.evaluation.retrieval import agreement, nearest_lesions, retrieval_sheet, spread_queries
+from fmcib_ssl.evaluation.probes import nearest_lesions
+from fmcib_ssl.evaluation.retrieval import agreement, retrieval_sheet, spread_queries
 
 
 @pytest.fixture
@@ -42,8 +43,8 @@ def test_neighbours_are_scikit_learns_among_other_patients(lesions: tuple[np.nda
 
 def test_where_there_are_too_few_other_patients() -> None:
     found = nearest_lesions(np.eye(4), np.array(["a", "a", "a", "b"]), [0, 3], 5)
-    assert found.rows.tolist() == [[3, -1, -1, -1, -1], [0, 1, 2, -1, -1]]
-    assert np.isnan(found.cosines[0, 1:]).all()
+    assert found.rows.tolist() == [[3, -1, -1, -1], [0, 1, 2, -1]]
+    assert np.isinf(found.cosines[0, 1:]).all()
 
 
 def test_agreement_is_counted_pair_by_pair(lesions: tuple[np.ndarray, np.ndarray]) -> None:

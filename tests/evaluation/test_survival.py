@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fmcib_ssl.evaluation.survival import cox_path, risk_halves
+from fmcib_ssl.evaluation.metrics import risk_halves
+from fmcib_ssl.evaluation.probes import cox_path
 
 
 def cohort(num: int = 150, dim: int = 6, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -9,8 +9,7 @@ import pandas as pd
 import pytest
 
 from fmcib_ssl.data.importers import IMPORTERS
-from fmcib_ssl.evaluation.folds import given_split, shared_patients
-from fmcib_ssl.evaluation.labels import EvaluationError, column_text, read_labels
+from fmcib_ssl.evaluation.labels import EvaluationError, column_text, given_split, read_labels, shared_patients
 from fmcib_ssl.evaluation.tasks import PublishedTask, join_task, load_task
 
 TASKS = Path(__file__).resolve().parents[2] / "scripts" / "tasks"

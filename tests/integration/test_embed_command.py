@@ -119,7 +119,7 @@ def test_a_run_its_checkpoint_and_its_export(
         assert result.status == 0 and said in result.out + caplog.text, result.status
         found = FeatureTable.read(tmp_path / f"{folder}.parquet")
         np.testing.assert_array_equal(found.features, weights.features)
-        assert found.origin["sha256"] == weights.origin["sha256"]
+        assert found.provenance["sha256"] == weights.provenance["sha256"]
     result = embed("checkpoint=.", f"store={store}", "output=none.parquet")
     assert "no folder of a run" in str(result.status) and "run.json" in str(result.status)
 
@@ -155,7 +155,7 @@ def test_repeated_edges_go_from_the_training_to_the_features(
     encoder = fmcib_ssl.load_encoder(tmp_path / "run" / "encoder.safetensors")
     assert encoder.preprocessing == source.preprocessing
     assert embed("checkpoint=run", f"store={store}", "output=f.parquet").status == 0
-    assert FeatureTable.read(tmp_path / "f.parquet").origin["preprocessing"]["padding"] == "edge"
+    assert FeatureTable.read(tmp_path / "f.parquet").provenance["preprocessing"]["padding"] == "edge"
     raw = ("checkpoint=raw_voxels", "patch_size=4,900,4", f"store={store}", "padding=edge", "output=raw.parquet")
     assert embed(*raw).status == 0
     voxels = FeatureTable.read(tmp_path / "raw.parquet").features.reshape(-1, 4, 900, 4)
@@ -215,9 +215,9 @@ def test_baselines_by_name(embed: Embed, store: Path, weights: Path, tmp_path: P
         assert result.status == 0, result.status
     random, voxels = (FeatureTable.read(tmp_path / f"{name}.parquet") for name in commands)
     assert set(random.lesions["PatientID"]) == {"phantom_0000", "phantom_0001"}
-    assert random.origin["kind"] == "random_weights" and voxels.origin["kind"] == "raw_voxels"
+    assert random.provenance["kind"] == "random_weights" and voxels.provenance["kind"] == "raw_voxels"
     assert voxels.features.shape == (len(random), 256)
-    assert random.origin["seed"] == 3
+    assert random.provenance["seed"] == 3
 
 
 def test_a_store_needs_no_reader_of_scans(store: Path, weights: Path, tmp_path: Path) -> None:

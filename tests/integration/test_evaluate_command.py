@@ -68,9 +68,9 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "side": np.where(np.arange(NUM) < 81, "train", "test"),  # p40 has a lesion on each
         }
     )
-    origin = {"name": "made", "kind": "encoder", "source": None, "preprocessing": None, "encoder": None}
+    provenance = {"name": "made", "kind": "encoder", "source": None, "preprocessing": None, "encoder": None}
     x = (rng.normal(size=(NUM, 20)) + 0.7 * y[:, None]).astype(np.float32)
-    return FeatureTable(lesions, x, origin).write(tmp_path_factory.mktemp("features") / "made.parquet")
+    return FeatureTable(lesions, x, provenance).write(tmp_path_factory.mktemp("features") / "made.parquet")
 
 
 def test_results_predictions_and_what_is_missing(

@@ -5,17 +5,27 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import log_loss
+from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifierCV
+from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
-from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
+from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor, NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from fmcib_ssl.evaluation.folds import grouped_folds
-from fmcib_ssl.evaluation.frozen_probes import PROBES, Inputs, choose_setting, fit_and_score, preparation
+from fmcib_ssl.evaluation.labels import Labels, Split, grouped_folds
 from fmcib_ssl.evaluation.metrics import Kind
-from fmcib_ssl.evaluation.survival import cox_path
+from fmcib_ssl.evaluation.probes import (
+    PROBES,
+    Inputs,
+    Protocol,
+    choose_setting,
+    cox_path,
+    knn_scores,
+    linear_scores,
+    macro_auc,
+    preparation,
+    score,
+)
 
 RNG = np.random.default_rng(0)
 NUM, DIM = 120, 20
@@ -26,8 +36,14 @@ VALUES = X[:, -1] + RNG.normal(size=NUM)
 PATIENTS = np.repeat(np.arange(NUM // 2), 2)
 
 
+def labels_of(kind: Kind, values: np.ndarray, num_classes: int = 0) -> Labels:
+    return Labels("y", kind, values, np.arange(len(values)), tuple("abc"[:num_classes]))
+
+
 def scored(name: str, labels: np.ndarray, num_classes: int, setting: float) -> np.ndarray:
-    return fit_and_score(PROBES[name], Inputs("x", X), labels, X_TEST, num_classes=num_classes, setting=setting)
+    scaler = StandardScaler().fit(X)
+    path = PROBES[name].path(scaler.transform(X), labels, scaler.transform(X_TEST), num_classes, [setting])
+    return next(iter(path))
 
 
 @pytest.mark.parametrize("rows", [NUM, 15])
@@ -53,11 +69,13 @@ def test_the_size_alone_gives_probabilities_and_not_only_an_order() -> None:
     malignant = (rng.random(400) < 1 / (1 + np.exp(-3 * (np.log(diameter[:, 0]) - 2)))).astype(int)
     lesions = Inputs("size", diameter, linear_only=True)
     folds = grouped_folds("binary", malignant, np.arange(400), 5, 0)
-    c = choose_setting(PROBES["logistic"], "binary", lesions, malignant, folds, num_classes=2)
-    found = fit_and_score(PROBES["logistic"], lesions, malignant, diameter, num_classes=2, setting=c)
+    everyone = Split("all", np.arange(400), np.arange(400))
+    labels = labels_of("binary", malignant, 2)
+    (found,) = score(PROBES["logistic"], lesions, Protocol(labels, np.arange(400), [everyone], "all"))
+    assert found.setting == choose_setting(PROBES["logistic"], lesions, labels, folds)
     unpenalised = make_pipeline(StandardScaler(), LogisticRegression(C=np.inf)).fit(diameter, malignant)
-    assert log_loss(malignant, found) <= log_loss(malignant, unpenalised.predict_proba(diameter)) + 1e-3
-    assert np.ptp(found) > 0.8
+    assert log_loss(malignant, found.scores) <= log_loss(malignant, unpenalised.predict_proba(diameter)) + 1e-3
+    assert np.ptp(found.scores) > 0.8
 
 
 def test_logistic_gives_a_class_that_training_lacks_no_probability() -> None:
@@ -92,7 +110,7 @@ def test_cox_gives_the_log_hazard() -> None:
 
 def test_raw_voxels_are_reduced_by_the_training_rows_and_a_size_beside_them_is_not() -> None:
     x = np.hstack([X, 100 * VALUES[:, None]])
-    found = preparation(x, 4, 0, num_beside=1).transform(x)
+    found = preparation(Inputs("x", x, 4, num_beside=1), np.arange(NUM), 0).transform(x)
     pca = StandardScaler().fit_transform(PCA(4, svd_solver="randomized", random_state=0).fit_transform(X))
     np.testing.assert_allclose(found[:, :4], pca)
     np.testing.assert_allclose(found[:, 4], (VALUES - VALUES.mean()) / VALUES.std())
@@ -111,7 +129,7 @@ def test_the_setting_is_that_of_a_grid_search_over_folds_of_patients(
     settings = [int(s) if name == "knn" else s for s in PROBES[name].settings]
     folds = grouped_folds("continuous", VALUES, PATIENTS, 5, 0)
     search = GridSearchCV(make_pipeline(StandardScaler(), model), {parameter: settings}, scoring=scoring, cv=folds)
-    chosen = choose_setting(PROBES[name], "continuous", Inputs("x", X), VALUES, folds, num_classes=0)
+    chosen = choose_setting(PROBES[name], Inputs("x", X), labels_of("continuous", VALUES), folds)
     assert chosen == search.fit(X, VALUES).best_params_[parameter]
 
 
@@ -126,7 +144,7 @@ def test_the_penalty_of_logistic_regression_is_that_of_a_grid_search_by_auc(num_
         cv=StratifiedGroupKFold(5, shuffle=True, random_state=0),
     )
     folds = grouped_folds(kind, labels, PATIENTS, 5, 0)
-    chosen = choose_setting(PROBES["logistic"], kind, Inputs("x", X), labels, folds, num_classes=num_classes)
+    chosen = choose_setting(PROBES["logistic"], Inputs("x", X), labels_of(kind, labels, num_classes), folds)
     assert chosen == search.fit(X, labels, groups=PATIENTS).best_params_["logisticregression__C"]
 
 
@@ -135,8 +153,9 @@ def test_of_equally_good_settings_the_weakest_is_taken(name: str) -> None:
     """All penalties of one column have one C-index, all numbers of neighbours find classes that lie apart."""
     side = np.repeat([0, 1], NUM // 2)
     one, folds = Inputs("one", np.column_stack([side, side - 0.5])), [(np.arange(0, NUM, 2), np.arange(1, NUM, 2))]
-    labels, kind = (np.column_stack([3 - side, np.ones(NUM)]), "survival") if name == "cox" else (side, "binary")
-    assert choose_setting(PROBES[name], kind, one, labels, folds, num_classes=2) == 1.0  # type: ignore[arg-type]
+    survival = labels_of("survival", np.column_stack([3 - side, np.ones(NUM)]))
+    labels = survival if name == "cox" else labels_of("binary", side, 2)
+    assert choose_setting(PROBES[name], one, labels, folds) == 1.0
 
 
 def test_a_validation_set_chooses_instead_of_folds() -> None:
@@ -144,8 +163,30 @@ def test_a_validation_set_chooses_instead_of_folds() -> None:
     for alpha in PROBES["ridge"].settings:
         model = make_pipeline(StandardScaler(), Ridge(alpha=alpha)).fit(X[:80], VALUES[:80])
         errors[alpha] = np.square(model.predict(X[80:]) - VALUES[80:]).mean()
-    chosen = choose_setting(
-        PROBES["ridge"], "continuous", Inputs("x", X[:80]), VALUES[:80], [],
-        num_classes=0, validation=(X[80:], VALUES[80:]),
-    )  # fmt: skip
-    assert chosen == min(errors, key=errors.__getitem__)
+    protocol = Protocol(
+        labels_of("continuous", VALUES), PATIENTS, [Split("s", np.arange(80), np.arange(2), np.arange(80, NUM))], "s"
+    )
+    (found,) = score(PROBES["ridge"], Inputs("x", X), protocol)
+    assert found.setting == min(errors, key=errors.__getitem__)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_quick_probes_judge_each_lesion_by_other_patients(num_classes: int) -> None:
+    """Against scikit-learn's neighbours with the weights of Wu et al., one lesion at a time; and its AUC."""
+    classes = np.minimum(CLASSES, num_classes - 1)
+    found, k = knn_scores(X, classes, PATIENTS, 5), 5
+    for row in range(0, NUM, 7):
+        others = np.flatnonzero(PATIENTS[row] != PATIENTS)
+        oracle = NearestNeighbors(n_neighbors=k, metric="cosine").fit(X[others])
+        distances, places = oracle.kneighbors(X[row : row + 1])
+        votes = np.bincount(classes[others[places[0]]], np.exp((1 - distances[0]) / 0.07), minlength=num_classes)
+        np.testing.assert_allclose(found[row], votes / votes.sum(), atol=1e-9)
+    linear = linear_scores(X, classes, PATIENTS)
+    for scores in (found, linear):
+        expected = [roc_auc_score(classes == c, scores[:, c]) for c in range(num_classes)]
+        assert macro_auc(classes, scores) == pytest.approx(np.mean(expected))
+    shuffled = np.random.default_rng(1).permutation(classes)
+    assert macro_auc(shuffled, linear_scores(X, shuffled, PATIENTS)) < macro_auc(classes, linear)
+    fit, check = grouped_folds("multiclass", classes, PATIENTS, 5, 0)[0]
+    model = make_pipeline(StandardScaler(), RidgeClassifierCV(np.logspace(-1, 5, 7))).fit(X[fit], classes[fit])
+    np.testing.assert_allclose(linear[check][:, -1], model.decision_function(X[check]).reshape(len(check), -1)[:, -1])
