@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import socket
+import stat
 import sys
 import threading
 import time
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 #: A claim is renewed so often, and taken over when it was not for so long.
 BEAT_S, SILENCE_S = 10.0, 60.0
+#: Under which a JSON file has the digest of what else it says.
+_DIGEST = "digest"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 #: Of a YAML file from elsewhere: aliases make a thousand million values of a few lines.
 _MOST_BYTES, _MOST_VALUES, _MOST_DEPTH = 1_000_000, 100_000, 64
@@ -91,6 +94,55 @@ def write_json(values: Mapping[str, Any], path: Path) -> None:
     write_atomically(path, json.dumps(values, indent=2, default=str) + "\n")
 
 
+def open_regular(path: Path) -> int:
+    """A descriptor to read a file with.
+
+    Raises:
+        OSError: there is no such file, or it is a pipe, which would wait for ever, a device or a folder.
+    """
+    flags = (getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))  # not every system has them all
+    descriptor = os.open(path, os.O_RDONLY | sum(flags))
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(f"{path.name} is no regular file")
+
+
+def read_regular(path: Path) -> bytes:
+    """All of a file; as `open_regular`."""
+    with os.fdopen(open_regular(path), "rb") as file:
+        return file.read()
+
+
+def write_sealed_json(path: Path, values: Mapping[str, object]) -> None:
+    """Write JSON with a digest of itself, whole or not at all; NumPy's scalars become plain numbers.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    plain = json.loads(json.dumps(values, default=lambda value: value.item()))
+    write_atomically(path, json.dumps({**plain, _DIGEST: _json_digest(plain)}, indent=1, ensure_ascii=False))
+
+
+def read_sealed_json(path: Path) -> dict[str, Any]:
+    """What `write_sealed_json` wrote, or an earlier version of it, without its digest.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no such file, or not as it was written.
+    """
+    try:
+        values = json.loads(read_regular(path))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"it holds {type(values).__name__}")
+    digest = values.pop(_DIGEST, None)
+    if digest is not None and digest != _json_digest(values):
+        raise ValueError("its digest is not that of what it says")
+    return values
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what processes that were killed left half written; only for who knows that nobody else writes there.
 
@@ -112,6 +164,10 @@ def _sync_folder(folder: Path) -> None:
 
 def digest_of(*values: object) -> str:
     """SHA-256 over plain values; numbers of NumPy's count as Python's."""
+    return _json_digest(values)
+
+
+def _json_digest(values: object) -> str:
     text = json.dumps(values, sort_keys=True, default=lambda value: getattr(value, "tolist", value.__str__)())
     return hashlib.sha256(text.encode()).hexdigest()
 

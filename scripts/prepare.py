@@ -67,9 +67,9 @@ def main(arguments: list[str]) -> None:
     command = parse_command(Prepare, arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     from fmcib_ssl.data.annotations import AnnotationsError, read_annotations  # noqa: PLC0415  # the help is quick
-    from fmcib_ssl.data.prepare import Shard, merge, prepare  # noqa: PLC0415
+    from fmcib_ssl.data.prepare import prepare  # noqa: PLC0415
     from fmcib_ssl.data.store import StoreError, StoreSettings  # noqa: PLC0415
-    from fmcib_ssl.data.verify import verify  # noqa: PLC0415
+    from fmcib_ssl.data.store_files import verify  # noqa: PLC0415
 
     if command.verify is not None:
         try:
@@ -83,22 +83,21 @@ def main(arguments: list[str]) -> None:
     try:
         table = read_annotations(command.annotations, root, command.coordinates, command.path_prefix)
         settings = StoreSettings(command.spacing_mm, command.interpolation)
-        if command.merge:
-            summary = merge(table, command.store, settings, image_root=root)
-        else:
-            summary = prepare(
-                table,
-                command.store,
-                settings,
-                image_root=root,
-                num_workers=command.num_workers,
-                shard=Shard(*map(int, command.shard.split("/"))) if command.shard else None,
-                on_bad_row=command.on_bad_row,
-            )
+        number, _, total = (command.shard or "").partition("/")
+        summary = prepare(
+            table,
+            command.store,
+            settings,
+            image_root=root,
+            num_workers=command.num_workers,
+            shard=(int(number), int(total)) if command.shard else None,
+            merge=command.merge,
+            on_bad_row=command.on_bad_row,
+        )
     except (AnnotationsError, StoreError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command resumes", file=sys.stderr)
         sys.exit(130)
     print(summary)
     if summary.shard is None and command.sheet_lesions:
@@ -137,9 +136,9 @@ def write_page(summary: Summary, num_lesions: int, identifiers: Identifiers) -> 
                 "the cross was annotated in another frame (coordinates=ras?) or in another scan.",
                 figures=[ReportFigure(picture, "Planes through the annotated points", wide=True)],
             ),
-            rejected_section("Rows that the store has not", summary.rejected, identifiers),
+            rejected_section("Rejected rows", summary.rejected, identifiers),
         ],
-        subtitle=f"{summary.num_scans - summary.num_set_aside} scans, {len(store.lesions)} lesions, {spacing_mm:g} mm",
+        subtitle=f"{len(store.scans)} scans, {len(store.lesions)} lesions, {spacing_mm:g} mm",
     )
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from jaxtyping import Bool, Float, Int16
 from scipy import ndimage
 
-from fmcib_ssl.data.scan_file import open_regular
+from fmcib_ssl.io import open_regular
 from fmcib_ssl.types import PADDING_HU
 
 #: Edge of a cell, mm; as near to it as whole voxels allow.

@@ -1,16 +1,20 @@
 """A table of lesions into a store: all cores on the scans that are still to do, and the index at the end.
 
-A run may be killed at any moment, and the same command goes on where it stopped. The table decides which lesions the
-index has; voxels are made anew only where a scan's files have changed.
+A run may be killed at any moment, and the same command resumes it. The table decides which lesions the index has;
+voxels are made anew only where a scan's files have changed.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import os
+import re
+import shutil
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,37 +22,36 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from fmcib_ssl.data.annotations import PATH_COLUMN, BadRowsError, LesionTable, OnBadRow, check_annotations
+from fmcib_ssl.data.annotations import (
+    PATH_COLUMN,
+    BadRowsError,
+    Coordinates,
+    LesionTable,
+    OnBadRow,
+    check_annotations,
+    read_annotations,
+)
+from fmcib_ssl.data.geometry import ScanGeometry
 from fmcib_ssl.data.jobs import run_jobs
 from fmcib_ssl.data.prepare_plan import (
     REJECTED_FILE,
     Record,
     TableScan,
-    aside_file,
     judge_rows,
     lesion_id_of,
-    nameless_rows,
     read_record,
     records_of,
+    reject,
+    rejection_file,
+    rows_without_scan,
     scan_states,
     scans_of,
-    set_aside,
 )
-from fmcib_ssl.data.prepare_scan import Outcome, ScanTask, prepare_scan
-from fmcib_ssl.data.store import (
-    StoreError,
-    StoreGrid,
-    StoreSettings,
-    remove_file,
-    sidecar_file,
-    write_bytes,
-    write_index,
-    write_json,
-    write_settings_file,
-)
-from fmcib_ssl.data.store_lock import claim_store
-from fmcib_ssl.data.tables import REJECTED_COLUMNS
-from fmcib_ssl.io import num_cores
+from fmcib_ssl.data.prepare_scan import ScanTask, prepare_scan
+from fmcib_ssl.data.store import StoreError, StoreGrid, StoreSettings, sidecar_file
+from fmcib_ssl.data.store_files import claim_store, write_index, write_settings_file
+from fmcib_ssl.data.tables import REJECTED_COLUMNS, refuse_or_skip
+from fmcib_ssl.io import digest_of, num_cores, write_atomically, write_sealed_json
 from fmcib_ssl.types import Preprocessing
 
 logger = logging.getLogger(__name__)
@@ -58,21 +61,10 @@ LESION_COLUMNS = (
     "lesion_id", "scan_id", "center_z", "center_y", "center_x",
     "center_x_lps_mm", "center_y_lps_mm", "center_z_lps_mm", "row",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Part `number` of `total` of the scans, counted from 1."""
-
-    number: int
-    total: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.number <= self.total:
-            raise StoreError(f"shard={self}: the first of {self.total} is 1/{self.total}, there is no {self.number}")
-
-    def __str__(self) -> str:
-        return f"{self.number}/{self.total}"
+#: Noisy CTs, which compress least, and their coarse maps take so much for each voxel of the store (docs/prepare.md).
+_BYTES_PER_VOXEL = 1.4
+#: To decode a voxel of a scan, or to make one of the store, takes so long on a core.
+_SECONDS_PER_VOXEL = 2e-8
 
 
 @dataclass(frozen=True)
@@ -81,30 +73,30 @@ class Summary:
 
     Attributes:
         store: its folder.
-        shard: None if it was all scans.
+        shard: number and total; None if it was all scans.
         num_scans: of the table, or of the shard.
-        num_made: scans read and written now; the other finished ones were there already.
-        num_set_aside: scans that the store has not, because they cannot be used.
+        num_made: scans read and written now; the other finished ones existed already.
+        num_rejected_scans: scans that cannot be used at all.
         num_lesions: in the index; None after a shard, which writes none.
-        rejected: rows of the table that the store has not: row, image_path, value, reason, remedy.
+        rejected: rejected rows of the table: row, image_path, value, reason, remedy.
         num_bytes: compressed size of the scans made now.
         seconds: all this took.
     """
 
     store: Path
-    shard: Shard | None
+    shard: tuple[int, int] | None
     num_scans: int
     num_made: int
-    num_set_aside: int
+    num_rejected_scans: int
     num_lesions: int | None
     rejected: pd.DataFrame
     num_bytes: int
     seconds: float
 
     def __str__(self) -> str:
-        num_finished = self.num_scans - self.num_set_aside
+        num_finished = self.num_scans - self.num_rejected_scans
         lines = [
-            f"store     {self.store}" + (f", shard {self.shard}" if self.shard else ""),
+            f"store     {self.store}" + (", shard {}/{}".format(*self.shard) if self.shard else ""),
             f"scans     {num_finished} of {self.num_scans} finished, {self.num_made} of them now "
             f"({self.num_bytes / 1e6:.0f} MB), in {self.seconds:.0f} s",
         ]
@@ -112,13 +104,60 @@ class Summary:
             lines.append(f"lesions   {self.num_lesions} in the index")
         if len(self.rejected):
             where = f"; all in {self.store / REJECTED_FILE}" if self.num_lesions is not None else ""
-            lines.append(
-                f"rejected  {len(self.rejected)} rows; scans set aside as a whole: {self.num_set_aside}{where}"
-            )
+            lines.append(f"rejected  {len(self.rejected)} rows; scans as a whole: {self.num_rejected_scans}{where}")
             lines += [f"          {n} x {remedy}" for remedy, n in self.rejected["remedy"].value_counts().items()]
         if self.shard:
             lines.append("next      when all shards have run, the same command with merge=true instead of shard=...")
         return "\n".join(lines)
+
+
+def store_for_table(
+    annotations: Path,
+    stores: Path,
+    settings: StoreSettings,
+    *,
+    image_root: Path | None = None,
+    path_prefix: str | None = None,
+    coordinates: Coordinates = "lps",
+    on_bad_row: OnBadRow = "skip",
+    num_workers: int | None = None,
+) -> Summary:
+    """Prepare a store for a table in a folder of such stores; one that is finished already is used as it is.
+
+    Its name follows from the places of table and scans and from the settings, so that an edited table updates its
+    store. Of processes that ask at the same time the first prepares and the others wait.
+
+    Args:
+        annotations: CSV of lesions.
+        stores: folder in which each table has a store of its own; made if there is none.
+        settings: of the store.
+        image_root: where relative paths start; the table's folder by default.
+        path_prefix: beginning of the paths in the table that `image_root` replaces.
+        coordinates: frame of the points.
+        on_bad_row: "refuse" raises if any row of the table cannot be used; "skip" leaves those out.
+        num_workers: processes; as many as cores if None; 0 works in this one.
+
+    Raises:
+        AnnotationsError: a table that cannot be used, or bad rows and `on_bad_row="refuse"`.
+        StoreError: the store cannot be written, or the disk is too small.
+    """
+    table = read_annotations(annotations, image_root, coordinates, path_prefix)
+    places = [None if path is None else os.path.abspath(path) for path in (annotations, image_root)]  # noqa: PTH100
+    key = digest_of(*places, path_prefix, coordinates, asdict(settings))[:10]
+    folder = stores / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', annotations.stem)}-{key}"
+    summary = prepare(
+        table,
+        folder,
+        settings,
+        image_root=image_root,
+        num_workers=num_workers,
+        on_bad_row=on_bad_row,
+        compare=False,
+        wait=True,
+    )
+    if on_bad_row == "refuse":  # what only decoding has shown
+        refuse_or_skip(summary.rejected, annotations, len(table), on_bad_row, folder / REJECTED_FILE)
+    return summary
 
 
 def prepare(
@@ -128,89 +167,109 @@ def prepare(
     *,
     image_root: Path | str | None = None,
     num_workers: int | None = None,
-    shard: Shard | None = None,
+    shard: tuple[int, int] | None = None,
+    merge: bool = False,
     on_bad_row: OnBadRow = "skip",
+    compare: bool = True,
+    wait: bool = False,
 ) -> Summary:
-    """Bring every scan of a table into a store, or go on with what an earlier run left.
+    """Bring every scan of a table into a store, or resume what an earlier run left.
 
-    Scans that cannot be used are set aside with the reason, and looked at again by the next run. Processes are started
+    Scans that cannot be used are rejected with the reason, and looked at again by the next run. Processes are started
     afresh: a script that calls this needs its `if __name__ == "__main__":`.
 
     Args:
         table: what `read_annotations` gave.
-        folder: of the store; made if it is not there.
+        folder: of the store; made if there is none.
         settings: of the store; the defaults if None.
         image_root: what the paths of the table start from, as for `read_annotations`; the scans' names in the store
             depend on what comes below it.
-        num_workers: processes; as many as cores if None; 0 does it in this one.
-        shard: only this part of the scans, for job arrays; then `merge` makes the index.
+        num_workers: processes; as many as cores if None; 0 works in this one.
+        shard: number, from 1, and total: only this part of the scans, for job arrays; then `merge` makes the index.
+        merge: make the index of a store that shards have filled, after a look whether they did all.
         on_bad_row: "refuse" stops before the first scan is read if rows are bad as far as headers tell.
+        compare: if the store is finished, read all of it and compare check sums; else sizes are compared.
+        wait: until another run on the store has ended.
 
     Raises:
         BadRowsError: bad rows and `on_bad_row="refuse"`; or nothing at all can be used.
-        StoreError: the folder is no store, has other settings, is in use, or cannot be written.
+        StoreError: the folder is no store, has other settings, is in use, or cannot be written; to merge, scans are
+            missing, or have changed since.
     """
     began, folder, settings = time.monotonic(), Path(folder), settings or StoreSettings()
-    with claim_store(folder, settings, None if shard is None else (shard.number, shard.total)) as was_finished:
+    if shard is not None and not 1 <= shard[0] <= shard[1]:
+        raise StoreError("shard={0}/{1}: the first of {1} is 1/{1}, there is no {0}".format(*shard))
+    num_workers = num_cores() if num_workers is None else num_workers
+    num_made = num_bytes = 0
+    with claim_store(folder, settings, shard, wait=wait) as was_finished:
         scans = scans_of(table, image_root)
         if shard is not None:
-            scans = scans[shard.number - 1 :: shard.total]
-        states = scan_states(folder, settings, scans, contents=was_finished)
+            scans = scans[shard[0] - 1 :: shard[1]]
+        states = scan_states(folder, settings, scans, contents=was_finished and compare and not merge)
         unfinished = [scan for scan in scans if states[scan.scan_id] != "finished"]
-        if unfinished:
+        if merge:
+            _refuse_unfinished(folder, scans, states)
+        elif unfinished:
             write_settings_file(folder, settings, complete=False, annotations=str(table.source))
-        judged = judge_rows(table, unfinished, on_bad_row, folder)
-        tasks = []
-        for scan in unfinished:
-            lesions, rejected = judged.lesions.get(scan.scan_id), judged.rejected.get(scan.scan_id, [])
-            sidecar = {"rows": scan.rows, "lesions": lesions, "rejected": rejected}
-            if not lesions:
-                set_aside(folder, scan, rejected)
-            elif states[scan.scan_id] == "rows changed":
-                file = sidecar_file(folder, scan.scan_id)
-                write_json(file, {**read_record(file), **sidecar})
-            else:
-                tasks.append(ScanTask(scan.scan_id, scan.source, sidecar))
-        num_made, num_bytes = _run(folder, settings, tasks, scans, num_workers)
-        _reject_changed(folder, settings, tasks, scans)
+            lesions, rejected, geometries = judge_rows(table, unfinished, on_bad_row, folder)
+            tasks = []
+            for scan in unfinished:
+                own_lesions, own_rejected = lesions.get(scan.scan_id), rejected.get(scan.scan_id, [])
+                sidecar = {"rows": scan.rows, "lesions": own_lesions, "rejected": own_rejected}
+                if not own_lesions:
+                    reject(folder, scan, own_rejected)
+                elif states[scan.scan_id] == "rows changed":
+                    file = sidecar_file(folder, scan.scan_id)
+                    write_sealed_json(file, {**read_record(file), **sidecar})
+                else:
+                    tasks.append(ScanTask(scan.scan_id, scan.source, sidecar))
+            _announce(folder, settings, [geometries[task.scan_id] for task in tasks], num_workers)
+            num_made, num_bytes = _run(folder, settings, tasks, scans, num_workers)
+            _reject_changed(folder, settings, tasks, scans)
         sidecars = {scan.scan_id: read_record(sidecar_file(folder, scan.scan_id)) for scan in scans}
         rejected_rows = _rejected_rows(table, scans, folder, sidecars, nameless=shard is None)
         num_lesions = None if shard is not None else _finish(folder, settings, table, sidecars, rejected_rows)
-    num_aside = sum(not sidecar for sidecar in sidecars.values())
+    num_rejected_scans = sum(not sidecar for sidecar in sidecars.values())
     seconds = time.monotonic() - began
-    return Summary(folder, shard, len(scans), num_made, num_aside, num_lesions, rejected_rows, num_bytes, seconds)
+    return Summary(
+        folder, shard, len(scans), num_made, num_rejected_scans, num_lesions, rejected_rows, num_bytes, seconds
+    )
 
 
-def merge(
-    table: LesionTable,
-    folder: Path | str,
-    settings: StoreSettings | None = None,
-    *,
-    image_root: Path | str | None = None,
-) -> Summary:
-    """Make the index of a store that shards have filled, after a look whether they did all.
+def _refuse_unfinished(folder: Path, scans: Sequence[TableScan], states: Mapping[str, str]) -> None:
+    missing = [scan for scan in scans if states[scan.scan_id] not in ("finished", "rejected")]
+    if missing:
+        names = "".join(f"\n  {scan.source.path}: {states[scan.scan_id]}" for scan in missing[:10])
+        more = f"\n  ... and {len(missing) - 10} more" if len(missing) > 10 else ""
+        raise StoreError(
+            f"{folder}: {len(missing)} of {len(scans)} scans are not finished:{names}{more}\n"
+            "Run their shards again (what is finished is kept), or the command without shard and merge"
+        )
+
+
+def _announce(folder: Path, settings: StoreSettings, geometries: Sequence[ScanGeometry], num_workers: int) -> None:
+    """Say how much space and time the scans will take.
 
     Raises:
-        BadRowsError: nothing at all can be used.
-        StoreError: scans are missing, or have changed since; or as for `prepare`.
+        StoreError: the disk has not that much space.
     """
-    began, folder, settings = time.monotonic(), Path(folder), settings or StoreSettings()
-    with claim_store(folder, settings, None):
-        scans = scans_of(table, image_root)
-        states = scan_states(folder, settings, scans)
-        missing = [scan for scan in scans if states[scan.scan_id] not in ("finished", "set aside")]
-        if missing:
-            names = "".join(f"\n  {scan.source.path}: {states[scan.scan_id]}" for scan in missing[:10])
-            more = f"\n  ... and {len(missing) - 10} more" if len(missing) > 10 else ""
-            raise StoreError(
-                f"{folder}: {len(missing)} of {len(scans)} scans are not finished:{names}{more}\n"
-                "Run their shards again (what is finished is kept), or the command without shard and merge"
-            )
-        sidecars = {scan.scan_id: read_record(sidecar_file(folder, scan.scan_id)) for scan in scans}
-        rejected_rows = _rejected_rows(table, scans, folder, sidecars, nameless=True)
-        num_lesions = _finish(folder, settings, table, sidecars, rejected_rows)
-    num_aside = sum(not sidecar for sidecar in sidecars.values())
-    return Summary(folder, None, len(scans), 0, num_aside, num_lesions, rejected_rows, 0, time.monotonic() - began)
+    if not geometries:
+        return
+    num_voxels = sum(math.prod(StoreGrid.of(geometry, settings.spacing_mm).shape_zyx) for geometry in geometries)
+    num_bytes = num_voxels * _BYTES_PER_VOXEL
+    num_decoded = sum(math.prod(geometry.size_xyz) for geometry in geometries)
+    minutes = (num_voxels + num_decoded) * _SECONDS_PER_VOXEL / max(num_workers, 1) / 60
+    size = f"{num_bytes / 1e9:.1f} GB" if num_bytes > 1e8 else f"{num_bytes / 1e6:.1f} MB"
+    time_ = f"about {minutes:.0f} minutes" if minutes > 1.5 else "a minute or less"
+    logger.info(
+        "preparing %d scans: about %s in %s, %s on %d cores if the disk keeps up",
+        len(geometries), size, folder, time_, max(num_workers, 1),
+    )  # fmt: skip
+    if (free := shutil.disk_usage(folder).free) < num_bytes:
+        raise StoreError(
+            f"{folder} needs about {size} for {len(geometries)} scans, and its disk has {free / 1e9:.1f} GB free: make "
+            "room, choose another folder (store=DIR; of a training run paths.data=DIR), or coarser voxels (spacing_mm)"
+        )
 
 
 def _run(
@@ -218,14 +277,11 @@ def _run(
     settings: StoreSettings,
     tasks: Sequence[ScanTask],
     scans: Sequence[TableScan],
-    num_workers: int | None,
+    num_workers: int,
 ) -> tuple[int, int]:
     """Prepare the scans of `tasks`; gives how many were made, and their size in bytes."""
     by_id = {scan.scan_id: scan for scan in scans}
     num_made = num_bytes = num_failed = 0
-    results = run_jobs(
-        partial(prepare_scan, folder, settings), tasks, num_cores() if num_workers is None else num_workers, _killed
-    )
     with tqdm(
         total=len(scans),
         initial=len(scans) - len(tasks),
@@ -235,16 +291,16 @@ def _run(
         mininterval=0.5 if sys.stderr.isatty() else 60,  # a line a minute in the log of a batch job
         disable=not tasks,
     ) as progress:
-        for task, outcome in results:
+        for task, outcome in run_jobs(partial(prepare_scan, folder, settings), tasks, num_workers, _killed):
             scan = by_id[task.scan_id]
-            if outcome.problem is None:
-                num_made, num_bytes = num_made + 1, num_bytes + outcome.num_bytes
-                remove_file(aside_file(folder, scan))
+            if isinstance(outcome, int):
+                num_made, num_bytes = num_made + 1, num_bytes + outcome
+                rejection_file(folder, scan).unlink(missing_ok=True)
             else:
                 num_failed += 1
-                logger.warning("set aside: %s: %s", task.source.path, outcome.problem[0])
-                set_aside(folder, scan, _rejected_with_scan(task, *outcome.problem))
-            progress.set_postfix(set_aside=num_failed, refresh=False)
+                logger.warning("rejected: %s: %s", task.source.path, outcome[0])
+                reject(folder, scan, _rejected_with_scan(task, *outcome))
+            progress.set_postfix(rejected=num_failed, refresh=False)
             progress.update()
     return num_made, num_bytes
 
@@ -259,12 +315,12 @@ def _reject_changed(
     for scan in (scan for scan in made if states[scan.scan_id] == "its files have changed"):
         reason = ("its files have changed while the store was made", "run the same command again once they stay")
         logger.warning("rejected: %s: %s", scan.source.path, reason[0])
-        set_aside(folder, scan, _rejected_with_scan(by_id[scan.scan_id], *reason))
+        reject(folder, scan, _rejected_with_scan(by_id[scan.scan_id], *reason))
 
 
-def _killed(_task: ScanTask) -> Outcome:
+def _killed(_task: ScanTask) -> tuple[str, str]:
     reason = "its process was killed twice, the second time alone at work: most likely there is too little memory"
-    return Outcome(problem=(reason, "prepare it on a larger machine, or with coarser voxels in another store"))
+    return reason, "prepare it on a larger machine, or with coarser voxels in another store"
 
 
 def _rejected_with_scan(task: ScanTask, reason: str, remedy: str) -> list[Record]:
@@ -279,11 +335,11 @@ def _rejected_with_scan(task: ScanTask, reason: str, remedy: str) -> list[Record
 def _rejected_rows(
     table: LesionTable, scans: Sequence[TableScan], folder: Path, sidecars: dict[str, Record], *, nameless: bool
 ) -> pd.DataFrame:
-    """All rows that the store has not, in the order of the table; of those that name no scan only if asked for."""
+    """All rejected rows, in the order of the table; those that name no scan only if asked for."""
     records: list[Record] = []
     for scan in scans:
-        records += (sidecars[scan.scan_id] or read_record(aside_file(folder, scan)))["rejected"]
-    if nameless and (places := nameless_rows(table)):
+        records += (sidecars[scan.scan_id] or read_record(rejection_file(folder, scan)))["rejected"]
+    if nameless and (places := rows_without_scan(table)):
         try:
             check_annotations(table.select(places), Preprocessing())
         except BadRowsError as error:
@@ -296,7 +352,7 @@ def _finish(
     folder: Path, settings: StoreSettings, table: LesionTable, sidecars: dict[str, Record], rejected: pd.DataFrame
 ) -> int:
     """Write the index and what was rejected; gives the number of lesions."""
-    write_bytes(folder / REJECTED_FILE, rejected.to_csv(index=False).encode("utf-8"))
+    write_atomically(folder / REJECTED_FILE, rejected.to_csv(index=False))
     finished = [sidecar for sidecar in sidecars.values() if sidecar]
     if not finished:
         raise BadRowsError(f"{table.source}: no row can be used; see {folder / REJECTED_FILE}", rejected)

@@ -14,9 +14,9 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,19 +24,13 @@ import pandas as pd
 from tqdm import tqdm
 
 from fmcib_ssl.data.annotations import BadRowsError, LesionTable, OnBadRow, check_annotations
+from fmcib_ssl.data.geometry import ScanGeometry
+from fmcib_ssl.data.inspection import ScanReport
 from fmcib_ssl.data.prepare_scan import checksum, source_files, source_listing
 from fmcib_ssl.data.scans import ScanSource
-from fmcib_ssl.data.store import (
-    SCANS_FOLDER,
-    STORE_VERSION,
-    StoreSettings,
-    is_whole,
-    read_json,
-    remove_file,
-    sidecar_file,
-    write_json,
-)
-from fmcib_ssl.data.verify import add_sums, scan_problem
+from fmcib_ssl.data.store import SCANS_FOLDER, STORE_VERSION, StoreSettings, sidecar_file
+from fmcib_ssl.data.store_files import add_sums, is_whole, scan_problem
+from fmcib_ssl.io import read_sealed_json, write_sealed_json
 from fmcib_ssl.types import Preprocessing
 
 logger = logging.getLogger(__name__)
@@ -45,32 +39,16 @@ REJECTED_FILE = "rejected.csv"
 #: Threads that ask the file system for times and sizes: they wait for it, they do not compute.
 _NUM_IO_THREADS = 16
 
-State = Literal["finished", "set aside", "rows changed", "not prepared", "its files have changed"]
 Record = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class TableScan:
-    """A scan of a table.
-
-    Attributes:
-        scan_id: its name in the store.
-        source: where it is.
-        places: of its rows in the table.
-        rows: digest of all that they say.
-    """
+class TableScan(NamedTuple):
+    """A scan of a table: its name in the store, where it is, places of its rows, and a digest of all that they say."""
 
     scan_id: str
     source: ScanSource
     places: tuple[int, ...]
     rows: str
-
-
-class JudgedRows(NamedTuple):
-    """Rows by `scan_id`: those that can be used, as far as headers tell, and the others."""
-
-    lesions: dict[str, list[Record]]  # row, center_lps_mm, columns
-    rejected: dict[str, list[Record]]  # row, image_path, value, reason, remedy
 
 
 def scan_id_of(source: ScanSource, root: Path) -> str:
@@ -106,18 +84,19 @@ def scans_of(table: LesionTable, image_root: Path | str | None) -> list[TableSca
     rows = records_of(table.rows)
     scans = []
     for scan_id, own in sorted(places.items()):
-        said = json.dumps([table.coordinates, *([int(table.rows.index[i]), rows[i]] for i in own)], default=str)
-        digest = hashlib.sha256(said.encode()).hexdigest()[:16]
+        text = json.dumps([table.coordinates, *([int(table.rows.index[i]), rows[i]] for i in own)], default=str)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         scans.append(TableScan(scan_id, table.scan_of(own[0]), tuple(own), digest))
     return scans
 
 
 def scan_states(
     folder: Path, settings: StoreSettings, scans: Sequence[TableScan], *, contents: bool = False
-) -> dict[str, State]:
+) -> dict[str, str]:
     """What a store has of each scan, by `scan_id`.
 
-    A scan whose files are gone from their place stays as it is: raw archives are moved to tape.
+    "finished", "rejected", "rows changed" (the voxels can stay), "its files have changed" or "not prepared". A scan
+    whose files are gone from their place stays as it is: raw archives are moved to tape.
 
     Args:
         folder: of the store, which is claimed.
@@ -125,51 +104,59 @@ def scan_states(
         scans: to look at.
         contents: read what is finished and compare its check sums; else sizes are compared.
     """
-
-    def state(scan: TableScan) -> State:
-        file = sidecar_file(folder, scan.scan_id)
-        sidecar = read_record(file)
-        if not sidecar:
-            return "set aside" if read_record(aside_file(folder, scan)).get("rows") == scan.rows else "not prepared"
-        known = (sidecar.get("version"), sidecar.get("settings")) == (STORE_VERSION, asdict(settings))
-        if not known or not is_whole(folder, scan.scan_id, sidecar):
-            return "not prepared"
-        problem = None
-        if "sums" not in sidecar["sizes"]:
-            problem = add_sums(folder, scan.scan_id, sidecar)
-        elif contents:
-            problem = scan_problem(folder, scan.scan_id)
-        if problem is not None:
-            logger.warning("%s is damaged and made anew: %s", file.with_suffix(".b2nd"), problem)
-            remove_file(file)  # should this run be stopped, the next one need not look again
-            return "not prepared"
-        try:
-            listing = source_listing(scan.source.path)
-        except OSError:
-            listing = sidecar["source"]["listing"]
-        if listing != sidecar["source"]["listing"]:
-            if checksum(source_files(scan.source)) != sidecar["source"]["sha256"]:
-                return "its files have changed"
-            sidecar["source"]["listing"] = listing  # copied, or touched
-            write_json(file, sidecar)
-        return "finished" if sidecar["rows"] == scan.rows else "rows changed"
-
     with ThreadPoolExecutor(_NUM_IO_THREADS) as pool:
-        found = tqdm(pool.map(state, scans), "Checking", len(scans), unit="scan", disable=not contents)
-        return dict(zip((scan.scan_id for scan in scans), found, strict=True))
+        states = pool.map(lambda scan: _state(folder, settings, scan, contents), scans)
+        shown = tqdm(states, "Checking", len(scans), unit="scan", disable=not contents)
+        return dict(zip((scan.scan_id for scan in scans), shown, strict=True))
 
 
-def judge_rows(table: LesionTable, scans: Sequence[TableScan], on_bad_row: OnBadRow, folder: Path) -> JudgedRows:
+def _state(folder: Path, settings: StoreSettings, scan: TableScan, contents: bool) -> str:
+    file = sidecar_file(folder, scan.scan_id)
+    sidecar = read_record(file)
+    if not sidecar:
+        return "rejected" if read_record(rejection_file(folder, scan)).get("rows") == scan.rows else "not prepared"
+    known = (sidecar.get("version"), sidecar.get("settings")) == (STORE_VERSION, asdict(settings))
+    if not known or not is_whole(folder, scan.scan_id, sidecar):
+        return "not prepared"
+    problem = None
+    if "sums" not in sidecar["sizes"]:
+        problem = add_sums(folder, scan.scan_id, sidecar)
+    elif contents:
+        problem = scan_problem(folder, scan.scan_id)
+    if problem is not None:
+        logger.warning("%s is damaged and made anew: %s", file.with_suffix(".b2nd"), problem)
+        file.unlink()  # should this run be stopped, the next one need not look again
+        return "not prepared"
+    try:
+        listing = source_listing(scan.source.path)
+    except OSError:
+        listing = sidecar["source"]["listing"]
+    if listing != sidecar["source"]["listing"]:
+        if checksum(source_files(scan.source)) != sidecar["source"]["sha256"]:
+            return "its files have changed"
+        sidecar["source"]["listing"] = listing  # copied, or touched
+        write_sealed_json(file, sidecar)
+    return "finished" if sidecar["rows"] == scan.rows else "rows changed"
+
+
+def judge_rows(
+    table: LesionTable, scans: Sequence[TableScan], on_bad_row: OnBadRow, folder: Path
+) -> tuple[dict[str, list[Record]], dict[str, list[Record]], dict[str, ScanGeometry]]:
     """Tell the rows of some scans that can be used from those that cannot, as far as headers tell.
+
+    Returns:
+        By `scan_id`: lesions (`row`, `center_lps_mm`, `columns`), rejected rows, and the scans' geometries.
 
     Raises:
         BadRowsError: bad rows and `on_bad_row="refuse"`; they are in `rejected.csv` then.
     """
     places = sorted(place for scan in scans for place in scan.places)
     if on_bad_row == "refuse":
-        places += nameless_rows(table)
+        places += rows_without_scan(table)
+    lesions: dict[str, list[Record]] = {}
+    rejected_rows: dict[str, list[Record]] = {}
     if not places:
-        return JudgedRows({}, {})
+        return lesions, rejected_rows, {}
     try:
         usable, rejected = check_annotations(
             table.select(places),
@@ -184,37 +171,38 @@ def judge_rows(table: LesionTable, scans: Sequence[TableScan], on_bad_row: OnBad
         logger.warning("%s", error)  # of these rows none is left; the store may have others
         usable, rejected = table.select(np.zeros(len(table), dtype=bool)), error.rejected
     scan_of_row = {table.rows.index[place]: scan.scan_id for scan in scans for place in scan.places}
-    judged = JudgedRows({}, {})
     for columns, row, center in zip(records_of(usable.rows), usable.rows.index, usable.centers_lps_mm, strict=True):
         lesion = {"row": int(row), "center_lps_mm": center.tolist(), "columns": columns}
-        judged.lesions.setdefault(scan_of_row[row], []).append(lesion)
+        lesions.setdefault(scan_of_row[row], []).append(lesion)
     for record in records_of(rejected):
-        judged.rejected.setdefault(scan_of_row[record["row"]], []).append(record)
-    return judged
+        rejected_rows.setdefault(scan_of_row[record["row"]], []).append(record)
+    reports = {scan.scan_id: usable.reports.get(scan.source) for scan in scans}
+    geometries = {name: report.geometry for name, report in reports.items() if isinstance(report, ScanReport)}
+    return lesions, rejected_rows, geometries
 
 
-def nameless_rows(table: LesionTable) -> list[int]:
+def rows_without_scan(table: LesionTable) -> list[int]:
     """Places of rows that name no scan."""
     return [place for place, source in enumerate(table.scans) if source is None]
 
 
-def aside_file(folder: Path, scan: TableScan) -> Path:
-    """What stands in the store for a scan that cannot be used."""
+def rejection_file(folder: Path, scan: TableScan) -> Path:
+    """What a store holds of a scan that cannot be used."""
     return folder / SCANS_FOLDER / f"{scan.scan_id}.rejected.json"
 
 
-def set_aside(folder: Path, scan: TableScan, rejected: list[Record]) -> None:
+def reject(folder: Path, scan: TableScan, rejected: list[Record]) -> None:
     """Leave a scan out of the store, with what is wrong with its rows."""
     # Of an earlier version of its files; of a scan that is gone they may be all that is left, though damaged.
     for suffix in ("json", "cells", "sums", "b2nd") if scan.source.path.exists() else ("json",):
-        remove_file(folder / SCANS_FOLDER / f"{scan.scan_id}.{suffix}")
-    write_json(aside_file(folder, scan), {"rows": scan.rows, "rejected": rejected})
+        (folder / SCANS_FOLDER / f"{scan.scan_id}.{suffix}").unlink(missing_ok=True)
+    write_sealed_json(rejection_file(folder, scan), {"rows": scan.rows, "rejected": rejected})
 
 
 def read_record(path: Path) -> Record:
     """What a JSON file of a store says; nothing if there is none that is as it was written."""
     try:
-        return read_json(path)
+        return read_sealed_json(path)
     except (OSError, ValueError):
         return {}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +18,8 @@ from fmcib_ssl.data.coarse_map import build_coarse_map
 from fmcib_ssl.data.dicom_files import series_files
 from fmcib_ssl.data.nifti import header_and_voxels, is_nifti
 from fmcib_ssl.data.scans import Scan, ScanSource, read_scan
-from fmcib_ssl.data.store import (
-    STORE_VERSION,
-    StoreError,
-    StoreGrid,
-    StoreSettings,
-    write_scan,
-)
+from fmcib_ssl.data.store import STORE_VERSION, StoreError, StoreGrid, StoreSettings
+from fmcib_ssl.data.store_files import write_scan
 from fmcib_ssl.types import ScanError
 
 #: Slices of the store's grid that are resampled at a time; as fast as all at once, and floats of a whole body would
@@ -37,50 +32,19 @@ _DETACHED = {
 }
 
 
-@dataclass(frozen=True)
-class SourceState:
-    """What a scan's files looked like when they were read.
-
-    Attributes:
-        listing: as `source_listing` gives it.
-        sha256: of their bytes, one after the other in the order of their names.
-        num_files: one, or the slices of a series.
-        num_bytes: of all of them.
-    """
-
-    listing: str
-    sha256: str
-    num_files: int
-    num_bytes: int
-
-
-@dataclass(frozen=True)
-class ScanTask:
-    """A scan to be prepared.
-
-    Attributes:
-        scan_id: its name in the store.
-        source: where it is.
-        sidecar: what its JSON file is to say besides what reading it tells.
-    """
+class ScanTask(NamedTuple):
+    """A scan to be prepared: its name in the store, where it is, what its JSON file says besides what reading tells."""
 
     scan_id: str
     source: ScanSource
     sidecar: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How it went: `problem` is None, or why the scan was set aside and what to do."""
-
-    num_bytes: int = 0
-    problem: tuple[str, str] | None = None
-
-
-def prepare_scan(folder: Path, settings: StoreSettings, task: ScanTask) -> Outcome:
+def prepare_scan(folder: Path, settings: StoreSettings, task: ScanTask) -> int | tuple[str, str]:
     """Read a scan, and write it to the store in `folder`.
 
-    Whatever is wrong with the scan is an outcome, not an exception.
+    Returns:
+        Its compressed size in bytes; or, whatever is wrong with the scan, the reason and what to do.
 
     Raises:
         StoreError: the store cannot be written; the next scan would fare no better.
@@ -88,7 +52,8 @@ def prepare_scan(folder: Path, settings: StoreSettings, task: ScanTask) -> Outco
     try:
         listing = source_listing(task.source.path)  # before reading: a change while it is read shows next time
         files = source_files(task.source)
-        state = SourceState(listing, checksum(files), len(files), sum(f.stat().st_size for f in files))
+        sha256 = checksum(files)
+        num_bytes = sum(file.stat().st_size for file in files)
         scan = read_scan(*task.source)
         summary = scan.summary
         assert summary is not None  # read from a file
@@ -98,12 +63,12 @@ def prepare_scan(folder: Path, settings: StoreSettings, task: ScanTask) -> Outco
         sidecar = {
             "version": STORE_VERSION,
             "settings": asdict(settings),
-            "source": asdict(state),
+            "source": {"listing": listing, "sha256": sha256, "num_files": len(files), "num_bytes": num_bytes},
             "scan": {
                 "scan_id": task.scan_id,
                 "source": str(task.source.path),
                 "series_uid": task.source.series_uid,
-                "sha256": state.sha256,
+                "sha256": sha256,
                 "shape_zyx": grid.shape_zyx,
                 "origin_lps_mm": grid.origin_lps_mm,
                 "source_size_xyz": scan.geometry.size_xyz,
@@ -116,15 +81,15 @@ def prepare_scan(folder: Path, settings: StoreSettings, task: ScanTask) -> Outco
             },
             **task.sidecar,
         }
-        return Outcome(write_scan(folder, task.scan_id, hu, coarse_map, sidecar))
+        return write_scan(folder, task.scan_id, hu, coarse_map, sidecar)
     except StoreError:
         raise
     except ScanError as error:
-        return Outcome(problem=(error.reason or str(error), error.remedy or "repair or leave out the scan"))
+        return error.reason or str(error), error.remedy or "repair or leave out the scan"
     except MemoryError:
-        return Outcome(problem=("needs more memory than there is", "prepare it with num_workers=1, or coarser voxels"))
+        return "needs more memory than there is", "prepare it with num_workers=1, or coarser voxels"
     except Exception as error:  # whatever a library makes of a broken file, the night goes on
-        return Outcome(problem=(f"{type(error).__name__}: {error}", "repair or leave out the scan"))
+        return f"{type(error).__name__}: {error}", "repair or leave out the scan"
 
 
 def resample(scan: Scan, grid: StoreGrid, settings: StoreSettings) -> Int16[np.ndarray, "z y x"]:

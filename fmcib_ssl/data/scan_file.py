@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import mmap
 import os
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy.typing as npt
 from jaxtyping import Int16
 from xxhash import xxh3_64_digest, xxh3_64_intdigest
 
+from fmcib_ssl.io import open_regular, read_regular
 from fmcib_ssl.types import UserError
 
 Triple = tuple[int, int, int]
@@ -57,26 +57,6 @@ def encode_voxels(hu_zyx: Int16[np.ndarray, "z y x"]) -> bytes:
         cparams=blosc2.CParams(codec=blosc2.Codec.LZ4, clevel=9, filters=[blosc2.Filter.SHUFFLE], nthreads=1),
     ).to_cframe()
     return content
-
-
-def open_regular(path: Path) -> int:
-    """A descriptor to read a file with.
-
-    Raises:
-        OSError: there is no such file, or it is a pipe, which would wait for ever, a device or a folder.
-    """
-    flags = (getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))  # not every system has them all
-    descriptor = os.open(path, os.O_RDONLY | sum(flags))
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return descriptor
-    os.close(descriptor)
-    raise OSError(f"{path.name} is no regular file")
-
-
-def read_regular(path: Path) -> bytes:
-    """All of a file; as `open_regular`."""
-    with os.fdopen(open_regular(path), "rb") as file:
-        return file.read()
 
 
 @dataclass(frozen=True, eq=False)

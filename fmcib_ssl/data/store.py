@@ -20,13 +20,10 @@ Reading needs neither SimpleITK nor torch.
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import io
-import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -39,9 +36,8 @@ from jaxtyping import Float, Int16
 
 from fmcib_ssl.data.coarse_map import CoarseMap
 from fmcib_ssl.data.geometry import ScanGeometry
-from fmcib_ssl.data.scan_file import DamagedScanError, OpenScan, ScanSums, Triple, encode_voxels, read_regular
-from fmcib_ssl.data.store_index import is_name, problem_of_lesions, problem_of_scans
-from fmcib_ssl.io import write_atomically
+from fmcib_ssl.data.scan_file import DamagedScanError, OpenScan, ScanSums, Triple
+from fmcib_ssl.io import read_regular, read_sealed_json
 from fmcib_ssl.types import PADDING_HU, UserError
 
 #: Of the format; goes up when older versions of this package could not read it.
@@ -51,7 +47,6 @@ SCANS_FOLDER = "scans"
 SCANS_INDEX, LESIONS_INDEX = "scans.parquet", "lesions.parquet"
 #: In `store.json`: digests of the index. Where they are, all scans have check sums.
 CHECKED = "checked"
-_DIGEST = "digest"
 #: Another key is one of these with a damaged bit, and what it says would be missed.
 _SETTINGS_KEYS = {
     "version", "complete", "settings", "annotations", "num_scans", "num_lesions", "num_rejected_rows", CHECKED,
@@ -60,6 +55,10 @@ _SETTINGS_KEYS = {
 _MOST_ROWS = 50_000_000
 #: Scans that a process keeps open: a lesion's patch and its negatives come from one.
 _NUM_OPEN = 4
+_CENTER = ("center_z", "center_y", "center_x")
+#: What rounding may make of a point on the edge of a scan, voxels, and of a point in mm.
+_ROUNDING = 0.01
+_FARTHEST_VOXEL = 1e6
 Interpolation = Literal["linear", "nearest", "bspline"]
 
 
@@ -179,8 +178,7 @@ class Store:
         `center_x_lps_mm` and so on, `row` (in the table), then all columns of the table.
         """
         lesions = self._read_index(LESIONS_INDEX)
-        problem = problem_of_lesions(lesions, self.scans, self.settings.spacing_mm)
-        if problem is not None:
+        for problem in _problems_of_lesions(lesions, self.scans, self.settings.spacing_mm):
             raise DamagedStoreError(f"{self.path / LESIONS_INDEX} is damaged: {problem}; run scripts/prepare.py again")
         return lesions
 
@@ -188,8 +186,7 @@ class Store:
     def scans(self) -> pd.DataFrame:
         """One row a scan, by `scan_id`: where it comes from, its geometry there and here, HU range, body volume."""
         scans = self._read_index(SCANS_INDEX)
-        problem = problem_of_scans(scans)
-        if problem is not None:
+        for problem in _problems_of_scans(scans):
             raise DamagedStoreError(f"{self.path / SCANS_INDEX} is damaged: {problem}; run scripts/prepare.py again")
         return scans.set_index("scan_id")
 
@@ -245,14 +242,14 @@ class Store:
         """
         file = self._file(scan_id, "cells")
         try:
-            found, content = CoarseMap.open(file)
+            coarse_map, content = CoarseMap.open(file)
             if scan_id not in self._known_maps:
                 if (sums := self._sums(scan_id)) is not None:
                     sums.check_coarse_map(content)
-                if (found.shape_zyx, found.spacing_mm) != (self._shapes[scan_id], self.settings.spacing_mm):
-                    raise ValueError(f"it is of {found.shape_zyx} voxels of {found.spacing_mm:g} mm")
+                if (coarse_map.shape_zyx, coarse_map.spacing_mm) != (self._shapes[scan_id], self.settings.spacing_mm):
+                    raise ValueError(f"it is of {coarse_map.shape_zyx} voxels of {coarse_map.spacing_mm:g} mm")
                 self._known_maps.add(scan_id)
-            return found
+            return coarse_map
         except (OSError, ValueError) as error:
             raise DamagedStoreError(f"{file} cannot be read ({error}): run scripts/prepare.py again") from error
 
@@ -277,7 +274,7 @@ class Store:
 
     def _file(self, scan_id: str, suffix: str) -> Path:
         """A file of a scan; refuses a name that leads out of the store, or is not in its index."""
-        if not is_name(scan_id) or scan_id not in self._shapes:
+        if not _is_name(scan_id) or scan_id not in self._shapes:
             raise DamagedStoreError(f"{self.path} is damaged: {scan_id[:200]!r} is no scan of it; prepare it anew")
         return self.path / SCANS_FOLDER / f"{scan_id}.{suffix}"
 
@@ -308,27 +305,19 @@ def read_settings_file(folder: Path) -> dict[str, Any] | None:
     """
     file = folder / SETTINGS_FILE
     try:
-        found = read_json(file)
-        if not isinstance(found["complete"], bool) or not isinstance(found["settings"], dict):
+        about = read_sealed_json(file)
+        if not isinstance(about["complete"], bool) or not isinstance(about["settings"], dict):
             raise TypeError("complete or settings")
-        if not isinstance(found.get(CHECKED, {}), dict) or (unknown := found.keys() - _SETTINGS_KEYS):
+        if not isinstance(about.get(CHECKED, {}), dict) or (unknown := about.keys() - _SETTINGS_KEYS):
             raise ValueError(f"it has {CHECKED if not unknown else sorted(unknown)}")
-        version = found["version"]
+        version = about["version"]
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedStoreError(f"{file} cannot be read ({error}): run scripts/prepare.py again") from error
     if version != STORE_VERSION:
         raise StoreError(f"{folder} has version {version}, this package reads {STORE_VERSION}: prepare it anew")
-    return found
-
-
-def write_settings_file(folder: Path, settings: StoreSettings, *, complete: bool, **about: object) -> None:
-    """Write `store.json`; `about` is for people who look at it, and `checked` what `write_index` gave."""
-    write_json(
-        folder / SETTINGS_FILE,
-        {"version": STORE_VERSION, "complete": complete, "settings": asdict(settings), **about},
-    )
+    return about
 
 
 def sidecar_file(folder: Path, scan_id: str) -> Path:
@@ -336,106 +325,62 @@ def sidecar_file(folder: Path, scan_id: str) -> Path:
     return folder / SCANS_FOLDER / f"{scan_id}.json"
 
 
-def write_scan(
-    folder: Path,
-    scan_id: str,
-    hu_zyx: Int16[np.ndarray, "z y x"],
-    coarse_map: CoarseMap,
-    sidecar: Mapping[str, object],
-) -> int:
-    """Write a scan's four files, the JSON last, each whole or not at all; gives the compressed size in bytes.
-
-    Raises:
-        StoreError: the folder cannot be written.
-    """
-    remove_file(sidecar_file(folder, scan_id))  # of an earlier version: what follows is not its voxels
-    contents = {"b2nd": encode_voxels(hu_zyx), "cells": coarse_map.to_bytes()}
-    contents["sums"] = ScanSums.of(contents["b2nd"], contents["cells"], hu_zyx.shape).to_bytes(scan_id)
-    for suffix, content in contents.items():
-        write_bytes(folder / SCANS_FOLDER / f"{scan_id}.{suffix}", content)
-    sizes = {suffix: len(content) for suffix, content in contents.items()}
-    write_json(sidecar_file(folder, scan_id), {**sidecar, "sizes": sizes})
-    return sum(sizes.values())
+def _is_name(scan_id: str) -> bool:
+    """Whether a text may be the name of a scan; one that leads out of the store may not."""
+    return bool(scan_id) and scan_id == Path(scan_id).name and scan_id not in (".", "..") and "\0" not in scan_id
 
 
-def is_whole(folder: Path, scan_id: str, sidecar: Mapping[str, Any]) -> bool:
-    """Whether a scan's files are there, as large as its JSON file says."""
-    files = {folder / SCANS_FOLDER / f"{scan_id}.{suffix}": size for suffix, size in sidecar["sizes"].items()}
-    return all(file.is_file() and file.stat().st_size == size for file, size in files.items())
+def _problems_of_scans(scans: pd.DataFrame) -> Iterator[str]:
+    """What keeps a table from being one of a store's scans."""
+    if absent := {"scan_id", "shape_zyx", "origin_lps_mm"} - set(scans):
+        yield f"it has no column {', '.join(sorted(absent))}"
+        return
+    names = scans["scan_id"]
+    if not all(isinstance(name, str) and _is_name(name) for name in names):
+        yield "a scan_id is no name of a scan"
+        return
+    if names.duplicated().any():
+        yield f"duplicate scan_id {names[names.duplicated()].iloc[0]}"
+    for column, kinds in (("shape_zyx", "iu"), ("origin_lps_mm", "iuf")):
+        values = [np.asarray(value) for value in scans[column]]
+        if any(v.shape != (3,) or v.dtype.kind not in kinds or not (np.abs(v) < _FARTHEST_VOXEL).all() for v in values):
+            yield f"{column} is not three numbers in every row"
+        elif column == "shape_zyx" and any(value.min() < 1 for value in values):
+            yield "a scan has no voxels"
 
 
-def write_index(folder: Path, scans: pd.DataFrame, lesions: pd.DataFrame) -> dict[str, str]:
-    """Write the two index files, each whole or not at all; gives their digests, for `store.json`."""
-    digests = {}
-    for name, frame in ((SCANS_INDEX, scans), (LESIONS_INDEX, lesions)):
-        buffer = io.BytesIO()
-        frame.to_parquet(buffer, index=False)
-        write_bytes(folder / name, buffer.getvalue())
-        digests[name] = digest_of(folder / name)
-    return digests
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(read_regular(path)).hexdigest()
-
-
-def write_json(path: Path, values: Mapping[str, object]) -> None:
-    """Write JSON with a digest of itself, whole or not at all; NumPy's scalars become plain numbers."""
-    plain = json.loads(json.dumps(values, default=lambda value: value.item()))
-    text = json.dumps({**plain, _DIGEST: _digest(plain)}, indent=1, ensure_ascii=False)
-    write_bytes(path, text.encode("utf-8"))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote, or an earlier version of it, without its digest.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no such file, or not as it was written.
-    """
-    try:
-        values = json.loads(read_regular(path))
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"it holds {type(values).__name__}")
-    digest = values.pop(_DIGEST, None)
-    if digest is not None and digest != _digest(values):
-        raise ValueError("its digest is not that of what it says")
-    return values
-
-
-def _digest(values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all, also if the machine stops.
-
-    Raises:
-        StoreError: it cannot be written; says what to do.
-    """
-    try:
-        write_atomically(path, data)
-    except OSError as error:
-        raise StoreError(cannot_write(path, error)) from error
-
-
-def remove_file(path: Path) -> None:
-    """Remove a file of a store, if it is there.
-
-    Raises:
-        StoreError: it cannot be removed.
-    """
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise StoreError(cannot_write(path, error)) from error
-
-
-def cannot_write(path: Path, error: OSError) -> str:
-    """What is wrong with a folder that cannot be written, and what to do."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    remedy = "make room" if full else "make it writable, or choose another store=DIR"
-    return f"{path} cannot be written: {error.strerror}; {remedy}, then run the same command again to go on"
+def _problems_of_lesions(lesions: pd.DataFrame, scans: pd.DataFrame, spacing_mm: float) -> Iterator[str]:
+    """What keeps a table from being one of lesions in these scans; columns that it has not are not missed here."""
+    for name in (name for name in _CENTER if name in lesions):
+        bad = ~(pd.to_numeric(lesions[name], errors="coerce").abs() < _FARTHEST_VOXEL)  # NaN is not below it either
+        if bad.any():
+            yield f"{name} is {lesions[name][bad].iloc[0]} in {int(bad.sum())} rows, first in the {bad.argmax() + 1}."
+            return
+    for name in (name for name in ("lesion_id", "row") if name in lesions):
+        if (twice := lesions[name].duplicated()).any():
+            yield f"duplicate {name} {lesions[name][twice].iloc[0]}"
+    if not {"scan_id", *_CENTER} <= set(lesions) or len(lesions) == 0:
+        return
+    numbers = scans.index.get_indexer(pd.Index(lesions["scan_id"]))
+    if (numbers < 0).any():
+        yield f"{str(lesions['scan_id'][numbers < 0].iloc[0])[:200]!r} is none of the store's scans"
+        return
+    centers = lesions[list(_CENTER)].to_numpy(dtype=np.float64)
+    shapes = np.stack(scans["shape_zyx"].tolist())[numbers]
+    outside = ((centers < -0.5 - _ROUNDING) | (centers > shapes - 0.5 + _ROUNDING)).any(axis=1)
+    if outside.any():
+        first = int(outside.argmax())
+        yield (
+            f"{int(outside.sum())} lesions lie outside their scans, the first in row {first + 1} of the index, at "
+            f"{centers[first].tolist()} of {shapes[first].tolist()} voxels"
+        )
+    in_mm = [f"{name}_lps_mm" for name in _CENTER]
+    if set(in_mm) <= set(lesions):
+        origins = np.stack(scans["origin_lps_mm"].tolist())[numbers, ::-1]
+        points = lesions[in_mm].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=np.float64)
+        moved = ~(np.abs(centers * spacing_mm + origins - points) < _ROUNDING).all(axis=1)
+        if moved.any():
+            yield (
+                f"of {int(moved.sum())} lesions voxel and point in mm differ, at {spacing_mm:g} mm a voxel, "
+                f"the first in row {moved.argmax() + 1} of the index"
+            )

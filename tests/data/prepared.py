@@ -79,7 +79,7 @@ def claimed_by_another_process(store: Path, shard: tuple[int, int] | None = None
     """A run that is at work on a store; gives its process."""
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "from fmcib_ssl.data.store import StoreSettings\nfrom fmcib_ssl.data.store_lock import claim_store\n"
+        "from fmcib_ssl.data.store import StoreSettings\nfrom fmcib_ssl.data.store_files import claim_store\n"
         f"with claim_store(Path(sys.argv[1]), StoreSettings(), {shard}): print(flush=True); sys.stdin.read()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,18 +10,9 @@ import numpy as np
 import pandas as pd
 
 from fmcib_ssl.data.coarse_map import build_coarse_map
-from fmcib_ssl.data.store import (
-    CHECKED,
-    SCANS_FOLDER,
-    Store,
-    StoreSettings,
-    digest_of,
-    read_json,
-    write_index,
-    write_json,
-    write_scan,
-    write_settings_file,
-)
+from fmcib_ssl.data.store import CHECKED, SCANS_FOLDER, Store, StoreSettings
+from fmcib_ssl.data.store_files import write_index, write_scan, write_settings_file
+from fmcib_ssl.io import read_sealed_json, write_sealed_json
 
 
 def body(shape_zyx: tuple[int, int, int], seed: int = 0) -> np.ndarray:
@@ -53,14 +45,15 @@ def make_store(folder: Path, scans: dict[str, np.ndarray], lesions: list[tuple[s
 
 def reseal(folder: Path) -> None:
     """Let `store.json` agree with an index that was changed: what it says is to be found wrong, not its bytes."""
-    about = read_json(folder / "store.json")
-    write_json(folder / "store.json", {**about, CHECKED: {name: digest_of(folder / name) for name in about[CHECKED]}})
+    about = read_sealed_json(folder / "store.json")
+    digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in about[CHECKED]}
+    write_sealed_json(folder / "store.json", {**about, CHECKED: digests})
 
 
 def as_before_check_sums(folder: Path) -> None:
     """Take out of a store what earlier versions did not write."""
     for file in [folder / "store.json", *(folder / SCANS_FOLDER).glob("*.json")]:
-        values = read_json(file)
+        values = read_sealed_json(file)
         values.pop(CHECKED, None)
         values.get("sizes", {}).pop("sums", None)
         file.write_text(json.dumps(values, indent=1))

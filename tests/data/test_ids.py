@@ -12,7 +12,8 @@ from prepared import run, scan_image, write_table
 
 from fmcib_ssl.data.annotations import read_annotations
 from fmcib_ssl.data.splits import assign_folds
-from fmcib_ssl.data.store import Store, write_index
+from fmcib_ssl.data.store import Store
+from fmcib_ssl.data.store_files import write_index
 from fmcib_ssl.data.tables import read_table, selected, text_of
 from fmcib_ssl.evaluation.feature_table import FeatureTable
 from fmcib_ssl.evaluation.labels import column_text, join_labels

@@ -299,7 +299,7 @@ def test_whatever_is_raised_rejects_that_scan_alone(
         assert said in rejected["reason"].item()
     monkeypatch.setattr(scans, "read_nifti_header", original["read_nifti_header"])
     summary = prepare(table, tmp_path / "store", num_workers=0)
-    assert (summary.num_made, summary.num_set_aside) == (1, 1)
+    assert (summary.num_made, summary.num_rejected_scans) == (1, 1)
     assert said in summary.rejected["reason"].item()
 
 

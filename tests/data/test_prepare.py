@@ -16,7 +16,6 @@ import SimpleITK as sitk
 from prepared import centers, direct_patch, run, scan_image, store_patch, three_scans, write_table
 from scipy.spatial.transform import Rotation
 
-from fmcib_ssl.data import prepare as prepare_module
 from fmcib_ssl.data.annotations import read_annotations
 from fmcib_ssl.data.geometry import PatchGrid, ScanGeometry
 from fmcib_ssl.data.prepare_scan import resample
@@ -256,4 +255,3 @@ def test_the_sidecar_is_plain_json(tmp_path: Path) -> None:
     sidecar = json.loads(next((tmp_path / "store" / "scans").glob("a-*.json")).read_text())
     assert [lesion["row"] for lesion in sidecar["lesions"]] == [1, 3]
     assert sidecar["source"]["num_bytes"] == (tmp_path / "a.nrrd").stat().st_size
-    assert prepare_module.LESION_COLUMNS[0] == "lesion_id"

@@ -1,4 +1,4 @@
-"""A second run on a store, several at once, and whatever goes wrong: what is done again, set aside or refused."""
+"""A second run on a store, several at once, and whatever goes wrong: what is done again, rejected or refused."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ from prepared import (
     write_table,
 )
 
-from fmcib_ssl.data import prepare_plan, prepare_scan, store_lock
+from fmcib_ssl.data import prepare_plan, prepare_scan, store_files
 from fmcib_ssl.data.annotations import BadRowsError, read_annotations
-from fmcib_ssl.data.prepare import Shard, merge
 from fmcib_ssl.data.scans import read_scan
 from fmcib_ssl.data.store import Store, StoreError, StoreSettings
 
@@ -126,39 +125,39 @@ def test_shards_and_merge_give_what_one_run_gives(tmp_path: Path) -> None:
     rows = [f"{i % 8}.nrrd,{i},0,0" for i in range(5)] + ["5.nrrd,0,0,0", "6.nrrd,500,0,0", "7.nrrd,0,0,0", ",1,2,3"]
     table = write_table(tmp_path, rows)
     whole = run(table, tmp_path / "whole")
-    shards = [run(table, tmp_path / "parts", shard=Shard(i, 3)) for i in (1, 2)]
+    shards = [run(table, tmp_path / "parts", shard=(i, 3)) for i in (1, 2)]
     with pytest.raises(StoreError, match=r"is not complete.*merge=true"):
         Store(tmp_path / "parts")
     with pytest.raises(StoreError, match=r"(?s)\d of 8 scans are not finished:.*not prepared\nRun their shards again"):
-        merge(table, tmp_path / "parts")
-    shards.append(run(table, tmp_path / "parts", shard=Shard(3, 3)))
+        run(table, tmp_path / "parts", merge=True)
+    shards.append(run(table, tmp_path / "parts", shard=(3, 3)))
     assert sum(shard.num_scans for shard in shards) == whole.num_scans == 8
-    merged = merge(table, tmp_path / "parts")
+    merged = run(table, tmp_path / "parts", merge=True)
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
-    assert (merged.num_lesions, merged.num_set_aside) == (6, 2) == (whole.num_lesions, whole.num_set_aside)
+    assert (merged.num_lesions, merged.num_rejected_scans) == (6, 2) == (whole.num_lesions, whole.num_rejected_scans)
     pd.testing.assert_frame_equal(merged.rejected, whole.rejected)
     assert whole.rejected["row"].tolist() == [7, 8, 9]
 
     sitk.WriteImage(scan_image(50, (12, 12, 12)), str(tmp_path / "0.nrrd"))
     with pytest.raises(StoreError, match=r"1 of 8 scans are not finished:\n.*0\.nrrd: its files have changed"):
-        merge(table, tmp_path / "parts")
+        run(table, tmp_path / "parts", merge=True)
     with pytest.raises(StoreError, match=r"shard=4/3: the first of 3 is 1/3, there is no 4"):
-        Shard(4, 3)
+        run(table, tmp_path / "parts", shard=(4, 3))
 
 
 def test_two_runs_on_one_store_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_lock, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(store_files, "PATIENCE_S", 0.0)
     table, store = three_scans(tmp_path), tmp_path / "store"
     with claimed_by_another_process(store) as process:
-        for shard in (None, Shard(1, 2)):
+        for shard in (None, (1, 2)):
             with pytest.raises(StoreError, match=rf"being written by another run \(process {process} on"):
                 run(table, store, shard=shard)
     with claimed_by_another_process(store, (1, 2)):
         with pytest.raises(StoreError, match="being written by another run"):
-            run(table, store, shard=Shard(1, 2))
+            run(table, store, shard=(1, 2))
         with pytest.raises(StoreError, match="being written by another run"):
-            merge(table, store)
-        run(table, store, shard=Shard(2, 2))
+            run(table, store, merge=True)
+        run(table, store, shard=(2, 2))
     run(table, store)
 
 
@@ -189,14 +188,14 @@ def test_whatever_a_scan_does_the_others_go_on(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(prepare_scan, "read_scan", read)
     summary = run(table, tmp_path / "store")
-    assert (summary.num_made, summary.num_set_aside, summary.num_lesions) == (1, 2, 1)
+    assert (summary.num_made, summary.num_rejected_scans, summary.num_lesions) == (1, 2, 1)
     reasons = dict(zip(summary.rejected["row"], summary.rejected["reason"], strict=True))
     assert set(reasons) == {1, 2, 3}
     assert "more memory than there is" in reasons[1]
     assert "ZeroDivisionError: from some library" in reasons[2]
     errors.clear()  # the next night
     summary = run(table, tmp_path / "store")
-    assert (summary.num_made, summary.num_set_aside, summary.num_lesions) == (2, 0, 4)
+    assert (summary.num_made, summary.num_rejected_scans, summary.num_lesions) == (2, 0, 4)
     assert not list((tmp_path / "store" / "scans").glob("*.rejected.json"))
 
 

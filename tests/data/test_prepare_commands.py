@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -75,7 +76,7 @@ def test_prepare_with_its_page(prepared: tuple[Path, subprocess.CompletedProcess
     store, ended = prepared
     assert ended.returncode == 0, ended.stderr
     assert "scans     6 of 7 finished, 6 of them now" in ended.stdout
-    assert "rejected  1 rows; scans set aside as a whole: 1" in ended.stdout
+    assert "rejected  1 rows; scans as a whole: 1" in ended.stdout
     assert "Preparing: 100%" in ended.stderr
     assert len(Store(store).lesions) == 6
     page = (store / "contact_sheet.html").read_text(encoding="utf-8")
@@ -116,7 +117,7 @@ def test_ctrl_c_ends_it_quietly(archive: Path, tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does: to the workers as well
     _, errors = process.communicate(timeout=250)
     assert process.returncode == 130, errors
-    assert "stopped; the same command goes on from here" in errors
+    assert "stopped; the same command resumes" in errors
     assert "Traceback" not in errors
 
 
@@ -131,10 +132,20 @@ def test_a_disk_that_is_full(archive: Path, tmp_path: Path) -> None:
         arguments = (f"annotations={archive / 'lesions.csv'}", f"store={disk / 'store'}", "num_workers=1")
         ended = run("prepare.py", *arguments)
         assert ended.returncode == 1
-        assert "cannot be written: No space left on device; make room, then run the same command" in ended.stderr
-        assert "Traceback" not in ended.stderr
-        assert 1 <= len(finished(disk / "store")) < 6
+        assert "preparing 6 scans: about 49.0 MB in" in ended.stderr
+        assert "needs about 49.0 MB for 6 scans, and its disk has 0.0 GB free: make room" in ended.stderr
         subprocess.run(["mount", "-o", "remount,size=199m", str(disk)], check=True)
+        process = subprocess.Popen(command("prepare.py", *arguments), stderr=subprocess.PIPE, text=True)
+        wait_for(lambda: finished(disk / "store"))
+        with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+            while filler.write(bytes(1 << 20)):
+                pass
+        _, errors = process.communicate()
+        assert process.returncode == 1
+        assert "cannot be written: No space left on device; make room, then run the same command" in errors
+        assert "Traceback" not in errors
+        assert 1 <= len(finished(disk / "store")) < 6
+        (disk / "filler").unlink()
         assert run("prepare.py", *arguments, "sheet_lesions=0").returncode == 0
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         assert len(Store(disk / "store").lesions) == 6  # reading needs no leave to write

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import multiprocessing
-import os
 import pickle
 import subprocess
 import sys
@@ -18,7 +16,7 @@ import pytest
 import SimpleITK as sitk
 from scipy.spatial.transform import Rotation
 
-from fmcib_ssl.data import store as store_module
+from fmcib_ssl.data import store_files
 from fmcib_ssl.data.coarse_map import build_coarse_map
 from fmcib_ssl.data.geometry import ScanGeometry
 from fmcib_ssl.data.store import (
@@ -27,13 +25,9 @@ from fmcib_ssl.data.store import (
     StoreGrid,
     StoreSettings,
     patch_start,
-    read_json,
-    write_bytes,
-    write_index,
-    write_json,
-    write_scan,
-    write_settings_file,
 )
+from fmcib_ssl.data.store_files import write_index, write_scan, write_settings_file
+from fmcib_ssl.io import read_sealed_json, write_sealed_json
 
 
 def random_hu(shape: tuple[int, int, int] = (70, 45, 133), seed: int = 0) -> np.ndarray:
@@ -171,7 +165,7 @@ def test_what_is_no_finished_store_is_refused(tmp_path: Path) -> None:
     write_settings_file(folder, StoreSettings(), complete=False)
     with pytest.raises(StoreError, match="is not complete: run the same"):
         Store(folder)
-    write_json(folder / "store.json", {**read_json(folder / "store.json"), "version": 99})
+    write_sealed_json(folder / "store.json", {**read_sealed_json(folder / "store.json"), "version": 99})
     with pytest.raises(StoreError, match="has version 99, this package reads 1"):
         Store(folder)
     (folder / "store.json").write_text("{")
@@ -194,21 +188,6 @@ def test_settings_are_checked_and_kept(tmp_path: Path) -> None:
     assert asdict(settings)["padding_hu"] == -1024
 
 
-def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "a.json"
-    write_bytes(file, b"old")
-
-    def full(_descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(
-        StoreError, match=r"a\.json cannot be written: No space left on device; make room, then run the same"
-    ):
-        write_bytes(file, b"new")
-    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.json", b"old")]
-
-
 def test_a_scan_that_is_written_anew_is_not_finished_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_store(tmp_path / "store", {"one": random_hu((5, 5, 5))})
     sidecar = tmp_path / "store" / "scans" / "one.json"
@@ -217,7 +196,7 @@ def test_a_scan_that_is_written_anew_is_not_finished_meanwhile(tmp_path: Path, m
     def stop(path: Path, _data: bytes) -> None:
         raise KeyboardInterrupt(path)
 
-    monkeypatch.setattr(store_module, "write_bytes", stop)
+    monkeypatch.setattr(store_files, "write_atomically", stop)
     hu = random_hu((5, 5, 5), seed=1)
     with pytest.raises(KeyboardInterrupt):
         write_scan(tmp_path / "store", "one", hu, build_coarse_map(hu, 1.0), {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fmcib_ssl.data.store import StoreSettings, read_settings_file
-from fmcib_ssl.data.store_lock import claim_store
+from fmcib_ssl.data.store_files import claim_store
 
 
 def test_another_shard_is_just_writing_the_settings(tmp_path: Path) -> None:

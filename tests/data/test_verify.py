@@ -19,10 +19,9 @@ from prepared import content, run, three_scans
 from stores import as_before_check_sums, body, make_store, reseal
 
 from fmcib_ssl.data.patches import LesionPatches
-from fmcib_ssl.data.prepare import merge
 from fmcib_ssl.data.scan_file import OpenScan, ScanSums
 from fmcib_ssl.data.store import DamagedStoreError, Store, StoreError
-from fmcib_ssl.data.verify import verify
+from fmcib_ssl.data.store_files import verify
 
 REPO = Path(__file__).resolve().parents[2]
 #: More than one chunk, so that a head of a chunk and blocks in several lie between its bytes.
@@ -237,7 +236,7 @@ def test_a_damaged_scan_whose_source_is_gone_is_named_and_its_files_stay(tmp_pat
     flip(file, 4 * file.stat().st_size)
     (tmp_path / "a.nrrd").unlink()
     summary = run(table, tmp_path / "store")
-    assert summary.num_set_aside == 1 and file.is_file()
+    assert summary.num_rejected_scans == 1 and file.is_file()
     assert len(Store(tmp_path / "store").lesions) == 2
 
 
@@ -248,19 +247,18 @@ def test_a_store_from_before_check_sums_is_read_and_given_them(tmp_path: Path) -
     as_before_check_sums(tmp_path / "store")
     old = LesionPatches(tmp_path / "store", (8, 8, 8))[0]["positive"]
     verification = verify(tmp_path / "store")
-    assert verification.num_added == 3 and verification.damaged == {}
-    assert content(tmp_path / "store") == whole
+    assert verification.num_without_sums == 3 and verification.damaged == {}
+    assert run(table, tmp_path / "store").num_made == 0
     assert (LesionPatches(tmp_path / "store", (8, 8, 8))[0]["positive"] == old).all()
-    as_before_check_sums(tmp_path / "store")
-    assert run(table, tmp_path / "store").num_made == 0  # prepare gives them too
     assert content(tmp_path / "store") == whole
     as_before_check_sums(tmp_path / "store")
-    merge(table, tmp_path / "store")
+    run(table, tmp_path / "store", merge=True)
     assert content(tmp_path / "store") == whole
     as_before_check_sums(tmp_path / "store")
     file = sorted((tmp_path / "store" / "scans").glob("*.b2nd"))[0]
     file.write_bytes(file.read_bytes()[:-40] + bytes(40))
-    assert list(verify(tmp_path / "store").damaged) == [f"scans/{file.name}"]
+    assert run(table, tmp_path / "store").num_made == 1  # what cannot be decoded is made anew
+    assert content(tmp_path / "store") == whole
 
 
 def test_a_scan_that_is_rewritten_while_the_store_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

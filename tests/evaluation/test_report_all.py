@@ -24,7 +24,8 @@ from PIL import Image
 
 from fmcib_ssl.data.coarse_map import build_coarse_map
 from fmcib_ssl.data.patches import LesionPatches
-from fmcib_ssl.data.store import SCANS_FOLDER, StoreSettings, write_index, write_scan, write_settings_file
+from fmcib_ssl.data.store import SCANS_FOLDER, StoreSettings
+from fmcib_ssl.data.store_files import write_index, write_scan, write_settings_file
 from fmcib_ssl.evaluation import embedding_maps, report_features
 from fmcib_ssl.evaluation.feature_table import FeatureTable, FeatureTableError
 from fmcib_ssl.evaluation.report_all import report_all

@@ -16,7 +16,8 @@ from tiny_runs import assert_equal_weights, composed
 
 import fmcib_ssl
 from fmcib_ssl.data.coarse_map import build_coarse_map
-from fmcib_ssl.data.store import SCANS_FOLDER, StoreSettings, write_index, write_scan, write_settings_file
+from fmcib_ssl.data.store import SCANS_FOLDER, StoreSettings
+from fmcib_ssl.data.store_files import write_index, write_scan, write_settings_file
 from fmcib_ssl.models.encoders import small_resnet
 from fmcib_ssl.models.export import export_encoder
 from fmcib_ssl.run import finetune
