@@ -19,7 +19,7 @@ from fmcib_ssl.training.cluster import check_machine, requeue  # noqa: E402
 from fmcib_ssl.training.config import (  # noqa: E402
     CONFIG_NAME,
     check_command_line,
-    fit_experiment,
+    compose_run,
     read_settings,
 )
 from fmcib_ssl.training.settings import ConfigError, Settings  # noqa: E402
@@ -28,12 +28,13 @@ CONFIG_DIR = Path(__file__).resolve().parent / "configs"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=CONFIG_NAME)
-def main(config: DictConfig) -> float:
+def main(_: DictConfig) -> float:
     """Train; the return value is the last loss, for sweepers."""
     try:
         job = HydraConfig.get()
-        dropped = fit_experiment(config, str(job.job.config_name), job.overrides.task)
-        settings = read_settings(config)
+        search_path = [o for o in job.overrides.hydra if o.startswith("hydra.searchpath=")]
+        composed = compose_run(str(job.job.config_name), [*search_path, *job.overrides.task])
+        settings = read_settings(composed.config)
     except ConfigError as error:
         sys.exit(f"error: {error}")
     try:
@@ -41,8 +42,8 @@ def main(config: DictConfig) -> float:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             signals.end_with_parent()
         check_machine(settings, os.environ)
-        if dropped and os.environ.get("LOCAL_RANK", "0") == "0":
-            logging.getLogger("fmcib_ssl").info("not taken from the experiment: %s", "; ".join(dropped))
+        if composed.dropped and os.environ.get("LOCAL_RANK", "0") == "0":
+            logging.getLogger("fmcib_ssl").info("not taken from the experiment: %s", "; ".join(composed.dropped))
         return run(settings)
     except ConfigError as error:
         sys.exit(f"error: {error}")

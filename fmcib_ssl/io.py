@@ -16,13 +16,13 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, BinaryIO, ClassVar, Literal, TypeVar
+from typing import IO, Any, BinaryIO, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +31,8 @@ BEAT_S, SILENCE_S = 10.0, 60.0
 #: Under which a JSON file has the digest of what else it says.
 _DIGEST = "digest"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
-#: Of a YAML file from elsewhere: aliases make a thousand million values of a few lines.
-_MOST_BYTES, _MOST_VALUES, _MOST_DEPTH = 1_000_000, 100_000, 64
+#: Of a YAML or JSON file from elsewhere: aliases make a thousand million values of a few lines.
+_MAX_BYTES, _MAX_VALUES, _MAX_DEPTH = 1_000_000, 100_000, 64
 
 _SECRET = r"(?:api_?-?key|access_?-?key|private_?-?key|token|passw(?:or)?d|\bpwd|secret|credential|signature|env_set)"
 _SECRET_NAME = re.compile(_SECRET.replace(r"\b", ""), re.IGNORECASE)
@@ -335,39 +335,78 @@ def _this_process() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def read_yaml(path: Path) -> Any:
+def read_yaml(file: Path) -> Any:
     """Plain values of a YAML file that may come from elsewhere: no objects, and no more than a configuration needs.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: it cannot be read, is no YAML, is too large, too deep, or becomes too large by its aliases.
     """
+    return _read_plain(file, _parse_yaml)
+
+
+def read_json(file: Path) -> Any:
+    """Plain values of a JSON file that may come from elsewhere.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it cannot be read, is no JSON, too large or too deep.
+    """
+    return _read_plain(file, parse_json)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Plain values of a JSON text that may come from elsewhere.
+
+    Raises:
+        ValueError: it is no JSON, too large or too deep.
+    """
+    if len(text) > _MAX_BYTES:
+        raise ValueError(f"it has more than {_MAX_BYTES / 1e6:g} MB")
+    try:
+        values = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    _check_depth(values, _MAX_DEPTH)
+    return values
+
+
+def _read_plain(path: Path, parse: Callable[[bytes], Any]) -> Any:
     try:
         with path.open("rb") as file:
-            text = file.read(_MOST_BYTES + 1)
-        if len(text) > _MOST_BYTES:
-            raise ValueError(f"it has more than {_MOST_BYTES / 1e6:g} MB, which no configuration needs")
-        loader = yaml.SafeLoader(text.decode("utf-8"))
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        if _num_values(node, {}) > _MOST_VALUES:
-            raise ValueError(f"its aliases make more than {_MOST_VALUES} values of it")
-        return loader.construct_document(node)
+            return parse(file.read(_MAX_BYTES + 1))
     except FileNotFoundError:
         raise
-    except RecursionError as error:
-        raise ValueError(f"{path} cannot be read: it is nested too deeply") from error
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{path} cannot be read: {reason}") from error
+
+
+def _check_depth(values: Any, depth: int) -> None:
+    if depth == 0:
+        raise ValueError("it is nested too deeply")
+    for value in values.values() if isinstance(values, dict) else values if isinstance(values, list) else ():
+        _check_depth(value, depth - 1)
+
+
+def _parse_yaml(text: bytes) -> Any:
+    if len(text) > _MAX_BYTES:
+        raise ValueError(f"it has more than {_MAX_BYTES / 1e6:g} MB, which no configuration needs")
+    loader = yaml.SafeLoader(text.decode("utf-8"))
+    node = loader.get_single_node()
+    if node is None:
+        return None
+    if _num_values(node, {}) > _MAX_VALUES:
+        raise ValueError(f"its aliases make more than {_MAX_VALUES} values of it")
+    return loader.construct_document(node)
 
 
 def _num_values(node: yaml.Node, known: dict[int, int], depth: int = 0) -> int:
     """Values that a node stands for once its aliases are written out, each node looked at once."""
-    if depth > _MOST_DEPTH:
+    if depth > _MAX_DEPTH:
         raise RecursionError
     if id(node) not in known:
-        known[id(node)] = _MOST_VALUES + 1  # what it is while it is being looked at: it holds itself
+        known[id(node)] = _MAX_VALUES + 1  # what it is while it is being looked at: it holds itself
         children: Iterator[yaml.Node] = iter(())
         if isinstance(node, yaml.MappingNode):
             children = (part for pair in node.value for part in pair)
@@ -438,17 +477,38 @@ def no_world_write() -> None:
 class Command(BaseModel):
     """What a command takes: a field for each key, with its type, default and `Field(description=...)`.
 
-    The docstring of a subclass is the beginning of its help.
+    A list is written `a,b` or `[a, b]`, a dictionary `{column: [a, b]}`; what is in them is text for the field's type,
+    so that the id 007 stays what it is. The docstring of a subclass is the beginning of its help.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nested_values(cls, values: dict[str, Any]) -> dict[str, Any]:
+        fields = cls.model_fields
+        return {
+            key: _nested(value, fields[key].annotation) if key in fields else value for key, value in values.items()
+        }
+
+
+def _nested(value: Any, annotation: Any) -> Any:
+    kinds = {get_origin(kind) for kind in (annotation, *get_args(annotation))} & {tuple, list, dict}
+    if not kinds or not isinstance(value, str):
+        return value
+    if dict not in kinds:
+        value = f"[{value.strip('[]() ')}]"
+    try:
+        return yaml.BaseLoader(value).get_single_data()  # it alone makes no numbers and dates of ids
+    except yaml.YAMLError as error:
+        raise ValueError(f"{value!r} is not of the form {{key: [value, value]}} or [value, value]") from error
 
 
 CommandT = TypeVar("CommandT", bound=Command)
 
 
 def parse_command(command: type[CommandT], arguments: Sequence[str]) -> CommandT:
-    """The settings that a command line gives; for `--help` the help, and the end of the program.
+    """The settings that a command line `key=value ...` gives; for `--help` the help, and the end of the program.
 
     A value is taken as text and turned into the type of its field; `null` is None.
 
@@ -471,8 +531,8 @@ def parse_command(command: type[CommandT], arguments: Sequence[str]) -> CommandT
         if not equals:
             problems.append(f"{argument!r} is not of the form key=value")
         elif key not in command.model_fields:
-            close = difflib.get_close_matches(key, command.model_fields, 1)
-            problems.append(f"there is no {key!r}" + (f": do you mean {close[0]!r}?" if close else ""))
+            close = nearest(key, command.model_fields)
+            problems.append(f"there is no {key!r}" + (f": do you mean {close!r}?" if close else ""))
         elif key in values:
             problems.append(f"{key!r} is given twice")
         else:
@@ -481,12 +541,17 @@ def parse_command(command: type[CommandT], arguments: Sequence[str]) -> CommandT
         try:
             return command.model_validate(values)
         except ValidationError as error:
-            for found in error.errors():
-                key = ".".join(map(str, found["loc"]))
-                what = "is missing" if found["type"] == "missing" else f"is {found['input']!r}: {found['msg']}"
-                problems.append(f"{key} {what}" if key else found["msg"])
+            for problem in error.errors():
+                key = ".".join(map(str, problem["loc"]))
+                what = "is missing" if problem["type"] == "missing" else f"is {problem['input']!r}: {problem['msg']}"
+                problems.append(f"{key} {what}" if key else problem["msg"])
     print("\n".join([*problems, "--help shows what can be set"]), file=sys.stderr)
     raise SystemExit(2)
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The name that was likely meant, for a message."""
+    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.7)), None)
 
 
 def _help(command: type[Command]) -> str:

@@ -12,8 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from fmcib_ssl.io import Command, parse_command
 
@@ -69,16 +68,6 @@ class Embed(Command):
     shard: str | None = Field(default=None, pattern=r"^\d+/\d+$", description="part of the lesions, such as 1/8")
     restart: bool = Field(default=False, description="true: replace a table or parts that another request made")
     trusted_targets: str | None = Field(default=None, description="foreign encoders to build, commas between them")
-
-    @field_validator("select", mode="before")
-    @classmethod
-    def _as_yaml(cls, value: object) -> object:
-        return yaml.safe_load(value) if isinstance(value, str) else value
-
-    @field_validator("patch_size", mode="before")
-    @classmethod
-    def _three_numbers(cls, value: object) -> object:
-        return value.strip("[]() ").split(",") if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _fits_together(self) -> Embed:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from fmcib_ssl.io import Command, parse_command
 
@@ -54,11 +54,6 @@ class EmbedMedMNIST(Command):
     device: str | None = Field(default=None, description="cpu, cuda, mps; null: a GPU if there is one")
     restart: bool = Field(default=False, description="true: replace a table or parts that another request made")
     trusted_targets: str | None = Field(default=None, description="foreign encoders to build, commas between them")
-
-    @field_validator("window_hu", mode="before")
-    @classmethod
-    def _two_numbers(cls, value: object) -> object:
-        return value.strip("[]() ").split(",") if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _fits_together(self) -> EmbedMedMNIST:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import pytest
@@ -22,6 +22,8 @@ class Example(Command):
     table: Path = Field(description="a table")
     kind: Literal["a", "b"] = Field(default="a", description="which")
     count: PositiveInt | None = Field(default=None, description="how many")
+    size: tuple[PositiveInt, PositiveInt] | None = Field(default=None, description="z,y")
+    select: dict[str, Any] | None = Field(default=None, description="rows")
 
 
 def test_the_demo_says_what_it_does_instead_of_doing_it(tmp_path: Path) -> None:
@@ -37,6 +39,23 @@ def test_values_get_their_types() -> None:
     assert parse_command(Example, ["table=a", "count=null"]).count is None
 
 
+@pytest.mark.parametrize("size", ["3,4", "[3, 4]", "(3,4)"])
+def test_lists(size: str) -> None:
+    assert parse_command(Example, ["table=a", f"size={size}"]).size == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "select"),
+    [
+        ("{PatientID: 007}", {"PatientID": "007"}),  # as a number of YAML's it would be 7, by its octal digits
+        ("{PatientID: [0x1F, 1e3, 2020-01-01, yes]}", {"PatientID": ["0x1F", "1e3", "2020-01-01", "yes"]}),
+        ("{split: [val, test], fold: 1}", {"split": ["val", "test"], "fold": "1"}),
+    ],
+)
+def test_ids_in_a_selection_stay_text(text: str, select: dict[str, Any]) -> None:
+    assert parse_command(Example, ["table=a", f"select={text}"]).select == select
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -45,6 +64,8 @@ def test_values_get_their_types() -> None:
         (["table=a", "table=b"], "'table' is given twice"),
         ([], "table is missing"),
         (["table=a", "kind=c"], "kind is 'c': Input should be 'a' or 'b'"),
+        (["table=a", "size=3,x"], "size.1 is 'x': Input should be a valid integer"),
+        (["table=a", "select={a: [b}"], "is not of the form {key: [value, value]}"),
         (["table=a", "count=0"], "count is '0': Input should be greater than 0"),
     ],
 )
@@ -61,7 +82,7 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert error.value.code == 0
     shown = capsys.readouterr().out
     assert shown.startswith("An example.")
-    assert "count  how many [null]" in shown
+    assert "count   how many [null]" in shown
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:

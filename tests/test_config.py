@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import pickle
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,8 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from fmcib_ssl.training import config as composition
-from fmcib_ssl.training.config import check_command_line, read_settings
+from fmcib_ssl.training.config import check_command_line, compose_run, keys_of, read_settings
 from fmcib_ssl.training.settings import ConfigError
 
 REPO = Path(__file__).resolve().parents[1]
@@ -75,7 +74,7 @@ REFUSED = [
     # Names.
     (["+experiment=ct_ntxent_mind"], ["experiment=ct_ntxent_mind", "Did you mean ct_ntxent_mined?", "phantom_infonce"]),
     (["experiment=ct_infonce"], ["+experiment=ct_infonce"]),
-    (["+experimnt=ct_infonce"], ["+experimnt", "Did you mean experiment?"]),
+    (["+experimnt=ct_infonce"], ["experimnt=ct_infonce", "Did you mean experiment?"]),
     (["los=infonce"], ["los:", "Did you mean loss?"]),
     (["loss=infonc"], ["loss=infonc", "Did you mean infonce?", "ntxent_mined"]),
     (["loss.temprature=0.2"], ["loss.temprature", "Did you mean loss.temperature?"]),
@@ -83,7 +82,8 @@ REFUSED = [
     (["loss.margin=0.1"], ["loss.margin", "loss has: temperature, negatives"]),
     (["optimizer.lr=0.1"], ["optimizer.lr", "Did you mean optimizer.base_lr?"]),
     (["data.batchsize=4"], ["data.batchsize", "Did you mean data.batch_size?"]),
-    (["+data.batchsize=4"], ["data.batchsize=4", "no such key"]),
+    (["+data.batchsize=4"], ["data.batchsize=4", "Did you mean data.batch_size?"]),
+    (["+los.margin=0.1"], ["los: there is no such key", "Did you mean loss?"]),
     (["logger.wandb.project=mine"], ["logger.wandb.project", "logger has: csv"]),
     (["trainer.profiler=simple"], ["trainer.profiler", "+trainer.profiler=..."]),
     (["data.select.fold=1"], ["data.select.fold", "+data.select.fold=..."]),
@@ -214,36 +214,35 @@ GROUPS = {group: [o for g, o in OPTIONS if g == group] for group, _ in OPTIONS}
 EXPERIMENTS = GROUPS.pop("experiment")
 
 
-@pytest.fixture
-def composing_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same overrides are composed once: that is what takes the time."""
-    compose_ = composition.compose_plain
-    known: dict[tuple[str, ...], bytes] = {}
-
-    def compose_once(config_name: str, overrides: list[str]) -> DictConfig:
-        if (key := tuple(overrides)) not in known:
-            known[key] = pickle.dumps(compose_(config_name, overrides))
-        composed: DictConfig = pickle.loads(known[key])
-        return composed
-
-    monkeypatch.setattr(composition, "compose_plain", compose_once)
+NUM_ROWS = max(map(len, GROUPS.values()))
 
 
-@pytest.mark.parametrize("row", range(max(map(len, GROUPS.values()))))
-def test_every_experiment_composes_with_every_option(row: int, composing_once: None) -> None:
+@pytest.mark.parametrize(
+    ("row", "experiment"),
+    [(row, EXPERIMENTS[row % len(EXPERIMENTS)]) for row in range(NUM_ROWS)]
+    + [pytest.param(row, name, marks=pytest.mark.slow) for row in range(NUM_ROWS) for name in EXPERIMENTS],
+)
+def test_every_experiment_composes_with_every_option(row: int, experiment: str) -> None:
     """Each row takes one option of every group, and the rows together take them all."""
     choices = [f"{group}={options[row % len(options)]}" for group, options in GROUPS.items()]
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
-        alone = composition.compose_run("train", choices)
-        for experiment in [[], *([f"+experiment={name}"] for name in EXPERIMENTS)]:
-            config = composition.compose_run("train", [*experiment, *choices])
-            for group in GROUPS:
-                # The keys of the option, no more and no less: its constructor takes them.
-                assert set(composition.keys_of(config[group])) == set(composition.keys_of(alone[group]))
-                assert config[group].get("_target_") == alone[group].get("_target_")
-            config.paths.run = "run"
-            config.data.annotations = "my.csv"
-            read_settings(config)
+        alone = compose_run("train", choices).config
+        config = compose_run("train", [f"+experiment={experiment}", *choices]).config
+    for group in GROUPS:
+        # The keys of the option, no more and no less: its constructor takes them.
+        assert set(keys_of(config[group])) == set(keys_of(alone[group]))
+        assert config[group].get("_target_") == alone[group].get("_target_")
+    config.paths.run = "run"
+    config.data.annotations = "my.csv"
+    read_settings(config)
+
+
+def test_what_the_command_line_adds_to_a_replaced_option_stays() -> None:
+    overrides = ["+experiment=ct_infonce", "loss=ntxent_mined", "+loss.sharpness=3"]
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+        assert compose_run("train", overrides).config.loss.sharpness == 3
+        phantom = compose_run("train", ["+experiment=phantom_infonce", "augment=nodule"])
+    assert "augment.crop_edge, which augment=nodule does not have" in phantom.dropped
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -380,3 +379,46 @@ def test_an_experiment_reads_into_typed_settings() -> None:
     assert {key: values[key] for key in published} == published
     assert settings.encoder["widen_factor"] == 2 and settings.optimizer["_target_"].endswith(".lars")
     assert settings.world_size == 2
+
+
+# Folders on the command line: of configurations, and of the run.
+
+RUN = ["+experiment=ct_infonce", TABLE]
+
+
+def test_options_on_the_search_path_are_checked(own_configs: Path) -> None:
+    message = refusal(f"hydra.searchpath=[{own_configs}]", "+experiment=misspelt", TABLE)
+    assert "loss.temprature" in message and "Did you mean loss.temperature?" in message
+
+
+@pytest.mark.parametrize("option", [["--config-path", "nowhere"], ["hydra.searchpath=[nowhere]"]])
+def test_a_folder_that_is_not_there(option: list[str]) -> None:
+    assert "nowhere: there is no such folder" in refusal(*option, *RUN)
+
+
+def test_another_folder_of_configurations_is_the_one_that_is_checked(tmp_path: Path) -> None:
+    assert "primary config 'train'" in refusal("--config-path", str(tmp_path), *RUN)
+
+
+def test_a_run_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert f"{tmp_path}/file is not a folder" in refusal(*RUN, f"hydra.run.dir={tmp_path}/file/run")
+
+
+def test_a_run_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
+    assert "paths.runs=DIR" in refusal(*RUN, f"hydra.run.dir={tmp_path}/run")
+    check(*RUN, f"paths.runs={tmp_path.parent}")
+
+
+def test_a_new_run_chooses_its_folder_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "leave one of them out" in refusal(*RUN, "run=new", "hydra.run.dir=here")
+    monkeypatch.setenv("LOCAL_RANK", "1")  # whom Lightning started, with the folder of the first
+    check(*RUN, "run=new", "hydra.run.dir=here")
+
+
+def test_a_sweep_over_lengths_has_a_folder_for_each() -> None:
+    assert check_command_line(["-m", *RUN, "seed=0,1"], CONFIGS) == [*RUN, "seed=0,1", "-m"]
+    lengths = [*RUN, "trainer.max_epochs=1,2"]
+    added = "hydra.sweep.subdir='${run_key:${hydra.sweep.dir},trainer.max_epochs}'"
+    assert check_command_line(["-m", *lengths], CONFIGS) == [*lengths, added, "-m"]

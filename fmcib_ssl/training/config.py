@@ -1,37 +1,33 @@
-"""The command line of `train.py` and what it configures, checked before anything heavy is imported.
+"""The command line of `train.py` and the configuration it composes, checked before anything heavy is imported.
 
-Every key must be one that the chosen options have; a misspelt one is refused with the nearest right one. The YAML files
-under `configs/` are the only list of names. Values are checked by their types (`settings.py`).
+Hydra composes. A name that the chosen options do not have is refused with the nearest that they do: the YAML files
+under `configs/` are the only list of names. Values are checked by their types (`settings.py`), arguments of components
+by their constructors.
 
 An experiment composes with every option of every group: what it sets of an option that the command line replaces holds
-for the new option too, if that has the key, and else is dropped (`fit_experiment`).
+for the new option too, if that has the key, and else is dropped.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
-import difflib
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Number
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra._internal.hydra import Hydra
-from hydra._internal.utils import get_args_parser
-from hydra.core.config_loader import ConfigLoader
-from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fmcib_ssl.io import nearest
 from fmcib_ssl.training.run_folder import RunFolderError, refuse_foreign
 from fmcib_ssl.training.same_run import LENGTHS, run_key
 from fmcib_ssl.training.settings import ConfigError, Settings, settings_of
@@ -73,6 +69,9 @@ def read_settings(config: DictConfig) -> Settings:
     return settings_of(cast(dict[str, Any], values))
 
 
+# The command line.
+
+
 def check_command_line(arguments: Sequence[str], config_dir: Path) -> list[str]:
     """Check names and values of a `train.py` command line; sweeps are checked value by value.
 
@@ -87,48 +86,56 @@ def check_command_line(arguments: Sequence[str], config_dir: Path) -> list[str]:
         ConfigError: with the key or group that is wrong, and the nearest right one.
         SystemExit: `--cfg job` was asked for, and is answered.
     """
-    parser = get_args_parser()
-    parser.allow_abbrev = False  # or --experiment would be --experimental-rerun
-    options, unknown = parser.parse_known_intermixed_args(list(arguments))
-    _refuse_options([*unknown, *["--experimental-rerun"] * bool(options.experimental_rerun)], options.overrides)
+    options, unknown = _hydra_options().parse_known_intermixed_args(list(arguments))
+    _refuse_options(unknown, options.overrides)
     parsed = parse_overrides(options.overrides)
     flags = list(arguments)
     for override in options.overrides:
         flags.remove(override)
-    in_order = lines_of(parsed)  # Hydra wants them in one place
-    only_shows = options.help or options.hydra_help or options.info or options.shell_completion
+    in_order = _lines(parsed)  # Hydra wants them in one place
+    only_shows = options.help or options.hydra_help or options.version or options.info or options.shell_completion
     if only_shows or options.cfg in ("all", "hydra"):
         return [*in_order, *flags]
     if options.config_path:
         config_dir = _existing(Path(options.config_path), "--config-path")
     # Plugins (colours in the log, launchers) answer to the `hydra` key and are Hydra's to check.
-    overrides = [o for o in parsed if not str(o.key_or_group).startswith("hydra")]
-    hydras = {str(o.key_or_group): o for o in parsed if str(o.key_or_group).startswith("hydra.")}
+    hydras = {str(o.key_or_group): o for o in parsed if str(o.key_or_group).startswith("hydra")}
+    overrides = [o for o in parsed if str(o.key_or_group) not in hydras]
     anew = any(o.key_or_group == "run" and o.value() == "new" for o in overrides)
     if anew and "hydra.run.dir" in hydras and os.environ.get("LOCAL_RANK", "0") == "0":  # Lightning names it to others
         raise ConfigError("run=new chooses a folder by itself, and hydra.run.dir names one: leave one of them out")
-    config_name = options.config_name or CONFIG_NAME
+    where = _search_path(hydras.get("hydra.searchpath"), options.config_dir)
+    where += _lines(o for key, o in hydras.items() if key == "hydra.run.dir")
     with initialize_config_dir(version_base="1.3", config_dir=str(config_dir)):
-        if "hydra.searchpath" in hydras:
-            _search_also(_folders(hydras["hydra.searchpath"].value()))
-        if options.config_dir:
-            _search_also([f"file://{_existing(Path(options.config_dir), '--config-dir')}"])
         for one_run in _single_runs(overrides):
-            config = compose_run(config_name, one_run)
+            composed = compose_run(options.config_name or CONFIG_NAME, [*where, *one_run])
+            config = composed.config
             if options.cfg == "job":
                 _show(config, options.package, resolve=options.resolve)
                 raise SystemExit(0)
             config.paths.run = config.paths.runs  # known only once Hydra has made the run's folder
             read_settings(config)
-            if not options.multirun:
-                of_user = hydras.get("hydra.run.dir")
-                _check_run_folder(config_name, [*one_run, *([of_user.input_line or ""] if of_user else [])])
+            if not options.multirun and composed.folder is not None:
+                _check_run_folder(Path(composed.folder).expanduser().absolute())
     lengths = [str(o.key_or_group) for o in overrides if o.key_or_group in LENGTHS and o.is_sweep_override()]
     if not lengths or not options.multirun or "hydra.sweep.subdir" in hydras:
         return [*in_order, *flags]
     # A sweep over lengths of training needs a folder for each.
     subdir = f"hydra.sweep.subdir='${{run_key:{','.join(['${hydra.sweep.dir}', *lengths])}}}'"
     return [*in_order, subdir, *flags]
+
+
+def _hydra_options() -> argparse.ArgumentParser:
+    """Hydra's own options, without --experimental-rerun, which unpickles a file."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    for switch in ("--help -h", "--hydra-help", "--version", "--multirun -m", "--run -r", "--resolve"):
+        parser.add_argument(*switch.split(), action="store_true")
+    parser.add_argument("--shell-completion", "-sc", action="store_true")
+    parser.add_argument("--info", "-i", nargs="?", const="all")
+    for option in ("--cfg -c", "--package -p", "--config-path -cp", "--config-name -cn", "--config-dir -cd"):
+        parser.add_argument(*option.split())
+    return parser
 
 
 def _refuse_options(unknown: Sequence[str], overrides: Sequence[str]) -> None:
@@ -166,39 +173,30 @@ def _existing(folder: Path, option: str) -> Path:
     return folder.resolve()
 
 
-def _folders(value: object) -> list[str]:
-    """The value of `hydra.searchpath` as Hydra takes it: a list of `file://`, `pkg://` or plain folders."""
+def _search_path(given: Override | None, config_dir: str | None) -> list[str]:
+    """The override that lets the user's own options stand beside the shipped ones; none if there are none."""
+    value = [] if given is None else given.value()
     folders = [str(folder) for folder in (value if isinstance(value, list) else [value])]
-    return [f if "://" in f else f"file://{_existing(Path(f), 'hydra.searchpath')}" for f in folders]
+    urls = [f if "://" in f else f"file://{_existing(Path(f), 'hydra.searchpath')}" for f in folders]
+    if config_dir:
+        urls.append(f"file://{_existing(Path(config_dir), '--config-dir')}")
+    return [f"hydra.searchpath=[{','.join(map(_quoted, urls))}]"] if urls else []
 
 
-def _search_also(folders: Sequence[str]) -> None:
-    """Let the user's own options stand beside the shipped ones, as `hydra.main` does for `--config-dir`."""
-    search_path = GlobalHydra.instance().config_loader().get_search_path()
-    for folder in folders:
-        search_path.prepend("command-line", folder, SearchPathQuery(provider="schema"))
-    GlobalHydra.instance().clear()
-    Hydra.create_main_hydra2("train", search_path)
-
-
-def _check_run_folder(config_name: str, overrides: list[str]) -> None:
+def _check_run_folder(folder: Path) -> None:
     """Refuse a run folder that cannot be made or written, before Hydra fails at it."""
-    config = compose_plain(config_name, overrides)
-    try:
-        folder = Path(str(config.hydra.run.dir)).expanduser().absolute()
-    except OmegaConfBaseException:
-        return  # made of what only Hydra knows by then
     try:
         refuse_foreign(folder)
     except RunFolderError as error:
         raise ConfigError(str(error)) from error
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not there.is_dir():
-        raise ConfigError(f"the run folder {folder} cannot be made: {there} is not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"the run folder {folder} cannot be made: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(
-            f"the run folder {folder} cannot be written: {there} does not allow it. Choose another with "
-            f"hydra.run.dir=DIR, or all runs' with paths.runs=DIR; in a container, mount a folder of yours at {there}"
+            f"the run folder {folder} cannot be written: {existing} does not allow it. Choose another with "
+            "hydra.run.dir=DIR, or all runs' with paths.runs=DIR; in a container, mount a folder of yours at "
+            f"{existing}"
         )
 
 
@@ -207,7 +205,7 @@ def _single_runs(overrides: Sequence[Override]) -> Iterator[list[str]]:
     choices = [
         [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
         if o.is_discrete_sweep()
-        else [o.input_line or ""]
+        else _lines([o])
         for o in overrides
     ]
     first = [lines[0] for lines in choices]
@@ -217,64 +215,135 @@ def _single_runs(overrides: Sequence[Override]) -> Iterator[list[str]]:
             yield [*first[:position], line, *first[position + 1 :]]
 
 
-def compose_run(config_name: str, overrides: list[str]) -> DictConfig:
-    """Check every name of one run, then compose it; without Hydra's own section.
+def parse_overrides(overrides: Iterable[str]) -> list[Override]:
+    """Read overrides by Hydra's grammar; text that it has no rule for, such as a path with `=` in it, is put in quotes.
+
+    Raises:
+        ConfigError: one that cannot be read so either.
+    """
+    parser = OverridesParser.create()
+    parsed = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        quoted = f"{key}={_quoted(value)}"
+        try:
+            parsed.append(parser.parse_override(override))
+        except HydraException as error:
+            try:
+                if not equals or value.startswith(("[", "{", "'", '"')) or "," in value:
+                    raise error
+                parsed.append(parser.parse_override(quoted))
+            except HydraException:
+                hint = f"; if its value is meant as text, put it in double quotes: {quoted!r}" if equals else ""
+                raise ConfigError(f"{override}: is not of the form key=value{hint}") from error
+    return parsed
+
+
+def _quoted(text: str) -> str:
+    quoted: str = QuotedString(text, Quote.single).with_quotes()
+    return quoted
+
+
+# One configuration.
+
+
+class Composed(NamedTuple):
+    """One run's configuration.
+
+    Attributes:
+        config: without Hydra's own section.
+        folder: of the run, as Hydra will call it; None where only Hydra knows it.
+        dropped: what the experiment sets of options that the command line has replaced, and they do not have.
+    """
+
+    config: DictConfig
+    folder: str | None
+    dropped: list[str]
+
+
+def compose_run(config_name: str, overrides: Sequence[str]) -> Composed:
+    """Compose one run, no sweep, with every name in it checked; Hydra has to be initialised.
 
     Raises:
         ConfigError: a name that does not exist, or a value of another kind than the option's own.
     """
     parsed = parse_overrides(overrides)
-    by_group = [o for o in parsed if _check_group(o)]
-    by_key = [o for o in parsed if o not in by_group]
+    hydras = [o for o in parsed if str(o.key_or_group).startswith("hydra")]
+    choices = {str(o.key_or_group): o for o in parsed if _chooses_option(o)}
+    by_key = [o for o in parsed if o not in hydras and o not in choices.values()]
 
-    chosen = compose_plain(config_name, lines_of(by_group))
-    fit_experiment(chosen, config_name, lines_of(by_group))
-    choices = OmegaConf.to_container(chosen.hydra.runtime.choices)
-    assert isinstance(choices, dict)
-    by_user = {o.key_or_group: o for o in by_group}
-    experiment = by_user.pop("experiment", None)
-    without_experiment = lines_of(by_user.values()) + [
-        f"{group!s}={option!s}" if option else f"~{group!s}"
-        for group, option in choices.items()
-        if group not in by_user and not str(group).startswith(("hydra/", "experiment"))
-    ]
-    if experiment:
+    chosen = _compose(config_name, _lines([*hydras, *choices.values()]))
+    experiment = choices.pop("experiment", None)
+    declared, of_options = None, list[str]()
+    if experiment is not None:
         # What the chosen options declare by themselves is the list of names; an experiment only fills it in.
-        declared = compose_plain(config_name, without_experiment)
+        of_options = _lines([*hydras, *choices.values()]) + [
+            f"{group!s}={option!s}" if option else f"~{group!s}"
+            for group, option in chosen.hydra.runtime.choices.items()
+            if group not in choices and not str(group).startswith(("hydra/", "experiment"))
+        ]
+        declared = _compose(config_name, of_options)
+        _drop_replaced(chosen, declared, choices)
         _check_keys_of_experiment(chosen, declared, str(experiment.value()))
     for override in by_key:
         _check_key(override, chosen)
+    if declared is not None and (added := [o for o in by_key if str(o.key_or_group).split(".")[0] in choices]):
+        declared = _compose(config_name, [*of_options, *_lines(added)])
 
-    config = compose_plain(config_name, overrides)
-    fit_experiment(config, config_name, overrides)
+    config = _compose(config_name, overrides)
+    try:
+        folder = str(config.hydra.run.dir)
+    except OmegaConfBaseException:  # made of what only Hydra knows by then
+        folder = None
+    dropped = [] if declared is None else _drop_replaced(config, declared, choices)
     del config["hydra"]
+    return Composed(config, folder, dropped)
+
+
+def _lines(overrides: Iterable[Override]) -> list[str]:
+    return [o.input_line or "" for o in overrides]
+
+
+def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    """Compose as Hydra does, with its own section; what it cannot is a `ConfigError`."""
+    try:
+        config = compose(config_name, list(overrides), return_hydra_config=True)
+    except MissingConfigException as error:
+        if not error.options:
+            raise ConfigError(str(error)) from error
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        raise ConfigError(
+            f"{group}={option}: there is no such option.{_did_you_mean(option, error.options)} "
+            f"There are: {', '.join(error.options)}"
+        ) from error
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(str(error)) from error
+    OmegaConf.set_struct(config, False)
     return config
 
 
-def fit_experiment(config: DictConfig, config_name: str, overrides: Sequence[str]) -> list[str]:
-    """Drop what an experiment sets of an option that the command line replaces, where the new option lacks the key.
+def _chooses_option(override: Override) -> bool:
+    """Whether an override chooses an option of a group, or takes a group out."""
+    name, value = str(override.key_or_group), override.value()
+    if "." in name or name.startswith("hydra") or (isinstance(value, dict) and not override.is_delete()):
+        return False
+    options = GlobalHydra.instance().config_loader().get_group_options(name)
+    if options and value is None and not override.is_delete():
+        raise ConfigError(f"{name}=null: choose one of {', '.join(options)}, or take the group out with ~{name}")
+    return bool(options)
 
-    Args:
-        config: as Hydra composed it from `overrides`; changed in place.
-        config_name: of the file that was composed.
-        overrides: of one run, no sweep.
+
+def _drop_replaced(config: DictConfig, declared: DictConfig, replaced: Mapping[str, Override]) -> list[str]:
+    """Take what the options do not declare out of the sections that the command line has replaced.
 
     Returns:
-        The keys that were dropped, with the option that lacks them.
+        The keys that are gone, with the option that lacks them.
     """
-    parsed = parse_overrides(overrides)
-    replaced = {str(o.key_or_group): o for o in parsed if "." not in o.key_or_group and _group_options(o.key_or_group)}
-    replaced = {group: o for group, o in replaced.items() if not group.startswith("hydra")}
-    if replaced.pop("experiment", None) is None or not replaced:
-        return []
-    of_them = [o for o in parsed if o.key_or_group.split(".")[0] in replaced]
-    declared = compose_plain(config_name, lines_of(of_them))
-    OmegaConf.set_struct(config, False)
-    dropped = []
-    for group, override in replaced.items():
-        keys = _drop_undeclared(config, declared, group)
-        dropped += [f"{key}, which {override.input_line} does not have" for key in keys]
-    return dropped
+    return [
+        f"{key}, which {override.input_line} does not have"
+        for group, override in replaced.items()
+        for key in _drop_undeclared(config, declared, group)
+    ]
 
 
 def _drop_undeclared(config: DictConfig, declared: DictConfig, key: str) -> list[str]:
@@ -295,113 +364,6 @@ def _drop_undeclared(config: DictConfig, declared: DictConfig, key: str) -> list
     return [f"{key}.{gone}" for name in list(mine) for gone in _drop_undeclared(mine, option, str(name))]
 
 
-def compose_plain(config_name: str, overrides: list[str]) -> DictConfig:
-    """Compose as Hydra does, with its own section; what it cannot is a `ConfigError`."""
-    try:
-        config = compose(config_name, overrides, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(str(error)) from error
-    OmegaConf.set_struct(config, False)
-    return config
-
-
-def parse_overrides(overrides: Iterable[str]) -> list[Override]:
-    """Read overrides by Hydra's grammar; text that it has no rule for, such as a path with `=` in it, is put in quotes.
-
-    Raises:
-        ConfigError: one that cannot be read so either.
-    """
-    parser = OverridesParser.create()
-    parsed = []
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        quoted = f"{key}={QuotedString(value, Quote.single).with_quotes()}"
-        try:
-            parsed.append(parser.parse_override(override))
-        except HydraException as error:
-            try:
-                if not equals or value.startswith(("[", "{", "'", '"')) or "," in value:
-                    raise error
-                parsed.append(parser.parse_override(quoted))
-            except HydraException:
-                hint = f"; if its value is meant as text, put it in double quotes: {quoted!r}" if equals else ""
-                raise ConfigError(f"{override}: is not of the form key=value{hint}") from error
-    return parsed
-
-
-def lines_of(overrides: Iterable[Override]) -> list[str]:
-    """Overrides as they stand on a command line."""
-    return [o.input_line or "" for o in overrides]
-
-
-@lru_cache(maxsize=128)  # of one loader: every question lists all folders of its search path
-def _listed(loader: ConfigLoader, group: str, kind: ObjectType) -> tuple[str, ...]:
-    return tuple(loader.get_group_options(group, results_filter=kind))
-
-
-def _group_options(group: str) -> list[str]:
-    return list(_listed(GlobalHydra.instance().config_loader(), group, ObjectType.CONFIG))
-
-
-def _groups() -> list[str]:
-    groups = _listed(GlobalHydra.instance().config_loader(), "", ObjectType.GROUP)
-    return [group for group in groups if group != "hydra"]
-
-
-def _check_group(override: Override) -> bool:
-    """Whether an override chooses an option of a group; refuses a group or an option that does not exist."""
-    name = override.key_or_group
-    options = _group_options(name) if "." not in name else []
-    if not options:
-        if override.is_add() and "." not in name:
-            raise ConfigError(f"+{name}: there is no such group.{_choose_from(name, _groups())}")
-        return False
-    if name == "experiment" and not override.is_add():
-        raise ConfigError(f"an experiment is added with a plus: +experiment={override.value()}")
-    value = override.value()
-    if override.is_delete() or isinstance(value, dict):
-        return override.is_delete()
-    if value is None:
-        raise ConfigError(f"{name}=null: choose one of {', '.join(options)}, or take the group out with ~{name}")
-    for option in value if isinstance(value, list) else [value]:
-        if str(option) not in options:
-            raise ConfigError(f"{name}={option}: there is no such option.{_choose_from(str(option), options)}")
-    return True
-
-
-def _check_key(override: Override, config: DictConfig) -> None:
-    """Refuse a key that the chosen options do not have."""
-    name = override.key_or_group
-    if override.is_add() or override.is_force_add():
-        return
-    if name in keys_of(config):
-        value = override.value()
-        _check_kind(name, value, config)
-        if isinstance(value, dict) and "_target_" in value:
-            raise ConfigError(
-                f"{name}={{_target_: ...}} would be mixed with the arguments of the option it replaces; take that out: "
-                f"~{name} '+{name}={{_target_: {value['_target_']}, ...}}'"
-            )
-        return
-    if name.startswith(_FREE_SECTIONS):
-        what = "an argument of Lightning's Trainer" if name.startswith("trainer.") else "a column of your table"
-        hint = f" If {name.rpartition('.')[2]} is {what}, add it: +{name}=..."
-    else:
-        hint = ""
-    raise ConfigError(f"{name}: there is no such key.{nearest_key(name, keys_of(config))}{hint}")
-
-
-def _check_kind(name: str, value: object, config: DictConfig) -> None:
-    """Refuse text where the option has a number, a truth value or a list."""
-    if name.partition(".")[0] not in _COMPONENTS or not isinstance(value, str):
-        return
-    declared = OmegaConf.select(config, name, throw_on_resolution_failure=False)
-    kinds = ((bool, "true or false"), (Number, "a number"), (ListConfig, "a list"))
-    kind = next((kind for type_, kind in kinds if isinstance(declared, type_)), None)
-    if kind is not None and "${" not in value:
-        raise ConfigError(f"{name}={value}: should be {kind}, such as {name}={str(declared).lower()}")
-
-
 def _check_keys_of_experiment(config: DictConfig, declared: DictConfig, experiment: str) -> None:
     """Refuse a key that an experiment file sets and no chosen option declares."""
     if "experiment" in config:
@@ -409,8 +371,8 @@ def _check_keys_of_experiment(config: DictConfig, declared: DictConfig, experime
     known = keys_of(declared)
     for key in keys_of(config):
         section = key.split(".")[0]
-        free = key.startswith(_FREE_SECTIONS) or _target(config, section) != _target(declared, section)
-        if key not in known and not free:
+        own_object = _target(config, section) != _target(declared, section)
+        if key not in known and not own_object and not key.startswith(_FREE_SECTIONS):
             raise ConfigError(f"experiment {experiment} sets {key}: there is no such key.{nearest_key(key, known)}")
 
 
@@ -418,6 +380,31 @@ def _target(config: DictConfig, section: str) -> object:
     part = None if OmegaConf.is_interpolation(config, section) else config.get(section)
     target = part.get("_target_") if isinstance(part, DictConfig) else None
     return current_target(target) if isinstance(target, str) else target
+
+
+def _check_key(override: Override, config: DictConfig) -> None:
+    """Refuse a key that the chosen options do not have, and a value of another kind than theirs."""
+    name, value = str(override.key_or_group), override.value()
+    if override.is_add() or override.is_force_add():
+        return
+    known = keys_of(config)
+    if name not in known:
+        hint = ""
+        if name.startswith(_FREE_SECTIONS):
+            what = "an argument of Lightning's Trainer" if name.startswith("trainer.") else "a column of your table"
+            hint = f" If {name.rpartition('.')[2]} is {what}, add it: +{name}=..."
+        raise ConfigError(f"{name}: there is no such key.{nearest_key(name, known)}{hint}")
+    if isinstance(value, dict) and "_target_" in value:
+        raise ConfigError(
+            f"{name}={{_target_: ...}} would be mixed with the arguments of the option it replaces; take that out: "
+            f"~{name} '+{name}={{_target_: {value['_target_']}, ...}}'"
+        )
+    if name.partition(".")[0] in _COMPONENTS and isinstance(value, str) and "${" not in value:
+        declared = OmegaConf.select(config, name, throw_on_resolution_failure=False)
+        kinds = ((bool, "true or false"), (Number, "a number"), (ListConfig, "a list"))
+        for type_, kind in kinds:
+            if isinstance(declared, type_):
+                raise ConfigError(f"{name}={value}: should be {kind}, such as {name}={str(declared).lower()}")
 
 
 def keys_of(config: DictConfig, prefix: str = "") -> list[str]:
@@ -437,11 +424,11 @@ def keys_of(config: DictConfig, prefix: str = "") -> list[str]:
 def nearest_key(name: str, keys: Sequence[str]) -> str:
     """For a message: the nearest key, also if only its last part was typed (`temperature`), or the siblings."""
     parents = {key.rpartition(".")[0] for key in keys}
-    if suggestion := _suggest(name, [key for key in keys if key not in parents or "." not in name]):
+    if suggestion := _did_you_mean(name, [key for key in keys if key not in parents or "." not in name]):
         return suggestion
     by_leaf = {key.rpartition(".")[2]: key for key in reversed(keys)}
-    if leaves := difflib.get_close_matches(name.rpartition(".")[2], by_leaf, n=1, cutoff=0.7):
-        return f" Did you mean {by_leaf[leaves[0]]}?"
+    if leaf := nearest(name.rpartition(".")[2], by_leaf):
+        return f" Did you mean {by_leaf[leaf]}?"
     section = name
     while section not in parents:
         section = section.rpartition(".")[0]
@@ -449,10 +436,6 @@ def nearest_key(name: str, keys: Sequence[str]) -> str:
     return f" {section or 'The configuration'} has: {', '.join(key for key in siblings if not key.startswith('_'))}."
 
 
-def _suggest(name: str, candidates: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.7)
-    return f" Did you mean {close[0]}?" if close else ""
-
-
-def _choose_from(name: str, candidates: list[str]) -> str:
-    return f"{_suggest(name, candidates)} There are: {', '.join(candidates)}"
+def _did_you_mean(name: str, names: Iterable[str]) -> str:
+    close = nearest(name, names)
+    return f" Did you mean {close}?" if close else ""

@@ -5,11 +5,13 @@ Sections with a `_target_` (encoder, loss, ...) stay dictionaries; their constru
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
+from fmcib_ssl.io import nearest
 from fmcib_ssl.types import Padding, UserError, with_current_targets
 
 #: A section with a `_target_` and its arguments.
@@ -214,11 +216,19 @@ def _describe(error: ValidationError) -> str:
     for problem in error.errors():
         # Of a union every member complains; its own name at the end of the location is noise to a user.
         union_members = ("literal[", "constrained-", "function-")
-        place, kind = list(problem["loc"]), problem["type"]
-        if kind == "missing" and isinstance(place[-1], int):  # of a list
-            place, kind = place[:-1], "too_short"
-        key = ".".join(str(part) for part in place if not str(part).startswith(union_members))
+        path, kind = list(problem["loc"]), problem["type"]
+        if kind == "missing" and isinstance(path[-1], int):  # of a list
+            path, kind = path[:-1], "too_short"
+        key = ".".join(str(part) for part in path if not str(part).startswith(union_members))
         message = _PLAIN_WORDS.get(kind) or problem["msg"].removeprefix("Value error, ")
+        if kind == "extra_forbidden" and (close := nearest(str(path[-1]), _names_beside(path))):
+            message += f". Did you mean {'.'.join([*map(str, path[:-1]), close])}?"
         value = "" if isinstance(problem["input"], dict) or kind == "missing" else f"={problem['input']}"
         lines.append(f"  {key}{value}: {message}" if key else f"  {message}")
     return "\n".join(dict.fromkeys(lines))
+
+
+def _names_beside(path: Sequence[Any]) -> list[str]:
+    section = Settings.model_fields.get(str(path[0]))
+    fields = Settings.model_fields if len(path) == 1 else getattr(section and section.annotation, "model_fields", {})
+    return [*fields, *["experiment"] * (len(path) == 1)]
