@@ -19,18 +19,20 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fmcib_ssl.io import read_yaml, remove_leftovers, write_atomically
-from fmcib_ssl.training.run_lock import CLAIM_FILE, LOCK_FILE, Held, RunLock
+from fmcib_ssl.io import Held, Lock, read_json, read_yaml, remove_leftovers, write_atomically
 from fmcib_ssl.types import UserError, with_current_targets
 
 STATE_FILE, CONFIG_FILE, ENVIRONMENT_FILE = "run.json", "config.yaml", "environment.json"
+_LOCK_FILE = ".lock"
+#: A run that is killed may take a moment to let go.
+LOCK_PATIENCE_S = 10.0
 CHECKPOINT_NAME = re.compile(r"step-(\d+)(-epoch-(\d+))?\.ckpt")
 #: What to do for another run with the same settings, in a message.
 ANEW = "run=new (without hydra.run.dir) starts afresh"
 
 #: What may be in the folder of a run that has not begun yet: locks, logs, and what a run writes before.
 _BEFORE_THE_START = re.compile(
-    rf"{re.escape(LOCK_FILE)}|{re.escape(CLAIM_FILE)}|.*\.(log|out|err)|\.submitit|\.hydra|rejected\.csv"
+    r"\.lock|\.claim|.*\.(log|out|err)|\.submitit|\.hydra|rejected\.csv"
     r"|\.(run\.json|rejected\.csv)\.[0-9a-f]{8}\.tmp"
 )
 #: Of the state, what a checkpoint keeps a copy of.
@@ -73,12 +75,12 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self._main_process = main_process
-        self._lock: RunLock | None = None
+        self._lock: Lock | None = None
         try:
             if main_process:
                 refuse_foreign(path)
                 path.mkdir(parents=True, exist_ok=True)
-                self._lock = RunLock(path)
+                self._lock = Lock(path / _LOCK_FILE, LOCK_PATIENCE_S)
                 for own in (path, self.checkpoints):
                     remove_leftovers(own)
             known = read_state(path)
@@ -189,12 +191,12 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     """
     file = folder / STATE_FILE
     try:
-        state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        state: dict[str, Any] = read_json(file)
         _State.model_validate(state, strict=True)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        reason = str(error)
+    except ValueError as error:
+        reason = str(error.__cause__ or error)
         if isinstance(error, ValidationError):
             reason = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
         raise RunFolderError(

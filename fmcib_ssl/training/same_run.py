@@ -6,14 +6,13 @@ Every process asks before torch is imported.
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Collection, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fmcib_ssl.io import digest_of
+from fmcib_ssl.io import digest_of, read_json
 from fmcib_ssl.training.cluster import started_by_slurm
 from fmcib_ssl.training.run_folder import ANEW, STATE_FILE, RunFolderError, saved_settings
 from fmcib_ssl.training.settings import ConfigError, Settings
@@ -102,7 +101,7 @@ def unlike_the_last(folder: Path, now: Mapping[str, Any]) -> str | None:
     others = [file for file in folder.parent.glob(f"*/{STATE_FILE}") if file.parent != folder]
     last = max(others, key=lambda file: file.stat().st_mtime, default=None)
     try:
-        if last is None or json.loads(last.read_text()).get("finished") is not None:
+        if last is None or read_json(last).get("finished") is not None:
             return None
         _, refused = _differences(saved_settings(last.parent) or now, now)
     except (ValueError, AttributeError, OSError):  # whoever resumes that one is told
@@ -186,7 +185,7 @@ def run_key(
 def _last_start(run: Path, *, job: str | None) -> tuple[bool, float]:
     """Whether a job has started a run before, and when it was started last."""
     try:
-        starts = json.loads((run / STATE_FILE).read_text())["starts"]
+        starts = read_json(run / STATE_FILE)["starts"]
         own = job is not None and any(start.get("job") == job for start in starts)
         return own, datetime.fromisoformat(starts[-1]["time"]).timestamp()
     except (OSError, ValueError, LookupError, TypeError, AttributeError):  # none yet, or lost, or damaged

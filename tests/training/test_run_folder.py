@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fmcib_ssl.training import run_lock
+from fmcib_ssl.training import run_folder
 from fmcib_ssl.training.run_folder import RunFolder, RunFolderError, kept_state, refuse_foreign, saved_settings
 from fmcib_ssl.training.same_run import check_same_run, settings_digest, unlike_the_last
 
@@ -40,7 +40,7 @@ def test_another_process_is_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout and other.stdout.readline() == b"has it\n"
-    monkeypatch.setattr(run_lock, "LOCK_PATIENCE_S", 0.0)
+    monkeypatch.setattr(run_folder, "LOCK_PATIENCE_S", 0.0)
     with pytest.raises(RunFolderError, match=f"another process trains in this folder .process {other.pid} on"):
         RunFolder(tmp_path)
     RunFolder(tmp_path, main_process=False)  # another rank of the run that has it
