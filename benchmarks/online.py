@@ -21,8 +21,8 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from fmcib_ssl.run import pretrain
+from fmcib_ssl.training.collapse_monitor import CollapseMonitor
 from fmcib_ssl.training.config import CONFIG_NAME, read_settings
-from fmcib_ssl.training.learning_signals import LearningSignals
 from fmcib_ssl.training.online_probe import OnlineProbe
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -35,18 +35,18 @@ moments: dict[str, float] = {}
 
 def main(overrides: list[str]) -> None:
     """Train with timed callbacks and print their shares."""
-    for watcher in (LearningSignals, OnlineProbe):
+    for watcher in (CollapseMonitor, OnlineProbe):
         for hook in HOOKS:
             if hook in vars(watcher):
                 setattr(watcher, hook, timed(getattr(watcher, hook), f"{watcher.__name__}.{hook}"))
-    LearningSignals.on_train_end = lambda *_: moments.update(end=now())  # type: ignore[method-assign]
+    CollapseMonitor.on_train_end = lambda *_: moments.update(end=now())  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as run:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
             config = compose(CONFIG_NAME, [*overrides, f"paths.run={run}", "callbacks.progress.refresh_rate=0"])
         pretrain(read_settings(config))
     whole = moments["end"] - moments["start"]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"{whole:.1f} s of training, {calls['LearningSignals.on_train_batch_end']} steps, {device}")
+    print(f"{whole:.1f} s of training, {calls['CollapseMonitor.on_train_batch_end']} steps, {device}")
     for name, spent in seconds.items():
         print(f"{name:<36} {calls[name]:>6} calls  {1e3 * spent / calls[name]:>9.2f} ms each  {spent / whole:>7.2%}")
     print(f"{'together':<36} {sum(seconds.values()) / whole:>38.2%}")

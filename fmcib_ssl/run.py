@@ -59,20 +59,13 @@ from fmcib_ssl.training.finetuning import (
     task_summary,
     train_part,
 )
+from fmcib_ssl.training.loggers import MetricsFile, RunLogger, Start, WeightsAndBiases, read_metrics
 from fmcib_ssl.training.online_probe import OnlineProbe
 from fmcib_ssl.training.provenance import RanksAgree, environment, facts_of_rank
 from fmcib_ssl.training.run_folder import ANEW, RunFolder, RunFolderError, saved_settings
 from fmcib_ssl.training.same_run import check_same_run, unlike_the_last
 from fmcib_ssl.training.settings import Component, ConfigError, FineTune, Settings
 from fmcib_ssl.training.throughput import duration
-from fmcib_ssl.training.tracking import (
-    MetricsFile,
-    Resumable,
-    ShowsPictures,
-    Start,
-    WeightsAndBiases,
-    read_metrics,
-)
 from fmcib_ssl.types import Preprocessing, SampleKey, UserError
 
 logger = logging.getLogger(__name__)
@@ -141,7 +134,6 @@ def _pretrain(settings: Settings, folder: RunFolder, main_process: bool) -> floa
     batch_size = fit_to_memory(
         settings, data, module, trainer, folder, batch_size=batch_size, trained=checkpoint is not None
     )
-    trackers = [its for its in trainer.loggers if isinstance(its, WeightsAndBiases)]
     began = time.monotonic()
 
     if main_process:
@@ -176,8 +168,9 @@ def _pretrain(settings: Settings, folder: RunFolder, main_process: bool) -> floa
                 folder.finish(step=trainer.global_step, loss=loss, **_length(settings))
                 logger.info("%s", _outcome(settings, trainer, loss, time.monotonic() - began))
         finally:
-            for tracker in trackers:
-                tracker.finish(exit_code)
+            for its in trainer.loggers:
+                if isinstance(its, RunLogger):
+                    its.finish(exit_code)
     return loss
 
 
@@ -261,12 +254,13 @@ def _begin_tracking(
     """Let loggers resume, and give them the contact sheet; one that leaves the machine names no scans."""
     start = Start(folder.run_id, step, folder.path / "metrics.csv", _record(settings, folder))
     for its in trainer.loggers:
-        if isinstance(its, Resumable):
-            its.go_on(start)
+        if not isinstance(its, RunLogger):
+            continue
+        its.resume_from(start)
         if isinstance(its, WeightsAndBiases) and settings.contact_sheet_rows:
             with TemporaryDirectory() as scratch:
                 its.show("contact_sheet", draw(Path(scratch) / "contact_sheet.png", names=False))
-        elif isinstance(its, ShowsPictures):
+        else:
             its.show("contact_sheet", folder.path / "contact_sheet.png")
 
 
@@ -398,7 +392,7 @@ def _write_results(module: Pretraining, settings: Settings, preprocessing: Prepr
         curves = training_curves(run / "metrics.csv", run / "curves.png")
         lines.append(f"curves     {curves}")
         for its in trainer.loggers:
-            if isinstance(its, ShowsPictures):
+            if isinstance(its, RunLogger):
                 its.show("curves", curves)
     logger.info("%s", "\n".join(lines))
 

@@ -1,17 +1,24 @@
 """Take a step that was not finite again, in float32, and say which layer gave the first value that is not.
 
-`python scripts/replay.py --help` shows what can be set; docs/guards.md says more.
+`python scripts/replay.py --help` shows what can be set; docs/guards.md says more. A run folder may come from elsewhere:
+its `config.yaml` may build only what `fmcib_ssl.models.trusted` lists, and nothing in its files is ever run.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import sys
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, NonNegativeInt
 
 from fmcib_ssl.io import Command, parse_command
+
+#: Sections that a step is computed with.
+SECTIONS = ("method", "encoder", "head", "loss", "optimizer", "schedule")
 
 
 class Replay(Command):
@@ -24,24 +31,107 @@ class Replay(Command):
 
     run: Path = Field(description="folder of the run, with config.yaml and faults/")
     step: NonNegativeInt | None = Field(default=None, description="which of faults/step-N; null: the last one")
+    rank: NonNegativeInt | None = Field(default=None, description="whose batch; null: the first whose loss was bad")
     device: str = Field(default="cpu", description="cpu, cuda, mps")
     trusted_modules: str | None = Field(
         default=None, description="your own packages that the run is built from, commas between them"
     )
 
 
+def replay(
+    run: Path, step: int | None = None, rank: int | None = None, device: str = "cpu", trusted: Collection[str] = ()
+) -> Iterator[str]:
+    """Lines that say what a step's pass forward and back shows, with torch's anomaly detection.
+
+    Raises:
+        ConfigError: a configuration that cannot be used.
+        ValueError: nothing was kept, or what was is damaged.
+    """
+    import torch  # noqa: PLC0415  (the help is quick)
+
+    from fmcib_ssl.training.rng import set_random_state  # noqa: PLC0415
+
+    fault = read_fault(run, step, rank)
+    module = build(run, fault, trusted).to(device)
+    yield f"step {fault['step']}, epoch {fault['epoch']}, rank {fault['rank']}, trained with {fault['precision']}"
+    found: list[str] = []
+
+    def look(name: str, layer: torch.nn.Module, inputs: Any, output: Any) -> None:
+        if not found and isinstance(output, torch.Tensor) and not output.isfinite().all():
+            before = all(bool(x.isfinite().all()) for x in inputs if isinstance(x, torch.Tensor))
+            bad = (~output.detach().flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
+            found.append(
+                f"the first output that is not finite is that of {name} ({type(layer).__name__}), from "
+                f"{'finite' if before else 'already not finite'} input, in rows {', '.join(map(str, bad[:8]))} of "
+                f"{len(output)}"
+            )
+
+    for name, layer in module.named_modules():
+        if name:
+            layer.register_forward_hook(lambda *given, name=name: look(name, *given))
+    set_random_state(fault["random_state"])
+    batch = module.transfer_batch_to_device(fault["batch"], torch.device(device), 0)
+    with torch.autograd.set_detect_anomaly(True):
+        loss = module.training_step(batch, fault["batch_idx"])["loss"]
+        if found or not math.isfinite(loss):
+            yield (found[0] if found else f"every layer is finite, and the loss is {float(loss):g}")
+            return
+        try:
+            loss.backward()
+        except RuntimeError as error:  # where it was called stands in torch's own warning
+            yield f"the loss is {float(loss):g}; going back, {error}"
+            return
+    yield "in float32 everything is finite" + (
+        "" if str(fault["precision"]).startswith("32") else f": {fault['precision']} is the cause; "
+        "set hardware.precision=32-true, or bf16-mixed if it was 16-mixed"
+    )  # fmt: skip
+
+
+def read_fault(run: Path, step: int | None, rank: int | None) -> dict[str, Any]:
+    """What one rank kept of a step."""
+    from fmcib_ssl.models.export import read_archive  # noqa: PLC0415
+    from fmcib_ssl.training.non_finite import FAULT_FORMAT  # noqa: PLC0415
+
+    folders = sorted(run.glob("faults/step-*" if step is None else f"faults/step-{step:08d}"))
+    files = sorted(folders[-1].glob("rank-*.pt" if rank is None else f"rank-{rank}.pt")) if folders else []
+    faults = [read_archive(file) for file in files]
+    if not faults or any(fault.get("format") != FAULT_FORMAT for fault in faults):
+        raise ValueError(f"{run} has no faults/step-N/rank-R.pt of this step and rank: there is nothing to replay")
+    return next((fault for fault in faults if not math.isfinite(fault["loss"])), faults[0])
+
+
+def build(run: Path, fault: dict[str, Any], trusted: Collection[str]) -> Any:
+    """The run's module with the weights that the step began with, at its place in the training."""
+    import lightning as L  # noqa: PLC0415
+
+    from fmcib_ssl.io import read_yaml  # noqa: PLC0415
+    from fmcib_ssl.models.trusted import check_targets  # noqa: PLC0415
+    from fmcib_ssl.training.build import build_module  # noqa: PLC0415
+    from fmcib_ssl.training.settings import settings_of  # noqa: PLC0415
+    from fmcib_ssl.types import Preprocessing  # noqa: PLC0415
+
+    config = run / "config.yaml"
+    values = read_yaml(config)
+    if not isinstance(values, dict):
+        raise ValueError(f"{config} is not the configuration of a run")
+    check_targets({key: values.get(key) for key in SECTIONS}, config, trusted)
+    settings = settings_of(values)
+    preprocessing = Preprocessing(settings.data.patch_size, settings.data.spacing_mm or 1.0)
+    module = build_module(settings, preprocessing, len(fault["batch"]["lesion"]), num_steps=1000)
+    module.load_state_dict(fault["weights"])
+    module.trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, barebones=True)
+    return module
+
+
 def main(arguments: list[str]) -> None:
     """Replay, print what was found."""
     command = parse_command(Replay, arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    from fmcib_ssl.replay import replay  # noqa: PLC0415  # the help is quick
-    from fmcib_ssl.training.settings import ConfigError  # noqa: PLC0415
-
     trusted = [name.strip() for name in (command.trusted_modules or "").strip("[]").split(",") if name.strip()]
     try:
-        for line in replay(command.run, command.step, device=command.device, trusted_modules=trusted):
+        for line in replay(command.run, command.step, command.rank, command.device, trusted):
             print(line)
-    except (ConfigError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:  # errors for the user are ValueErrors
         sys.exit(f"error: {error}")
 
 

@@ -19,7 +19,7 @@ from fmcib_ssl.data.prepare_plan import read_record
 from fmcib_ssl.data.store import Store, StoreError
 from fmcib_ssl.evaluation.feature_table import FeatureTable, FeatureTableError
 from fmcib_ssl.models import EncoderFileError, encoder_metadata, encoders, export_encoder, load_encoder
-from fmcib_ssl.training.faults import read_faults, write_fault
+from fmcib_ssl.models.export import read_archive
 from fmcib_ssl.types import Preprocessing
 
 sys.path.insert(0, str(Path(__file__).parent / "data"))
@@ -97,7 +97,8 @@ def use_features(folder: Path) -> Any:
 
 
 def make_fault(folder: Path) -> None:
-    write_fault(folder, 0, {"step": 1, "batch": {"lesion": torch.arange(50)}, "weights": {"a": torch.rand(50)}})
+    fault = {"step": 1, "batch": {"lesion": torch.arange(50)}, "weights": {"a": torch.rand(50)}}
+    torch.save(fault, folder / "rank-0.pt")
 
 
 STORE_FILES = ["scans/a.b2nd", "scans/a.cells", "scans/a.sums", "lesions.parquet", "scans.parquet", "store.json"]
@@ -114,7 +115,7 @@ KINDS = {
         make_checkpoint, "step.ckpt", lambda folder: use_encoder(folder / "step.ckpt"), (EncoderFileError,)
     ),
     "features": Kind(make_features, "features.parquet", use_features, (FeatureTableError,)),
-    "fault": Kind(make_fault, "rank-0.pt", lambda folder: str(read_faults(folder)), (ValueError,)),
+    "fault": Kind(make_fault, "rank-0.pt", lambda folder: str(read_archive(folder / "rank-0.pt")), (ValueError,)),
 }
 
 

@@ -103,7 +103,7 @@ REFUSED = [
     (["--cfg", "job", "optimizer.base_lr=1e-3x"], ["optimizer.base_lr=1e-3x", "a number"]),
     (["head.batch_norm=yes"], ["head.batch_norm=yes", "true or false"]),
     (["augment.crop_edge=half"], ["augment.crop_edge=half", "a list", "[0.5, 1.0]"]),
-    (["callbacks.signals.window=two"], ["callbacks.signals.window=two", "a number"]),
+    (["callbacks.collapse_monitor.window=two"], ["callbacks.collapse_monitor.window=two", "a number"]),
     (["data.select={split: train"], ["data.select={split: train: is not of the form key=value"]),
     (["data.spacing_mm=-1"], ["data.spacing_mm=-1"]),
     (["data.coordinates=LPS"], ["data.coordinates=LPS", "'lps', 'ras' or 'voxel'"]),

@@ -18,7 +18,6 @@ from mutations import changed, damaged, harmful_pickles
 
 from fmcib_ssl.data.patches import LesionPatches
 from fmcib_ssl.data.store import SCANS_FOLDER, Store, StoreError
-from fmcib_ssl.training.faults import read_faults, write_fault
 from fmcib_ssl.training.run_folder import RunFolder, RunFolderError
 from fmcib_ssl.training.settings import ConfigError, settings_of
 
@@ -185,26 +184,6 @@ def test_a_damaged_run_folder(seed: int, tmp_path: Path) -> None:
         again.release()
     except RunFolderError as error:
         assert "damaged" in str(error) and "run=new" in str(error)
-
-
-@pytest.mark.parametrize("seed", range(16))
-def test_damaged_faults(seed: int, tmp_path: Path) -> None:
-    import torch
-
-    path = write_fault(tmp_path, 0, {"step": 1, "batch": {"lesion": torch.arange(2)}, "weights": {}})
-    path.write_bytes(damaged(path.read_bytes(), seed))
-    try:
-        read_faults(tmp_path)
-    except ValueError as error:
-        assert str(tmp_path) in str(error) and "cannot be read" in str(error)
-
-
-def test_harmful_faults_are_not_run(tmp_path: Path) -> None:
-    for content in harmful_pickles(tmp_path / "canary").values():
-        (tmp_path / "rank-0.pt").write_bytes(content)
-        with pytest.raises(ValueError, match="cannot be read"):
-            read_faults(tmp_path)
-    assert not (tmp_path / "canary").exists()
 
 
 def test_yaml_of_a_run_builds_no_objects() -> None:

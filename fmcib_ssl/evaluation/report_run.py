@@ -13,7 +13,7 @@ from fmcib_ssl.evaluation.figures import read_metrics, training_curves
 from fmcib_ssl.evaluation.report import ReportFigure, Section, is_own_file
 from fmcib_ssl.io import Identifiers, read_yaml, without_names
 
-#: What `fmcib_ssl.training.learning_signals` logs, and what is to be said of it.
+#: What `fmcib_ssl.training.collapse_monitor` logs, and what is to be said of it.
 SIGNALS = {
     "signals/collapsed": "The embeddings collapsed",
     "signals/negatives_solved": "The negatives were solved: the loss had next to nothing left to teach",

@@ -28,9 +28,9 @@ from fmcib_ssl.models.encoders import feature_dim
 from fmcib_ssl.models.export import encoder_metadata
 from fmcib_ssl.models.pretraining import Pretraining
 from fmcib_ssl.models.two_views import TwoViews
-from fmcib_ssl.training.flops import flops_of_lesion
 from fmcib_ssl.training.optimizers import scaled_learning_rate
 from fmcib_ssl.training.settings import Component, ConfigError, Hardware, Settings
+from fmcib_ssl.training.throughput import flops_of_lesion
 from fmcib_ssl.types import Preprocessing, ViewTransform
 
 logger = logging.getLogger(__name__)

@@ -29,9 +29,9 @@ from fmcib_ssl import signals
 from fmcib_ssl.io import atomic_write
 from fmcib_ssl.models.export import FORMAT_VERSION, read_archive
 from fmcib_ssl.training.cluster import requeue
+from fmcib_ssl.training.loggers import MetricsFile
 from fmcib_ssl.training.rng import random_state, set_random_state
 from fmcib_ssl.training.run_folder import ANEW, CHECKPOINT_NAME, RunFolderError, kept_state, read_state
-from fmcib_ssl.training.tracking import MetricsFile
 
 logger = logging.getLogger(__name__)
 

@@ -42,8 +42,8 @@ from fmcib_ssl.models.encoders import feature_dim
 from fmcib_ssl.models.export import EncoderFileError, encoder_metadata, export_encoder, load_encoder
 from fmcib_ssl.models.finetune import FineTuning
 from fmcib_ssl.training.build import accelerate, blame, build, build_optimizer, build_trainer, build_views
-from fmcib_ssl.training.progress import Progress
 from fmcib_ssl.training.settings import Component, ConfigError, FineTune, Settings
+from fmcib_ssl.training.throughput import Progress
 from fmcib_ssl.types import Preprocessing, ViewTransform
 
 logger = logging.getLogger(__name__)

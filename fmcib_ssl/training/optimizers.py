@@ -1,14 +1,20 @@
-"""Optimizers over named parameters, with biases and norms in a group of their own."""
+"""Optimizers over named parameters, with biases and norms in a group of their own, and learning-rate schedules.
+
+Schedules count optimizer steps, and are stepped after each.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from timm.optim.lars import Lars
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
@@ -108,7 +114,7 @@ def adamw(
 
 
 def _resumable(optimizer: Optimizer) -> Optimizer:
-    """Let it go on from the state of a run whose weights had another layout in memory.
+    """Let it resume from the state of a run whose weights had another layout in memory.
 
     Torch loads the state in the layout that it was saved in, and a fused step on a CPU takes weight and state to have
     the same one without looking: it would update each weight with the averages of others.
@@ -122,3 +128,52 @@ def _lay_out_as_weights(optimizer: Optimizer) -> None:
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == weight.shape:
                 state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
+
+
+def warmup_cosine(
+    optimizer: Optimizer, total_steps: int, *, warmup: float = 0.1, final_lr_ratio: float = 0.0
+) -> LambdaLR:
+    """Linear warm-up, then half a cosine down to `final_lr_ratio` of the rate.
+
+    Warm-up starts at `1 / (warmup_steps + 1)`, since a step with rate 0 would be lost.
+
+    Args:
+        optimizer: its rates are the ones at the top.
+        total_steps: optimizer steps of the whole training; from there on the rate stays.
+        warmup: a float is a share of all steps, below 1; an integer is a number of steps.
+        final_lr_ratio: rate at the end over rate at the top, 0 to 1.
+
+    Raises:
+        ValueError: warm-up takes all steps, or a number is out of range.
+
+    Source: Loshchilov and Hutter 2017, SGDR, equation 5, without restarts; warm-up as in Goyal et al. 2017.
+    """
+    if not 0 <= final_lr_ratio <= 1:
+        raise ValueError(f"final_lr_ratio={final_lr_ratio}: must be from 0 to 1.")
+    if total_steps < 1:
+        raise ValueError(f"total_steps={total_steps}: a schedule needs to know where training ends; set its length.")
+    is_share = isinstance(warmup, float)
+    if warmup < 0 or (is_share and warmup >= 1):
+        raise ValueError(
+            f"warmup={warmup}: a float is a share of all steps and must be from 0 to below 1; for a number of steps "
+            "give a non-negative integer."
+        )
+    warmup_steps = round(warmup * total_steps) if is_share else int(warmup)
+    if warmup_steps >= total_steps:
+        raise ValueError(
+            f"warm-up of {warmup_steps} steps (warmup={warmup}) takes all of the {total_steps} steps of training: "
+            "warm up for less or train for longer."
+        )
+    return LambdaLR(optimizer, partial(_factor, warmup_steps, total_steps, final_lr_ratio))
+
+
+def _factor(warmup_steps: int, total_steps: int, final_lr_ratio: float, step: int) -> float:
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = min((step - warmup_steps) / (total_steps - warmup_steps), 1.0)
+    return final_lr_ratio + (1 - final_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def constant(optimizer: Optimizer, total_steps: int, *, warmup: float = 0.1) -> LambdaLR:
+    """Linear warm-up, then the same rate to the end: `warmup_cosine` with `final_lr_ratio=1`."""
+    return warmup_cosine(optimizer, total_steps, warmup=warmup, final_lr_ratio=1.0)

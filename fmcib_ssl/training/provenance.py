@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from fmcib_ssl.io import redacted
-from fmcib_ssl.training.faults import TrainingFaultError
+from fmcib_ssl.training.non_finite import TrainingFaultError
 from fmcib_ssl.training.same_run import DATA_ACCESS, flat_settings
 
 #: Packages that can change a result.

@@ -10,12 +10,12 @@ import contextlib
 import faulthandler
 import logging
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from platform import node
 from typing import Any
 
 import lightning as L
@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 #: As of `timeout`, the command. The job is not put back into the queue: a hang is to be looked at.
 EXIT_CODE = 124
-_TICK_S = 1.0
 #: Less than this share of a core, and fewer bytes a second: a process that waits, with what its threads do meanwhile.
 _IDLE_CPU_SHARE, _IDLE_BYTES_PER_S = 1 / 60, 2**14
 
@@ -45,7 +44,7 @@ class Watchdog(L.Callback):
         grace_s: how long a rank waits for the states of the others before it ends.
 
     Raises:
-        ValueError: a number that makes no sense.
+        ValueError: a number out of range.
     """
 
     def __init__(
@@ -60,10 +59,10 @@ class Watchdog(L.Callback):
         self.idle_s = idle_s
         self.grace_s = grace_s
         self._end: Callable[[int], Any] = os._exit  # nothing that waits for the hung thread
-        self._tick_s = _TICK_S
-        self._ticks = 0
-        self._place = "before the first step"
-        self._finished: threading.Event | None = None
+        self._tick_s = 1.0
+        self._ticks = 0  # since the last progress
+        self._doing = "waits for the first batch"
+        self._finished = threading.Event()
         self._thread: threading.Thread | None = None
         self._reports = False
 
@@ -73,72 +72,51 @@ class Watchdog(L.Callback):
             return
         own = self.folder / f"rank-{trainer.global_rank}.txt"
         own.unlink(missing_ok=True)  # of an earlier start
-        self._moved(trainer, "waits for the first batch")
-        self._finished = threading.Event()
-        self._thread = threading.Thread(
-            target=self._watch, args=(trainer, self._finished, own), name="fmcib_ssl watchdog", daemon=True
-        )
+        self._progress(trainer, "waits for the first batch")
+        self._finished.clear()
+        self._thread = threading.Thread(target=self._watch, args=(trainer, self.timeout_s, own), daemon=True)
         self._thread.start()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """A batch is there."""
-        self._moved(trainer, f"computes batch {batch_idx}")
+        self._progress(trainer, f"computes batch {batch_idx}")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """A batch is done."""
-        self._moved(trainer, f"waits for the batch after {batch_idx}")
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """An epoch is done; what other callbacks do now may take its time."""
-        self._moved(trainer, "ends an epoch")
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """No more steps; what is left is to be saved."""
-        self._moved(trainer, "ends the training")
+        self._progress(trainer, f"waits for the batch after {batch_idx}")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """The run ends for a reason of its own, or because another rank has written its state and ended."""
         if self._reports and self._thread is not None:
             self._thread.join(self.grace_s + 10)  # which ends the process, once it has said why
-        self._stop()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """No more watching, whatever has happened."""
-        self._stop()
+        """Stop watching, whatever has happened."""
+        self._finished.set()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_finished": None, "_thread": None}
-
-    def _moved(self, trainer: L.Trainer, place: str) -> None:
+    def _progress(self, trainer: L.Trainer, doing: str) -> None:
         self._ticks = 0
-        self._place = f"step {trainer.global_step}, epoch {trainer.current_epoch}: {place}"
+        self._doing = f"step {trainer.global_step}, epoch {trainer.current_epoch}: {doing}"
 
-    def _stop(self) -> None:
-        if self._finished is not None:
-            self._finished.set()
-
-    def _watch(self, trainer: L.Trainer, finished: threading.Event, own: Path) -> None:
-        assert self.timeout_s is not None
+    def _watch(self, trainer: L.Trainer, timeout_s: float, own: Path) -> None:
         # Ticks that this thread lives through, not the clock's: a suspended process has no time to move.
-        idle_since, before = 0, _signs_of_life()
-        while not finished.wait(self._tick_s):
+        idle_since, before = 0, _activity()
+        while not self._finished.wait(self._tick_s):
             self._ticks += 1
-            seconds = self._ticks * self._tick_s
-            if seconds >= self.timeout_s:
-                self._report(trainer, own, f"no step was finished for {self.timeout_s:g} s", "timeout_s")
+            if self._ticks * self._tick_s >= timeout_s:
+                self._report(trainer, own, f"no step was finished for {timeout_s:g} s", "timeout_s")
                 return
             if self._ticks % 5 == 0:
-                now, waited = _signs_of_life(), (self._ticks - idle_since) * self._tick_s
+                now, waited = _activity(), (self._ticks - idle_since) * self._tick_s
                 alone = trainer.world_size == 1 or getattr(trainer.train_dataloader, "is_reading", False)
-                if idle_since > self._ticks or not alone or _is_alive(before, now, max(waited, self.idle_s)):
+                if idle_since > self._ticks or not alone or _is_active(before, now, max(waited, self.idle_s)):
                     idle_since, before = self._ticks, now
                 elif waited >= self.idle_s:
-                    reason = f"nothing was computed, read or written for {self.idle_s:g} s"
-                    self._report(trainer, own, reason, "idle_s")
+                    self._report(trainer, own, f"nothing was computed, read or written for {self.idle_s:g} s", "idle_s")
                     return
 
     def _report(self, trainer: L.Trainer, own: Path, reason: str, option: str) -> None:
@@ -147,26 +125,23 @@ class Watchdog(L.Callback):
             own.parent.mkdir(parents=True, exist_ok=True)
             with own.open("w") as file:
                 file.write(
-                    f"rank {trainer.global_rank} of {trainer.world_size} on {socket.gethostname()}, process "
-                    f"{os.getpid()}, {datetime.now().astimezone().isoformat(timespec='seconds')}\n"
-                    f"{self._place}\n{reason}\n\n"
+                    f"rank {trainer.global_rank} of {trainer.world_size} on {node()}, process {os.getpid()}, "
+                    f"{datetime.now().astimezone().isoformat(timespec='seconds')}\n{self._doing}\n{reason}\n\n"
                 )
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
-            where = f"each rank's stack is in {own.parent}"
+            stacks = f"each rank's stack is in {own.parent}"
         except OSError as error:
-            where = f"{own} cannot be written ({error.strerror})"
+            stacks = f"{own} cannot be written ({error.strerror})"
             faulthandler.dump_traceback(all_threads=True)
         silent = self._wait_for_others(trainer, own.parent)
         if trainer.is_global_zero or 0 in silent:
-            others = ""
-            if silent:
-                ranks = ", ".join(map(str, silent))
-                others = f" Nothing from rank{'s' * (len(silent) > 1)} {ranks}: stopped, or its machine is gone."
+            ranks = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))}"
             logger.critical(
                 "%s (callbacks.watchdog.%s); last seen at %s. The run ends; %s.%s The same command resumes from the "
                 "last checkpoint. If a step is meant to take as long, raise callbacks.watchdog.%s%s",
-                reason, option, self._place, where, others, option,
+                reason, option, self._doing, stacks,
+                f" Nothing from {ranks}: stopped, or its machine is gone." if silent else "", option,
                 " and hardware.collective_timeout_s" if option == "timeout_s" else "",
             )  # fmt: skip
             logging.shutdown()
@@ -182,7 +157,7 @@ class Watchdog(L.Callback):
             time.sleep(0.1)
 
 
-def _signs_of_life() -> tuple[float, int, bool]:
+def _activity() -> tuple[float, int, bool]:
     """Seconds computed and bytes read and written by this process and its descendants, and whether any is at a disk."""
     seconds, num_bytes, at_disk, waiting = 0.0, 0, False, [str(os.getpid())]
     while waiting:
@@ -196,7 +171,7 @@ def _signs_of_life() -> tuple[float, int, bool]:
     return seconds, num_bytes, at_disk
 
 
-def _is_alive(before: tuple[float, int, bool], now: tuple[float, int, bool], seconds: float) -> bool:
+def _is_active(before: tuple[float, int, bool], now: tuple[float, int, bool], seconds: float) -> bool:
     """Whether more was done in between than is done by what waits; a child that ended takes its part away."""
     computed, moved = abs(now[0] - before[0]), abs(now[1] - before[1])
     return now[2] or computed > _IDLE_CPU_SHARE * seconds or moved > _IDLE_BYTES_PER_S * seconds or now[0] == 0

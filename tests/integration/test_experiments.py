@@ -34,7 +34,6 @@ COLUMNS = {
     "train/grad_norm",
     "perf/samples_per_s",
     "perf/tflops",
-    "perf/memory_gb",
     "perf/data_wait_share",
     "data/negative_from_other_scan",
 }

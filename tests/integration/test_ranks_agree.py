@@ -34,7 +34,10 @@ def start_ranks(tables: list[Path], run: Path, changes: list[str]) -> tuple[list
         ("optimizer.base_lr=0.2", "optimizer.base_lr: 0.1 on rank 0; 0.2 on rank 1"),
         ("seed=7", "seed: 0 on rank 0; 7 on rank 1"),
         ("loss.temperature=0.5", "loss.temperature: 0.05 on rank 0; 0.5 on rank 1"),
-        ("callbacks.guards.on_non_finite=skip", "callbacks.guards.on_non_finite: stop on rank 0; skip on rank 1"),
+        (
+            "callbacks.non_finite.on_non_finite=skip",
+            "callbacks.non_finite.on_non_finite: stop on rank 0; skip on rank 1",
+        ),
     ],
 )
 def test_other_settings(change: str, line: str, phantom_table: Path, tmp_path: Path) -> None:

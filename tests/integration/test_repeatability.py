@@ -14,8 +14,8 @@ import torch
 from tiny_runs import assert_equal_weights, checkpoint_of, metrics_of, tiny_settings
 
 from fmcib_ssl.run import pretrain
+from fmcib_ssl.training.loggers import MetricsFile
 from fmcib_ssl.training.run_folder import RunFolderError
-from fmcib_ssl.training.tracking import MetricsFile
 
 #: The rate depends on the length of a run, unless it is constant.
 OPTIONS = ["+experiment=ct_infonce", "encoder=small", "schedule=constant", "schedule.warmup=0", "optimizer.base_lr=0.1"]

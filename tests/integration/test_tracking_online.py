@@ -17,7 +17,7 @@ from tiny_runs import tiny_settings
 from wandb_server import TrackingServer
 
 from fmcib_ssl.run import pretrain
-from fmcib_ssl.training.tracking import MetricsFile, Start, WeightsAndBiases
+from fmcib_ssl.training.loggers import MetricsFile, Start, WeightsAndBiases
 
 RUN_ID = "abcd1234"
 #: Of the server, in these tests; W&B's own look at the login may take ten seconds more.
@@ -41,13 +41,13 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[TrackingServer]:
 
 def tracker_from(step: int, folder: Path) -> WeightsAndBiases:
     tracker = WeightsAndBiases("project", "name", folder, timeout_s=TIMEOUT_S)
-    tracker.go_on(Start(RUN_ID, step, folder / "metrics.csv"))
+    tracker.resume_from(Start(RUN_ID, step, folder / "metrics.csv"))
     return tracker
 
 
 def log(tracker: Any, steps: range, folder: Path) -> None:
     metrics = MetricsFile(folder / "metrics.csv")
-    metrics.go_on(Start(RUN_ID, steps[0], folder / "metrics.csv"))
+    metrics.resume_from(Start(RUN_ID, steps[0], folder / "metrics.csv"))
     for step in steps:
         for its in (tracker, metrics):
             its.log_metrics({"loss": step / 7}, step=step)

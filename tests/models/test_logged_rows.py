@@ -10,7 +10,7 @@ import pytest
 from tiny_methods import FixedViews, make_method, make_trainer
 from torch.utils.data import DataLoader
 
-from fmcib_ssl.training.tracking import MetricsFile, read_metrics
+from fmcib_ssl.training.loggers import MetricsFile, read_metrics
 
 
 class Seldom(L.Callback):

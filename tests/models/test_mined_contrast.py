@@ -77,7 +77,7 @@ class Recorder(L.Callback):
 
 
 def test_every_step_is_logged_with_the_true_gradient_norm(tmp_path: Path) -> None:
-    from fmcib_ssl.training.learning_signals import LearningSignals
+    from fmcib_ssl.training.collapse_monitor import CollapseMonitor
     from fmcib_ssl.training.throughput import Throughput
 
     module, recorder = make_module(NTXentNegativeMinedLoss()), Recorder()
@@ -86,7 +86,7 @@ def test_every_step_is_logged_with_the_true_gradient_norm(tmp_path: Path) -> Non
     reference.loss(reference.embed(batch)).backward()
     norm = torch.cat([p.grad.flatten() for p in reference.parameters() if p.grad is not None]).norm()
 
-    trainer = make_trainer(tmp_path, callbacks=[Throughput(), LearningSignals(), recorder])
+    trainer = make_trainer(tmp_path, callbacks=[Throughput(), CollapseMonitor(), recorder])
     trainer.fit(module, DataLoader(FixedViews(4), batch_size=4))
     logged = recorder.metrics[0]
     assert logged["train/grad_norm"] == pytest.approx(float(norm), rel=1e-5)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fmcib_ssl.models.acceleration import met_part, trim
 from fmcib_ssl.models.encoders import small_resnet
-from fmcib_ssl.training.flops import forward_flops
+from fmcib_ssl.training.throughput import count_flops
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 5, 7])
@@ -61,9 +61,9 @@ def test_a_trimmed_encoder_gives_the_same(name: str, size: tuple[int, int, int])
 def test_a_trimmed_network_computes_less() -> None:
     """The last stage of `small` has one voxel left of 16: a 27th of two convolutions remains, an eighth of another."""
     network = encoder()
-    before = forward_flops(network, (2, 1, 16, 16, 16))
+    before = count_flops(network, (2, 1, 16, 16, 16))[0]
     trim(network)
-    less = before - forward_flops(network, (2, 1, 16, 16, 16))
+    less = before - count_flops(network, (2, 1, 16, 16, 16))[0]
     assert less >= 2 * 2 * 8 * 8 * ((27 - 8) + (27 - 1))  # two patches, multiply and add, 8 channels to 8
 
 

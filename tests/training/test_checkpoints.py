@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from fmcib_ssl import signals
 from fmcib_ssl.data.loader import EpochSampler, ResumableLoader
 from fmcib_ssl.training.checkpoints import RunCheckpoints, WholeFileIO, find_checkpoint, restored_state, step_of
+from fmcib_ssl.training.loggers import MetricsFile, Start, read_metrics
 from fmcib_ssl.training.run_folder import RunFolderError
-from fmcib_ssl.training.tracking import MetricsFile, Start, read_metrics
 from fmcib_ssl.types import SampleKey
 
 NUM_BATCHES = 3
@@ -85,7 +85,7 @@ def fit(folder: Path, *callbacks: L.Callback, **arguments: Any) -> L.Trainer:
     checkpoint = find_checkpoint(folder, "mine")
     step = step_of(checkpoint) if checkpoint else 0
     metrics = MetricsFile(folder / "metrics.csv")
-    metrics.go_on(Start("mine", step, metrics.path))
+    metrics.resume_from(Start("mine", step, metrics.path))
     saving = {key: arguments.pop(key) for key in list(arguments) if key in ("every_n_train_steps", "save_top_k")}
     trainer = L.Trainer(
         accelerator="cpu",

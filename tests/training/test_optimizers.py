@@ -1,7 +1,8 @@
-"""Optimizers against loops written from the papers, and against torch."""
+"""Optimizers against loops written from the papers; schedules against torch's own pieces put in sequence."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,9 +11,17 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-from fmcib_ssl.training.optimizers import adamw, lars, parameter_groups, scaled_learning_rate
+from fmcib_ssl.training.optimizers import (
+    adamw,
+    constant,
+    lars,
+    parameter_groups,
+    scaled_learning_rate,
+    warmup_cosine,
+)
 
 
 def network() -> nn.Module:
@@ -131,3 +140,64 @@ def test_a_run_goes_on_with_another_layout_of_its_weights(make: Any) -> None:
     expected = trained(torch.contiguous_format)
     for name, weight in trained(torch.channels_last_3d).items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def sgd(lr: float = 0.3) -> SGD:
+    return SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+
+
+def rates(scheduler: LRScheduler, num_steps: int) -> list[float]:
+    found = []
+    for _ in range(num_steps):
+        found.append(scheduler.get_last_lr()[0])
+        scheduler.optimizer.step()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The epoch parameter in", UserWarning)  # torch's SequentialLR to itself
+            scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 0), (0.0, 0), (1, 1), (10, 10), (0.25, 25), (99, 99)])
+@pytest.mark.parametrize("final", [0.0, 0.1])
+def test_warmup_cosine_is_torchs_line_and_cosine(warmup: float, steps: int, final: float) -> None:
+    ours = rates(warmup_cosine(sgd(), 100, warmup=warmup, final_lr_ratio=final), 100)
+    top = sgd()
+    cosine = CosineAnnealingLR(top, T_max=100 - steps, eta_min=0.3 * final)
+    if steps:
+        for group in top.param_groups:
+            group["lr"] = 0.3
+        line = LinearLR(top, start_factor=1 / (steps + 1), total_iters=steps)
+        expected = rates(SequentialLR(top, [line, cosine], milestones=[steps]), 100)
+    else:
+        expected = rates(cosine, 100)
+    assert ours == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+def test_after_the_end_the_rate_stays() -> None:
+    assert rates(warmup_cosine(sgd(), 10, final_lr_ratio=0.1), 15)[10:] == pytest.approx([0.03] * 5)
+
+
+def test_constant_stays_after_warmup() -> None:
+    assert rates(constant(sgd(), 10, warmup=3), 10) == pytest.approx([0.075, 0.15, 0.225, *[0.3] * 7])
+
+
+@pytest.mark.parametrize("make", [warmup_cosine, constant])
+@pytest.mark.parametrize(
+    ("total_steps", "warmup", "message"),
+    [
+        (20, 20, "takes all of the 20 steps"),
+        (3, 0.9, "warm-up of 3 steps"),
+        (20, 1.0, "share of all steps"),
+        (20, -1, "warmup=-1"),
+        (0, 0, "total_steps=0"),
+        (-1, 0, "total_steps=-1"),
+    ],
+)
+def test_impossible_schedules_are_refused(make: type, total_steps: int, warmup: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(sgd(), total_steps, warmup=warmup)
+
+
+def test_final_rate_above_the_top_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"final_lr_ratio=1\.5"):
+        warmup_cosine(sgd(), 10, final_lr_ratio=1.5)

@@ -1,189 +1,114 @@
-"""Throughput against a clock that only the test moves."""
+"""Pace and progress against a clock that only the test moves, and operations against hand formulas."""
 
 from __future__ import annotations
 
+import copy
+import io
 import logging
-from datetime import datetime
-from itertools import pairwise
-from pathlib import Path
+import re
+import sys
+import warnings
+from math import prod
 from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
-import pandas as pd
 import pytest
 import torch
+from tiny_trainer import Figures, tiny_trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from fmcib_ssl.models.encoders import monai_resnet
 from fmcib_ssl.training import throughput
-from fmcib_ssl.training.tracking import MetricsFile
+from fmcib_ssl.training.throughput import Progress, Throughput, count_flops, duration, flops_of_lesion
 
-BATCH, STEP_SECONDS, BETWEEN_EPOCHS = 2, 3.0, 1000.0
-#: Reading takes longer from lesion to lesion.
-READ_SECONDS = (0.5, 0.5, 2.0, 4.0, 1.0, 8.0)
-NUM_BATCHES = len(READ_SECONDS) // BATCH
+STEP_SECONDS = 4.0
+#: Reading takes longer from batch to batch.
+READ_SECONDS = (1.0, 6.0, 9.0)
 FLOPS = 7_000_000_000_000
 
 
 class Clock:
-    now = 100.0
+    now = 1000.0
 
-    def perf_counter(self) -> float:
+    def monotonic(self) -> float:
         return self.now
 
-
-class SlowViews(Dataset[dict[str, Any]]):
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-
-    def __len__(self) -> int:
-        return len(READ_SECONDS)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        self.clock.now += READ_SECONDS[index]
-        return {"positive": (torch.zeros(1), torch.zeros(1))}
+    perf_counter = monotonic
 
 
-class SlowModule(L.LightningModule):
+class Timed(L.LightningModule):
+    """Each step takes seconds of a clock; the seventh says something and warns."""
+
     def __init__(self, clock: Clock) -> None:
         super().__init__()
         self.clock = clock
-        self.weight = nn.Parameter(torch.ones(1))
-        self.logged: list[dict[str, float]] = []
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.flops_per_lesion: int | None = None
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         self.clock.now += STEP_SECONDS
-        return self.weight.sum()
-
-    def on_train_epoch_end(self) -> None:
-        self.clock.now += BETWEEN_EPOCHS  # what happens between epochs belongs to no step
+        if self.global_step == 6:
+            logging.getLogger("fmcib_ssl").info("a line of the log")
+            warnings.warn("a warning of a library", stacklevel=1)
+        loss = (self.weight - 2).square().sum()
+        self.log("train/loss", loss.detach())
+        return {"loss": loss}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        if name == "perf/samples_per_s":
-            self.logged.append({})
-        self.logged[-1][name] = float(value)
-
-
-class Logging(SlowModule):
-    """Logs as Lightning does."""
-
-    def log(self, *args: Any, **kwargs: Any) -> None:
-        L.LightningModule.log(self, *args, **kwargs)
-
-
-class Measured:
-    """A run with a clock of its own."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.clock = Clock()
-        monkeypatch.setattr(throughput, "time", self.clock)
-        self.module = SlowModule(self.clock)
-
-    def train(self, folder: Path, *, window: int = 4, **options: Any) -> list[dict[str, float]]:
-        trainer = L.Trainer(
-            default_root_dir=folder,
-            accelerator="cpu",
-            callbacks=[throughput.Throughput(window=window)],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            **{"log_every_n_steps": 1, **options},
-        )
-        trainer.fit(self.module, DataLoader(SlowViews(self.clock), batch_size=BATCH))
-        return self.module.logged
-
-
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name.startswith("fmcib_ssl")]
+        return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
-    return Measured(monkeypatch)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(throughput, "time", clock)
+    return clock
 
 
-def waits(num_epochs: int) -> list[float]:
-    return [sum(READ_SECONDS[i : i + BATCH]) for i in range(0, len(READ_SECONDS), BATCH)] * num_epochs
+def fit(clock: Clock, *callbacks: L.Callback, seconds: tuple[float, ...] = (0.0,) * 5, **options: Any) -> None:
+    def collate(items: list[float]) -> dict[str, Any]:
+        clock.now += sum(items)
+        return {"positive": (torch.zeros(2), torch.zeros(2))}
+
+    module = Timed(clock)
+    module.flops_per_lesion = options.pop("flops", None)
+    tiny_trainer(*callbacks, **options).fit(module, DataLoader(list(seconds), collate_fn=collate))
 
 
-def test_the_mean_of_a_window(tmp_path: Path, measured: Measured) -> None:
-    logged = measured.train(tmp_path, max_epochs=4)
-    waited = waits(4)
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "fmcib_ssl.training.throughput"]
+
+
+def test_the_mean_of_a_window(clock: Clock) -> None:
+    figures = Figures()
+    fit(clock, Throughput(window=4), figures, seconds=READ_SECONDS, max_epochs=4, flops=FLOPS)
+    waited = READ_SECONDS * 4
     # Of every step of the first window, then of every second.
-    steps = [i for i in range(len(waited)) if i < 4 or i % 2 == 1]
-    for i, figures in zip(steps, logged, strict=True):
+    for i in [i for i in range(len(waited)) if i < 4 or i % 2 == 1]:
         # The first five steps are on their own: they warm up, and the window begins with the last of them.
-        seen = waited[max(4, i - 3) : i + 1] if i >= 5 else [waited[i]]
-        seconds = sum(seen) + STEP_SECONDS * len(seen)
-        assert figures["perf/samples_per_s"] == pytest.approx(BATCH * len(seen) / seconds)
-        assert figures["perf/data_wait_share"] == pytest.approx(sum(seen) / seconds)
-        assert figures.keys() == {"perf/samples_per_s", "perf/data_wait_share", "perf/memory_gb"}  # nothing to count
-
-
-@pytest.mark.parametrize("options", [{"log_every_n_steps": 5}, {"accumulate_grad_batches": 3}])
-def test_rows_that_are_written_have_them(options: dict[str, int], tmp_path: Path, measured: Measured) -> None:
-    rows = MetricsFile(tmp_path / "metrics.csv")
-    callback = throughput.Throughput(window=4)
-    module = Logging(measured.clock)
-    trainer = L.Trainer(
-        accelerator="cpu", callbacks=[callback], logger=[rows], max_epochs=8, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, **{"log_every_n_steps": 1, **options},
-    )  # fmt: skip
-    trainer.fit(module, DataLoader(SlowViews(measured.clock), batch_size=BATCH))
-    table = pd.read_csv(tmp_path / "metrics.csv")
-    assert len(table) == (24 // 5 if "log_every_n_steps" in options else 8)
-    assert table["perf/samples_per_s"].notna().all() and table["perf/data_wait_share"].notna().all()
-
-
-def test_operations_on_each_device(tmp_path: Path, measured: Measured) -> None:
-    measured.module.flops_per_lesion = FLOPS
-    for figures in measured.train(tmp_path, max_epochs=2, accumulate_grad_batches=2):
-        assert figures["perf/tflops"] == pytest.approx(7 * figures["perf/samples_per_s"])
-        assert "perf/peak_share" not in figures  # no peak of a CPU is known
+        window = waited[max(4, i - 3) : i + 1] if i >= 5 else waited[i : i + 1]
+        seconds = sum(window) + STEP_SECONDS * len(window)
+        logged = figures.steps[i]
+        assert logged["perf/samples_per_s"] == pytest.approx(2 * len(window) / seconds)
+        assert logged["perf/data_wait_share"] == pytest.approx(sum(window) / seconds)
+        assert logged["perf/tflops"] == pytest.approx(7 * logged["perf/samples_per_s"])
 
 
 def test_two_devices_share_the_work() -> None:
-    callback = throughput.Throughput()
+    callback, module = Throughput(), SimpleNamespace(flops_per_lesion=FLOPS)
     callback._steps.append((2.0, 0.5, 8))
-    callback._flops_per_lesion, callback._peak = FLOPS, 112e12
-    figures = callback.figures(world_size=2)  # 8 lesions on each in 2 s
+    figures = callback.figures(SimpleNamespace(world_size=2), module)  # type: ignore[arg-type]  # 8 on each in 2 s
     assert figures["perf/samples_per_s"] == 8
     assert figures["perf/tflops"] == pytest.approx(4 * 7)
-    assert figures["perf/peak_share"] == pytest.approx(4 * 7 / 112)
 
 
-def test_memory_is_what_the_kernel_says(tmp_path: Path, measured: Measured) -> None:
-    logged = measured.train(tmp_path, max_epochs=1)
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        pytest.skip("no /proc")
-    most = int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
-    assert logged[-1]["perf/memory_gb"] == pytest.approx(most, rel=0.02)
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_time_to_go(accumulate: int, tmp_path: Path, measured: Measured, caplog: pytest.LogCaptureFixture) -> None:
+def test_waiting_is_said_once_with_a_remedy(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "fmcib_ssl"):
-        measured.module.flops_per_lesion = FLOPS
-        measured.train(tmp_path, max_epochs=200, accumulate_grad_batches=accumulate)
-    lines = said(caplog)
-    assert len(lines) == 2
-    # The fifth batch is the second of the second epoch. Steps are slow, so it is told as soon as a minute has passed:
-    # after the first batch of the third.
-    waited = waits(1)
-    passed = waited[2] + STEP_SECONDS + BETWEEN_EPOCHS + waited[0] + STEP_SECONDS
-    told_after, steps_done = 7, {1: 7, 2: 4}[accumulate]  # an epoch is a step of two batches and one of one
-    steps = 200 * -(-NUM_BATCHES // accumulate)
-    seconds = passed / (told_after - 5) * (steps - steps_done) * NUM_BATCHES / -(-NUM_BATCHES // accumulate)
-    hours = round(seconds / 3600)
-    assert f"about {hours // 24} d {hours % 24} h for the {steps - steps_done} steps that are left, until" in lines[0]
-    assert "TFLOP/s on each device, " in lines[0] and "of the time waiting for data" in lines[0]
-    assert "to wait less" in lines[1]
+        fit(clock, Throughput(), seconds=READ_SECONDS, max_epochs=20)
+    (line,) = lines(caplog)
+    assert re.match(r"5\d% of the time is spent waiting for data: ", line)
 
 
 @pytest.mark.parametrize(
@@ -201,40 +126,131 @@ def test_the_number_of_workers_that_helps(
 ) -> None:
     monkeypatch.setattr(throughput, "num_cores", lambda: cores)
     trainer: Any = SimpleNamespace(train_dataloader=SimpleNamespace(num_workers=num_workers), num_devices=devices)
-    expected = f"hardware.num_workers={wanted}" if wanted else f"more cores: all {cores} are in use"
-    assert throughput._remedies(trainer, wait) == [expected]
+    expected = f"hardware.num_workers={wanted}" if wanted else f"all {cores} cores are in use"
+    assert expected in throughput._remedy(trainer, wait)
 
 
-def test_a_later_start_tells_again(tmp_path: Path, measured: Measured, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "fmcib_ssl"):
-        for _ in range(2):
-            measured.train(tmp_path, max_epochs=5)
-    assert sum(line.startswith("pace") for line in said(caplog)) == 2
-
-
-def test_a_short_run_is_not_told(tmp_path: Path, measured: Measured, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "fmcib_ssl"):
-        measured.train(tmp_path, max_epochs=1)
-    assert not said(caplog)
+def test_an_empty_window_is_refused() -> None:
+    with pytest.raises(ValueError, match="window=0"):
+        Throughput(window=0)
 
 
 def test_durations() -> None:
     texts = ["1 s", "99 s", "2 min", "99 min", "1 h 40 min", "5 h 20 min", "47 h 59 min", "2 d 0 h", "4 d 4 h"]
     seconds = [0.2, 99, 100, 5969, 5975, 19200, 172740, 172800, 360000]
-    assert [throughput.duration(value) for value in seconds] == texts
-    # From one text to the next, time goes on.
-    assert all(a < b for a, b in pairwise(seconds))
+    assert [duration(value) for value in seconds] == texts
 
 
-def test_the_day_is_named_if_it_is_another() -> None:
-    trainer: Any = SimpleNamespace(estimated_stepping_batches=500, global_step=80)
-    assert throughput._time_to_go(trainer, float("inf")) == "no end is set"
-    later = throughput._time_to_go(trainer, 3 * 86400)
-    assert later.startswith("about 3 d 0 h for the 420 steps that are left, until ")
-    day = datetime.fromtimestamp(datetime.now().timestamp() + 3 * 86400)
-    assert f"{day:%a %d %b}" in later
+def test_a_log_gets_a_line_now_and_then(clock: Clock, caplog: pytest.LogCaptureFixture, capfd: Any) -> None:
+    with caplog.at_level(logging.INFO, "fmcib_ssl"):
+        fit(clock, Throughput(), Progress(), max_steps=200, max_epochs=-1)
+    shown = lines(caplog)
+    # 4 s a step: a line with the first, then after at least 10, 20, 40, 80, 160 and 300 s.
+    assert [int(line.split("/")[0].split()[1]) for line in shown] == [1, 4, 9, 19, 39, 79, 154]
+    assert shown[0].startswith("step 1/200, loss 4, ") and "left" not in shown[0]
+    assert re.fullmatch(r"step 79/200, loss 4, \S+ lesions/s, \d+% waiting, 8 min left", shown[5])  # 121 steps: 484 s
+    assert "\r" not in capfd.readouterr().out
 
 
-def test_an_empty_window_is_refused() -> None:
-    with pytest.raises(ValueError, match="window=0"):
-        throughput.Throughput(window=0)
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_has_one_bar_and_the_log_above_it(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    terminal = Terminal()
+    handler = logging.StreamHandler(terminal)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(logging.root, "handlers", [handler])
+    monkeypatch.setattr(logging.getLogger("fmcib_ssl"), "level", logging.INFO)
+    fit(clock, Throughput(), Progress(), max_epochs=3, max_steps=12)
+    text = terminal.getvalue()
+    assert "12/12" in text and "loss 4, " in text
+    assert not lines(caplog)
+    for message in ("a line of the log", "a warning of a library"):
+        before = text[: text.index(message)].rpartition("\n")[2]
+        assert "\r" in before and "%|" not in before.rpartition("\r")[2]  # the bar was wiped
+    assert logging.root.handlers == [handler]
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_nothing_is_shown_if_nothing_is_asked_for(
+    stream: type, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = stream()
+    monkeypatch.setattr(sys, "stdout", out)
+    with caplog.at_level(logging.INFO, "fmcib_ssl.training.throughput"):
+        fit(clock, Progress(refresh_rate=0))
+    assert not lines(caplog) and not out.getvalue()
+
+
+def test_a_bar_is_closed_when_training_fails(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(L.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise RuntimeError("no")
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    handlers = list(logging.root.handlers)
+    with pytest.raises(RuntimeError, match="no"):
+        fit(clock, Progress(), Failing())
+    assert terminal.getvalue().endswith("\n") and logging.root.handlers == handlers
+
+
+def operations(layer: nn.Module, out: Tensor) -> int:
+    """Two for each weight that each output is a sum over."""
+    if isinstance(layer, nn.Conv3d):
+        return 2 * out.numel() * prod(layer.kernel_size) * (layer.in_channels // layer.groups)
+    return 2 * out.numel() * layer.in_features if isinstance(layer, nn.Linear) else 0
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"padding": 1, "bias": False}, {"groups": 2}, {"dilation": 2}])
+def test_operations_of_a_convolution(options: dict[str, int]) -> None:
+    convolution = nn.Conv3d(4, 6, (3, 3, 2), **options)  # type: ignore[arg-type]
+    views = torch.zeros(2, 4, 9, 10, 11)
+    expected = operations(convolution, convolution(views))
+    assert count_flops(convolution, views.shape) == (expected, 2 * expected)  # the input wants no gradient
+
+
+def test_back_goes_through_what_is_trained_only() -> None:
+    first, second, last = nn.Conv3d(1, 4, 3), nn.Conv3d(4, 8, 3), nn.Linear(8, 5)
+    network = nn.Sequential(first, nn.ReLU(), second, nn.AdaptiveAvgPool3d(1), nn.Flatten(), last)
+    found: list[int] = []
+    hooks = [
+        layer.register_forward_hook(lambda layer, _, out: found.append(operations(layer, out)))
+        for layer in (first, second, last)
+    ]
+    network(torch.zeros(1, 1, 8, 8, 8))
+    for hook in hooks:
+        hook.remove()
+    a, b, c = found
+    # Each layer once forward, once for its weights, once for its input if something before it is trained.
+    assert count_flops(network, (1, 1, 8, 8, 8))[1] == 2 * a + 3 * b + 3 * c
+    first.requires_grad_(False)
+    assert count_flops(network, (1, 1, 8, 8, 8))[1] == a + 2 * b + 3 * c
+    network.requires_grad_(False)
+    assert count_flops(network, (1, 1, 8, 8, 8))[1] == a + b + c
+
+
+def test_the_published_trunk_takes_what_was_published() -> None:
+    with torch.device("meta"):
+        trunk = monai_resnet(50, widen_factor=2, conv1_t_stride=2)
+    assert count_flops(trunk, (1, 1, 50, 50, 50))[0] / 1e9 == pytest.approx(25.7, abs=0.05)
+
+
+def test_counting_leaves_no_trace() -> None:
+    network = nn.Sequential(nn.Conv3d(1, 4, 3), nn.BatchNorm3d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(256, 2))
+    before, random = copy.deepcopy(network.state_dict()), torch.get_rng_state()
+    count_flops(network, (2, 1, 6, 6, 6))
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random) and network.training
+    assert all(parameter.grad is None and parameter.device.type == "cpu" for parameter in network.parameters())
+
+
+def test_operations_of_a_lesion() -> None:
+    # Four views forward and back, two more forward: 4 * 2 + 2 forwards of a single convolution.
+    convolution = nn.Conv3d(1, 4, 3)
+    one = operations(convolution, torch.zeros(1, 4, 6, 6, 6))
+    assert flops_of_lesion(convolution, (8, 8, 8), num_views=4, num_watched=2) == 10 * one

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from tiny_trainer import on_two_ranks, tiny_trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -52,11 +52,7 @@ def fit(watchdog: Watchdog, seconds: float) -> list[int]:
 def fit_module(watchdog: Watchdog, module: Sleeper, ends: list[int]) -> None:
     """The codes with which the watchdog would have ended the process are put into `ends`."""
     watchdog._end, watchdog._tick_s = ends.append, 0.05
-    trainer = L.Trainer(
-        accelerator="cpu", max_steps=4, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[watchdog],
-    )  # fmt: skip
-    trainer.fit(module, DataLoader(torch.ones(8, 1), batch_size=1))
+    tiny_trainer(watchdog, max_steps=4).fit(module, DataLoader(torch.ones(8, 1), batch_size=1))
 
 
 def test_a_hang_says_where(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -146,9 +142,7 @@ def test_a_suspended_process_does_not_count() -> None:
         "import lightning as L, sys; sys.path.insert(0, {here!r}); import test_watchdog as t; "
         "print('start', flush=True); print(t.fit(t.Watchdog({folder!r}, timeout_s=3.0), 1.5))"
     ).format(here=str(Path(__file__).parent), folder="unused-stalls")
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, encoding="utf-8", env=_environment()
-    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, encoding="utf-8")
     assert process.stdout is not None
     assert process.stdout.readline().strip() == "start"
     time.sleep(1.0)
@@ -160,11 +154,8 @@ def test_a_suspended_process_does_not_count() -> None:
 
 
 RANK = """
-import logging, os, sys, time
-sys.path.insert(0, {here!r})
+import logging, test_watchdog as t
 logging.basicConfig(level=logging.INFO)
-import torch, lightning as L, test_watchdog as t
-from torch.utils.data import DataLoader
 
 class Late(t.Sleeper):
     def training_step(self, batch, batch_idx):
@@ -174,38 +165,18 @@ class Late(t.Sleeper):
 
 watchdog = t.Watchdog({folder!r}, timeout_s=3.0, grace_s=10)
 watchdog._tick_s = 0.1
-trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_steps=4, logger=False, callbacks=[watchdog],
-    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-trainer.fit(Late(0), DataLoader(torch.ones(16, 1), batch_size=1))
+trainer = t.tiny_trainer(watchdog, devices=2, strategy="ddp", max_steps=4)
+trainer.fit(Late(0), t.DataLoader(t.torch.ones(16, 1), batch_size=1))
 """
 
 
-def _environment() -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "PYTEST_"))}
-    return {**kept, "OMP_NUM_THREADS": "1"}
-
-
 def test_two_ranks_of_which_one_never_comes(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    code = RANK.format(here=str(Path(__file__).parent), folder=str(tmp_path))
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, encoding="utf-8", cwd=tmp_path,
-            env={**_environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
-                 "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0",
-                 "TORCHELASTIC_RUN_ID": "test"},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    said = [rank.communicate(timeout=250)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [EXIT_CODE, EXIT_CODE], said
+    ranks = on_two_ranks(RANK.format(folder=str(tmp_path)))
+    assert [code for code, _ in ranks] == [EXIT_CODE, EXIT_CODE], ranks
     texts = [(tmp_path / f"rank-{rank}.txt").read_text() for rank in range(2)]
     assert "a_layer_that_hangs" in texts[1] and "a_layer_that_hangs" not in texts[0]
     assert all("step 2, epoch 0: computes batch 2" in text for text in texts)
-    assert "no step was finished for 3 s" in said[0]
+    assert "no step was finished for 3 s" in ranks[0][1]
 
 
 @pytest.mark.parametrize("arguments", [{"timeout_s": 0}, {"idle_s": 0}, {"grace_s": -1}])

@@ -1,6 +1,6 @@
-"""Loggers that a run may be stopped and gone on with, without a gap and without a repeat.
+"""Loggers of a run that may be stopped and resumed, without a gap and without a repeat.
 
-`metrics.csv` is the record: it is cut back to the checkpoint that a run goes on from, and the others are brought into
+`metrics.csv` is the record: it is cut back to the checkpoint that a run resumes from, and the others are brought into
 line with it. No logger ever stops the training.
 """
 
@@ -15,12 +15,10 @@ from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
-from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from lightning.pytorch.loggers.logger import DummyExperiment, Logger  # type: ignore[attr-defined]
+from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
@@ -31,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 #: What W&B would send of itself, and is not to: command line, user, what the run prints, code, packages; the machine's
 #: name is asked for by its server, which gets another.
-_UNSAID: Mapping[str, Any] = {
+_WANDB_HIDES: Mapping[str, Any] = {
     "console": "off",
     "disable_code": True,
     "disable_git": True,
@@ -63,25 +61,36 @@ class Start:
     record: Mapping[str, Any] = field(default_factory=dict)
 
 
-@runtime_checkable
-class Resumable(Protocol):
-    """A logger that wants to know what it goes on with, before it logs anything; called in the main process only."""
+class RunLogger(Logger):
+    """A logger that is told where a run begins or resumes before it logs anything, and may have a page for pictures.
 
-    def go_on(self, start: Start) -> None:
+    Lightning calls it on the main process only.
+    """
+
+    @property
+    def name(self) -> str:
+        """Part of the path that Lightning would make of it; not used."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """Part of the path that Lightning would make of it; not used."""
+        return ""
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """They are in `config.yaml`."""
+
+    def resume_from(self, start: Start) -> None:
         """Forget what was logged from `start.step` on: it is going to be logged again."""
-        ...
-
-
-@runtime_checkable
-class ShowsPictures(Protocol):
-    """A logger with a page that pictures can be put on."""
 
     def show(self, name: str, picture: Path) -> None:
         """Put a picture on the page; one that is not there is left out."""
-        ...
+
+    def finish(self, exit_code: int) -> None:
+        """The run has ended."""
 
 
-class MetricsFile(Logger):
+class MetricsFile(RunLogger):
     """One row a step in a CSV file, appended as they come.
 
     Args:
@@ -98,17 +107,7 @@ class MetricsFile(Logger):
         self._columns: list[str] = []
         self._size = 0  # of what was written whole
 
-    @property
-    def name(self) -> str:
-        """Part of the path that Lightning would make of it; not used."""
-        return ""
-
-    @property
-    def version(self) -> str:
-        """Part of the path that Lightning would make of it; not used."""
-        return ""
-
-    def go_on(self, start: Start) -> None:
+    def resume_from(self, start: Start) -> None:
         """Cut the rows from `start.step` on.
 
         Raises:
@@ -132,9 +131,6 @@ class MetricsFile(Logger):
         """Take the rows that were not written when a checkpoint was, unless they were later."""
         written = {int(row["step"]) for row in read_metrics(self.path)[1]} if rows else set()
         self.unwritten = [row for row in rows if row["step"] not in written]
-
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """They are in `config.yaml`."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -206,8 +202,8 @@ def _is_row(row: Mapping[str | None, Any]) -> bool:
     return re.fullmatch("[0-9]+", row["step"]) is not None
 
 
-class TensorBoard(TensorBoardLogger):
-    """Lightning's logger; of a run that was stopped, the events that are logged again replace those before.
+class TensorBoard(RunLogger):
+    """Events for TensorBoard; of a run that was stopped, the events that are logged again replace those before.
 
     Args:
         save_dir: the run folder.
@@ -216,14 +212,29 @@ class TensorBoard(TensorBoardLogger):
     """
 
     def __init__(self, save_dir: Path | str, name: str = "tensorboard", version: str = "") -> None:
-        super().__init__(save_dir, name=name, version=version)
+        super().__init__()
+        self._folder = Path(save_dir, name, version)
         self._first_step = 0
+        self._writer: Any = None
 
-    def go_on(self, start: Start) -> None:
+    def resume_from(self, start: Start) -> None:
         """Tell TensorBoard to leave out what earlier files have from this step on."""
-        if start.step or any(Path(self.log_dir).glob("events.*")):
-            self._kwargs["purge_step"] = start.step
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  (slow, and most runs do without)
+
         self._first_step = start.step
+        purge = start.step if start.step or any(self._folder.glob("events.*")) else None
+        self._writer = SummaryWriter(str(self._folder), purge_step=purge)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Add a point to each curve."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write what waits in memory."""
+        self._writer.flush()
 
     @rank_zero_only
     def show(self, name: str, picture: Path) -> None:
@@ -232,13 +243,18 @@ class TensorBoard(TensorBoardLogger):
             try:
                 with Image.open(picture) as image:
                     pixels = np.asarray(image.convert("RGB"))
-                self.experiment.add_image(name, pixels, self._first_step, dataformats="HWC")
+                self._writer.add_image(name, pixels, self._first_step, dataformats="HWC")
             except Exception as error:  # as of W&B: whatever goes wrong there, training is worth more
                 logger.warning("TensorBoard does not show %s: %s", picture, error)
 
+    @rank_zero_only
+    def finish(self, exit_code: int) -> None:
+        """Close the file."""
+        self._writer.close()
 
-class WeightsAndBiases(WandbLogger):
-    """Lightning's logger with one run id for all starts; it falls back to offline and never stops the training.
+
+class WeightsAndBiases(RunLogger):
+    """A page on Weights & Biases with one run id for all starts; falls back to offline, never stops the training.
 
     The page is brought into line with `metrics.csv` at every start: what the server lacks is sent, and a step that it
     has is not sent twice. A run that is tracked offline is written anew and whole at every start, so only the newest
@@ -263,58 +279,53 @@ class WeightsAndBiases(WandbLogger):
         entity: str | None = None,
         timeout_s: float = 20.0,
     ) -> None:
-        super().__init__(project=project, name=name, save_dir=save_dir, offline=offline, entity=entity)
+        super().__init__()
+        self._arguments = {"project": project, "name": name, "dir": str(save_dir), "entity": entity}
+        self._offline = offline
         self._timeout_s = timeout_s
-        self._start: Start | None = None
-        self._lost = False  # tracking has failed and was given up
+        self._run: Any = None  # none before the start, and when tracking has failed and was given up
 
-    def go_on(self, start: Start) -> None:
-        """Take the run's id."""
-        self._start = start
-        self._wandb_init["id"] = self._id = start.run_id
-
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> Any:
-        """W&B's run, begun when it is first asked for."""
-        if self._experiment is None and not self._lost:
-            try:
-                self._experiment = self._begin()
-            except Exception as error:
-                self._give_up(error)
-        return DummyExperiment() if self._lost else self._experiment
+    @rank_zero_only
+    def resume_from(self, start: Start) -> None:
+        """Open the run of this id, and send the rows of `metrics.csv` that its page lacks: offline all of them."""
+        try:
+            self._run = self._open(start.run_id)
+            self._run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+            self._run.config.update(dict(start.record), allow_val_change=True)
+            for row in read_metrics(start.metrics)[1]:
+                step = int(row.pop("step"))
+                if step < start.step:
+                    self._log({key: float(value) for key, value in row.items() if value not in ("", None)}, step)
+        except Exception as error:
+            self._give_up(error)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log under the run's own step, so that the server can tell what it has already."""
-        run = self.experiment
-        if not self._lost:
-            try:
-                if step is None or step >= run.starting_step:  # what it has is the same
-                    run.log({**metrics, "trainer/global_step": step}, step=step)
-            except Exception as error:  # whatever goes wrong there, training is worth more
-                self._give_up(error)
+        try:
+            self._log(metrics, step)
+        except Exception as error:  # whatever goes wrong there, training is worth more
+            self._give_up(error)
 
     @rank_zero_only
     def show(self, name: str, picture: Path) -> None:
         """Put a picture on the page."""
         import wandb  # noqa: PLC0415  (takes a second, and most runs do without)
 
-        run = self.experiment
-        if not self._lost and picture.is_file():
+        if self._run is not None and picture.is_file():
             try:
-                run.summary[name] = wandb.Image(str(picture))
+                self._run.summary[name] = wandb.Image(str(picture))
             except Exception as error:
                 self._give_up(error)
 
     @rank_zero_only
-    def finish(self, exit_code: int = 0) -> None:
+    def finish(self, exit_code: int) -> None:
         """Send what is left, for as long as it may take, and close the run; the next start opens it again."""
-        if self._experiment is None or self._lost:
+        if self._run is None:
             return
-        folder, offline = self._experiment.settings.sync_dir, self._experiment.settings._offline
+        folder, offline = self._run.settings.sync_dir, self._run.offline
         try:
-            self._experiment.finish(exit_code=exit_code)
+            self._run.finish(exit_code=exit_code)
         except TimeoutError:
             logger.warning(
                 "Weights & Biases did not take everything within %g s; the next start of this run sends what is "
@@ -325,48 +336,36 @@ class WeightsAndBiases(WandbLogger):
         if offline:
             logger.info("tracked offline; to upload it: wandb sync %s", folder)
 
-    def _begin(self) -> Any:
+    def _open(self, run_id: str) -> Any:
         import wandb  # noqa: PLC0415
 
-        mode: Any = "offline" if self._offline else os.environ.get("WANDB_MODE", "online")
-        limits: dict[str, Any] = {
-            "init_timeout": self._timeout_s,
-            "login_timeout": self._timeout_s,
-            "finish_timeout": self._timeout_s,
-            "finish_timeout_raises": True,
-        }
-        known = {name: value for name, value in {**limits, **_UNSAID}.items() if hasattr(wandb.Settings(), name)}
-        arguments = {key: value for key, value in self._wandb_init.items() if value is not None}
-        run: Any = None
-        if mode == "online":
-            try:
-                run = wandb.init(**arguments, mode="online", settings=wandb.Settings(**known))
-            except Exception as error:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                logger.warning(
-                    "Weights & Biases cannot be reached (%s): tracking offline. `wandb login` helps if you are not "
-                    "logged in; `wandb sync` uploads the run later", reason,
-                )  # fmt: skip
-                mode = "offline"
-                wandb.teardown()  # else the id counts as taken
-        if run is None:
-            run = wandb.init(**arguments, mode=mode, settings=wandb.Settings(**known))
-        run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-        if self._start is not None:
-            run.config.update(dict(self._start.record), allow_val_change=True)
-            self._catch_up(run, self._start)
-        return run
+        limits = dict.fromkeys(("init_timeout", "login_timeout", "finish_timeout"), self._timeout_s)
+        wanted = {**limits, "finish_timeout_raises": True, **_WANDB_HIDES}
+        known = {name: value for name, value in wanted.items() if hasattr(wandb.Settings(), name)}
 
-    def _catch_up(self, run: Any, start: Start) -> None:
-        """Send the rows of `metrics.csv` that the page lacks: all of them, if this part of the run is offline."""
-        for row in read_metrics(start.metrics)[1]:
-            step = int(row.pop("step"))
-            if run.starting_step <= step < start.step:
-                numbers = {key: float(value) for key, value in row.items() if value not in ("", None)}
-                run.log({**numbers, "trainer/global_step": step}, step=step)
+        def init(mode: Any) -> Any:
+            return wandb.init(id=run_id, resume="allow", mode=mode, settings=wandb.Settings(**known), **self._arguments)  # type: ignore[arg-type]
+
+        mode = "offline" if self._offline else os.environ.get("WANDB_MODE", "online")
+        if mode != "online":
+            return init(mode)
+        try:
+            return init(mode)
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            logger.warning(
+                "Weights & Biases cannot be reached (%s): tracking offline. `wandb login` helps if you are not "
+                "logged in; `wandb sync` uploads the run later", reason,
+            )  # fmt: skip
+            wandb.teardown()  # else the id counts as taken
+            return init("offline")
+
+    def _log(self, metrics: Mapping[str, float], step: int | None) -> None:
+        if self._run is not None and (step is None or step >= self._run.starting_step):  # the server has the others
+            self._run.log({**metrics, "trainer/global_step": step}, step=step)
 
     def _give_up(self, error: Exception) -> None:
-        self._lost = True
+        self._run = None
         logger.warning(
             "Weights & Biases stopped working (%s: %s); training goes on, metrics.csv has everything, and the next "
             "start sends it", type(error).__name__, error,

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fmcib_ssl.training.tracking import MetricsFile, Start, TensorBoard, WeightsAndBiases, read_metrics
+from fmcib_ssl.training.loggers import MetricsFile, Start, TensorBoard, WeightsAndBiases, read_metrics
 
 
 def start(folder: Path, step: int) -> Start:
@@ -30,12 +30,12 @@ def log(logger: Any, steps: range, **more: float) -> None:
 
 def test_rows_after_the_checkpoint_are_cut(tmp_path: Path) -> None:
     first = MetricsFile(tmp_path / "metrics.csv")
-    first.go_on(start(tmp_path, 0))
+    first.resume_from(start(tmp_path, 0))
     log(first, range(6))
     with (tmp_path / "metrics.csv").open("a") as file:
         file.write("0.9")  # killed while it wrote
     second = MetricsFile(tmp_path / "metrics.csv")
-    second.go_on(start(tmp_path, 4))
+    second.resume_from(start(tmp_path, 4))
     assert pd.read_csv(tmp_path / "metrics.csv")["step"].tolist() == [0, 1, 2, 3]
     log(second, range(4, 8), late=1.5)
     table = pd.read_csv(tmp_path / "metrics.csv")
@@ -47,7 +47,7 @@ def test_rows_after_the_checkpoint_are_cut(tmp_path: Path) -> None:
 def test_a_start_from_nothing_begins_a_new_file(tmp_path: Path) -> None:
     log(MetricsFile(tmp_path / "metrics.csv"), range(3), old=1.0)
     anew = MetricsFile(tmp_path / "metrics.csv")
-    anew.go_on(start(tmp_path, 0))
+    anew.resume_from(start(tmp_path, 0))
     log(anew, range(2))
     with (tmp_path / "metrics.csv").open() as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["0", "1"]
@@ -103,7 +103,7 @@ def test_rows_that_were_not_written_come_back_with_the_checkpoint(tmp_path: Path
     log(MetricsFile(tmp_path / "metrics.csv"), range(3))
     kept = [{"step": step, "loss": step / 7} for step in (2, 3)]
     metrics = MetricsFile(tmp_path / "metrics.csv")
-    metrics.go_on(start(tmp_path, 4))
+    metrics.resume_from(start(tmp_path, 4))
     metrics.restore(kept)
     log(metrics, range(4, 6))
     assert pd.read_csv(tmp_path / "metrics.csv")["step"].tolist() == list(range(6))
@@ -128,7 +128,7 @@ def test_damaged_lines_are_left_out_and_kept_beside(
     damaged = damage((tmp_path / "metrics.csv").read_bytes())
     (tmp_path / "metrics.csv").write_bytes(damaged)
     metrics = MetricsFile(tmp_path / "metrics.csv")
-    metrics.go_on(start(tmp_path, 4))
+    metrics.resume_from(start(tmp_path, 4))
     log(metrics, range(4, 5))
     assert pd.read_csv(tmp_path / "metrics.csv")["step"].tolist() == [*steps, 4]
     if b"\n" in damaged:
@@ -139,7 +139,7 @@ def test_damaged_lines_are_left_out_and_kept_beside(
 def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
     for first, last in ((0, 6), (4, 9)):
         board = TensorBoard(tmp_path, name="tensorboard", version="")
-        board.go_on(start(tmp_path, first))
+        board.resume_from(start(tmp_path, first))
         log(board, range(first, last))
         board.finalize("success")
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -151,7 +151,7 @@ def test_tensorboard_gets_pictures(tmp_path: Path) -> None:
     Image.fromarray(pixels).save(tmp_path / "sheet.png")
     (tmp_path / "damaged.png").write_bytes(b"none")
     board = TensorBoard(tmp_path)
-    board.go_on(start(tmp_path, 4))
+    board.resume_from(start(tmp_path, 4))
     for name in ("sheet", "missing", "damaged"):
         board.show(name, tmp_path / f"{name}.png")
     board.finalize("success")
@@ -189,7 +189,7 @@ def test_the_page_gets_what_it_lacks_and_nothing_twice(
     monkeypatch.setattr(wandb, "init", lambda **arguments: asked.update(arguments) or page)
     log(MetricsFile(tmp_path / "metrics.csv"), range(4))
     tracker = WeightsAndBiases("project", "name", tmp_path)
-    tracker.go_on(start(tmp_path, 4))
+    tracker.resume_from(start(tmp_path, 4))
     log(tracker, range(4, 9))
     assert (asked["id"], asked["resume"], asked["mode"]) == ("abcd1234", "allow", "online")
     assert sorted(page.rows) == list(range(known, 9))
@@ -201,7 +201,7 @@ def test_offline_with_one_id(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     """The real thing, twice."""
     for step in (0, 2):
         tracker = WeightsAndBiases("project", "name", tmp_path, offline=True, timeout_s=10)
-        tracker.go_on(start(tmp_path, step))
+        tracker.resume_from(start(tmp_path, step))
         log(tracker, range(step, step + 2))
         assert tracker.experiment.id == "abcd1234"
         log(MetricsFile(tmp_path / "metrics.csv"), range(step, step + 2))
@@ -225,7 +225,7 @@ def test_no_failure_of_tracking_reaches_the_training(
     monkeypatch.setattr(wandb, "init", fail)
     monkeypatch.setattr(wandb, "teardown", lambda: None)
     tracker = WeightsAndBiases("project", "name", tmp_path)
-    tracker.go_on(start(tmp_path, 0))
+    tracker.resume_from(start(tmp_path, 0))
     log(tracker, range(3))
     tracker.finish()
     assert caplog.text.count("stopped working") == 1 and "metrics.csv has everything" in caplog.text
