@@ -1,6 +1,6 @@
 """Pretrain an encoder: `python train.py +experiment=NAME [key=value ...]`; `--help` shows what can be chosen."""
 
-from fmcib_ssl import signals
+from fmcib_ssl.training import signals
 
 signals.listen(starting=True)  # before anything slow is imported: a signal is never too early
 
@@ -14,6 +14,7 @@ import hydra  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
+from fmcib_ssl.data.processes import end_with_parent  # noqa: E402
 from fmcib_ssl.io import no_world_write  # noqa: E402
 from fmcib_ssl.training.cluster import check_machine, requeue  # noqa: E402
 from fmcib_ssl.training.config import (  # noqa: E402
@@ -40,7 +41,7 @@ def main(_: DictConfig) -> float:
     try:
         signals.listen(starting=True)  # again, because a launcher of sweeps may have taken them over
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            signals.end_with_parent()
+            end_with_parent()
         check_machine(settings, os.environ)
         if composed.dropped and os.environ.get("LOCAL_RANK", "0") == "0":
             logging.getLogger("fmcib_ssl").info("not taken from the experiment: %s", "; ".join(composed.dropped))

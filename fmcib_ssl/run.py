@@ -27,7 +27,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 import fmcib_ssl
-from fmcib_ssl import signals
 from fmcib_ssl.data.loader import LesionDataModule
 from fmcib_ssl.data.workers import no_worker_left
 from fmcib_ssl.evaluation.feature_table import FeatureTableError
@@ -38,6 +37,7 @@ from fmcib_ssl.lesion_source import LesionSource, open_lesions
 from fmcib_ssl.models.acceleration import resolve_precision
 from fmcib_ssl.models.export import export_encoder
 from fmcib_ssl.models.pretraining import Pretraining
+from fmcib_ssl.training import signals
 from fmcib_ssl.training.batch_search import fit_to_memory
 from fmcib_ssl.training.build import (
     accelerate,
@@ -88,7 +88,7 @@ def pretrain(settings: Settings) -> float:
         AnnotationsError, ScanError, StoreError: data that cannot be used.
         RunFolderError: a folder that holds another run, or no checkpoint that can be used.
         WorkerDiedError: a data worker was killed.
-        fmcib_ssl.signals.Stopped: by a signal; what was learned is saved.
+        fmcib_ssl.training.signals.Stopped: by a signal; what was learned is saved.
     """
     main_process = getattr(rank_zero_only, "rank", 0) == 0
     _check_devices(settings)
@@ -350,7 +350,7 @@ def _trainer(settings: Settings, patches: Any) -> L.Trainer:
     callbacks = [build("callbacks", component) for component in (settings.callbacks or {}).values()]
     if settings.world_size > 1:
         callbacks.append(RanksAgree(facts_of_rank(redacted(settings.model_dump(mode="json")), patches)))
-    trainer = build_trainer(
+    return build_trainer(
         settings,
         devices=hardware.devices,
         num_nodes=hardware.num_nodes,
@@ -361,9 +361,6 @@ def _trainer(settings: Settings, patches: Any) -> L.Trainer:
         callbacks=callbacks,
         plugins=[WholeFileIO()],
     )
-    # Its own handlers save in the midst of a step, or call a collective from within a signal handler.
-    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    return trainer
 
 
 def _note_start(settings: Settings, folder: RunFolder, step: int) -> None:

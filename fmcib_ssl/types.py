@@ -51,6 +51,14 @@ RENAMED_TARGETS = {
     "fmcib_ssl.methods.simclr.SimCLR": "fmcib_ssl.models.SimCLR",
     "fmcib_ssl.methods.swav.SwAV": "fmcib_ssl.models.SwAV",
     "fmcib_ssl.methods.vicreg.VICReg": "fmcib_ssl.models.VICReg",
+    "fmcib_ssl.training.guards.NonFiniteGuard": "fmcib_ssl.training.non_finite.NonFiniteGuard",
+    "fmcib_ssl.training.learning_signals.LearningSignals": "fmcib_ssl.training.collapse_monitor.CollapseMonitor",
+    "fmcib_ssl.training.progress.Progress": "fmcib_ssl.training.throughput.Progress",
+    "fmcib_ssl.training.schedules.constant": "fmcib_ssl.training.optimizers.constant",
+    "fmcib_ssl.training.schedules.warmup_cosine": "fmcib_ssl.training.optimizers.warmup_cosine",
+    "fmcib_ssl.training.tracking.MetricsFile": "fmcib_ssl.training.loggers.MetricsFile",
+    "fmcib_ssl.training.tracking.TensorBoard": "fmcib_ssl.training.loggers.TensorBoard",
+    "fmcib_ssl.training.tracking.WeightsAndBiases": "fmcib_ssl.training.loggers.WeightsAndBiases",
 }
 
 

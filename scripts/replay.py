@@ -108,10 +108,10 @@ def build(run: Path, fault: dict[str, Any], trusted: Collection[str]) -> Any:
     from fmcib_ssl.models.trusted import check_targets  # noqa: PLC0415
     from fmcib_ssl.training.build import build_module  # noqa: PLC0415
     from fmcib_ssl.training.settings import settings_of  # noqa: PLC0415
-    from fmcib_ssl.types import Preprocessing  # noqa: PLC0415
+    from fmcib_ssl.types import Preprocessing, with_current_targets  # noqa: PLC0415
 
     config = run / "config.yaml"
-    values = read_yaml(config)
+    values = with_current_targets(read_yaml(config))
     if not isinstance(values, dict):
         raise ValueError(f"{config} is not the configuration of a run")
     check_targets({key: values.get(key) for key in SECTIONS}, config, trusted)

@@ -46,7 +46,7 @@ prepare.main([f"annotations={FOLDER}/ct/annotations.csv", f"store={FOLDER}/store
 embed.main([f"checkpoint={weights}", f"store={FOLDER}/store", "num_workers=0", f"output={FOLDER}/features.parquet"])
 """
 TRAIN = """
-from fmcib_ssl import signals
+from fmcib_ssl.training import signals
 signals.listen(starting=True)
 sys.path += ["tests/integration"]
 from tiny_runs import tiny_settings

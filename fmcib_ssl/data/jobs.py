@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from fmcib_ssl.signals import end_with_parent
+from fmcib_ssl.data.processes import end_with_parent
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from fmcib_ssl import signals
+from fmcib_ssl.data.processes import held, shield_worker
 from fmcib_ssl.types import SampleKey, UserError
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class WatchedLoader(DataLoader[Any]):
         """
         crew = self._crew
         try:
-            with signals.held() if crew else nullcontext():
+            with held() if crew else nullcontext():
                 batches = super().__iter__()  # starts the workers
             if crew:
                 crew.watch()
@@ -288,7 +288,7 @@ _crews: weakref.WeakSet[_Crew] = weakref.WeakSet()
 
 def _start_worker(_worker: int) -> None:
     """A worker is one core, where torch's own threads would fight over the others; signals are for its parent."""
-    signals.shield_worker()
+    shield_worker()
     torch.set_num_threads(1)
 
 

@@ -25,9 +25,10 @@ import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
-from fmcib_ssl import signals
+from fmcib_ssl.data.processes import held
 from fmcib_ssl.io import atomic_write
 from fmcib_ssl.models.export import FORMAT_VERSION, read_archive
+from fmcib_ssl.training import signals
 from fmcib_ssl.training.cluster import requeue
 from fmcib_ssl.training.loggers import MetricsFile
 from fmcib_ssl.training.rng import random_state, set_random_state
@@ -128,6 +129,7 @@ class RunCheckpoints(Checkpoint):
         self._saved_step = 0
         self._saved_at = 0.0
         self._place: tuple[int, int] | None = None
+        self._sigterm_held = contextlib.ExitStack()
         self._random_states: list[dict[str, Any]] = []
         self._loader_states: list[dict[str, Any]] = []
 
@@ -155,8 +157,18 @@ class RunCheckpoints(Checkpoint):
 
     # When.
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let SIGTERM wait: Lightning is about to handle it, in the midst of a step, and with a collective."""
+        self._sigterm_held.enter_context(held([Signals.SIGTERM]))
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Let SIGTERM in again, if training has not begun."""
+        self._sigterm_held.close()
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Set what the checkpoint was taken with, and see that all ranks resume from the same one."""
+        signals.take_back()
+        self._sigterm_held.close()
         if trainer.world_size > 1:
             places: list[tuple[str, int]] = [("", 0)] * trainer.world_size
             dist.all_gather_object(places, (self.dirpath.parent.name, trainer.global_step))

@@ -17,9 +17,9 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from fmcib_ssl.signals import EXIT_CODES
 from fmcib_ssl.training.run_folder import RunFolder, RunFolderError
 from fmcib_ssl.training.settings import ConfigError, Settings
+from fmcib_ssl.training.signals import EXIT_CODES
 
 logger = logging.getLogger(__name__)
 

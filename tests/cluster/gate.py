@@ -8,7 +8,7 @@ from pathlib import Path
 
 import lightning as L
 
-from fmcib_ssl import signals
+from fmcib_ssl.training import signals
 
 #: Who was to act is gone; a job that waits must not outlive its cluster for long.
 PATIENCE_S = 600

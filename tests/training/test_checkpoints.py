@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from fmcib_ssl import signals
 from fmcib_ssl.data.loader import EpochSampler, ResumableLoader
+from fmcib_ssl.training import signals
 from fmcib_ssl.training.checkpoints import RunCheckpoints, WholeFileIO, find_checkpoint, restored_state, step_of
 from fmcib_ssl.training.loggers import MetricsFile, Start, read_metrics
 from fmcib_ssl.training.run_folder import RunFolderError

@@ -13,12 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from fmcib_ssl.data.processes import STOP_SIGNALS
+
 #: What the process exits with when it was stopped: 128 + the signal's number, as a shell would say; but 75
 #: (`EX_TEMPFAIL`, "try again later") for the signals by which a scheduler announces the end of a job's time.
-_CODES = {"SIGHUP": 129, "SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 75, "SIGUSR2": 75}
-EXIT_CODES = {signal.Signals[name]: code for name, code in _CODES.items() if hasattr(signal, name)}  # Windows has two
-#: Sent to every process of a job, and not meant for those that a run has started.
-_ANNOUNCED = tuple(signum for signum, code in EXIT_CODES.items() if code == 75)
+EXIT_CODES = {signum: 75 if signum.name.startswith("SIGUSR") else 128 + signum for signum in STOP_SIGNALS}
 
 _received: signal.Signals | None = None
 _starting = False
@@ -56,16 +55,22 @@ def listen(*, starting: bool = False) -> None:
     """
     global _listener, _starting
     _listener, _starting = os.getpid(), starting
-    for signum in EXIT_CODES:
-        if signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, _handle)
+    take_back()
     if _received is not None:
         raise Stopped(_received)
 
 
+def take_back() -> None:
+    """Put the handlers in again, if this process listens and others were put in their place."""
+    if os.getpid() == _listener:
+        for signum in STOP_SIGNALS:
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                signal.signal(signum, _handle)
+
+
 def ignore() -> None:
     """Let go of the signals: the process is about to end, and another one changes nothing."""
-    for signum in EXIT_CODES:
+    for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 
 
@@ -98,8 +103,9 @@ def deferred() -> Iterator[None]:
 def _handle(signum: int, frame: FrameType | None) -> None:
     global _received  # noqa: PLW0603
     if os.getpid() != _listener:
-        # Forked from the listener, and not yet, or never, told what to do: as any process would.
-        if signum not in _ANNOUNCED:
+        # Forked from the listener, and not yet, or never, told what to do: as any process would. What a scheduler
+        # announces to every process of a job is not meant for it.
+        if EXIT_CODES[signal.Signals(signum)] != 75:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         return
@@ -124,58 +130,3 @@ def _speaks() -> bool:
     """Whether this is the process that talks to the user; known from what launchers set."""
     ranks = (os.environ.get(name, "0") for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
     return all(rank == "0" for rank in ranks)
-
-
-@contextmanager
-def held() -> Iterator[None]:
-    """Keep the signals waiting, for this process and for those it starts, until the end of the block.
-
-    A process started meanwhile inherits that and lets them in with `shield_worker`: there is no moment in which a
-    signal to all processes of a job would kill it.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    from multiprocessing import resource_tracker  # noqa: PLC0415  (`train.py` listens sooner without)
-
-    resource_tracker.ensure_running()  # when it is started it lets signals in that were to wait
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def shield_worker() -> None:
-    """Make a data worker deaf to what is meant for its parent, which needs it up to the next step.
-
-    The parent ends it with SIGKILL; so does the end of the parent.
-    """
-    end_with_parent()
-    for signum in EXIT_CODES:
-        signal.signal(signum, signal.SIG_IGN)
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        return
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)
-
-
-def end_with_parent() -> None:
-    """Make this process end when the one that wants its work does, however that ends.
-
-    torch's data workers go by the number of the process they were forked from; by a fork server that is not the parent.
-    A rank that its launcher leaves behind would wait half an hour for the others.
-    """
-    import multiprocessing  # noqa: PLC0415
-    import threading  # noqa: PLC0415
-    import time  # noqa: PLC0415
-
-    parent, parent_pid = multiprocessing.parent_process(), os.getppid()
-
-    def wait() -> None:
-        if parent is not None:
-            parent.join()
-        while parent is None and os.getppid() == parent_pid:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()

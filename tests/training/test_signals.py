@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-LISTEN = "import os, signal, sys, time\nfrom fmcib_ssl import signals\nsignals.listen()\n"
+LISTEN = "import os, signal, sys, time\nfrom fmcib_ssl.training import signals\nsignals.listen()\n"
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
@@ -52,6 +52,12 @@ def test_a_second_ctrl_c_interrupts() -> None:
 def test_one_before_training_counts() -> None:
     """It came where an exception could not be raised."""
     result = run("signals._received = signal.SIGTERM\nwith signals.deferred(): print('trained')")
+    assert (result.returncode, result.stdout) == (143, "stopped by SIGTERM\n")
+
+
+def test_handlers_of_others_are_taken_back() -> None:
+    """Lightning puts its own in when training begins."""
+    result = run("signal.signal(signal.SIGTERM, print)\nsignals.take_back()\nos.kill(os.getpid(), signal.SIGTERM)")
     assert (result.returncode, result.stdout) == (143, "stopped by SIGTERM\n")
 
 
@@ -110,9 +116,9 @@ def test_a_forked_child_is_no_listener(name: str, status: int) -> None:
 def test_a_worker_ends_when_its_parent_is_killed(method: str, tmp_path: Path) -> None:
     """A fork server outlives the parent as long as one of its workers does."""
     program = (
-        "import multiprocessing, os, time\nfrom fmcib_ssl import signals\n"
+        "import multiprocessing, os, time\nfrom fmcib_ssl.data.processes import shield_worker\n"
         "def work(ready):\n"
-        "    signals.shield_worker()\n"
+        "    shield_worker()\n"
         "    ready.set()\n"
         "    time.sleep(120)\n"
         "if __name__ == '__main__':\n"
@@ -131,7 +137,7 @@ def test_a_worker_ends_when_its_parent_is_killed(method: str, tmp_path: Path) ->
 
 
 def test_a_rank_ends_when_its_launcher_is_killed() -> None:
-    rank = "import time\nfrom fmcib_ssl import signals\nsignals.end_with_parent()\nprint(flush=True)\ntime.sleep(120)"
+    rank = "import time\nfrom fmcib_ssl.data.processes import end_with_parent\nend_with_parent()\nprint(flush=True)\ntime.sleep(120)"
     launcher = (
         "import os, subprocess, sys\n"
         f"rank = subprocess.Popen([sys.executable, '-c', {rank!r}], stdout=subprocess.PIPE, stderr=2)\n"
@@ -147,15 +153,15 @@ def test_a_rank_ends_when_its_launcher_is_killed() -> None:
 def test_a_worker_is_deaf_from_its_first_moment(method: str, tmp_path: Path) -> None:
     """Signals that came before it could say so wait, and then mean nothing."""
     program = (
-        "import multiprocessing, os, signal, time\nfrom fmcib_ssl import signals\n"
+        "import multiprocessing, os, signal, time\nfrom fmcib_ssl.data.processes import held, shield_worker\nfrom fmcib_ssl.training import signals\n"
         "def work():\n"
-        "    signals.shield_worker()\n"
+        "    shield_worker()\n"
         "    time.sleep(0.3)\n"
         "    raise SystemExit(5)\n"
         "if __name__ == '__main__':\n"
         "    signals.listen()\n"
         f"    worker = multiprocessing.get_context('{method}').Process(target=work)\n"
-        "    with signals.held(): worker.start()\n"
+        "    with held(): worker.start()\n"
         "    for name in ('USR1', 'USR2', 'INT', 'TERM'): os.kill(worker.pid, signal.Signals['SIG' + name])\n"
         "    worker.join(30)\n"
         "    print(worker.exitcode)\n"
