@@ -86,7 +86,7 @@ class RunLogger(Logger):
     def show(self, name: str, picture: Path) -> None:
         """Put a picture on the page; one that is not there is left out."""
 
-    def finish(self, exit_code: int) -> None:
+    def finish(self, exit_code: int = 0) -> None:
         """The run has ended."""
 
 
@@ -248,7 +248,7 @@ class TensorBoard(RunLogger):
                 logger.warning("TensorBoard does not show %s: %s", picture, error)
 
     @rank_zero_only
-    def finish(self, exit_code: int) -> None:
+    def finish(self, exit_code: int = 0) -> None:
         """Close the file."""
         self._writer.close()
 
@@ -319,7 +319,7 @@ class WeightsAndBiases(RunLogger):
                 self._give_up(error)
 
     @rank_zero_only
-    def finish(self, exit_code: int) -> None:
+    def finish(self, exit_code: int = 0) -> None:
         """Send what is left, for as long as it may take, and close the run; the next start opens it again."""
         if self._run is None:
             return

@@ -50,7 +50,7 @@ class Collapsing(nn.Module):
         self.register_buffer("left", torch.ones(()))
 
     def forward(self, views: Tensor) -> Tensor:
-        self.left *= 0.9
+        self.left = self.left * 0.9
         return self.linear(views.flatten(1)) * self.left + 1
 
 

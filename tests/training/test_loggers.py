@@ -203,9 +203,9 @@ def test_offline_with_one_id(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
         tracker = WeightsAndBiases("project", "name", tmp_path, offline=True, timeout_s=10)
         tracker.resume_from(start(tmp_path, step))
         log(tracker, range(step, step + 2))
-        assert tracker.experiment.id == "abcd1234"
+        assert tracker._run.id == "abcd1234"
         log(MetricsFile(tmp_path / "metrics.csv"), range(step, step + 2))
-        assert dict(tracker.experiment.config)["seed"] == 3
+        assert dict(tracker._run.config)["seed"] == 3
         with caplog.at_level(logging.INFO):
             tracker.finish()
     folders = list((tmp_path / "wandb").glob("offline-run-*"))

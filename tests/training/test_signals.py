@@ -137,7 +137,10 @@ def test_a_worker_ends_when_its_parent_is_killed(method: str, tmp_path: Path) ->
 
 
 def test_a_rank_ends_when_its_launcher_is_killed() -> None:
-    rank = "import time\nfrom fmcib_ssl.data.processes import end_with_parent\nend_with_parent()\nprint(flush=True)\ntime.sleep(120)"
+    rank = (
+        "import time\nfrom fmcib_ssl.data.processes import end_with_parent\n"
+        "end_with_parent()\nprint(flush=True)\ntime.sleep(120)"
+    )
     launcher = (
         "import os, subprocess, sys\n"
         f"rank = subprocess.Popen([sys.executable, '-c', {rank!r}], stdout=subprocess.PIPE, stderr=2)\n"
@@ -153,7 +156,8 @@ def test_a_rank_ends_when_its_launcher_is_killed() -> None:
 def test_a_worker_is_deaf_from_its_first_moment(method: str, tmp_path: Path) -> None:
     """Signals that came before it could say so wait, and then mean nothing."""
     program = (
-        "import multiprocessing, os, signal, time\nfrom fmcib_ssl.data.processes import held, shield_worker\nfrom fmcib_ssl.training import signals\n"
+        "import multiprocessing, os, signal, time\nfrom fmcib_ssl.data.processes import held, shield_worker\n"
+        "from fmcib_ssl.training import signals\n"
         "def work():\n"
         "    shield_worker()\n"
         "    time.sleep(0.3)\n"
