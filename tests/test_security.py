@@ -96,7 +96,7 @@ TRUSTED = [
     "fmcib_ssl.models.encoders.small_resnet",
     "fmcib_ssl.models.heads.ProjectionHead",
     "fmcib_ssl.training.optimizers.adamw",
-    "fmcib_ssl.training.schedules.warmup_cosine",
+    "fmcib_ssl.training.optimizers.warmup_cosine",
     "torch.nn.Linear",
     "torch.optim.AdamW",
     "torch.optim.lr_scheduler.CosineAnnealingLR",

@@ -29,7 +29,6 @@ OWN_PARTS = (
     "fmcib_ssl.models.swav",
     "fmcib_ssl.models.vicreg",
     "fmcib_ssl.training.optimizers",
-    "fmcib_ssl.training.schedules",
 )
 #: Modules of torch whose public classes may be built; none of them opens a file.
 TORCH_PARTS = ("torch.nn.modules", "torch.optim")
