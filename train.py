@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
 from fmcib_ssl.data.processes import end_with_parent  # noqa: E402
-from fmcib_ssl.io import no_world_write  # noqa: E402
+from fmcib_ssl.io import exit_without_teardown, no_world_write  # noqa: E402
 from fmcib_ssl.training.cluster import check_machine, requeue  # noqa: E402
 from fmcib_ssl.training.config import (  # noqa: E402
     CONFIG_NAME,
@@ -86,15 +86,16 @@ def run(settings: Settings) -> float:
 
 
 if __name__ == "__main__":
-    no_world_write()
-    try:
-        sys.argv[1:] = check_command_line(sys.argv[1:], CONFIG_DIR)
-        main()
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
-    except signals.Stopped as stopped:  # after training
-        sys.exit(stopped.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(signals.EXIT_CODES[SIGINT])
-    finally:
-        signals.ignore()
+    with exit_without_teardown():
+        no_world_write()
+        try:
+            sys.argv[1:] = check_command_line(sys.argv[1:], CONFIG_DIR)
+            main()
+        except ConfigError as error:
+            sys.exit(f"error: {error}")
+        except signals.Stopped as stopped:  # after training
+            sys.exit(stopped.exit_code)
+        except KeyboardInterrupt:
+            sys.exit(signals.EXIT_CODES[SIGINT])
+        finally:
+            signals.ignore()

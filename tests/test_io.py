@@ -12,7 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from fmcib_ssl.io import atomic_write, remove_leftovers, write_atomically
+from fmcib_ssl.io import (
+    atomic_write,
+    read_sealed_json,
+    remove_leftovers,
+    write_atomically,
+    write_sealed_json,
+)
 
 
 def test_written_read_and_written_again(tmp_path: Path) -> None:
@@ -40,6 +46,21 @@ def test_an_error_keeps_what_was_there(error: type[BaseException], tmp_path: Pat
         file.write(b"new")
         raise error
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a", b"old")]
+
+
+def test_no_flipped_bit_of_a_sealed_file_is_read(tmp_path: Path) -> None:
+    """Every bit of it, so also those of the word "digest"."""
+    path, values = tmp_path / "a.json", {"sizes": {"b2nd": 251979}, "complete": True}
+    write_sealed_json(path, values)
+    content = path.read_bytes()
+    for bit in range(8 * len(content)):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            assert read_sealed_json(path) == values, bit  # where a blank became a line's end
+        except ValueError:
+            continue
 
 
 @pytest.mark.parametrize("size", [10, 100_000])
@@ -82,3 +103,22 @@ def test_a_killed_process_leaves_a_leftover_that_can_be_removed(tmp_path: Path) 
     write_atomically(path, b"newer")
     remove_leftovers(tmp_path)
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a", b"newer")]
+
+
+@pytest.mark.parametrize(
+    ("last", "code"),
+    [("", 0), ("sys.exit()", 0), ("sys.exit(75)", 75), ("sys.exit('error')", 1), ("raise ValueError('error')", 1)],
+)
+def test_a_process_exits_as_without_the_shortcut(last: str, code: int) -> None:
+    """Code, output and functions registered with `atexit` are Python's own; modules are not taken down."""
+    script = (
+        "import atexit, sys\nfrom fmcib_ssl.io import exit_without_teardown\n"
+        "class Module:\n    def __del__(self): print('taken down', flush=True)\n"
+        "with exit_without_teardown():\n"
+        "    atexit.register(print, 'registered')\n    sys.modules['module'] = Module()\n    print('done')\n    "
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script + (last or "pass")], check=False, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (code, "done\nregistered\n")
+    assert ("error" in done.stderr) == ("error" in last)
