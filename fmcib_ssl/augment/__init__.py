@@ -1,19 +1,11 @@
-"""Views of patches: batch by batch on any device, or one by one with MONAI's transforms."""
+"""Views of patches: random transforms of whole batches, on any device; MONAI's are applied patch by patch."""
 
-from fmcib_ssl.augment.batched import BatchedPublishedViews, BatchedViews
+from fmcib_ssl.augment.context import RandomSurroundings
 from fmcib_ssl.augment.geometry import RandomGeometry
-from fmcib_ssl.augment.intensity import (
-    RandomCutout,
-    RandomGamma,
-    RandomHistogramShift,
-    RandomNoise,
-    RandomScaleShift,
-    VoxelTransform,
-)
-from fmcib_ssl.augment.published import MonaiViews, PublishedViews, RandResizedCrop
+from fmcib_ssl.augment.intensity import RandomCutout, RandomGamma, RandomHistogramShift, RandomNoise, RandomScaleShift
+from fmcib_ssl.augment.recipes import BatchedPublishedViews, MonaiViews, PublishedViews, RandResizedCrop
 from fmcib_ssl.augment.resolution import RandomGaussianSmooth, RandomLowResolution, RandomSliceThickness
-from fmcib_ssl.augment.surroundings import RandomSurroundings
-from fmcib_ssl.augment.transform import BatchedTransform
+from fmcib_ssl.augment.views import BatchedTransform, BatchedViews, VoxelTransform
 
 __all__ = [
     "BatchedPublishedViews",

@@ -1,22 +1,20 @@
-"""Everything that moves voxels, composed into one resampling."""
+"""Everything that moves voxels, composed into one resampling: small matrices along the axes, or a general warp."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from fmcib_ssl.augment.axis_maps import AxisMaps, reading_matrix, resize_positions
 from fmcib_ssl.augment.streams import derived_seeds, uniforms
-from fmcib_ssl.augment.transform import BatchedTransform, Size, chosen, in_range, interval, size_of, within
-from fmcib_ssl.augment.warp import warp
-from fmcib_ssl.augment.work import Box, Linear, Pointwise, Step
+from fmcib_ssl.augment.views import BatchedTransform, Part, Size, chosen, in_range, interval, size_of, within
 from fmcib_ssl.types import PADDING_HU
 
 #: Spans of the elastic field along each axis; a cubic B-spline has three more control points.
@@ -160,54 +158,39 @@ class RandomGeometry(BatchedTransform[GeometryParams]):
             warped=rotated | bent,
         )
 
-    def steps(self, params: GeometryParams, size_zyx: Size, device: torch.device) -> Sequence[Step]:
-        """Turn by right angles; then a map along the axes, or a warp."""
-        steps: list[Step] = []
-        every = list(range(len(params.active)))
-        for axes in itertools.permutations(range(3)):
-            turned = (params.axes == torch.tensor(axes)).all(1).nonzero()[:, 0].tolist()
-            if axes != (0, 1, 2) and turned:
-                steps.append(Pointwise(turned, partial(_turn, axes=axes)))
-        plain = (~params.warped).nonzero()[:, 0].tolist()
-        warped = params.warped.nonzero()[:, 0].tolist()
-        if warped and self.size_after(size_zyx) != size_zyx:
-            # Images of one size go in and out of a step: maps along the axes cannot be put off here.
-            return [*steps, Pointwise(every, lambda images, which: self._resample(images, chosen(params, which)))]
-        if plain:
-            own = chosen(params, plain)
-            steps.append(Linear(plain, self._maps(own, size_zyx, device), self._boxes_read(own, size_zyx)))
-        if warped:
-            maps = self._affine(chosen(params, warped), size_zyx)
-            steps.append(Pointwise(warped, lambda images, which: self._warp(images, *(own[which] for own in maps))))
-        return steps
+    def parts(self, params: GeometryParams, size_zyx: Size, device: torch.device) -> Sequence[Part]:
+        """Images that are mapped along their axes, and those that are warped."""
+        found = []
+        rows = (~params.warped).nonzero()[:, 0]
+        if len(rows):
+            plain = chosen(params, rows)
+            matrices = self._matrices(chosen(plain, slice(None), device), size_zyx)
+            found.append(
+                Part(
+                    rows.tolist(),
+                    lambda images, which: self._map(images, chosen(plain, which), [m[which] for m in matrices]),
+                )
+            )
+        rows = params.warped.nonzero()[:, 0]
+        if len(rows):
+            axes = params.axes[rows]
+            affine = self._affine(chosen(params, rows), size_zyx)
+            size_out, outside_hu = self.size_after(size_zyx), self.outside_hu
+            found.append(
+                Part(
+                    rows.tolist(),
+                    lambda images, which: warp(
+                        _turned(images, axes[which]), *(a[which] for a in affine),
+                        size_zyx=size_out, outside_hu=outside_hu,
+                    ),
+                )
+            )  # fmt: skip
+        return found
 
-    def _resample(self, images: Tensor, params: GeometryParams) -> Tensor:
-        """Turned images to views, some by maps along the axes and some warped."""
-        size = size_of(images)
-        found = images.new_empty((len(images), 1, *self.size_after(size)))
-        plain, warped = (~params.warped).nonzero()[:, 0], params.warped.nonzero()[:, 0]
-        rows = plain.to(images.device, non_blocking=True)
-        if len(plain):
-            found.index_copy_(0, rows, self._maps(chosen(params, plain), size, images.device)(images[rows]))
-        rows = warped.to(images.device, non_blocking=True)
-        return found.index_copy_(0, rows, self._warp(images[rows], *self._affine(chosen(params, warped), size)))
-
-    def _boxes_read(self, params: GeometryParams, size_zyx: Size) -> list[Box]:
-        """The part of each turned image that its map along the axes reads."""
-        num_out = torch.tensor(self.size_after(size_zyx))
-        first, end = params.box_start, params.box_start + params.box_size
-        reach = (num_out - 1) / 2 * params.box_size / num_out / params.zoom
-        middle = first + (params.box_size - 1) / 2
-        low, high = (middle - reach).floor().long().clamp_min(0), (middle + reach).floor().long() + 2
-        zoomed = params.zoomed[:, None]
-        low = torch.where(zoomed, low, torch.maximum(low, first))
-        high = torch.minimum(high, torch.where(zoomed, torch.tensor(size_zyx), end))
-        ends = torch.stack([low, high], dim=2).tolist()
-        return [((z[0], z[1]), (y[0], y[1]), (x[0], x[1])) for z, y, x in ends]
-
-    def _maps(self, params: GeometryParams, size_zyx: Size, device: torch.device) -> AxisMaps:
-        own = chosen(params, slice(None), device)
+    def _matrices(self, own: GeometryParams, size_zyx: Size) -> list[Float[Tensor, "m out size"]]:
+        """What each voxel of a view reads along z, y, x of the turned patch."""
         matrices = []
+        zoomed = own.zoomed[:, None]
         for axis, (size, num_out) in enumerate(zip(size_zyx, self.size_after(size_zyx), strict=True)):
             start, length, zoom = own.box_start[:, axis, None], own.box_size[:, axis, None], own.zoom[:, axis, None]
             position = resize_positions(num_out, start[:, 0], length[:, 0])
@@ -216,10 +199,21 @@ class RandomGeometry(BatchedTransform[GeometryParams]):
             position = torch.where(own.flip[:, axis, None], position.flip(1), position)
             in_box = torch.minimum(torch.maximum(position, start), start + length - 1)
             free = position if self.outside_hu is not None else position.clamp(0, size - 1)
-            matrices.append(reading_matrix(torch.where(own.zoomed[:, None], free, in_box), size))
-        z, y, x = matrices
-        # Where no view reads outside, there is nothing to take into account.
-        return AxisMaps((z, y, x), self.outside_hu if params.zoomed.any() else None)
+            matrices.append(reading_matrix(torch.where(zoomed, free, in_box), size))
+        return matrices
+
+    def _map(self, images: Tensor, own: GeometryParams, matrices: Sequence[Tensor]) -> Tensor:
+        """Turn images and map them along their axes; what lies outside their boxes is not touched."""
+        images = _turned(images, own.axes)
+        middle, reach = own.box_start + (own.box_size - 1) / 2, own.box_size / 2 / own.zoom
+        low = (middle - reach).floor().long().amin(0).clamp_min(0).tolist()
+        high = ((middle + reach).floor().long().amax(0) + 2).tolist()  # a slice ends at the edge by itself
+        z, y, x = (slice(*ends) for ends in zip(low, high, strict=True))
+        images = images[:, :, z, y, x]
+        matrices = [matrix[:, :, part] for matrix, part in zip(matrices, (z, y, x), strict=True)]
+        if self.outside_hu is None or not own.zoomed.any():
+            return along_axes(images, matrices)
+        return along_axes(images - self.outside_hu, matrices).add_(self.outside_hu)
 
     def _affine(self, params: GeometryParams, size_zyx: Size) -> tuple[Tensor, Tensor, Tensor]:
         """What `warp` wants to know of turned images: matrix, middle, elastic field."""
@@ -227,13 +221,16 @@ class RandomGeometry(BatchedTransform[GeometryParams]):
         middle = params.box_start + (params.box_size - 1) / 2
         return rotation_matrices(params.angle) * step[:, None], middle, params.elastic
 
-    def _warp(self, images: Tensor, matrix: Tensor, middle: Tensor, elastic: Tensor) -> Tensor:
-        size = self.size_after(size_of(images))
-        return warp(images, matrix, middle, elastic, size_zyx=size, outside_hu=self.outside_hu)
 
-
-def _turn(images: Tensor, _: slice, axes: Sequence[int]) -> Tensor:
-    return images.permute(0, 1, *(2 + axis for axis in axes))
+def _turned(images: Tensor, axes: Int64[Tensor, "m 3"]) -> Tensor:
+    for permutation in set(map(tuple, axes.tolist())) - {(0, 1, 2)}:
+        rows = (axes == torch.tensor(permutation)).all(1).nonzero()[:, 0]
+        order = (0, 1, *(2 + axis for axis in permutation))
+        if len(rows) == len(images):
+            return images.permute(order)
+        index = rows.to(images.device, non_blocking=True)
+        images[index] = images[index].permute(order)
+    return images
 
 
 @cache
@@ -261,3 +258,140 @@ def rotation_matrices(angle: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3 3"]:
         one[:, a, b], one[:, b, a] = -sine, sine
         found = one @ found
     return found
+
+
+def warp(
+    images: Float[Tensor, "m 1 z y x"],
+    matrix: Float[Tensor, "m 3 3"],
+    middle: Float[Tensor, "m 3"],
+    elastic: Float[Tensor, "m 3 c c c"],
+    *,
+    size_zyx: Size,
+    outside_hu: float | None,
+) -> Float[Tensor, "m 1 z_out y_out x_out"]:
+    """Read output voxel `o` at `middle + matrix @ (o - middle of the output + elastic field at o)`.
+
+    Args:
+        images: HU.
+        matrix: output to input voxels; rows and columns are z, y, x. On the CPU, as `middle` and `elastic`.
+        middle: input voxel that the middle of the output is read at.
+        elastic: control points of a cubic B-spline over the output, shift along z, y, x in output voxels. The field
+            at a place is their mean, weighted with the B-spline.
+        size_zyx: voxels of the output.
+        outside_hu: what lies outside; None for the nearest voxel.
+    """
+    if outside_hu is not None:
+        # One voxel of it on every side; what is read further out is the nearest voxel of that.
+        images, middle = F.pad(images, (1,) * 6, value=outside_hu), middle + 1
+    read = by_grid_sample if images.is_cuda else by_gathering
+    return read(images, matrix, middle, elastic, size_zyx)
+
+
+def by_grid_sample(images: Tensor, matrix: Tensor, middle: Tensor, elastic: Tensor, size_zyx: Size) -> Tensor:
+    """Read with torch's own kernel: fast on a GPU, and not on a CPU, where it takes voxel after voxel."""
+    # Its places: -1 to 1 over the image from edge to edge, in the order x, y, z.
+    edges = torch.tensor(images.shape[-3:])
+    matrix, middle = (matrix * (2 / edges)[:, None]).flip(1), ((2 * middle + 1) / edges - 1).flip(1)
+    grid = _places(matrix, middle, elastic, size_zyx, images.device).permute(0, 2, 3, 4, 1)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def by_gathering(images: Tensor, matrix: Tensor, middle: Tensor, elastic: Tensor, size_zyx: Size) -> Tensor:
+    """Read the eight neighbours of all places, one neighbour after the other: the same to rounding."""
+    size, num = size_of(images), len(images)
+    place = _places(matrix, middle, elastic, size_zyx, images.device)
+    for axis, edge in enumerate(size):
+        place[:, axis].clamp_(0, edge - 1)
+    corner = place.floor()
+    for axis, edge in enumerate(size):
+        corner[:, axis].clamp_max_(max(edge - 2, 0))
+    z, y, x = place.sub_(corner).unbind(1)
+    index = torch.int32 if images.numel() < 2**31 else torch.int64
+    corner = corner.to(index)
+    origin = torch.arange(0, images.numel(), size[0] * size[1] * size[2], dtype=index, device=images.device)
+    at = corner[:, 0].mul_(size[1]).add_(corner[:, 1]).mul_(size[2]).add_(corner[:, 2]).add_(origin.view(-1, 1, 1, 1))
+    at, voxels = at.flatten(), images.flatten()
+    # To the next voxel of an axis; where there is none, the weight of the next is zero.
+    along_z, along_y, along_x = size[1] * size[2] * (size[0] > 1), size[2] * (size[1] > 1), int(size[2] > 1)
+
+    def line(offset: int) -> Tensor:
+        first, second = (voxels[offset + step :].index_select(0, at).view(num, *size_zyx) for step in (0, along_x))
+        return first.lerp_(second, x)
+
+    def plane(offset: int) -> Tensor:
+        return line(offset).lerp_(line(offset + along_y), y)
+
+    return plane(0).lerp_(plane(along_z), z)[:, None]
+
+
+def _places(
+    matrix: Tensor, middle: Tensor, elastic: Tensor, size_zyx: Size, device: torch.device
+) -> Float[Tensor, "m 3 z_out y_out x_out"]:
+    """Where each voxel of the output is read, in the rows of `matrix`."""
+    control = None
+    if elastic.any():
+        # The field is linear in its control points, so those are mapped, and not the field.
+        control = torch.einsum("mij,mjzyx->mizyx", matrix, elastic).flatten(0, 1)[:, None].to(device, non_blocking=True)
+    matrix, middle = matrix.to(device, non_blocking=True), middle.to(device, non_blocking=True)
+    lines = [torch.arange(n, device=device) - (n - 1) / 2 for n in size_zyx]
+    z, y, x = (matrix[:, :, axis, None] * line for axis, line in enumerate(lines))
+    z = (z + middle[..., None])[..., None, None]
+    plane = y[:, :, None, :, None] + x[:, :, None, None, :]
+    if control is None:
+        return z + plane
+    z_map, y_map, x_map = (b_spline_matrix(n, elastic.shape[-1], device).expand(len(control), -1, -1) for n in size_zyx)
+    return along_axes(control, (z_map, y_map, x_map)).view(len(matrix), 3, *size_zyx).add_(z).add_(plane)
+
+
+def b_spline_matrix(num_out: int, num_points: int, device: torch.device) -> Float[Tensor, "1 out points"]:
+    """What each control point of a uniform cubic B-spline has to say at each of `num_out` voxels.
+
+    The `num_points - 3` spans cover the voxels from edge to edge.
+    """
+    place = (torch.arange(num_out, device=device) + 0.5) * ((num_points - 3) / num_out)
+    distance = (place[:, None] + 1 - torch.arange(num_points, device=device)).abs()
+    near = 2 / 3 - distance**2 + distance**3 / 2
+    far = (2 - distance).clamp_min(0) ** 3 / 6
+    return torch.where(distance < 1, near, far)[None]
+
+
+def along_axes(
+    images: Float[Tensor, "m 1 z y x"], matrices: Sequence[Tensor | None]
+) -> Float[Tensor, "m 1 z_out y_out x_out"]:
+    """Multiply each image with a matrix of its own along z, y and x.
+
+    Args:
+        images: HU.
+        matrices: `(m, out, in)` for z, y, x; None leaves an axis as it is.
+    """
+    values = images[:, 0]
+    # Each pass contracts the last axis and puts what it makes first: after three of them z, y, x is back.
+    for matrix in reversed(matrices):
+        num, a, b, c = values.shape
+        rows = values.reshape(num, a * b, c).mT
+        values = (rows if matrix is None else torch.bmm(matrix, rows)).reshape(num, -1, a, b)
+    return values[:, None]
+
+
+def reading_matrix(positions: Float[Tensor, "m out"], size: int) -> Float[Tensor, "m out size"]:
+    """Linear interpolation at given places of a line of `size` voxels; nothing is read outside.
+
+    Args:
+        positions: in voxels, 0 at the centre of the first.
+        size: voxels of the line.
+    """
+    voxels = torch.arange(size, device=positions.device)
+    return (positions[..., None] - voxels).abs_().neg_().add_(1).clamp_min_(0)
+
+
+def resize_positions(num_out: int, start: Tensor, length: Tensor) -> Float[Tensor, "m out"]:
+    """Where the voxels of a resized box lie in the whole line, by their centres (`align_corners=False`).
+
+    Args:
+        num_out: voxels of the result.
+        start: `(m,)`, the box's first voxel.
+        length: `(m,)`, its voxels.
+    """
+    out = torch.arange(num_out, device=start.device, dtype=torch.float32)
+    step = (length.float() / num_out)[:, None]
+    return start.float()[:, None] + (out + 0.5) * step - 0.5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,26 +10,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from fmcib_ssl.augment.streams import derived_seeds, normals
-from fmcib_ssl.augment.transform import BatchedTransform, P, Size, active_rows, chosen, interval, within
-from fmcib_ssl.augment.work import Pointwise, Step
-
-
-class VoxelTransform(BatchedTransform[P]):
-    """A transform that sees the voxels of whole views: a subclass says what is drawn, and what is done with it."""
-
-    def steps(self, params: P, size_zyx: Size, device: torch.device) -> Sequence[Step]:
-        """One step."""
-        own, rows = active_rows(params, device)
-        return [Pointwise(rows, lambda images, which: self.change(images, chosen(own, which)))]
-
-    @abstractmethod
-    def change(self, images: Float[Tensor, "m 1 z y x"], own: P) -> Float[Tensor, "m 1 z y x"]:
-        """Change images in HU as their parameters say.
-
-        Args:
-            images: those that are changed; may be written to.
-            own: their parameters, on the same device.
-        """
+from fmcib_ssl.augment.views import Size, VoxelTransform, interval, within
 
 
 class HistogramShiftParams(NamedTuple):
@@ -89,8 +69,8 @@ class RandomHistogramShift(VoxelTransform[HistogramShiftParams]):
         if len(images) > 1:
             piece += row.to(torch.int32).view(shape)
         piece = piece.flatten()
-        found = slope.index_select(0, piece).view(images.shape)
-        return found.mul_(images).add_(offset.index_select(0, piece).view(images.shape))
+        mapped = slope.index_select(0, piece).view(images.shape)
+        return mapped.mul_(images).add_(offset.index_select(0, piece).view(images.shape))
 
 
 class GammaParams(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -10,11 +11,31 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from fmcib_ssl.augment.axis_maps import AxisMaps, reading_matrix, resize_positions
-from fmcib_ssl.augment.transform import BatchedTransform, Size, active_rows, interval, within
-from fmcib_ssl.augment.work import Linear, Step
+from fmcib_ssl.augment.geometry import along_axes, reading_matrix, resize_positions
+from fmcib_ssl.augment.views import BatchedTransform, P, Part, Size, active_rows, interval, within
 
 Padding = Literal["border", "zeros"]
+
+
+class AxisTransform(BatchedTransform[P]):
+    """A linear transform along the axes: a subclass says what is drawn, and the matrices that follow from it."""
+
+    def parts(self, params: P, size_zyx: Size, device: torch.device) -> Sequence[Part]:
+        """The images that are active; the matrices of all are made at once."""
+        own, rows = active_rows(params, device)
+        if not rows:
+            return []
+        matrices = self.matrices(own, size_zyx)
+        return [Part(rows, lambda images, which: along_axes(images, [m if m is None else m[which] for m in matrices]))]
+
+    @abstractmethod
+    def matrices(self, own: P, size_zyx: Size) -> Sequence[Float[Tensor, "m size size"] | None]:
+        """A matrix for each image along z, y, x; None leaves an axis as it is.
+
+        Args:
+            own: parameters of the images that are changed, on their device.
+            size_zyx: voxels of the images.
+        """
 
 
 class SmoothParams(NamedTuple):
@@ -24,7 +45,7 @@ class SmoothParams(NamedTuple):
     sigma_zyx: Float[Tensor, "n 3"]  # voxels
 
 
-class RandomGaussianSmooth(BatchedTransform[SmoothParams]):
+class RandomGaussianSmooth(AxisTransform[SmoothParams]):
     """Gaussian smoothing with a width of its own for each axis.
 
     A voxel of the kernel holds the integral of the normal density over it, up to 4 sigma, as in MONAI.
@@ -51,17 +72,12 @@ class RandomGaussianSmooth(BatchedTransform[SmoothParams]):
         active, drawn = self._draw(seeds, 3)
         return SmoothParams(active, within(drawn, self.sigma))
 
-    def steps(self, params: SmoothParams, size_zyx: Size, device: torch.device) -> Sequence[Step]:
-        """One map."""
-        own, rows = active_rows(params, device)
-        if not rows:
-            return []
-        reach = int(max(4 * float(params.sigma_zyx[rows].max()), 0.5) + 0.5)  # of the widest kernel
-        sigma = own.sigma_zyx
-        z, y, x = (self._matrix(sigma[:, axis], size, reach) for axis, size in enumerate(size_zyx))
-        return [Linear(rows, AxisMaps((z, y, x), 0.0 if self.padding == "zeros" else None))]
+    def matrices(self, own: SmoothParams, size_zyx: Size) -> Sequence[Tensor]:
+        """Rows of kernels."""
+        return [self._matrix(own.sigma_zyx[:, axis], size) for axis, size in enumerate(size_zyx)]
 
-    def _matrix(self, sigma: Tensor, size: int, reach: int) -> Float[Tensor, "m size size"]:
+    def _matrix(self, sigma: Tensor, size: int) -> Float[Tensor, "m size size"]:
+        reach = int(max(4 * self.sigma[1], 0.5) + 0.5)  # of the widest kernel
         # MONAI's: the kernel of this sigma ends earlier, at a whole number of voxels.
         ends = ((4 * sigma).clamp_min(0.5) + 0.5).floor()[:, None]
         offset = torch.arange(-reach, reach + 1, device=sigma.device, dtype=torch.float32)
@@ -86,7 +102,7 @@ class LowResolutionParams(NamedTuple):
     zoom: Float[Tensor, " n"]
 
 
-class RandomLowResolution(BatchedTransform[LowResolutionParams]):
+class RandomLowResolution(AxisTransform[LowResolutionParams]):
     """Lower resolution: nearest voxels of a coarser grid, resized back trilinearly, as in nnU-Net and MONAI.
 
     Args:
@@ -108,11 +124,9 @@ class RandomLowResolution(BatchedTransform[LowResolutionParams]):
         active, drawn = self._draw(seeds, 1)
         return LowResolutionParams(active, within(drawn[:, 0], self.zoom))
 
-    def steps(self, params: LowResolutionParams, size_zyx: Size, device: torch.device) -> Sequence[Step]:
-        """One map."""
-        own, rows = active_rows(params, device)
-        z, y, x = (self._matrix(own.zoom, size) for size in size_zyx)
-        return [Linear(rows, AxisMaps((z, y, x)))]
+    def matrices(self, own: LowResolutionParams, size_zyx: Size) -> Sequence[Tensor]:
+        """To the coarser grid and back."""
+        return [self._matrix(own.zoom, size) for size in size_zyx]
 
     @staticmethod
     def _matrix(zoom: Tensor, size: int) -> Float[Tensor, "m size size"]:
@@ -134,7 +148,7 @@ class SliceThicknessParams(NamedTuple):
     phase: Float[Tensor, " n"]  # of the first slice, 0 to 1
 
 
-class RandomSliceThickness(BatchedTransform[SliceThicknessParams]):
+class RandomSliceThickness(AxisTransform[SliceThicknessParams]):
     """Thick slices along z: means over slabs next to each other, read linearly on the fine grid again.
 
     Where the slabs lie is drawn too. A slab that sticks out is the mean of its inside.
@@ -156,15 +170,12 @@ class RandomSliceThickness(BatchedTransform[SliceThicknessParams]):
         active, drawn = self._draw(seeds, 2)
         return SliceThicknessParams(active, within(drawn[:, 0], self.thickness), drawn[:, 1].float())
 
-    def steps(self, params: SliceThicknessParams, size_zyx: Size, device: torch.device) -> Sequence[Step]:
-        """One map along z."""
-        own, rows = active_rows(params, device)
-        if not rows:
-            return []
-        size = size_zyx[0]
+    def matrices(self, own: SliceThicknessParams, size_zyx: Size) -> Sequence[Tensor | None]:
+        """To slices and back, along z."""
+        size, device = size_zyx[0], own.thickness.device
         thickness, phase = own.thickness[:, None], own.phase[:, None]
         # Slab k covers [(k - phase) * thickness, (k + 1 - phase) * thickness) of [0, size), whole or in part.
-        num_slabs = int(size / float(params.thickness[rows].min())) + 2
+        num_slabs = int(size / self.thickness[0]) + 2
         low = (torch.arange(num_slabs, device=device) - phase) * thickness
         voxel = torch.arange(size, device=device)
         covered = torch.minimum(low[..., None] + thickness[..., None], voxel + 1.0) - torch.maximum(
@@ -177,5 +188,4 @@ class RandomSliceThickness(BatchedTransform[SliceThicknessParams]):
         last = (covered.sum(2) > 1e-3).float().cumsum(1).argmax(1, keepdim=True)
         first = (covered.sum(2) <= 1e-3)[:, :1].long()
         position = torch.minimum(position.clamp_min(0), last.float()).maximum(first.float())
-        matrix = torch.bmm(reading_matrix(position, num_slabs), means)
-        return [Linear(rows, AxisMaps((matrix, None, None)))]
+        return [torch.bmm(reading_matrix(position, num_slabs), means), None, None]

@@ -16,9 +16,15 @@ from scipy.interpolate import BSpline
 from torch import Tensor
 
 from fmcib_ssl.augment import RandomGeometry
-from fmcib_ssl.augment.geometry import ELASTIC_SPANS, GeometryParams, right_angles, rotation_matrices
-from fmcib_ssl.augment.transform import chosen
-from fmcib_ssl.augment.warp import by_gathering, by_grid_sample
+from fmcib_ssl.augment.geometry import (
+    ELASTIC_SPANS,
+    GeometryParams,
+    by_gathering,
+    by_grid_sample,
+    right_angles,
+    rotation_matrices,
+)
+from fmcib_ssl.augment.views import chosen
 
 CUBE, FLAT = (14, 14, 14), (10, 14, 12)
 ALL = {"rotate90_prob": 0.5, "rotate_prob": 0.4, "zoom_prob": 0.5, "elastic_prob": 0.4, "flip": "each_axis"}

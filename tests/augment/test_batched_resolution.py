@@ -13,7 +13,7 @@ from monai.transforms import GaussianSmooth, RandSimulateLowResolution
 from torch import Tensor
 
 from fmcib_ssl.augment import RandomGaussianSmooth, RandomLowResolution, RandomSliceThickness
-from fmcib_ssl.augment.axis_maps import AxisMaps
+from fmcib_ssl.augment.geometry import along_axes
 from fmcib_ssl.augment.resolution import LowResolutionParams, SliceThicknessParams
 
 SIZE = (10, 17, 13)
@@ -87,23 +87,15 @@ def test_slices_of_one_voxel_change_nothing_and_a_uniform_patch_stays() -> None:
     params = SliceThicknessParams(torch.tensor([True, True]), torch.tensor([1.0, 4.5]), torch.tensor([0.0, 0.3]))
     patches = patches_hu(2, SIZE).float()
     patches[1] = 77.0
-    torch.testing.assert_close(RandomSliceThickness(1.0).apply(patches, params), patches, atol=1e-2, rtol=0)
+    torch.testing.assert_close(RandomSliceThickness(1.0, (1.0, 5.0)).apply(patches, params), patches, atol=1e-2, rtol=0)
 
 
-def test_joined_maps_are_one_after_the_other() -> None:
+def test_matrices_act_along_their_axes() -> None:
     drawn = torch.Generator().manual_seed(0)
-    first = AxisMaps((torch.rand(3, 4, 5, generator=drawn), None, torch.rand(3, 7, 6, generator=drawn)))
-    second = AxisMaps((None, torch.rand(3, 5, 5, generator=drawn), torch.rand(3, 3, 7, generator=drawn)), -1000.0)
+    along_z, along_x = torch.rand(3, 4, 5, generator=drawn), torch.rand(3, 7, 6, generator=drawn)
     images = torch.rand(3, 1, 5, 5, 6, generator=drawn) * 1000
-    expected = torch.einsum("nai,nck,nmijk->nmajc", first.zyx[0], first.zyx[2], images)
-    torch.testing.assert_close(first(images), expected)
-    # Only where the first map keeps constants is a shift of the intensities the same before as after it.
-    constant = [m / m.sum(2, keepdim=True) for m in first.zyx if m is not None]
-    first = AxisMaps((constant[0], None, constant[1]))
-    joined = second.after(first)
-    assert joined is not None
-    torch.testing.assert_close(joined(images), second(first(images)), atol=0.05, rtol=1e-4)
-    assert AxisMaps(first.zyx, 0.0).after(second) is None  # two different outsides
+    expected = torch.einsum("nai,nck,nmijk->nmajc", along_z, along_x, images)
+    torch.testing.assert_close(along_axes(images, (along_z, None, along_x)), expected)
 
 
 @pytest.mark.parametrize(

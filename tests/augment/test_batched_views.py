@@ -17,7 +17,7 @@ from monai.transforms import Flip, GaussianSmooth, RandHistogramShift
 from omegaconf import OmegaConf
 from torch import Tensor
 
-import fmcib_ssl.augment.batched as module
+import fmcib_ssl.augment.views as module
 from fmcib_ssl.augment import BatchedPublishedViews, BatchedViews
 from fmcib_ssl.types import Preprocessing
 

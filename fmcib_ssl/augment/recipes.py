@@ -1,14 +1,15 @@
-"""Views as the published CT foundation model was trained on, and any other list of MONAI transforms."""
+"""Whole recipes: views as the published CT foundation model was trained on, and any list of MONAI transforms."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Int64
 from monai.data.meta_obj import get_track_meta, set_track_meta
 from monai.transforms import (
     Compose,
@@ -19,6 +20,11 @@ from monai.transforms import (
     Transform,
 )
 from torch import Tensor
+
+from fmcib_ssl.augment.geometry import RandomGeometry
+from fmcib_ssl.augment.intensity import RandomHistogramShift
+from fmcib_ssl.augment.resolution import RandomGaussianSmooth
+from fmcib_ssl.augment.views import BatchedTransform, BatchedViews, Part, Size
 
 
 @contextmanager
@@ -32,8 +38,15 @@ def _plain_tensors() -> Iterator[None]:
         set_track_meta(before)
 
 
-class MonaiViews:
-    """Makes views with a list of MONAI transforms, each view a function of its seed alone.
+class MonaiParams(NamedTuple):
+    """Drawn by `MonaiViews`: all else is drawn by MONAI."""
+
+    active: Bool[Tensor, " n"]
+    seed: Int64[Tensor, " n"]
+
+
+class MonaiViews(BatchedTransform[MonaiParams]):
+    """Makes views with a list of MONAI transforms, patch by patch.
 
     The transforms are built once and seeded again for each view. Random ones must draw from MONAI's own
     generator (`Randomizable.R`), as all of MONAI's do, and none may depend on metadata: a patch has none.
@@ -46,27 +59,32 @@ class MonaiViews:
         ValueError: `transforms` is empty.
     """
 
+    #: A device would wait for one small patch after the other: many workers are faster.
+    patch_by_patch = True
+
     def __init__(self, transforms: Sequence[Callable[[Tensor], Tensor]]) -> None:
+        super().__init__(1.0)
         if not transforms:
             raise ValueError("no transforms: the views of a patch would all be the same; give at least one.")
         self._compose = Compose(list(transforms))
 
-    #: Where a batch waits for one patch after the other, many workers are faster than one device.
-    patch_by_patch = True
+    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> MonaiParams:
+        """Hand on the seeds."""
+        return MonaiParams(torch.ones(len(seeds), dtype=torch.bool), seeds)
 
-    def __call__(self, patches: Tensor, seeds: Int64[Tensor, " n"]) -> Float[Tensor, "n 1 z y x"]:
-        """Make one view of each patch, float32 HU.
+    def parts(self, params: MonaiParams, size_zyx: Size, device: torch.device) -> Sequence[Part]:
+        """All images, one by one."""
+        seeds = params.seed.tolist()
 
-        Args:
-            patches: HU `(n, 1, z, y, x)`, of any number type; left as they are.
-            seeds: one a patch; decides everything that is drawn for its view.
-        """
-        views = []
-        with _plain_tensors():
-            for patch, seed in zip(patches, seeds.tolist(), strict=True):
-                self._compose.set_random_state(seed=seed)
-                views.append(self._compose(patch.to(torch.float32, copy=True)).to(torch.float32))
-        return torch.stack(views)
+        def change(images: Tensor, which: slice) -> Tensor:
+            views = []
+            with _plain_tensors():
+                for image, seed in zip(images, seeds[which], strict=True):
+                    self._compose.set_random_state(seed=seed)
+                    views.append(self._compose(image).float())
+            return torch.stack(views)
+
+        return [Part(list(range(len(seeds))), change)]
 
 
 class RandResizedCrop(Randomizable, Transform):  # type: ignore[misc]  # MONAI is not typed
@@ -134,4 +152,35 @@ class PublishedViews(MonaiViews):
                 RandHistogramShift(prob=histogram_shift_prob),
                 RandGaussianSmooth(prob=smooth_prob),
             ]
+        )
+
+
+class BatchedPublishedViews(BatchedViews):
+    """`PublishedViews` for whole batches: the same recipe with the same arguments, drawn from other random numbers.
+
+    With the same parameters the views are the same to rounding.
+
+    Args:
+        size_zyx: voxels of a view.
+        crop_edge: smallest and largest edge of the crop as a fraction of the patch's.
+        flip_prob: probability of a flip of one random axis.
+        histogram_shift_prob: probability of a histogram shift with 10 control points.
+        smooth_prob: probability of a blur with a sigma of 0.25 to 1.5 voxels.
+    """
+
+    def __init__(
+        self,
+        size_zyx: Sequence[int] = (50, 50, 50),
+        *,
+        crop_edge: Sequence[float] = (0.5, 1.0),
+        flip_prob: float = 0.5,
+        histogram_shift_prob: float = 0.5,
+        smooth_prob: float = 0.5,
+    ) -> None:
+        super().__init__(
+            {
+                "geometry": RandomGeometry(size_zyx, crop_edge=crop_edge, flip_prob=flip_prob),
+                "histogram_shift": RandomHistogramShift(histogram_shift_prob),
+                "smooth": RandomGaussianSmooth(smooth_prob, padding="zeros"),
+            }
         )

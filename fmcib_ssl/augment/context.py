@@ -10,8 +10,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from fmcib_ssl.augment.streams import derived_seeds, normals
-from fmcib_ssl.augment.transform import BatchedTransform, Size, chosen, in_range, interval, within
-from fmcib_ssl.augment.work import Pointwise, Step
+from fmcib_ssl.augment.views import Size, VoxelTransform, in_range, interval, within
 
 
 class SurroundingsParams(NamedTuple):
@@ -23,7 +22,7 @@ class SurroundingsParams(NamedTuple):
     seed: Int64[Tensor, " n"]
 
 
-class RandomSurroundings(BatchedTransform[SurroundingsParams]):
+class RandomSurroundings(VoxelTransform[SurroundingsParams]):
     """Replaces what is further from the view's centre than a random radius by noise about one random intensity.
 
     Two views of a lesion share its vessels, its pleura and its ribs, and those suffice to tell it from every other
@@ -69,17 +68,11 @@ class RandomSurroundings(BatchedTransform[SurroundingsParams]):
         fill_hu = torch.where(is_lung, within(drawn[:, 2], self.lung_hu), within(drawn[:, 2], self.tissue_hu))
         return SurroundingsParams(active, within(drawn[:, 0], self.radius), fill_hu, derived_seeds(seeds, "voxels"))
 
-    def steps(self, params: SurroundingsParams, size_zyx: Size, device: torch.device) -> Sequence[Step]:
-        """One step that sees the voxels."""
-        rows = params.active.nonzero()[:, 0]
-        own = chosen(params, rows, device)
-        z, y, x = ((torch.arange(size, device=device) - size // 2).float().square() for size in size_zyx)
+    def change(self, images: Tensor, own: SurroundingsParams) -> Tensor:
+        """Blend into noise what is further from the centre than the radius."""
+        z, y, x = ((torch.arange(size, device=images.device) - size // 2).float().square() for size in images.shape[2:])
         distance = (z[:, None, None] + y[:, None] + x).sqrt()
-
-        def change(images: Tensor, part: slice) -> Tensor:
-            radius, fill_hu = (values[part].view(-1, 1, 1, 1, 1) for values in (own.radius, own.fill_hu))
-            kept = torch.sigmoid((radius - distance) / self.softness)
-            noise = normals(own.seed[part], images[0].numel()).view(images.shape)
-            return torch.lerp(noise.mul_(self.noise_std_hu).add_(fill_hu), images, kept)
-
-        return [Pointwise(rows.tolist(), change)]
+        radius, fill_hu = (values.view(-1, 1, 1, 1, 1) for values in (own.radius, own.fill_hu))
+        kept = torch.sigmoid((radius - distance) / self.softness)
+        noise = normals(own.seed, images[0].numel()).view(images.shape)
+        return torch.lerp(noise.mul_(self.noise_std_hu).add_(fill_hu), images, kept)
