@@ -269,7 +269,7 @@ class Case:
         seconds, log = round(time.monotonic() - began, 2), started[0].log
         if self.is_worker and codes[0] and (codes[0] != 1 or b"error: data worker" not in log.read_bytes()):
             self.problems.append(f"exit code {codes[0]} after a worker's death, or not a word of it: {log}")
-        if self.is_worker and seconds > WORKER_S:
+        if self.is_worker and codes[0] and seconds > WORKER_S:  # else the worker was no longer needed
             self.problems.append(f"{seconds} s from a worker's death to the end: {log}")
         lost = 0 if self.is_prepare else max(0, self.done() - steps_saved(self.run))
         is_whole_run = self.kind in ("SIGKILL", "SIGTERM", "SIGUSR1") or "Python" in self.kind
