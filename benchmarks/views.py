@@ -113,7 +113,7 @@ def alone() -> dict[str, BatchedViews]:
         "gamma": augment.RandomGamma(1.0),
         "noise": augment.RandomNoise(1.0),
         "cut-out": augment.RandomCutout(1.0),
-        "surroundings": augment.RandomSurroundings(1.0),
+        "surroundings": augment.RandomContextRemoval(1.0),
     }
     return {name: BatchedViews({name: transform}) for name, transform in transforms.items()}
 

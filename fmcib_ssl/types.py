@@ -37,6 +37,7 @@ Padding = Literal["constant", "edge"]
 #: Names of parts in files of earlier versions and in users' experiments, and what they are called today. Of several old
 #: names of a part the one that shipped configs had comes first: the names of run folders are made from it.
 RENAMED_TARGETS = {
+    "fmcib_ssl.augment.RandomSurroundings": "fmcib_ssl.augment.RandomContextRemoval",
     "fmcib_ssl.methods.BYOL": "fmcib_ssl.models.BYOL",
     "fmcib_ssl.methods.DenoisingAutoencoder": "fmcib_ssl.models.DenoisingAutoencoder",
     "fmcib_ssl.methods.MinedContrast": "fmcib_ssl.models.MinedContrast",

@@ -1,6 +1,6 @@
 """Views of patches: random transforms of whole batches, on any device; MONAI's are applied patch by patch."""
 
-from fmcib_ssl.augment.context import RandomSurroundings
+from fmcib_ssl.augment.context import RandomContextRemoval
 from fmcib_ssl.augment.geometry import RandomGeometry
 from fmcib_ssl.augment.intensity import RandomCutout, RandomGamma, RandomHistogramShift, RandomNoise, RandomScaleShift
 from fmcib_ssl.augment.recipes import BatchedPublishedViews, MonaiViews, PublishedViews, RandResizedCrop
@@ -14,6 +14,7 @@ __all__ = [
     "MonaiViews",
     "PublishedViews",
     "RandResizedCrop",
+    "RandomContextRemoval",
     "RandomCutout",
     "RandomGamma",
     "RandomGaussianSmooth",
@@ -23,6 +24,5 @@ __all__ = [
     "RandomNoise",
     "RandomScaleShift",
     "RandomSliceThickness",
-    "RandomSurroundings",
     "VoxelTransform",
 ]

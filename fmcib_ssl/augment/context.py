@@ -13,8 +13,8 @@ from fmcib_ssl.augment.streams import derived_seeds, normals
 from fmcib_ssl.augment.views import Size, VoxelTransform, in_range, interval, within
 
 
-class SurroundingsParams(NamedTuple):
-    """Drawn by `RandomSurroundings`."""
+class ContextRemovalParams(NamedTuple):
+    """Drawn by `RandomContextRemoval`."""
 
     active: Bool[Tensor, " n"]
     radius: Float[Tensor, " n"]  # voxels
@@ -22,7 +22,7 @@ class SurroundingsParams(NamedTuple):
     seed: Int64[Tensor, " n"]
 
 
-class RandomSurroundings(VoxelTransform[SurroundingsParams]):
+class RandomContextRemoval(VoxelTransform[ContextRemovalParams]):
     """Replaces what is further from the view's centre than a random radius by noise about one random intensity.
 
     Two views of a lesion share its vessels, its pleura and its ribs, and those suffice to tell it from every other
@@ -61,14 +61,14 @@ class RandomSurroundings(VoxelTransform[SurroundingsParams]):
         self.tissue_hu = interval("tissue_hu", tissue_hu, -1024, 3071)
         self.noise_std_hu = in_range("noise_std_hu", noise_std_hu, 0, 1000)
 
-    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> SurroundingsParams:
+    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> ContextRemovalParams:
         """Draw the radius, the intensity, and the seed of the noise."""
         active, drawn = self._draw(seeds, 3)
         is_lung = drawn[:, 1] < self.lung_prob
         fill_hu = torch.where(is_lung, within(drawn[:, 2], self.lung_hu), within(drawn[:, 2], self.tissue_hu))
-        return SurroundingsParams(active, within(drawn[:, 0], self.radius), fill_hu, derived_seeds(seeds, "voxels"))
+        return ContextRemovalParams(active, within(drawn[:, 0], self.radius), fill_hu, derived_seeds(seeds, "voxels"))
 
-    def change(self, images: Tensor, own: SurroundingsParams) -> Tensor:
+    def change(self, images: Tensor, own: ContextRemovalParams) -> Tensor:
         """Blend into noise what is further from the centre than the radius."""
         z, y, x = ((torch.arange(size, device=images.device) - size // 2).float().square() for size in images.shape[2:])
         distance = (z[:, None, None] + y[:, None] + x).sqrt()

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fmcib_ssl.augment import BatchedViews, RandomSurroundings
+from fmcib_ssl.augment import BatchedViews, RandomContextRemoval
 
 SIZE = (8, 12, 14)
 SEEDS = torch.arange(100, 140)
@@ -18,7 +18,7 @@ def patches(num: int) -> torch.Tensor:
 
 
 def test_a_soft_ball_stays_and_the_rest_is_one_intensity() -> None:
-    transform = RandomSurroundings(1.0, radius=(2.0, 5.0), softness=0.5, noise_std_hu=0.0)
+    transform = RandomContextRemoval(1.0, radius=(2.0, 5.0), softness=0.5, noise_std_hu=0.0)
     params, given = transform.draw(SEEDS, SIZE), patches(len(SEEDS))
     found = transform.apply(given, params)
     for view in (0, 17):
@@ -30,7 +30,7 @@ def test_a_soft_ball_stays_and_the_rest_is_one_intensity() -> None:
 
 
 def test_what_is_drawn_is_within_its_bounds_and_lung_as_often_as_asked_for() -> None:
-    transform = RandomSurroundings(0.5, radius=(3, 4), lung_prob=0.8, lung_hu=(-900, -800), tissue_hu=(0, 50))
+    transform = RandomContextRemoval(0.5, radius=(3, 4), lung_prob=0.8, lung_hu=(-900, -800), tissue_hu=(0, 50))
     params = transform.draw(torch.arange(4000), SIZE)
     lung = (params.fill_hu >= -900) & (params.fill_hu <= -800)
     assert (lung | ((params.fill_hu >= 0) & (params.fill_hu <= 50))).all()
@@ -41,7 +41,7 @@ def test_what_is_drawn_is_within_its_bounds_and_lung_as_often_as_asked_for() -> 
 
 
 def test_noise_has_its_deviation_and_the_untouched_stay_as_they_are() -> None:
-    transform = RandomSurroundings(0.5, radius=(0.0, 0.0), softness=0.1, noise_std_hu=30.0)
+    transform = RandomContextRemoval(0.5, radius=(0.0, 0.0), softness=0.1, noise_std_hu=30.0)
     params, given = transform.draw(SEEDS, SIZE), patches(len(SEEDS))
     found = transform.apply(given, params)
     torch.testing.assert_close(found[~params.active], given[~params.active])
@@ -50,7 +50,7 @@ def test_noise_has_its_deviation_and_the_untouched_stay_as_they_are() -> None:
 
 
 def test_a_view_follows_from_its_seed_alone() -> None:
-    views = BatchedViews({"surroundings": RandomSurroundings(0.7)})
+    views = BatchedViews({"surroundings": RandomContextRemoval(0.7)})
     given = patches(len(SEEDS)).to(torch.int16)
     together = views(given, SEEDS)
     for number in (0, 5, 39):
@@ -60,4 +60,4 @@ def test_a_view_follows_from_its_seed_alone() -> None:
 @pytest.mark.parametrize("wrong", [{"radius": (5.0, 2.0)}, {"softness": 0.0}, {"lung_prob": 1.5}, {"noise_std_hu": -1}])
 def test_senseless_arguments_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        RandomSurroundings(0.5, **wrong)  # type: ignore[arg-type]
+        RandomContextRemoval(0.5, **wrong)  # type: ignore[arg-type]
