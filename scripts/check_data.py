@@ -46,11 +46,8 @@ def main(arguments: list[str]) -> None:
     """Check, print a summary, draw the contact sheet."""
     command = parse_command(CheckData, arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    from fmcib_ssl.data.annotations import (  # noqa: PLC0415  # the help is quick
-        AnnotationsError,
-        check_annotations,
-        read_annotations,
-    )
+    from fmcib_ssl.data.annotations import check_annotations, read_annotations  # noqa: PLC0415  # the help is quick
+    from fmcib_ssl.data.tables import AnnotationsError  # noqa: PLC0415
     from fmcib_ssl.types import Preprocessing  # noqa: PLC0415
 
     command.output.mkdir(parents=True, exist_ok=True)

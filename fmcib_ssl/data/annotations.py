@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from fmcib_ssl.data.dicom_files import is_dicom, series_at, text
-from fmcib_ssl.data.geometry import PatchGrid, ScanGeometry, ras_to_lps
+from fmcib_ssl.data.dicom_files import is_dicom, series_at
+from fmcib_ssl.data.geometry import FloatArray, PatchGrid, ScanGeometry, ras_to_lps
 from fmcib_ssl.data.inspection import ScanReport, inspect_scans
 from fmcib_ssl.data.nifti import Affine
 from fmcib_ssl.data.scans import ScanSource
@@ -34,26 +34,13 @@ from fmcib_ssl.data.tables import (
 )
 from fmcib_ssl.types import Preprocessing, ScanError
 
-__all__ = [
-    "AnnotationsError",
-    "BadRowsError",
-    "CheckedAnnotations",
-    "LesionTable",
-    "OnBadRow",
-    "check_annotations",
-    "places_by_scan",
-    "read_annotations",
-    "resolve_path",
-    "scan_source",
-]
-
 Coordinates = Literal["lps", "ras", "voxel"]
 
 PATH_COLUMN = "image_path"
 COORDINATE_COLUMNS = ("coordX", "coordY", "coordZ")
 SERIES_COLUMN = "series_uid"
-MODALITY_COLUMN = "modality"
-AFFINE_COLUMN = "affine"
+_MODALITY_COLUMN = "modality"
+_AFFINE_COLUMN = "affine"
 MASK_COLUMN = "mask_path"
 CROPPED_COLUMN = "cropped"
 
@@ -79,10 +66,10 @@ class LesionTable:
     source: Path
     rows: pd.DataFrame
     scans: tuple[ScanSource | None, ...]
-    centers_lps_mm: npt.NDArray[np.float64]
+    centers_lps_mm: FloatArray
     coordinates: Coordinates
-    annotated_lps_mm: dict[ScanSource, npt.NDArray[np.float64]]
-    annotated_indices: dict[ScanSource, npt.NDArray[np.float64]] = field(default_factory=dict)
+    annotated_lps_mm: dict[ScanSource, FloatArray]
+    annotated_indices: dict[ScanSource, FloatArray] = field(default_factory=dict)
     reports: Mapping[ScanSource, ScanReport | ScanError] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -192,31 +179,23 @@ def check_annotations(
         BadRowsError: bad rows and `on_bad_row="refuse"`, or no row that can be used.
     """
     reports = inspect_scans({s for s in table.scans if s is not None}, check, num_workers=num_workers, cache=cache)
-    outcomes = {scan: r if isinstance(r, ScanError) else r.geometry for scan, r in reports.items()}
-    values = _values(table.rows)
-    places = places_by_scan(table.scans)
-    table = _with_points_from_headers(replace(table, reports=reports), values, outcomes, places)
-    patch = None if allow_short_scans else preprocessing
+    values, places = _values(table.rows), places_by_scan(table.scans)
+    table = _with_points_from_headers(replace(table, reports=reports), values, places)
     problems: dict[int, _Problem] = {}
-    # Of 200,000 rows nearly all are in order: those are told by arrays, and only the others one by one.
-    for i in np.flatnonzero(~_in_order(table, values, outcomes, places, patch)).tolist():
-        if (problem := _row_problem(table, i, values, outcomes, patch)) is not None:
-            problems[i] = problem
+    for i, problem in _problems(table, values, places, None if allow_short_scans else preprocessing):
+        problems.setdefault(i, problem)
+    first_of: dict[object, int] = {}
+    points = (table.centers_lps_mm.round(3) + 0.0).tolist()  # no minus before a zero
+    for i in (i for i in range(len(table)) if i not in problems):
+        if (first := first_of.setdefault((table.scans[i], *points[i]), i)) != i:
+            reason = f"the same scan and point as row {table.rows.index[first]}"
+            problems[i] = _Problem(_coordinates_text(table, i), reason, "delete one of them")
+    paths, numbers = table.rows[PATH_COLUMN].astype(str).tolist(), table.rows.index.tolist()
+    records = [(numbers[i], paths[i], *problem) for i, problem in sorted(problems.items())]
+    rejected = pd.DataFrame(records, columns=list(REJECTED_COLUMNS))
+    refuse_or_skip(rejected, table.source, len(table), on_bad_row, rejected_csv)
     keep = np.ones(len(table), dtype=bool)
     keep[list(problems)] = False
-    for i, earlier in _duplicates(table, np.flatnonzero(keep), places):
-        reason = f"the same scan and point as row {earlier}"
-        problems[i] = _Problem(_coordinates_text(table, i), reason, "delete one of them")
-        keep[i] = False
-    paths = table.rows[PATH_COLUMN]
-    rejected = pd.DataFrame(
-        [
-            {"row": table.rows.index[i], "image_path": str(paths.iloc[i]), **problems[i]._asdict()}
-            for i in sorted(problems)
-        ],
-        columns=list(REJECTED_COLUMNS),
-    )
-    refuse_or_skip(rejected, table.source, len(table), on_bad_row, rejected_csv)
     return CheckedAnnotations(table.select(keep), rejected)
 
 
@@ -226,131 +205,88 @@ class _Problem(NamedTuple):
     remedy: str
 
 
-def _in_order(
+def _problems(
     table: LesionTable,
     values: _Values,
-    outcomes: Mapping[ScanSource, ScanGeometry | ScanError],
     places: Mapping[ScanSource, npt.NDArray[np.int64]],
     must_hold: Preprocessing | None,
-) -> npt.NDArray[np.bool_]:
-    """Rows that lie in a scan that can be used, and whose patch fits into it."""
-    fine = np.zeros(len(table), dtype=bool)
+) -> Iterator[tuple[int, _Problem]]:
+    """What is wrong with each row; if that is several things, the first first. The patch must fit into its scan."""
+    for i in (i for i, scan in enumerate(table.scans) if scan is None):
+        yield i, _Problem("", f"{PATH_COLUMN} is empty", f"fill in {PATH_COLUMN}")
+    has_point = values.known | values.takes_middle
+    for i in np.flatnonzero(~has_point).tolist():
+        column = COORDINATE_COLUMNS[int(np.isnan(values.numbers[i]).argmax())]
+        value, unit = table.rows[column].iloc[i], "voxels" if table.coordinates == "voxel" else "millimetres"
+        reason = "is missing" if pd.isna(value) else "is not a finite number"
+        yield i, _Problem(f"{column}={value}", reason, f"give coordinates in {unit}, with a decimal point")
     for scan, own in places.items():
-        geometry = outcomes[scan]
-        if isinstance(geometry, ScanGeometry):
-            holds = must_hold is None or _too_short(geometry, must_hold) is None
-            fine[own] = geometry.contains(table.centers_lps_mm[own]) & (holds | values.cropped[own])
-    return fine
+        report = table.reports[scan]
+        if isinstance(report, ScanError):
+            remedy = report.remedy or "repair or leave out the scan"
+            if not os.path.exists(scan.path):  # noqa: PTH110  (False for what is no path; `Path.exists` raises)
+                remedy = "correct the path, or set image_root (and path_prefix for a table made elsewhere)"
+            yield from ((i, _Problem(report.path, report.reason, remedy)) for i in own.tolist())
+            continue
+        for i in own[has_point[own] & ~report.geometry.contains(table.centers_lps_mm[own])].tolist():
+            yield i, _outside(table, i, values.numbers[i], report.geometry)
+        if must_hold is not None and (short := _too_short(report.geometry, must_hold)) is not None:
+            yield from ((i, short) for i in own[~values.cropped[own]].tolist())
 
 
-def _duplicates(
-    table: LesionTable, kept: npt.NDArray[np.int64], places: Mapping[ScanSource, npt.NDArray[np.int64]]
-) -> Iterator[tuple[int, int]]:
-    """Lesions whose scan and point an earlier row has, with the number of that row."""
-    number_of_scan = np.full(len(table), -1)
-    for number, own in enumerate(places.values()):
-        number_of_scan[own] = number
-    keys = pd.DataFrame(table.centers_lps_mm[kept].round(3) + 0.0).assign(scan=number_of_scan[kept])
-    numbers = pd.Series(table.rows.index.to_numpy()[kept])
-    first = numbers.groupby([keys[column] for column in keys]).transform("first")
-    for k in np.flatnonzero(first.to_numpy() != numbers.to_numpy()).tolist():
-        yield int(kept[k]), int(first.iloc[k])
-
-
-def _row_problem(
-    table: LesionTable,
-    i: int,
-    values: _Values,
-    outcomes: Mapping[ScanSource, ScanGeometry | ScanError],
-    must_hold: Preprocessing | None,
-) -> _Problem | None:
-    """The first thing that is wrong with a row; `must_hold` is the patch that must fit into the scan."""
-    scan, center = table.scans[i], table.centers_lps_mm[i]
-    if scan is None:
-        return _Problem("", f"{PATH_COLUMN} is empty", f"fill in {PATH_COLUMN}")
-    for column, number in zip(COORDINATE_COLUMNS, values.numbers[i], strict=True):
-        if np.isnan(number) and not values.takes_middle[i]:
-            value = table.rows[column].iloc[i]
-            what = "is missing" if pd.isna(value) else "is not a finite number"
-            unit = "voxels" if table.coordinates == "voxel" else "millimetres"
-            return _Problem(f"{column}={value}", what, f"give coordinates in {unit}, with a decimal point")
-    geometry = outcomes[scan]
-    if isinstance(geometry, ScanError):
-        remedy = geometry.remedy or "repair or leave out the scan"
-        if not os.path.exists(scan.path):  # noqa: PTH110  (False for what is no path; `Path.exists` raises)
-            remedy = "correct the path, or set image_root (and path_prefix for a table made elsewhere)"
-        return _Problem(geometry.path, geometry.reason, remedy)
-    if not geometry.contains(center):
-        return _outside(table, i, values.numbers[i], geometry)
-    if must_hold is not None and not values.cropped[i] and (short := _too_short(geometry, must_hold)) is not None:
-        axis, has, needs = short
-        return _Problem(
-            f"{has:.1f} mm along {axis}",
-            f"the scan is {has:.1f} mm long along {axis}, the patch {needs:.1f} mm",
-            f"allow_short_scans=true pads with {must_hold.padding_hu} HU; or take a smaller patch",
-        )
-    return None
-
-
-def _too_short(geometry: ScanGeometry, must_hold: Preprocessing) -> tuple[str, float, float] | None:
-    """Along which axis a scan is shorter than a patch, its length and the patch's, mm."""
+def _too_short(geometry: ScanGeometry, must_hold: Preprocessing) -> _Problem | None:
+    """The first axis along which a scan is shorter than a patch."""
     patch = PatchGrid((0, 0, 0), must_hold.patch_size_zyx, must_hold.spacing_mm)
     lowest, highest = geometry.bounds_lps_mm()
     for axis, has, needs in zip("xyz", highest - lowest, patch.extent_mm_xyz, strict=True):
         if has < needs - 1e-3:
-            return axis, float(has), needs
+            return _Problem(
+                f"{has:.1f} mm along {axis}",
+                f"the scan is {has:.1f} mm long along {axis}, the patch {needs:.1f} mm",
+                f"allow_short_scans=true pads with {must_hold.padding_hu} HU; or take a smaller patch",
+            )
     return None
 
 
-def _outside(table: LesionTable, i: int, numbers: npt.NDArray[np.float64], geometry: ScanGeometry) -> _Problem:
-    center = table.centers_lps_mm[i]
+def _outside(table: LesionTable, i: int, numbers: FloatArray, geometry: ScanGeometry) -> _Problem:
+    center, value = table.centers_lps_mm[i], _coordinates_text(table, i)
     if table.coordinates == "voxel":
         size = " x ".join(map(str, geometry.size_xyz))
         remedy = "correct the indices: i, j, k from 0, i along the file's fastest axis"
         if geometry.contains(geometry.to_lps_mm(numbers[::-1])):
             remedy = "swap coordX and coordZ: the indices look like k, j, i"
-        return _Problem(_coordinates_text(table, i), f"no voxel of the scan, which has {size}", remedy)
+        return _Problem(value, f"no voxel of the scan, which has {size}", remedy)
     lowest, highest = (", ".join(f"{v:.1f}" for v in bound) for bound in geometry.bounds_lps_mm())
-    reason = (
-        f"the point is {geometry.distance_outside_mm(center):.1f} mm outside the scan, which reaches "
-        f"from ({lowest}) to ({highest}) LPS mm"
-    )
+    distance_mm = geometry.distance_outside_mm(center)
+    reason = f"the point is {distance_mm:.1f} mm outside the scan, which reaches from ({lowest}) to ({highest}) LPS mm"
     if geometry.contains(ras_to_lps(center)):
         other = "ras" if table.coordinates == "lps" else "lps"
-        return _Problem(
-            _coordinates_text(table, i),
-            f"{reason}; with x and y negated it is inside: looks like {other.upper()}",
-            f"coordinates={other}",
-        )
+        reason += f"; with x and y negated it is inside: looks like {other.upper()}"
+        return _Problem(value, reason, f"coordinates={other}")
     if (numbers == numbers.round()).all() and geometry.contains(geometry.to_lps_mm(numbers)):
-        return _Problem(
-            _coordinates_text(table, i), f"{reason}; there is a voxel of these indices", "if so: coordinates=voxel"
-        )
-    return _Problem(_coordinates_text(table, i), reason, "correct the point; it must be in mm, not in voxels")
+        return _Problem(value, f"{reason}; there is a voxel of these indices", "if so: coordinates=voxel")
+    return _Problem(value, reason, "correct the point; it must be in mm, not in voxels")
 
 
 def _with_points_from_headers(
-    table: LesionTable,
-    values: _Values,
-    outcomes: Mapping[ScanSource, ScanGeometry | ScanError],
-    places: Mapping[ScanSource, npt.NDArray[np.int64]],
+    table: LesionTable, values: _Values, places: Mapping[ScanSource, npt.NDArray[np.int64]]
 ) -> LesionTable:
     """The table with LPS points also where only the scan's geometry gives them."""
     waiting = values.takes_middle | (values.known & (table.coordinates == "voxel"))
     centers, annotated = table.centers_lps_mm.copy(), dict(table.annotated_lps_mm)
     for scan, own in places.items():
-        if (own := own[waiting[own]]).size:
-            centers[own] = _placed(outcomes[scan], values.numbers[own])
+        if isinstance(report := table.reports[scan], ScanReport):
+            now_known = own[waiting[own]]
+            centers[now_known] = _placed(report.geometry, values.numbers[now_known])
     for scan, index_xyz in table.annotated_indices.items():
-        if isinstance(geometry := outcomes.get(scan), ScanGeometry):
-            annotated[scan] = np.concatenate([annotated.get(scan, np.empty((0, 3))), _placed(geometry, index_xyz)])
+        if isinstance(known := table.reports.get(scan), ScanReport):
+            points = _placed(known.geometry, index_xyz)
+            annotated[scan] = np.concatenate([annotated.get(scan, np.empty((0, 3))), points])
     return replace(table, centers_lps_mm=centers, annotated_lps_mm=annotated, annotated_indices={})
 
 
-def _placed(geometry: ScanGeometry | ScanError, index_xyz: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _placed(geometry: ScanGeometry, index_xyz: FloatArray) -> FloatArray:
     """Indices of a scan as LPS mm; NaN is its middle."""
-    if isinstance(geometry, ScanError):
-        return np.full_like(index_xyz, np.nan)
     middle = (np.array(geometry.size_xyz) - 1) / 2
     return geometry.to_lps_mm(np.where(np.isnan(index_xyz), middle, index_xyz))
 
@@ -365,9 +301,9 @@ def places_by_scan(scans: Sequence[ScanSource | None]) -> dict[ScanSource, npt.N
 
 
 def _by_scan(
-    scans: Sequence[ScanSource | None], points: npt.NDArray[np.float64], keep: npt.NDArray[np.bool_]
-) -> dict[ScanSource, npt.NDArray[np.float64]]:
-    found: dict[ScanSource, list[npt.NDArray[np.float64]]] = {}
+    scans: Sequence[ScanSource | None], points: FloatArray, keep: npt.NDArray[np.bool_]
+) -> dict[ScanSource, FloatArray]:
+    found: dict[ScanSource, list[FloatArray]] = {}
     for i in np.flatnonzero(keep).tolist():
         if (scan := scans[i]) is not None:
             found.setdefault(scan, []).append(points[i])
@@ -377,7 +313,7 @@ def _by_scan(
 class _Values(NamedTuple):
     """What the table says of each row's point, as arrays."""
 
-    numbers: npt.NDArray[np.float64]  # (rows, 3), as they stand in the table; NaN for what is no finite number
+    numbers: FloatArray  # (rows, 3), as they stand in the table; NaN for what is no finite number
     known: npt.NDArray[np.bool_]  # three numbers
     cropped: npt.NDArray[np.bool_]
     takes_middle: npt.NDArray[np.bool_]  # cropped, and no point given
@@ -422,30 +358,30 @@ def scan_source(path: Path, row: Mapping[Any, Any]) -> ScanSource:
     Raises:
         AnnotationsError: an `affine` that is neither sform nor qform.
     """
-    uid, affine = row.get(SERIES_COLUMN), row.get(AFFINE_COLUMN)
-    any_modality = str(row.get(MODALITY_COLUMN)).strip().lower() == "any"
+    uid, affine = row.get(SERIES_COLUMN), row.get(_AFFINE_COLUMN)
+    any_modality = str(row.get(_MODALITY_COLUMN)).strip().lower() == "any"
     chosen = "" if pd.isna(affine) else str(affine).strip().lower()
     if chosen not in ("", *get_args(Affine)):
         raise AnnotationsError(
-            f"column {AFFINE_COLUMN!r} has {affine!r} for {path}; sform, qform or nothing is allowed"
+            f"column {_AFFINE_COLUMN!r} has {affine!r} for {path}; sform, qform or nothing is allowed"
         )
     series_uid = None if pd.isna(uid) else str(uid).strip()
     return ScanSource(path, series_uid, any_modality, cast(Affine, chosen) if chosen else None)
 
 
 def _scan_sources(rows: pd.DataFrame, root: Path, path_prefix: str | None) -> list[ScanSource | None]:
-    columns = [column for column in (PATH_COLUMN, SERIES_COLUMN, MODALITY_COLUMN, AFFINE_COLUMN) if column in rows]
+    columns = [column for column in (PATH_COLUMN, SERIES_COLUMN, _MODALITY_COLUMN, _AFFINE_COLUMN) if column in rows]
     keys = list(zip(*(rows[column].tolist() for column in columns), strict=True))
     scans: dict[tuple[Any, ...], ScanSource | None] = {}
     for key in dict.fromkeys(keys):  # many rows name the same scan
         row = dict(zip(columns, key, strict=True))
         path = resolve_path(row[PATH_COLUMN], root, path_prefix)
         scans[key] = None if path is None else scan_source(path, row)
-    one_source = one_source_each({scan for scan in scans.values() if scan})
+    one_source = _one_source_each({scan for scan in scans.values() if scan})
     return [(scan := scans[key]) and one_source[scan] for key in keys]
 
 
-def one_source_each(sources: set[ScanSource]) -> dict[ScanSource, ScanSource]:
+def _one_source_each(sources: set[ScanSource]) -> dict[ScanSource, ScanSource]:
     """A scan is its resolved path and its series: one source for all rows that name it, by a link or `..` or however.
 
     What one row says of it (its series, any modality, which affine) holds for all.
@@ -482,7 +418,7 @@ def _series_of(source: ScanSource) -> str | None:
         if not (source.path.is_dir() or is_dicom(source.path)):
             return None
         if source.series_uid is None:
-            return text(series_at(source.path, None, source.any_modality)[0].header, "SeriesInstanceUID")
+            return series_at(source.path, None, source.any_modality)[0].series_uid
     except (ScanError, OSError, ValueError):  # said when the scan is checked
         return ""
     return source.series_uid

@@ -8,7 +8,7 @@ order only. Where it reads a slice's place, it must agree.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,25 +18,21 @@ import SimpleITK as sitk
 from pydicom.dataset import Dataset
 
 from fmcib_ssl.data.dicom_files import DicomFile, numbers, read_stored_values, series_at, text
-from fmcib_ssl.data.geometry import MAX_CONFLICT_MM, FloatArray, ScanGeometry, checked_geometry
+from fmcib_ssl.data.geometry import MAX_CONFLICT_MM, FloatArray, ScanGeometry, check_geometry
 from fmcib_ssl.types import ScanError
 
 #: A corner of a slice may lie this far from the regular grid, mm: rounding in the headers, jitter of the table.
-MAX_OFF_GRID_MM = 0.5
+_MAX_OFF_GRID_MM = 0.5
 #: Along the normal it is this part of the distance between slices, but within these limits, mm.
-MAX_OFF_DEPTH, MAX_OFF_DEPTH_MM = 0.1, (0.1, MAX_OFF_GRID_MM)
+_MAX_OFF_DEPTH, _MAX_OFF_DEPTH_MM = 0.1, (0.1, _MAX_OFF_GRID_MM)
 #: How far lengths and scalar product of the orientation's vectors may be from 1 and 0: cosines are rounded.
-MAX_COSINE_ERROR = 1e-3
+_MAX_COSINE_ERROR = 1e-3
 #: RescaleTypes that name something else than HU: optical and electron density, concentrations, atomic numbers.
 _NOT_HU = ("OD", "ED", "EDW", "MGML", "Z_EFF", "PCT")
-
-
 #: Of an enhanced CT: what says where a frame lies, how it is turned, how large its voxels are, what their values mean.
 _GROUPS = (
-    "PlanePositionSequence",
-    "PlaneOrientationSequence",
-    "PixelMeasuresSequence",
-    "PixelValueTransformationSequence",
+    *("PlanePositionSequence", "PlaneOrientationSequence"),
+    *("PixelMeasuresSequence", "PixelValueTransformationSequence"),
 )
 
 
@@ -51,50 +47,52 @@ class _Slice(NamedTuple):
     axes: FloatArray  # columns: direction of a row, of a column, their normal
     rescale: tuple[float, float] | None  # slope and intercept
 
+    @property
+    def name(self) -> str:
+        return self.file.path.name + (f" frame {self.frame + 1}" if self.frame else "")
+
     def corners(self) -> FloatArray:
         """Centres of its corner voxels, `(4, 3)`, LPS mm."""
         return _corners(self.position_lps_mm, self.axes, self.spacing_mm, self.size)
 
 
-def read_dicom_header(path: Path, series_uid: str | None, any_modality: bool) -> ScanGeometry:
-    """Geometry of a series, from the headers of its slices.
+def open_dicom(
+    path: Path, series_uid: str | None, any_modality: bool
+) -> tuple[ScanGeometry, Callable[[], npt.NDArray[Any]]]:
+    """Geometry of a series, from the headers of its slices, and what reads its HU `(z, y, x)`, whole where they are.
 
     Raises:
-        ScanError: as `read_header` has it for DICOM.
+        ScanError: as `read_header` has it for DICOM; when its values are read, voxels that cannot be decoded.
     """
-    return _read_slices(path, series_uid, any_modality)[1]
+    slices = [one for file in series_at(path, series_uid, any_modality) for one in _slices_of(file, any_modality)]
+    if len(slices) < 2:
+        kind = "holds one DICOM slice" if path.is_dir() else "is one DICOM slice"
+        raise ScanError(path, f"{kind}; a volume needs at least two", "name the folder of the whole series")
+    slices, geometry = _stacked(path, slices)
+    return geometry, lambda: _read_values(path, slices, geometry)
 
 
-def read_dicom_volume(path: Path, series_uid: str | None, any_modality: bool) -> tuple[npt.NDArray[Any], ScanGeometry]:
-    """Values of a series in HU, `(z, y, x)`, as whole numbers where they are, and its geometry.
-
-    Raises:
-        ScanError: as `read_dicom_header`, and for voxels that cannot be decoded.
-    """
-    slices, geometry = _read_slices(path, series_uid, any_modality)
+def _read_values(path: Path, slices: list[_Slice], geometry: ScanGeometry) -> npt.NDArray[Any]:
     hu: npt.NDArray[Any] = np.empty(geometry.size_xyz[::-1], dtype=np.int16)
-    places: dict[Path, list[int]] = {}  # of each file's frames in the stack
-    for place, one in enumerate(slices):
-        places.setdefault(one.file.path, []).append(place)
+    by_file: dict[Path, list[int]] = {}  # where its frames lie in the stack
+    for k, one in enumerate(slices):
+        by_file.setdefault(one.file.path, []).append(k)
     with tempfile.TemporaryDirectory() as scratch:
-        for own in places.values():
-            file, frames = slices[own[0]].file, [slices[place].frame for place in own]
+        for own in by_file.values():
+            file, frames = slices[own[0]].file, [slices[k].frame for k in own]
             try:
-                for place, stored in zip(own, read_stored_values(file, frames, Path(scratch)), strict=True):
-                    values = _rescaled(stored, *(slices[place].rescale or (1.0, 0.0)))
+                for k, stored in zip(own, read_stored_values(file, frames, Path(scratch)), strict=True):
+                    values = _rescaled(stored, *(slices[k].rescale or (1.0, 0.0)))
                     hu = hu.astype(np.promote_types(hu.dtype, values.dtype), copy=False)
-                    hu[place] = values
+                    hu[k] = values
             except (ScanError, MemoryError):
                 raise
             except Exception as error:  # what pydicom and NumPy make of a damaged file
                 raise ScanError(file.path, f"cannot be decoded: {type(error).__name__}: {error}") from error
     if slices[0].rescale is None and hu.min() >= 0:
-        raise ScanError(
-            path,
-            f"has no RescaleSlope and RescaleIntercept, and stored values from {hu.min()} to {hu.max()} are not HU",
-            "export it with the rescale tags that it was made with, or leave it out",
-        )
-    return hu, geometry
+        reason = f"has no RescaleSlope and RescaleIntercept, and stored values from {hu.min()} to {hu.max()} are not HU"
+        raise ScanError(path, reason, "export it with the rescale tags that it was made with, or leave it out")
+    return hu
 
 
 def _rescaled(stored: npt.NDArray[Any], slope: float, intercept: float) -> npt.NDArray[Any]:
@@ -104,15 +102,6 @@ def _rescaled(stored: npt.NDArray[Any], slope: float, intercept: float) -> npt.N
         if limits.min <= values.min() and values.max() <= limits.max:
             return values.astype(np.int16)
     return (stored * np.float64(slope) + intercept).astype(np.float32)
-
-
-def _read_slices(path: Path, series_uid: str | None, any_modality: bool) -> tuple[list[_Slice], ScanGeometry]:
-    """Slices of a series in the order of their normal, and its geometry."""
-    slices = [one for file in series_at(path, series_uid, any_modality) for one in _slices_of(file, any_modality)]
-    if len(slices) < 2:
-        kind = "holds one DICOM slice" if path.is_dir() else "is one DICOM slice"
-        raise ScanError(path, f"{kind}; a volume needs at least two", "name the folder of the whole series")
-    return _stacked(path, slices)
 
 
 def _slices_of(file: DicomFile, any_modality: bool) -> Iterator[_Slice]:
@@ -127,11 +116,9 @@ def _slices_of(file: DicomFile, any_modality: bool) -> Iterator[_Slice]:
     num_frames = int(text(header, "NumberOfFrames") or 1)
     groups = header.get("PerFrameFunctionalGroupsSequence") or [Dataset()]
     if len(groups) != num_frames:
-        raise ScanError(
-            path,
-            f"has {num_frames} frames, and no PerFrameFunctionalGroupsSequence of so many: where they lie is not known",
-            "export the series as single slices, or as enhanced CT",
-        )
+        reason = f"has {num_frames} frames, and no PerFrameFunctionalGroupsSequence of so many"
+        remedy = "export the series as single slices, or as enhanced CT"
+        raise ScanError(path, f"{reason}: where they lie is not known", remedy)
     shared = (header.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
     for frame, own in enumerate(groups):
         # What holds for a frame, or else for all; a plain slice has no such groups but the file itself.
@@ -139,46 +126,40 @@ def _slices_of(file: DicomFile, any_modality: bool) -> Iterator[_Slice]:
             next((level[group].value[0] for level in (own, shared) if level.get(group)), header) for group in _GROUPS
         )
         where = f"frame {frame + 1} " if num_frames > 1 else ""
-        position = numbers(plane, "ImagePositionPatient", 3, path)
-        if position is None:
-            raise ScanError(path, f"{where}has no ImagePositionPatient: where the slice lies is not known")
-        one = _Slice(
-            file,
-            frame,
-            size,
-            _spacing_mm(measures, path, where),
-            position,
-            _axes(orientation, path, where),
-            _rescale(values, path, any_modality),
-        )
+        unknown = f"{where}has no ImagePositionPatient: where the slice lies is not known"
+        position = _required(plane, "ImagePositionPatient", 3, path, unknown)
+        spacing = _spacing_mm(measures, path, where)
+        axes = _axes(orientation, path, where)
+        one = _Slice(file, frame, size, spacing, position, axes, _rescale(values, path, any_modality))
         if num_frames == 1 and "PerFrameFunctionalGroupsSequence" not in header:
             _compare_with_itk(one)
         yield one
 
 
+def _required(tags: Dataset, keyword: str, count: int, path: Path, unknown: str) -> FloatArray:
+    if (values := numbers(tags, keyword, count, path)) is None:
+        raise ScanError(path, unknown)
+    return values
+
+
 def _spacing_mm(tags: Dataset, path: Path, where: str) -> FloatArray:
-    spacing = numbers(tags, "PixelSpacing", 2, path)
-    if spacing is None:
-        at_detector = " (ImagerPixelSpacing is that at the detector)" if "ImagerPixelSpacing" in tags else ""
-        raise ScanError(path, f"{where}has no PixelSpacing{at_detector}: how large its voxels are is not known")
+    at_detector = " (ImagerPixelSpacing is that at the detector)" if "ImagerPixelSpacing" in tags else ""
+    unknown = f"{where}has no PixelSpacing{at_detector}: how large its voxels are is not known"
+    spacing = _required(tags, "PixelSpacing", 2, path, unknown)
     if not (spacing > 0).all():
         raise ScanError(path, f"{where}has the PixelSpacing {text(tags, 'PixelSpacing')!r}: both must be above 0 mm")
     return spacing[::-1]  # DICOM names the distance between rows first
 
 
 def _axes(tags: Dataset, path: Path, where: str) -> FloatArray:
-    cosines = numbers(tags, "ImageOrientationPatient", 6, path)
-    if cosines is None:
-        raise ScanError(path, f"{where}has no ImageOrientationPatient: how the slice lies in the patient is not known")
-    row, column = cosines[:3], cosines[3:]
+    keyword = "ImageOrientationPatient"
+    unknown = f"{where}has no {keyword}: how the slice lies in the patient is not known"
+    row, column = _required(tags, keyword, 6, path, unknown).reshape(2, 3)
     lengths = np.linalg.norm([row, column], axis=1)
-    if abs(row @ column) > MAX_COSINE_ERROR or (np.abs(lengths - 1) > MAX_COSINE_ERROR).any():
+    if abs(row @ column) > _MAX_COSINE_ERROR or (np.abs(lengths - 1) > _MAX_COSINE_ERROR).any():
         angle = np.degrees(np.arccos(np.clip(row @ column / np.prod(lengths), -1, 1)))
-        raise ScanError(
-            path,
-            f"{where}has the ImageOrientationPatient {text(tags, 'ImageOrientationPatient')}: sheared, or not of "
-            f"length 1; rows and columns are {angle:.2f} degrees apart, {lengths[0]:.4f} and {lengths[1]:.4f} long",
-        )
+        reason = f"{where}has the {keyword} {text(tags, keyword)}: sheared, or not of length 1; rows and columns are"
+        raise ScanError(path, f"{reason} {angle:.2f} degrees apart, {lengths[0]:.4f} and {lengths[1]:.4f} long")
     normal = np.cross(row, column)
     return np.stack([row / lengths[0], column / lengths[1], normal / np.linalg.norm(normal)], axis=1)
 
@@ -204,15 +185,13 @@ def _compare_with_itk(one: _Slice) -> None:
     except RuntimeError:
         return
     axes = np.reshape(reader.GetDirection(), (3, 3))
-    corners = _corners(np.array(reader.GetOrigin()), axes, np.array(reader.GetSpacing()[:2]), reader.GetSize()[:2])
-    apart_mm = np.linalg.norm(corners - one.corners(), axis=1)
-    if apart_mm.max() > MAX_CONFLICT_MM:
+    by_itk = _corners(np.array(reader.GetOrigin()), axes, np.array(reader.GetSpacing()[:2]), reader.GetSize()[:2])
+    apart_mm = np.linalg.norm(by_itk - one.corners(), axis=1)
+    if (farthest_mm := apart_mm.max()) > MAX_CONFLICT_MM:
         at = int(apart_mm.argmax())
-        raise ScanError(
-            one.file.path,
-            f"has a corner at {_point(one.corners()[at])} LPS mm by its tags, but at {_point(corners[at])} by "
-            f"SimpleITK, {apart_mm[at]:.1f} mm apart: its header contradicts itself",
-        )
+        places = [f"({', '.join(f'{v:.1f}' for v in corners[at])})" for corners in (one.corners(), by_itk)]
+        reason = f"has a corner at {places[0]} LPS mm by its tags, but at {places[1]} by SimpleITK"
+        raise ScanError(one.file.path, f"{reason}, {farthest_mm:.1f} mm apart: its header contradicts itself")
 
 
 def _corners(origin: FloatArray, axes: FloatArray, spacing_mm: FloatArray, size: Sequence[int]) -> FloatArray:
@@ -228,28 +207,9 @@ def _stacked(path: Path, slices: list[_Slice]) -> tuple[list[_Slice], ScanGeomet
         ScanError: missing, duplicate or unequally spaced slices, gantry tilt, slices that differ in size, spacing,
             orientation or in having a rescale.
     """
-    first = slices[0]
     for one in slices:
-        turned = np.degrees(np.arccos(np.clip((one.axes * first.axes).sum(axis=0).min(), -1, 1)))
-        differs = [
-            *(["size"] if one.size != first.size else []),
-            *(["spacing"] if not np.allclose(one.spacing_mm, first.spacing_mm, rtol=0.01) else []),
-            *([f"orientation (by {turned:.1f} degrees)"] if turned > 1 else []),
-        ]
-        if differs:
-            raise ScanError(
-                path,
-                f"its slices differ in {' and '.join(differs)} ({_name(one)} from {_name(first)}): "
-                "is a localizer among them?",
-            )
-        if (one.rescale is None) != (first.rescale is None):
-            without, has = (one, first) if one.rescale is None else (first, one)
-            raise ScanError(
-                path,
-                f"{_name(without)} has no RescaleSlope and RescaleIntercept, {_name(has)} has: "
-                "what its values mean is not known",
-            )
-    slices = sorted(slices, key=lambda one: float(one.position_lps_mm @ first.axes[:, 2]))
+        _check_alike(path, one, slices[0])
+    slices = sorted(slices, key=lambda one: float(one.position_lps_mm @ slices[0].axes[:, 2]))
     first, last = slices[0], slices[-1]
     normal = first.axes[:, 2]  # from here on all is measured by the slice that the geometry is taken from
     depth = np.array([one.position_lps_mm @ normal for one in slices])
@@ -257,24 +217,37 @@ def _stacked(path: Path, slices: list[_Slice]) -> tuple[list[_Slice], ScanGeomet
     off_grid = np.array([one.corners() - first.corners() for one in slices])  # (slices, 4 corners, 3)
     off_grid -= step * np.arange(len(slices))[:, None, None] * normal
     drift_mm = np.linalg.norm(off_grid[-1].mean(axis=0))
-    if drift_mm > MAX_OFF_GRID_MM:
+    if drift_mm > _MAX_OFF_GRID_MM:
         angle = np.degrees(np.arctan2(drift_mm, depth[-1] - depth[0]))
-        raise ScanError(
-            path,
-            f"gantry tilt of {angle:.1f} degrees: the slices drift sideways by {drift_mm:.1f} mm",
-            "resample the series to a rectangular volume first",
-        )
+        reason = f"gantry tilt of {angle:.1f} degrees: the slices drift sideways by {drift_mm:.1f} mm"
+        raise ScanError(path, reason, "resample the series to a rectangular volume first")
     off_mm = np.linalg.norm(off_grid, axis=2).max(axis=1)
-    if off_mm.max() > MAX_OFF_GRID_MM:
+    if off_mm.max() > _MAX_OFF_GRID_MM:
         at = int(off_mm.argmax())
         raise ScanError(
             path,
-            f"its slices are shifted or not parallel: a corner of {_name(slices[at])} lies {off_mm[at]:.2f} mm off the "
-            f"regular grid from {_name(first)} to {_name(last)}; {MAX_OFF_GRID_MM} mm are allowed",
+            f"its slices are shifted or not parallel: a corner of {slices[at].name} lies {off_mm[at]:.2f} mm off the "
+            f"regular grid from {first.name} to {last.name}; {_MAX_OFF_GRID_MM} mm are allowed",
         )
-    columns, rows = first.size
-    size, spacing = (columns, rows, len(slices)), (*first.spacing_mm, step)
-    return slices, checked_geometry(path, size, spacing, first.position_lps_mm, first.axes)
+    size, spacing = (*first.size, len(slices)), (*first.spacing_mm, step)
+    return slices, check_geometry(path, ScanGeometry.of(size, spacing, first.position_lps_mm, first.axes))
+
+
+def _check_alike(path: Path, one: _Slice, first: _Slice) -> None:
+    """Refuse a slice that is no part of the stack that another belongs to."""
+    turned = np.degrees(np.arccos(np.clip((one.axes * first.axes).sum(axis=0).min(), -1, 1)))
+    differences = {
+        "size": one.size != first.size,
+        "spacing": not np.allclose(one.spacing_mm, first.spacing_mm, rtol=0.01),
+        f"orientation (by {turned:.1f} degrees)": turned > 1,
+    }
+    if differs := " and ".join(name for name, is_so in differences.items() if is_so):
+        reason = f"its slices differ in {differs} ({one.name} from {first.name})"
+        raise ScanError(path, f"{reason}: is a localizer among them?")
+    if (one.rescale is None) != (first.rescale is None):
+        without, has = (one, first) if one.rescale is None else (first, one)
+        reason = f"{without.name} has no RescaleSlope and RescaleIntercept, {has.name} has"
+        raise ScanError(path, f"{reason}: what its values mean is not known")
 
 
 def _step_mm(path: Path, slices: Sequence[_Slice], depth: FloatArray) -> float:
@@ -282,15 +255,12 @@ def _step_mm(path: Path, slices: Sequence[_Slice], depth: FloatArray) -> float:
     steps = np.diff(depth)
     if (steps < 0.01).any():
         at = int(np.argmin(steps))
-        raise ScanError(
-            path,
-            f"has two slices at one place ({depth[at]:.2f} mm along the slice normal): {_name(slices[at])} and "
-            f"{_name(slices[at + 1])}",
-            "keep one of them; of several phases or energies keep one",
-        )
+        reason = f"has two slices at one place ({depth[at]:.2f} mm along the slice normal)"
+        remedy = "keep one of them; of several phases or energies keep one"
+        raise ScanError(path, f"{reason}: {slices[at].name} and {slices[at + 1].name}", remedy)
     step = float((depth[-1] - depth[0]) / len(steps))
     off_mm = np.abs(depth - depth[0] - step * np.arange(len(depth)))
-    if off_mm.max() > np.clip(MAX_OFF_DEPTH * step, *MAX_OFF_DEPTH_MM):
+    if off_mm.max() > np.clip(_MAX_OFF_DEPTH * step, *_MAX_OFF_DEPTH_MM):
         usual, at = float(np.median(steps)), int(np.argmax(off_mm))
         longest = int(np.argmax(np.abs(steps - usual)))
         raise ScanError(
@@ -300,11 +270,3 @@ def _step_mm(path: Path, slices: Sequence[_Slice], depth: FloatArray) -> float:
             f"{off_mm[at]:.2f} mm from its place on a regular grid",
         )
     return step
-
-
-def _name(one: _Slice) -> str:
-    return one.file.path.name + (f" frame {one.frame + 1}" if one.frame else "")
-
-
-def _point(point: FloatArray) -> str:
-    return "(" + ", ".join(f"{v:.1f}" for v in point) + ")"

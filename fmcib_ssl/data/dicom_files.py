@@ -19,28 +19,25 @@ from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.tag import Tag
 
+from fmcib_ssl.data.geometry import FloatArray
 from fmcib_ssl.data.itk import decoded
 from fmcib_ssl.types import ScanError
 
 _SUFFIXES = (".dcm", ".dicom", ".ima")
 #: CT Image Storage, its enhanced and its legacy converted form.
 _CT_STORAGE = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")
-_PIXEL_DATA, _DELIMITER, _UNDEFINED = b"\xe0\x7f\x10\x00", b"\xfe\xff\xdd\xe0", 0xFFFFFFFF
 #: Transfer syntaxes of plain voxels; a file without one is a file without meta information.
 _NATIVE = (
-    None,
-    uid.ImplicitVRLittleEndian,
-    uid.ExplicitVRLittleEndian,
-    uid.ExplicitVRBigEndian,
-    uid.DeflatedExplicitVRLittleEndian,
+    *(None, uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian),
+    *(uid.ExplicitVRBigEndian, uid.DeflatedExplicitVRLittleEndian),
 )
+#: What says how voxels are stored.
+_STORED_AS = ("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation")
 #: OverlayBitPosition of the 16 overlays that a file may have: above 0 if it lies in unused bits of the voxels.
 _OVERLAY_BITS = [Tag(0x6000 + 2 * i, 0x0102) for i in range(16)]
 _TAGS: list[Any] = [
-    *_OVERLAY_BITS,
+    *(*_OVERLAY_BITS, *_STORED_AS, "SamplesPerPixel", "PhotometricInterpretation"),
     *("SOPClassUID", "Modality", "SeriesInstanceUID", "FrameOfReferenceUID", "NumberOfFrames"),
-    *("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation"),
-    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
     *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "ImagerPixelSpacing"),
     *("RescaleSlope", "RescaleIntercept", "RescaleType"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
@@ -54,6 +51,11 @@ class DicomFile(NamedTuple):
     header: Dataset
     damage: str  # what is wrong with its pixel data, or empty
     pixels_at: int | None  # byte of the file where they begin, if they stand there as they are
+
+    @property
+    def series_uid(self) -> str:
+        """The series it belongs to; empty if it names none."""
+        return text(self.header, "SeriesInstanceUID")
 
 
 def is_dicom(path: Path) -> bool:
@@ -82,12 +84,12 @@ def series_at(path: Path, series_uid: str | None, any_modality: bool) -> list[Di
     """
     files, unreadable = _images_at(path)
     series: dict[str, list[DicomFile]] = {}
-    for one in files:
-        series.setdefault(text(one.header, "SeriesInstanceUID"), []).append(one)
+    for file in files:
+        series.setdefault(file.series_uid, []).append(file)
     if not series:
-        for file, damage in unreadable.items():
-            if file == path or is_dicom(file):
-                raise ScanError(file, damage)
+        for name, damage in unreadable.items():
+            if name == path or is_dicom(name):
+                raise ScanError(name, damage)
         nothing = "is a folder without DICOM slices (folders inside it are not searched)"
         raise ScanError(path, nothing if path.is_dir() else "is a DICOM file without an image")
     modalities = {name: _modality(own[0].header) for name, own in sorted(series.items())}
@@ -96,43 +98,32 @@ def series_at(path: Path, series_uid: str | None, any_modality: bool) -> list[Di
         ct = [name for name, kind in modalities.items() if kind == "CT"]
         names = list(series) if any_modality or not ct else ct
         if len(names) > 1:
-            raise ScanError(
-                path,
-                f"holds {len(series)} DICOM series; name one in a column `series_uid`: {listing}",
-                f"name the series in a column series_uid, such as series_uid={min(names)}",
-            )
+            reason = f"holds {len(series)} DICOM series; name one in a column `series_uid`: {listing}"
+            raise ScanError(path, reason, f"name the series in a column series_uid, such as series_uid={min(names)}")
         series_uid = names[0]
     if series_uid not in series:
         raise ScanError(path, f"has no series {series_uid!r}; it holds {listing}", "correct series_uid")
-    chosen = series[series_uid]
     if not any_modality and modalities[series_uid] != "CT":
-        raise ScanError(
-            path,
-            f"is of modality {modalities[series_uid]}, not CT",
-            "leave it out; if its values are HU all the same, write modality=any: `any` in a column `modality`",
-        )
-    patterns = {_pattern(one.path) for one in chosen}
-    for file, damage in unreadable.items():  # only its name can tell a lost slice from another file
-        if file.suffix.lower() in _SUFFIXES or _pattern(file) in patterns:
-            raise ScanError(file, damage, "copy it again; remove it if it is no slice of the series")
-    for one in chosen:
-        if one.damage:
-            raise ScanError(one.path, one.damage, "copy it again")
+        remedy = "leave it out; if its values are HU all the same, write modality=any: `any` in a column `modality`"
+        raise ScanError(path, f"is of modality {modalities[series_uid]}, not CT", remedy)
+    chosen = series[series_uid]
+    patterns = {_pattern(file.path) for file in chosen}
+    for name, damage in unreadable.items():  # only its name can tell a lost slice from another file
+        if name.suffix.lower() in _SUFFIXES or _pattern(name) in patterns:
+            raise ScanError(name, damage, "copy it again; remove it if it is no slice of the series")
+    for file in chosen:
+        if file.damage:
+            raise ScanError(file.path, file.damage, "copy it again")
     return chosen
 
 
-def series_files(folder: Path, series_uid: str | None) -> list[Path]:
-    """The files of a series in the order of their names, read or not; of all series if none is named."""
-    return [
-        one.path
-        for one in _images_at(folder)[0]
-        if series_uid is None or text(one.header, "SeriesInstanceUID") == series_uid
-    ]
+def series_files(folder: Path, series_uid: str) -> list[Path]:
+    """The files of a series in the order of their names, read or not."""
+    return [file.path for file in _images_at(folder)[0] if file.series_uid == series_uid]
 
 
 def _modality(header: Dataset) -> str:
-    kind = "CT" if header.get("SOPClassUID") in _CT_STORAGE else "(none given)"
-    return text(header, "Modality") or kind
+    return text(header, "Modality") or ("CT" if header.get("SOPClassUID") in _CT_STORAGE else "(none given)")
 
 
 def _pattern(path: Path) -> str:
@@ -146,53 +137,57 @@ def _images_at(path: Path) -> tuple[list[DicomFile], dict[Path, str]]:
     files = [file for file in path.iterdir() if not file.name.startswith(".")] if path.is_dir() else [path]
     for file in sorted(file for file in files if not file.is_dir()):
         try:
-            one = _read_header(file)
+            image = _read_header(file)
+        except ScanError as error:
+            unreadable[file] = error.reason
         except OSError as error:
             unreadable[file] = f"cannot be opened: {error.strerror}"
         except Exception as error:  # whatever pydicom makes of it
             unreadable[file] = f"is damaged: {type(error).__name__}: {error}"
         else:
-            if isinstance(one, str):
-                unreadable[file] = one
-            elif one.damage and "SeriesInstanceUID" not in one.header:
-                unreadable[file] = one.damage
-            elif "Rows" in one.header or one.damage:
-                images.append(one)
+            if image.damage and "SeriesInstanceUID" not in image.header:
+                unreadable[file] = image.damage
+            elif "Rows" in image.header or image.damage:
+                images.append(image)
     return images, unreadable
 
 
-def _read_header(path: Path) -> DicomFile | str:
-    """A header, or what is wrong with a file that has none."""
+def _read_header(path: Path) -> DicomFile:
+    """A header with what is wrong with its voxels, none of which is read.
+
+    Raises:
+        ScanError: there is no header.
+    """
     with path.open("rb") as file:
         head = file.read(132)
         if not _starts_as_dicom(head):
-            return "is no DICOM file" if head else "is empty (0 bytes)"
+            raise ScanError(path, "is no DICOM file" if head else "is empty (0 bytes)")
         file.seek(0)
         header = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=_TAGS)
         kind = header.get("SOPClassUID", header.file_meta.get("MediaStorageSOPClassUID"))
         if kind is None and "Rows" not in header:
-            return "is cut off, or no DICOM file"
+            raise ScanError(path, "is cut off, or no DICOM file")
         is_image = "Rows" in header or kind in _CT_STORAGE
         return DicomFile(path, header, *(_pixel_data(file, header) if is_image else ("", None)))
 
 
 def _pixel_data(file: BinaryIO, header: Dataset) -> tuple[str, int | None]:
-    """`damage` and `pixels_at` of a file that stands at the beginning of its pixel data; no voxel is read."""
+    """`damage` and `pixels_at` of a file that stands at the beginning of its pixel data."""
     if header.file_meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian:
         return "", None  # was inflated as a whole, which fails if it is cut off
     implicit, little = header.original_encoding
-    order = "little" if little else "big"
     start = file.read(8 if implicit else 12)
-    if start[:4] != (_PIXEL_DATA if little else b"\x7f\xe0\x00\x10"):
+    if start[:4] != (b"\xe0\x7f\x10\x00" if little else b"\x7f\xe0\x00\x10"):
         return "has no pixel data: it is cut off, or was saved without", None
-    length, num_bytes = int.from_bytes(start[-4:], order), os.fstat(file.fileno()).st_size  # type: ignore[arg-type]
-    if length != _UNDEFINED:
+    length = int.from_bytes(start[-4:], "little" if little else "big")
+    if length != 0xFFFFFFFF:
         frames = int(text(header, "NumberOfFrames") or 1)
         bits = frames * int(header.Rows) * int(header.Columns) * int(header.get("BitsAllocated", 16))
-        missing = max(file.tell() + length - num_bytes, bits * int(header.get("SamplesPerPixel", 1)) // 8 - length)
+        needed = max(length, bits * int(header.get("SamplesPerPixel", 1)) // 8)
+        missing = max(file.tell() + length - os.fstat(file.fileno()).st_size, needed - length)
         return f"is cut off: {missing} bytes of its pixel data are missing" if missing > 0 else "", file.tell()
     while len(item := file.read(8)) == 8:
-        if item[:4] == _DELIMITER:
+        if item[:4] == b"\xfe\xff\xdd\xe0":  # the end of a sequence of compressed frames
             return "", None
         file.seek(int.from_bytes(item[4:], "little"), os.SEEK_CUR)
     return "is cut off: its pixel data has no end", None
@@ -210,7 +205,7 @@ def text(dataset: Dataset, keyword: str) -> str:
     return "\\".join(map(str, parts))
 
 
-def numbers(dataset: Dataset, keyword: str, count: int, path: Path) -> npt.NDArray[np.float64] | None:
+def numbers(dataset: Dataset, keyword: str, count: int, path: Path) -> FloatArray | None:
     """The numbers of a tag, None if it is absent or empty.
 
     Raises:
@@ -239,14 +234,11 @@ def read_stored_values(file: DicomFile, frames: Collection[int], scratch: Path) 
     Raises:
         ScanError: damaged, or in a form that is not read.
     """
-    header, little = file.header, file.header.original_encoding[1]
-    allocated, stored, high_bit = int(header.BitsAllocated), int(header.BitsStored), int(header.HighBit)
+    header, little, start = file.header, file.header.original_encoding[1], file.pixels_at
+    rows, columns, allocated, stored, high_bit, signed = (int(header[keyword].value) for keyword in _STORED_AS)
     if allocated not in ((8, 16, 32) if little else (16, 32)) or not 0 < stored <= high_bit + 1 <= allocated:
         raise ScanError(file.path, f"has {stored} bits stored of {allocated} allocated, which is not read")
-    dtype = np.dtype(("<" if little else ">") + ("i" if int(header.PixelRepresentation) else "u") + str(allocated // 8))
-    shape = (int(header.Rows), int(header.Columns))
-    num_pixels = shape[0] * shape[1]
-    start = file.pixels_at
+    dtype = np.dtype(f"{'<' if little else '>'}{'i' if signed else 'u'}{allocated // 8}")
     whole = header if start is not None else pydicom.dcmread(file.path)
     syntax = header.file_meta.get("TransferSyntaxUID")
     compressed = start is None and whole["PixelData"].is_undefined_length
@@ -257,18 +249,16 @@ def read_stored_values(file: DicomFile, frames: Collection[int], scratch: Path) 
         if compressed:
             yield _decompressed(whole, file.path, frame, scratch)
             continue
-        offset = frame * num_pixels * dtype.itemsize
+        offset = frame * rows * columns * dtype.itemsize
         if start is None:
-            values = np.frombuffer(whole.PixelData, dtype, num_pixels, offset)
+            values = np.frombuffer(whole.PixelData, dtype, rows * columns, offset)
         else:
-            values = np.fromfile(file.path, dtype, num_pixels, offset=start + offset)
-        values = values.reshape(shape).astype(dtype.newbyteorder("="), copy=False)
+            values = np.fromfile(file.path, dtype, rows * columns, offset=start + offset)
+        values = values.reshape(rows, columns).astype(dtype.newbyteorder("="), copy=False)
         used = values << (allocated - 1 - high_bit) >> (allocated - stored)  # without other bits, and with its sign
         if not overlaid and (used != values).any():
-            outside = values[used != values][0]
-            raise ScanError(
-                file.path, f"has the stored value {outside}, which does not fit its {stored} bits (BitsStored)"
-            )
+            reason = f"has the stored value {values[used != values][0]}, which does not fit its {stored} bits"
+            raise ScanError(file.path, f"{reason} (BitsStored)")
         yield used
 
 
@@ -278,18 +268,16 @@ def _decompressed(dataset: Dataset, path: Path, frame: int, scratch: Path) -> np
     plain.file_meta = FileMetaDataset()
     plain.file_meta.TransferSyntaxUID = dataset.file_meta.TransferSyntaxUID
     plain.SOPClassUID, plain.SOPInstanceUID = uid.CTImageStorage, uid.generate_uid()
-    for keyword in ("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"):
+    for keyword in _STORED_AS:
         setattr(plain, keyword, dataset[keyword].value)
     plain.SamplesPerPixel, plain.PhotometricInterpretation = 1, "MONOCHROME2"
     count = int(text(dataset, "NumberOfFrames") or 1)
-    plain.PixelData = pydicom.encaps.encapsulate(
-        [pydicom.encaps.get_frame(dataset.PixelData, frame, number_of_frames=count)]
-    )
-    file = scratch / "frame.dcm"
-    plain.save_as(file, enforce_file_format=True)
+    encoded = pydicom.encaps.get_frame(dataset.PixelData, frame, number_of_frames=count)
+    plain.PixelData = pydicom.encaps.encapsulate([encoded])
+    plain.save_as(scratch / "frame.dcm", enforce_file_format=True)
     reader = sitk.ImageFileReader()
-    reader.SetFileName(str(file))
+    reader.SetFileName(str(scratch / "frame.dcm"))
     reader.SetImageIO("GDCMImageIO")
     reader.SetNumberOfThreads(1)
-    values: npt.NDArray[Any] = decoded(reader, path)
+    values = decoded(reader, path)
     return values.reshape(values.shape[-2:])

@@ -11,24 +11,26 @@ import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from jaxtyping import Bool, Float
+from numpy.typing import ArrayLike
 
 from fmcib_ssl.types import ScanError
 
 FloatArray = npt.NDArray[np.float64]
 
 #: Voxel edges that a CT of a patient can have, mm.
-SPACING_RANGE_MM = (0.05, 25.0)
+_SPACING_RANGE_MM = (0.05, 25.0)
+#: What to do with a sheared scan.
+RESAMPLE = "resample it to a rectangular volume first"
 #: Two statements about one voxel's place may differ by this much: rounding.
 MAX_CONFLICT_MM = 0.1
 _CORNERS = np.array(list(itertools.product((0.0, 1.0), repeat=3)))
 
 
-def ras_to_lps(points_ras_mm: npt.ArrayLike) -> Float[np.ndarray, "*points 3"]:
+def ras_to_lps(points_ras_mm: ArrayLike) -> Float[np.ndarray, "*points 3"]:
     """RAS millimetres to LPS, and back: x and y change their sign."""
     return np.asarray(points_ras_mm, dtype=np.float64) * (-1.0, -1.0, 1.0)
 
@@ -85,35 +87,40 @@ class ScanGeometry:
     direction: tuple[tuple[float, float, float], ...] = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
 
     @classmethod
-    def of(cls, size_xyz: tuple[int, int, int], index_to_lps_mm: FloatArray) -> ScanGeometry:
-        """The geometry of a 4x4 matrix from voxel indices to LPS mm, whether a scan can have it or not."""
+    def of(cls, size_xyz: ArrayLike, spacing: ArrayLike, origin: ArrayLike, direction: ArrayLike) -> ScanGeometry:
+        """The same of any sequences of numbers, as libraries give them."""
+        size, (sx, sy, sz), (x, y, z), rows = (np.asarray(a).tolist() for a in (size_xyz, spacing, origin, direction))
+        return cls(tuple(size), (sx, sy, sz), (x, y, z), tuple(map(tuple, rows)))
+
+    @classmethod
+    def from_affine(cls, size_xyz: ArrayLike, index_to_lps_mm: FloatArray) -> ScanGeometry:
+        """The geometry of a 4x4 (or 3x4) matrix from voxel indices to LPS mm, whether a scan can have it or not."""
         spacing = np.linalg.norm(index_to_lps_mm[:3, :3], axis=0)
         direction = index_to_lps_mm[:3, :3] / np.where(spacing > 0, spacing, 1) + 0.0  # no minus before a zero
-        (sx, sy, sz), (x, y, z) = spacing.tolist(), (index_to_lps_mm[:3, 3] + 0.0).tolist()
-        return cls(size_xyz, (sx, sy, sz), (x, y, z), tuple((a, b, c) for a, b, c in direction.tolist()))
+        return cls.of(size_xyz, spacing, index_to_lps_mm[:3, 3] + 0.0, direction)
 
     @property
     def _index_to_mm(self) -> FloatArray:
         return np.array(self.direction, dtype=np.float64) * self.spacing_mm_xyz
 
-    def to_lps_mm(self, index_xyz: npt.ArrayLike) -> Float[np.ndarray, "*points 3"]:
+    def to_lps_mm(self, index_xyz: ArrayLike) -> Float[np.ndarray, "*points 3"]:
         """Centre of a voxel, or the place of a fractional index, in LPS mm."""
         points: FloatArray = np.asarray(index_xyz, dtype=np.float64) @ self._index_to_mm.T + self.origin_lps_mm
         return points
 
-    def to_index_xyz(self, points_lps_mm: npt.ArrayLike) -> Float[np.ndarray, "*points 3"]:
+    def to_index_xyz(self, points_lps_mm: ArrayLike) -> Float[np.ndarray, "*points 3"]:
         """Fractional voxel index of a point, x, y, z. The inverse of `to_lps_mm`."""
         offset = np.asarray(points_lps_mm, dtype=np.float64) - self.origin_lps_mm
         index: FloatArray = offset @ np.linalg.inv(self._index_to_mm).T
         return index
 
-    def contains(self, points_lps_mm: npt.ArrayLike) -> Bool[np.ndarray, " *points"]:
+    def contains(self, points_lps_mm: ArrayLike) -> Bool[np.ndarray, " *points"]:
         """Whether a point lies in a voxel of the scan, edges included."""
         index = self.to_index_xyz(points_lps_mm)
         edge = 0.5 + 1e-6  # the inverse of a direction is exact to rounding only
         return np.asarray(((index >= -edge) & (index <= np.array(self.size_xyz) - 1 + edge)).all(axis=-1))
 
-    def distance_outside_mm(self, point_lps_mm: npt.ArrayLike) -> float:
+    def distance_outside_mm(self, point_lps_mm: ArrayLike) -> float:
         """How far a point is from the nearest edge of the scan; 0 inside."""
         index = self.to_index_xyz(point_lps_mm)
         nearest = np.clip(index, -0.5, np.array(self.size_xyz) - 0.5)
@@ -166,36 +173,19 @@ class ScanGeometry:
         )
 
 
-def checked_geometry(path: Path, size: Any, spacing: Any, origin: Any, direction: FloatArray) -> ScanGeometry:
-    """The geometry of these parts, if a CT of a patient can have it."""
-    (nx, ny, nz), (sx, sy, sz), (x, y, z) = size, spacing, origin
-    rows: list[list[float]] = direction.tolist()
-    geometry = ScanGeometry(
-        size_xyz=(int(nx), int(ny), int(nz)),
-        spacing_mm_xyz=(float(sx), float(sy), float(sz)),
-        origin_lps_mm=(float(x), float(y), float(z)),
-        direction=tuple((a, b, c) for a, b, c in rows),
-    )
-    return check_geometry(path, geometry)
-
-
 def check_geometry(path: Path, geometry: ScanGeometry) -> ScanGeometry:
     """Refuse a geometry that no CT of a patient can have."""
-    lowest, highest = SPACING_RANGE_MM
+    lowest, highest = _SPACING_RANGE_MM
     spacing, direction = geometry.spacing_mm_xyz, np.array(geometry.direction)
     if not all(lowest <= s <= highest for s in spacing):
+        reason = f"has a spacing of {tuple(round(s, 4) for s in spacing)} mm"
         raise ScanError(
-            path,
-            f"has a spacing of {tuple(round(s, 4) for s in spacing)} mm; "
-            f"each must be between {lowest} and {highest} mm: is its header in another unit?",
+            path, f"{reason}; each must be between {lowest} and {highest} mm: is its header in another unit?"
         )
     if not np.allclose(direction.T @ direction, np.eye(3), atol=1e-3):
         kind = "singular" if abs(np.linalg.det(direction)) < 1e-3 else "sheared (gantry tilt?)"
-        raise ScanError(
-            path,
-            f"has a {kind} direction matrix {direction.round(4).tolist()}, not a rotation; "
-            "resample it to a rectangular volume first",
-        )
+        reason = f"has a {kind} direction matrix {direction.round(4).tolist()}, not a rotation"
+        raise ScanError(path, f"{reason}; {RESAMPLE}")
     if not np.isfinite(geometry.origin_lps_mm).all():
         raise ScanError(path, f"has the origin {geometry.origin_lps_mm}")
     return geometry
@@ -205,9 +195,9 @@ def check_agreement(path: Path, stated: Mapping[str, ScanGeometry], remedy: str)
     """Refuse a scan of which two statements put a corner voxel at two places.
 
     Args:
-        path: the scan.
+        path: named in the error, which ends with `remedy`.
         stated: two geometries, by who says so.
-        remedy: what to do, for the message.
+        remedy: begins with "; ".
     """
     (one, first), (other, second) = stated.items()
     distance_mm = np.linalg.norm(first.corners_lps_mm() - second.corners_lps_mm(), axis=1).max()
@@ -217,9 +207,8 @@ def check_agreement(path: Path, stated: Mapping[str, ScanGeometry], remedy: str)
             f"({numbers_text(g.origin_lps_mm)}), the last at ({numbers_text(g.corners_lps_mm()[-1])}) LPS mm"
             for name, g in stated.items()
         )
-        raise ScanError(
-            path, f"its {one} and {other} are up to {distance_mm:.1f} mm apart ({'; '.join(texts)}){remedy}"
-        )
+        reason = f"its {one} and {other} are up to {distance_mm:.1f} mm apart ({'; '.join(texts)})"
+        raise ScanError(path, reason + remedy)
 
 
 def numbers_text(numbers: Iterable[float], separator: str = ", ") -> str:

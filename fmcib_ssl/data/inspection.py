@@ -6,7 +6,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,8 +29,6 @@ _RULES = 1
 _ALONE_S = 2.0
 #: Scans that a process takes at a time, and voxels that they hold together: a large scan goes alone.
 _CHUNK_SCANS, _CHUNK_VOXELS = 32, 8_000_000
-#: Threads of a process that wait for disks together.
-_NUM_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -61,19 +58,17 @@ def inspect_scans(
             again.
     """
     todo = sorted(set(sources), key=str)
-    listings = dict(zip(todo, _in_threads(_listing, todo), strict=True)) if cache else {}
+    listings = {source: _listing(source) for source in todo} if cache else {}
     known = _read_cache(cache, listings) if cache else {}
     results: dict[ScanSource, Result] = {}
-    for level in get_args(Check):
-        if level == "full" and check != "full":
-            break
+    for level in get_args(Check)[: 1 if check == "headers" else 2]:
         todo = [source for source in todo if not isinstance(results.get(source), ScanError)]
+        work = {source: _num_voxels(results[source]) if level == "full" else 1 for source in todo}
         results |= {source: known[source, level] for source in todo if (source, level) in known}
-        left = [source for source in todo if (source, level) not in known]
-        work = {source: 1 if level == "headers" else _num_voxels(results[source]) for source in left}
+        work = {source: size for source, size in work.items() if (source, level) not in known}
         unit = {"unit": "scan"} if level == "headers" else {"unit": "voxel", "unit_scale": True}
         with tqdm(total=sum(work.values()), desc=f"Checking scans ({level})", disable=None, **unit) as progress:
-            for source, result in _inspected(level, _chunks(work), num_workers):
+            for source, result in _inspected(level, _chunks(work), num_cores() if num_workers is None else num_workers):
                 results[source] = result
                 progress.update(work[source])
                 if cache and listings[source]:
@@ -82,10 +77,9 @@ def inspect_scans(
 
 
 def _inspected(
-    check: Check, chunks: Sequence[tuple[ScanSource, ...]], num_workers: int | None
+    check: Check, chunks: Sequence[tuple[ScanSource, ...]], num_workers: int
 ) -> Iterator[tuple[ScanSource, Result]]:
     """Each scan with its result, in the order in which they are done."""
-    num_workers = num_cores() if num_workers is None else num_workers
     began, alone = time.monotonic(), 0
     while alone < len(chunks) and (num_workers < 2 or time.monotonic() - began < _ALONE_S):
         yield from zip(chunks[alone], _inspect_chunk(check, chunks[alone]) or (), strict=True)
@@ -104,7 +98,7 @@ def _inspected(
 
 
 def _inspect_chunk(check: Check, sources: Sequence[ScanSource]) -> list[Result] | None:
-    return _in_threads(partial(_inspect, check), sources)
+    return [_inspect(check, source) for source in sources]
 
 
 def _inspect(check: Check, source: ScanSource) -> Result:
@@ -117,24 +111,17 @@ def _inspect(check: Check, source: ScanSource) -> Result:
         return error
 
 
-def _in_threads(function: Any, items: Sequence[Any]) -> list[Any]:
-    if len(items) < 2:
-        return [function(item) for item in items]
-    with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        return list(pool.map(function, items))
-
-
 def _chunks(work: dict[ScanSource, int]) -> list[tuple[ScanSource, ...]]:
     """Scans in the order given, a few at a time."""
-    chunks: list[list[ScanSource]] = []
+    chunks: list[tuple[ScanSource, ...]] = []
     size = 0
     for source, voxels in work.items():
         size += voxels
         if not chunks or len(chunks[-1]) == _CHUNK_SCANS or size > _CHUNK_VOXELS:
-            chunks.append([])
+            chunks.append(())
             size = voxels
-        chunks[-1].append(source)
-    return [tuple(chunk) for chunk in chunks]
+        chunks[-1] += (source,)
+    return chunks
 
 
 def _num_voxels(report: Result) -> int:
@@ -162,8 +149,8 @@ def _read_cache(cache: Path, listings: dict[ScanSource, str]) -> dict[tuple[Scan
             if entry["error"]:
                 result: Result = ScanError(*entry["error"])
             else:
-                geometry = ScanGeometry(**{key: _tuples(value) for key, value in entry["geometry"].items()})
-                result = ScanReport(geometry, HuSummary(**entry["values"]) if entry["values"] else None)
+                values = HuSummary(**entry["values"]) if entry["values"] else None
+                result = ScanReport(ScanGeometry.of(*entry["geometry"].values()), values)
             known[source, "headers"] = known[source, entry["check"]] = result
         except (ValueError, KeyError, TypeError):  # cut off by an interrupt, or of another version
             continue
@@ -171,19 +158,10 @@ def _read_cache(cache: Path, listings: dict[ScanSource, str]) -> dict[tuple[Scan
 
 
 def _add_to_cache(cache: Path, source: ScanSource, check: Check, listing: str, result: Result) -> None:
-    entry: dict[str, Any] = {
-        "source": [str(source.path), *source[1:]],
-        "check": check,
-        "listing": listing,
-        "error": None,
-    }
+    entry: dict[str, Any] = {"source": [str(source.path), *source[1:]], "check": check, "listing": listing}
     if isinstance(result, ScanError):
         entry["error"] = [result.path, result.reason, result.remedy]
     else:
-        entry |= dataclasses.asdict(result)
+        entry |= {"error": None, **dataclasses.asdict(result)}
     with cache.open("a", encoding="utf-8") as file:
         file.write(f"\n{json.dumps(entry)}")  # after whatever an interrupt has left
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value

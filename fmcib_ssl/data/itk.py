@@ -6,6 +6,7 @@ What a header leaves out ITK fills with voxels of 1 mm, an origin of 0 and axes 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import SimpleITK as sitk
 
-from fmcib_ssl.data.geometry import ScanGeometry, check_agreement, checked_geometry, numbers_text
+from fmcib_ssl.data.geometry import RESAMPLE, ScanGeometry, check_agreement, check_geometry, numbers_text
 from fmcib_ssl.types import ScanError
 
 #: What can be read, for messages.
@@ -21,46 +22,29 @@ FORMATS = "NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr), MetaImage (.mha, .mhd) or
 #: Longest header that is looked at, bytes: fields of a Slicer segmentation may be long.
 _MAX_HEADER = 1 << 20
 _NUMBER = re.compile(r"[-+]?(?:nan|inf|\d*\.?\d+(?:e[-+]?\d+)?)", re.IGNORECASE)
-_MILLIMETRES = ("", "mm", "millimeter", "millimeters", "millimetre", "millimetres")
-#: Signs that bring the axes of an NRRD's space to LPS.
-_SPACES = {
-    "left-posterior-superior": (1, 1, 1), "lps": (1, 1, 1),
-    "right-anterior-superior": (-1, -1, 1), "ras": (-1, -1, 1),
-    "left-anterior-superior": (1, -1, 1), "las": (1, -1, 1),
-}  # fmt: skip
-#: The names that MetaImage has for each part of the geometry; the first is the usual one.
-_META_NAMES = {
-    "spacing": ("ElementSpacing", "ElementSize"),
-    "origin": ("Offset", "Position", "Origin"),
-    "direction": ("TransformMatrix", "Rotation", "Orientation"),
-}
+_MILLIMETRES = ("mm", "millimeter", "millimeters", "millimetre", "millimetres")
+#: Signs that bring the axes of an NRRD's space, by the initials of its name, to LPS.
+_SPACES = {"lps": (1, 1, 1), "ras": (-1, -1, 1), "las": (1, -1, 1)}
+#: The names that a header has for each part of the geometry; the first is the usual one.
+_NRRD_NAMES = (("space",), ("space directions",), ("space origin",))
+_META_NAMES = (
+    ("ElementSpacing", "ElementSize"),
+    ("Offset", "Position", "Origin"),
+    ("TransformMatrix", "Rotation", "Orientation"),
+)
 
 
-def read_itk_header(path: Path) -> ScanGeometry:
-    """Geometry of a file, without its voxels.
-
-    Raises:
-        ScanError: not an image, 2D, 4D, colour, a header that leaves its geometry out, or says another than ITK reads.
-    """
-    return _open(path)[1]
-
-
-def read_itk_volume(path: Path, *, layered: bool = False) -> tuple[npt.NDArray[Any], ScanGeometry]:
-    """Values of a file, `(z, y, x)`, and its geometry; `(z, y, x, layers)` if it has several values a voxel.
+def open_itk(path: Path, *, layered: bool = False) -> tuple[ScanGeometry, Callable[[], npt.NDArray[Any]]]:
+    """Geometry of a file, and what decodes its values `(z, y, x)`; `(z, y, x, layers)` of several values a voxel.
 
     Args:
-        path: the file.
+        path: the file; DICOM too, to say what it is.
         layered: accept several values a voxel.
 
     Raises:
-        ScanError: as `read_itk_header`, and for damaged data.
+        ScanError: not an image, 2D, 4D, colour, a header that leaves its geometry out, or says another than ITK reads;
+            when decoded, damaged data.
     """
-    reader, geometry = _open(path, layered=layered)
-    return decoded(reader, path), geometry
-
-
-def _open(path: Path, *, layered: bool = False) -> tuple[Any, ScanGeometry]:
-    """A reader that stands before the voxels of a file, and the file's geometry."""
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.SetNumberOfThreads(1)
@@ -80,12 +64,12 @@ def _open(path: Path, *, layered: bool = False) -> tuple[Any, ScanGeometry]:
         raise ScanError(path, f"is a {kind} image of size {size}, not a volume{hint}")
     if (components := reader.GetNumberOfComponents()) != 1 and not layered:
         raise ScanError(path, f"has {components} values a voxel (colour or vectors), not one HU value")
-    axes = np.reshape(reader.GetDirection(), (3, 3))
-    geometry = checked_geometry(path, size, reader.GetSpacing(), reader.GetOrigin(), axes)
+    direction = np.reshape(reader.GetDirection(), (3, 3))
+    geometry = check_geometry(path, ScanGeometry.of(size, reader.GetSpacing(), reader.GetOrigin(), direction))
     if image_io != "GDCMImageIO":
-        stated = _nrrd_geometry(path, size) if image_io == "NrrdImageIO" else _meta_geometry(path, size)
+        stated = _stated_geometry(path, size, is_nrrd=image_io == "NrrdImageIO")
         check_agreement(path, {"header": stated, "geometry as ITK reads it": geometry}, "; save it anew")
-    return reader, geometry
+    return geometry, lambda: decoded(reader, path)
 
 
 def header_fields(path: Path) -> dict[str, str]:
@@ -101,56 +85,42 @@ def header_fields(path: Path) -> dict[str, str]:
     return {key.decode("latin-1").strip().lower(): value.decode("utf-8", "replace").strip() for key, value in lines}
 
 
-def _nrrd_geometry(path: Path, size: Any) -> ScanGeometry:
-    fields = header_fields(path)
-    missing = [name for name in ("space", "space directions", "space origin") if name not in fields]
-    if missing:
-        raise ScanError(path, f"has no geometry: its header lacks {_quoted(missing)}; save it with them")
-    if (space := fields["space"].lower()) not in _SPACES:
-        raise ScanError(
-            path,
-            f"has the space {fields['space']!r}, which does not say left from right; save it as {next(iter(_SPACES))}",
-        )
-    _require_millimetres(path, "space units", re.findall(r'"([^"]*)"', fields.get("space units", "")))
-    columns = [_numbers(vector) for vector in re.findall(r"\(([^)]*)\)", fields["space directions"])]
-    origin = _numbers(fields["space origin"])
-    if [len(vector) for vector in (*columns, origin)] != [3] * 4:
-        raise ScanError(path, f"has the space directions {fields['space directions']!r}, not three of three numbers")
-    signs = np.array(_SPACES[space])
-    matrix = np.eye(4)
-    matrix[:3] = (np.array([*columns, origin]) * signs).T
-    return ScanGeometry.of(size, matrix)
+def _stated_geometry(path: Path, size: Any, *, is_nrrd: bool) -> ScanGeometry:
+    """The geometry in the header's own words.
 
-
-def _meta_geometry(path: Path, size: Any) -> ScanGeometry:
-    fields = header_fields(path)
-    parts = {}
-    for part, names in _META_NAMES.items():
+    Raises:
+        ScanError: a part of it is missing, is not what it should be, or is not in mm.
+    """
+    fields, parts, missing = header_fields(path), [], []
+    for names in _NRRD_NAMES if is_nrrd else _META_NAMES:
         given = [fields[name.lower()] for name in names if name.lower() in fields]
-        parts[part] = _numbers(given[0]) if given else []
-    missing = [_META_NAMES[part][0] for part, numbers in parts.items() if not numbers]
+        parts.append(given[0] if given else "")
+        if not given or not (is_nrrd or _numbers(given[0])):
+            missing.append(f"`{names[0]}`")
     if missing:
-        raise ScanError(path, f"has no geometry: its header lacks {_quoted(missing)}; add what is right")
-    _require_millimetres(path, "DistanceUnits", [fields.get("distanceunits", "")])
-    if [len(numbers) for numbers in parts.values()] != [3, 3, 9]:
-        raise ScanError(path, f"has the geometry {', '.join(map(numbers_text, parts.values()))} in its header")
-    matrix = np.eye(4)
-    matrix[:3, :3] = np.reshape(parts["direction"], (3, 3)).T * parts["spacing"]
-    matrix[:3, 3] = parts["origin"]
-    return ScanGeometry.of(size, matrix)
-
-
-def _require_millimetres(path: Path, field: str, units: list[str]) -> None:
-    if other := [unit for unit in units if unit.strip().lower() not in _MILLIMETRES]:
-        raise ScanError(path, f"is in {other[0]!r} ({field}), not in mm; save it in mm")
+        raise ScanError(path, f"has no geometry: its header lacks {', '.join(missing)}; save it with what is right")
+    space = "".join(word[0] for word in parts[0].split("-")).lower() if "-" in parts[0] else parts[0].lower()
+    if is_nrrd and space not in _SPACES:
+        reason = f"has the space {parts[0]!r}, which does not say left from right"
+        raise ScanError(path, f"{reason}; save it as left-posterior-superior")
+    field = "space units" if is_nrrd else "DistanceUnits"
+    for unit in re.findall(r'[^"]*[^"\s][^"]*', fields.get(field.lower(), "")):
+        if unit.strip().lower() not in _MILLIMETRES:
+            raise ScanError(path, f"is in {unit!r} ({field}), not in mm; save it in mm")
+    if is_nrrd:
+        columns = [_numbers(vector) for vector in re.findall(r"\(([^)]*)\)", parts[1])]
+        origin = _numbers(parts[2])
+        if [len(vector) for vector in (*columns, origin)] != [3] * 4:
+            raise ScanError(path, f"has the space directions {parts[1]!r}, not three of three numbers")
+        return ScanGeometry.from_affine(size, (np.array([*columns, origin]) * _SPACES[space]).T)
+    spacing, origin, direction = map(_numbers, parts)
+    if (len(spacing), len(origin), len(direction)) != (3, 3, 9):
+        raise ScanError(path, f"has the geometry {', '.join(map(numbers_text, (spacing, origin, direction)))}")
+    return ScanGeometry.from_affine(size, np.c_[np.reshape(direction, (3, 3)).T * spacing, origin])
 
 
 def _numbers(text: str) -> list[float]:
     return [float(number) for number in _NUMBER.findall(text)]
-
-
-def _quoted(names: list[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
 
 
 def decoded(reader: Any, path: Path) -> npt.NDArray[Any]:
@@ -170,9 +140,7 @@ def shortened(error: BaseException) -> str:
     if "MetaImageIO" in text and "cannot be read" in text:
         return "it is cut off, or the file that holds its voxels is missing"
     if "orthonormal" in text:
-        return (
-            "its direction matrix is sheared (gantry tilt?), not a rotation; resample it to a rectangular volume first"
-        )
+        return f"its direction matrix is sheared (gantry tilt?), not a rotation; {RESAMPLE}"
     last = text.strip().splitlines()[-1] if text.strip() else type(error).__name__
     last = re.sub(r"^(\[nrrd\] \w+: |\w+\(0x[0-9a-f]+\): )+", "", last).strip()
     return f"it is cut off ({last})" if re.match(r"expected \d+ bytes|fread got only", last) else last

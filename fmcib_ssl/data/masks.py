@@ -15,8 +15,8 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Hashable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -37,19 +37,19 @@ from fmcib_ssl.data.annotations import (
     scan_source,
 )
 from fmcib_ssl.data.dicom_files import is_dicom, series_at
-from fmcib_ssl.data.geometry import ScanGeometry
+from fmcib_ssl.data.geometry import FloatArray, ScanGeometry
 from fmcib_ssl.data.itk import header_fields
 from fmcib_ssl.data.scans import ScanSource, read_header, read_volume
 from fmcib_ssl.data.tables import REJECTED_COLUMNS, OnBadRow, read_table, refuse_or_skip, require_columns
 from fmcib_ssl.types import ScanError
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 #: On the scan's own grid, part of it, or flipped; or wherever the mask's own header puts it.
 MaskGrid = Literal["scan", "own"]
 
 #: A mask's voxel centre may be this part of a voxel away from the scan's: rounding in the headers.
-MAX_GRID_SHIFT = 0.1
+_MAX_GRID_SHIFT = 0.1
 #: A contour may leave its slice by this part of the distance between slices.
 _MAX_OFF_SLICE = 0.25
 _ON_EDGE = 0.01  # of a voxel: contours are written with a few decimals
@@ -81,13 +81,16 @@ class MaskLesion(NamedTuple):
 def read_regions(path: Path | str, scan: ScanSource) -> list[Region]:
     """The regions of a mask file, in the order of their label, segment or ROI number.
 
+    Of a DICOM SEG they are its segments on its own grid, of an RTSTRUCT its ROIs, drawn onto the scan's.
+
     Args:
         path: a mask file; a DICOM file must be a SEG or an RTSTRUCT.
-        scan: the scan that it belongs to.
+        scan: the scan that it belongs to; if that is a DICOM series, its frame of reference must be the file's.
 
     Raises:
-        ScanError: the mask cannot be read, is empty, or holds values that are no labels.
-        ImportError: a DICOM file, and the libraries for it are not installed.
+        ScanError: the mask cannot be read, is empty, or holds values that are no labels; another kind of DICOM, another
+            frame of reference, an ROI that is not drawn in the scan's slices.
+        ImportError: a SEG, and the library for it is not installed.
     """
     path = Path(path)
     if is_dicom(path):
@@ -101,10 +104,8 @@ def read_regions(path: Path | str, scan: ScanSource) -> list[Region]:
     if values.size == 0:
         raise ScanError(path, "is an empty mask: every voxel is 0")
     if not (np.isfinite(values).all() and (values == np.rint(values)).all() and values[0] > 0):
-        raise ScanError(
-            path,
-            f"is no mask: values from {values[0]:g} to {values[-1]:g}, not labels 0, 1, 2, ...; threshold it first",
-        )
+        reason = f"is no mask: values from {values[0]:g} to {values[-1]:g}, not labels 0, 1, 2, ...; threshold it first"
+        raise ScanError(path, reason)
     return [Region(f"{value:g}", labels == value, geometry) for value in values]
 
 
@@ -123,20 +124,6 @@ def _layered_regions(path: Path, labels: npt.NDArray[Any], geometry: ScanGeometr
 
 
 def _dicom_regions(path: Path, scan: ScanSource) -> list[Region]:
-    """Segments of a SEG, on the SEG's own grid, or ROIs of an RTSTRUCT, drawn onto the scan's.
-
-    Args:
-        path: the file.
-        scan: the scan it belongs to; if that is a DICOM series, its frame of reference must be the file's.
-
-    Raises:
-        ScanError: no such file, another kind of DICOM, another frame of reference, an ROI that is not drawn in the
-            scan's slices, nothing marked.
-    """
-    try:
-        import highdicom  # noqa: F401, PLC0415  # an optional library
-    except ImportError as error:
-        raise ImportError('DICOM SEG and RTSTRUCT need highdicom: pip install "fmcib_ssl[dicom]"') from error
     try:
         dataset = pydicom.dcmread(path)
     except OSError as error:
@@ -152,25 +139,33 @@ def _dicom_regions(path: Path, scan: ScanSource) -> list[Region]:
     return regions
 
 
-def _segments(dataset: Any, path: Path, scan: ScanSource) -> list[Region]:
-    import highdicom  # noqa: PLC0415
+def _require_frame(frame_uid: Any, path: Path, scan: ScanSource) -> None:
+    """Refuse a mask that says it belongs to another frame of reference than its DICOM series."""
+    if frame_uid and (scan.path.is_dir() or is_dicom(scan.path)):
+        expected = series_at(scan.path, scan.series_uid, any_modality=True)[0].header.get("FrameOfReferenceUID")
+        if expected and expected != frame_uid:
+            reason = f"belongs to the frame of reference {frame_uid}, the scan to {expected}: another scan's"
+            raise ScanError(path, reason)
 
+
+def _segments(dataset: Any, path: Path, scan: ScanSource) -> list[Region]:
+    try:
+        import highdicom  # noqa: PLC0415  # an optional library
+    except ImportError as error:
+        raise ImportError('DICOM SEG needs highdicom: pip install "fmcib_ssl[dicom]"') from error
     _require_frame(dataset.get("FrameOfReferenceUID"), path, scan)
     segmentation = highdicom.seg.Segmentation.from_dataset(dataset, copy=False)
     regions = []
     for number in segmentation.segment_numbers:
         try:
-            volume = segmentation.get_volume(segment_numbers=[number], combine_segments=False)
+            volume = segmentation.get_volume(segment_numbers=[number], combine_segments=False).squeeze_channel()
         except (RuntimeError, ValueError) as error:
             raise ScanError(path, f"is no regular volume: {error}") from error
-        volume = volume.squeeze_channel()
-        slices, rows, columns = volume.spatial_shape
-        geometry = ScanGeometry(  # highdicom counts (slice, row, column), in LPS mm as we do
-            size_xyz=(columns, rows, slices),
-            spacing_mm_xyz=_triple(volume.spacing[::-1]),
-            origin_lps_mm=_triple(volume.position),
-            direction=tuple(_triple(row) for row in volume.direction[:, ::-1]),
-        )
+        size, spacing = (
+            volume.spatial_shape[::-1],
+            volume.spacing[::-1],
+        )  # highdicom counts (slice, row, column), in LPS
+        geometry = ScanGeometry.of(size, spacing, volume.position, volume.direction[:, ::-1])
         label = str(segmentation.get_segment_description(number).segment_label)
         regions.append(Region(label, np.asarray(volume.array) > 0.5, geometry))
     return regions
@@ -193,9 +188,9 @@ def _rois(dataset: Any, path: Path, scan: ScanSource) -> list[Region]:
     return regions
 
 
-def _draw(mask: npt.NDArray[np.bool_], index_xyz: npt.NDArray[np.float64], name: str, path: Path) -> None:
+def _draw(mask: npt.NDArray[np.bool_], index_xyz: FloatArray, name: str, path: Path) -> None:
     """Flip the voxels of one slice whose centres lie in a polygon."""
-    depth = index_xyz[:, 2]
+    outline, depth = index_xyz[:, :2], index_xyz[:, 2]
     k = round(float(depth.mean()))
     if np.abs(depth - k).max() > _MAX_OFF_SLICE or not 0 <= k < mask.shape[0]:
         raise ScanError(
@@ -204,10 +199,9 @@ def _draw(mask: npt.NDArray[np.bool_], index_xyz: npt.NDArray[np.float64], name:
             f"the scan has 0 to {mask.shape[0] - 1}): does it belong to another scan?",
         )
     size_xy = np.array(mask.shape[:0:-1])
-    low = np.clip(np.floor(index_xyz[:, :2].min(axis=0)), 0, size_xy).astype(int)
-    high = np.clip(np.ceil(index_xyz[:, :2].max(axis=0)) + 1, low, size_xy).astype(int)
+    low = np.clip(np.floor(outline.min(axis=0)), 0, size_xy).astype(int)
+    high = np.clip(np.ceil(outline.max(axis=0)) + 1, low, size_xy).astype(int)
     y, x = np.mgrid[low[1] : high[1], low[0] : high[0]]
-    outline = index_xyz[:, :2]
     before = np.roll(outline, 1, axis=0)
     if (before[:, 0] * outline[:, 1] - before[:, 1] * outline[:, 0]).sum() < 0:
         outline = outline[::-1]  # counterclockwise, for which a positive radius makes the polygon wider
@@ -215,65 +209,42 @@ def _draw(mask: npt.NDArray[np.bool_], index_xyz: npt.NDArray[np.float64], name:
     mask[k, low[1] : high[1], low[0] : high[0]] ^= inside.reshape(x.shape)
 
 
-def _require_frame(frame_uid: Any, path: Path, scan: ScanSource) -> None:
-    """Refuse a mask that says it belongs to another frame of reference than its DICOM series."""
-    if frame_uid and (scan.path.is_dir() or is_dicom(scan.path)):
-        expected = series_at(scan.path, scan.series_uid, any_modality=True)[0].header.get("FrameOfReferenceUID")
-        if expected and expected != frame_uid:
-            raise ScanError(
-                path, f"belongs to the frame of reference {frame_uid}, the scan to {expected}: another scan's"
-            )
-
-
-def _triple(values: Any) -> tuple[float, float, float]:
-    x, y, z = (float(v) for v in values)
-    return x, y, z
-
-
 def find_lesions(region: Region) -> list[MaskLesion]:
     """Every connected piece of a region, the largest first. Voxels that touch by a corner are connected."""
     if not region.mask_zyx.any():
         return []
-    voxel_mm3 = float(np.prod(region.geometry.spacing_mm_xyz))
     (box,) = ndimage.find_objects(region.mask_zyx.astype(np.uint8))
     pieces, num_pieces = ndimage.label(region.mask_zyx[box], _TOUCHING)
-    numbers = np.arange(1, num_pieces + 1)
     counts = np.bincount(pieces.ravel())[1:]
-    centers_zyx = np.array(ndimage.center_of_mass(pieces > 0, pieces, numbers)) + [s.start for s in box]
-    centers = region.geometry.to_lps_mm(centers_zyx[:, ::-1]).tolist()
+    centers_zyx = np.array(ndimage.center_of_mass(pieces > 0, pieces, np.arange(1, num_pieces + 1)))
+    centers = region.geometry.to_lps_mm((centers_zyx + [s.start for s in box])[:, ::-1]).tolist()
+    volumes = (counts * float(np.prod(region.geometry.spacing_mm_xyz))).tolist()
     lesions = []
     for i in np.argsort(-counts, kind="stable").tolist():
-        volume = float(counts[i]) * voxel_mm3
         x, y, z = centers[i]
-        lesions.append(MaskLesion(region.name, (x, y, z), volume, (6 * volume / np.pi) ** (1 / 3)))
+        lesions.append(MaskLesion(region.name, (x, y, z), volumes[i], (6 * volumes[i] / np.pi) ** (1 / 3)))
     return lesions
 
 
-def check_grid(mask: ScanGeometry, scan: ScanGeometry, path: Path | str) -> None:
-    """Refuse a mask whose voxels are not voxels of its scan. Being a part of the scan or stored flipped is in order.
-
-    Raises:
-        ScanError: says how both grids differ.
-    """
-    corners = np.stack(np.meshgrid(*([0, n - 1] for n in mask.size_xyz)), -1).reshape(-1, 3)
-    index = scan.to_index_xyz(mask.to_lps_mm(corners))
+def _check_grid(mask: ScanGeometry, scan: ScanGeometry, path: Path) -> None:
+    """Refuse a mask whose voxels are not voxels of its scan. Being a part of the scan or stored flipped is in order."""
+    index = scan.to_index_xyz(mask.corners_lps_mm())
     steps = scan.to_index_xyz(mask.to_lps_mm(np.eye(3))) - scan.to_index_xyz(mask.to_lps_mm(np.zeros(3)))
-    on_voxels = np.abs(index - np.rint(index)).max() <= MAX_GRID_SHIFT
-    one_by_one = np.allclose(np.sort(np.abs(steps), axis=1), [0, 0, 1], atol=MAX_GRID_SHIFT)
-    inside = (index >= -MAX_GRID_SHIFT).all() and (index <= np.array(scan.size_xyz) - 1 + MAX_GRID_SHIFT).all()
+    on_voxels = np.abs(index - np.rint(index)).max() <= _MAX_GRID_SHIFT
+    one_by_one = np.allclose(np.sort(np.abs(steps), axis=1), [0, 0, 1], atol=_MAX_GRID_SHIFT)
+    inside = (index >= -_MAX_GRID_SHIFT).all() and (index <= np.array(scan.size_xyz) - 1 + _MAX_GRID_SHIFT).all()
     if not (on_voxels and one_by_one and inside):
+        grids = [
+            f"{' x '.join(map(str, g.size_xyz))} voxels of {' x '.join(f'{s:.3f}' for s in g.spacing_mm_xyz)} mm"
+            for g in (mask, scan)
+        ]
         first = ", ".join(f"{v:.1f}" for v in scan.to_index_xyz(mask.origin_lps_mm))
         raise ScanError(
             path,
-            f"is on another grid than its scan: {_size_and_spacing(mask)}, the scan {_size_and_spacing(scan)}; "
-            f"its first voxel lies at ({first}) of the scan's. Save it with the scan's geometry; if its own header is "
-            "right, mask_grid=own takes the point from that",
+            f"is on another grid than its scan: {grids[0]}, the scan {grids[1]}; its first voxel lies at ({first}) of "
+            "the scan's. Save it with the scan's geometry; if its own header is right, mask_grid=own takes the point "
+            "from that",
         )
-
-
-def _size_and_spacing(geometry: ScanGeometry) -> str:
-    size = " x ".join(map(str, geometry.size_xyz))
-    return f"{size} voxels of {' x '.join(f'{s:.3f}' for s in geometry.spacing_mm_xyz)} mm"
 
 
 def lesions_from_masks(
@@ -286,7 +257,6 @@ def lesions_from_masks(
     mask_grid: MaskGrid = "scan",
     on_bad_row: OnBadRow = "refuse",
     rejected_csv: Path | str | None = None,
-    num_threads: int | None = None,
 ) -> pd.DataFrame:
     """One row for each lesion of the masks that a table names, with its point in LPS mm.
 
@@ -303,9 +273,8 @@ def lesions_from_masks(
             (organs, mostly) is refused without it.
         min_volume_mm3: smaller pieces are left out, and counted in the log.
         mask_grid: "scan" refuses a mask whose voxels are not the scan's; "own" trusts its own header.
-        on_bad_row: "refuse" raises if there is any row without a lesion; "skip" goes on without it.
+        on_bad_row: "refuse" raises if there is any row without a lesion; "skip" continues without it.
         rejected_csv: where to write such rows.
-        num_threads: masks read at a time.
 
     Raises:
         AnnotationsError: a table that cannot be used.
@@ -315,65 +284,57 @@ def lesions_from_masks(
     rows = read_table(path, text=(PATH_COLUMN, SERIES_COLUMN, MASK_COLUMN))
     require_columns(path, rows, (PATH_COLUMN, MASK_COLUMN))
     root = Path(image_root) if image_root is not None else path.parent
-    choice = _Choice(names, min_volume_mm3, mask_grid)
 
-    def of_row(row: dict[str, Any]) -> list[MaskLesion] | ScanError:
+    def of_row(row: dict[Hashable, Any]) -> list[MaskLesion] | ScanError:
         image, mask = (resolve_path(row[column], root, path_prefix) for column in (PATH_COLUMN, MASK_COLUMN))
         try:
             if image is None or mask is None:
                 raise ScanError(PATH_COLUMN if image is None else MASK_COLUMN, "is empty; fill it in")
-            return choice.lesions(mask, scan_source(image, row))
+            return _lesions_of(mask, scan_source(image, row), names, min_volume_mm3, mask_grid)
         except ScanError as error:
             return error
 
     records = rows.to_dict("records")
-    with ThreadPoolExecutor(num_threads or min(os.cpu_count() or 1, 4)) as pool:
-        found = list(
-            tqdm(pool.map(of_row, records), total=len(records), desc="Reading masks", unit="mask", disable=None)
-        )
-    lesions: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
+        results = list(tqdm(pool.map(of_row, records), "Reading masks", len(records), unit="mask", disable=None))
+    lesions: list[dict[Hashable, Any]] = []
     problems = []
-    for number, row, outcome in zip(rows.index, records, found, strict=True):
-        if isinstance(outcome, ScanError):
-            remedy = outcome.remedy or "correct the mask or its path, or leave out the row"
-            problems.append((number, row[PATH_COLUMN], outcome.path, outcome.reason, remedy))
+    for number, row, result in zip(rows.index, records, results, strict=True):
+        if isinstance(result, ScanError):
+            remedy = result.remedy or "correct the mask or its path, or leave out the row"
+            problems.append((number, row[PATH_COLUMN], result.path, result.reason, remedy))
             continue
-        for lesion in outcome:
-            point = dict(zip(COORDINATE_COLUMNS, lesion.center_lps_mm, strict=True))
-            lesions.append(row | point | {k: v for k, v in lesion._asdict().items() if k != "center_lps_mm"})
+        for region, center_lps_mm, volume_mm3, diameter_mm in result:
+            point = dict(zip(COORDINATE_COLUMNS, center_lps_mm, strict=True))
+            size = {"volume_mm3": volume_mm3, "diameter_mm": diameter_mm}
+            lesions.append(row | point | {"region": region} | size)
     rejected = pd.DataFrame(problems, columns=list(REJECTED_COLUMNS))
     refuse_or_skip(rejected, path, len(rows), on_bad_row, rejected_csv)
     return pd.DataFrame(lesions)
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """Which regions and pieces of a mask are lesions."""
-
-    names: str | None
-    min_volume_mm3: float
-    mask_grid: MaskGrid
-
-    def lesions(self, mask: Path, scan: ScanSource) -> list[MaskLesion]:
-        geometry = read_header(*scan)
-        regions = read_regions(mask, scan)
-        known = ", ".join(region.name for region in regions)
-        if self.names is not None:
-            regions = [r for r in regions if re.fullmatch(self.names, r.name, re.IGNORECASE)]
-            if not regions:
-                raise ScanError(mask, f"has no region of the name {self.names!r}; it has {known}")
-        elif len(regions) > 1 and is_dicom(mask):
-            raise ScanError(mask, f"has {len(regions)} regions ({known}); say which with names=")
-        lesions = []
-        for region in regions:
-            if self.mask_grid == "scan":
-                check_grid(region.geometry, geometry, mask)
-            pieces = find_lesions(region)
-            kept = [piece for piece in pieces if piece.volume_mm3 >= self.min_volume_mm3]
-            if len(kept) < len(pieces):
-                dropped = len(pieces) - len(kept)
-                logger.info("%s: %d pieces below %g mm3 left out", mask, dropped, self.min_volume_mm3)
-            lesions += kept
-        if not lesions:
-            raise ScanError(mask, f"holds no lesion of {self.min_volume_mm3:g} mm3 or more")
-        return lesions
+def _lesions_of(
+    mask: Path, scan: ScanSource, names: str | None, min_volume_mm3: float, mask_grid: MaskGrid
+) -> list[MaskLesion]:
+    """The pieces of a mask that are lesions."""
+    geometry = read_header(*scan)
+    regions = read_regions(mask, scan)
+    known = ", ".join(region.name for region in regions)
+    if names is not None:
+        regions = [region for region in regions if re.fullmatch(names, region.name, re.IGNORECASE)]
+        if not regions:
+            raise ScanError(mask, f"has no region of the name {names!r}; it has {known}")
+    elif len(regions) > 1 and is_dicom(mask):
+        raise ScanError(mask, f"has {len(regions)} regions ({known}); say which with names=")
+    lesions = []
+    for region in regions:
+        if mask_grid == "scan":
+            _check_grid(region.geometry, geometry, mask)
+        pieces = find_lesions(region)
+        large = [piece for piece in pieces if piece.volume_mm3 >= min_volume_mm3]
+        if num_left_out := len(pieces) - len(large):
+            _logger.info("%s: %d pieces below %g mm3 left out", mask, num_left_out, min_volume_mm3)
+        lesions += large
+    if not lesions:
+        raise ScanError(mask, f"holds no lesion of {min_volume_mm3:g} mm3 or more")
+    return lesions

@@ -22,15 +22,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from fmcib_ssl.data.annotations import (
-    PATH_COLUMN,
-    BadRowsError,
-    Coordinates,
-    LesionTable,
-    OnBadRow,
-    check_annotations,
-    read_annotations,
-)
+from fmcib_ssl.data.annotations import PATH_COLUMN, Coordinates, LesionTable, check_annotations, read_annotations
 from fmcib_ssl.data.geometry import ScanGeometry
 from fmcib_ssl.data.jobs import run_jobs
 from fmcib_ssl.data.prepare_plan import (
@@ -50,7 +42,7 @@ from fmcib_ssl.data.prepare_plan import (
 from fmcib_ssl.data.prepare_scan import ScanTask, prepare_scan
 from fmcib_ssl.data.store import StoreError, StoreGrid, StoreSettings, sidecar_file
 from fmcib_ssl.data.store_files import claim_store, write_index, write_settings_file
-from fmcib_ssl.data.tables import REJECTED_COLUMNS, refuse_or_skip
+from fmcib_ssl.data.tables import REJECTED_COLUMNS, BadRowsError, OnBadRow, refuse_or_skip
 from fmcib_ssl.io import digest_of, num_cores, write_atomically, write_sealed_json
 from fmcib_ssl.types import Preprocessing
 

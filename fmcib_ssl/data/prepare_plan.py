@@ -23,13 +23,14 @@ import numpy.typing as npt
 import pandas as pd
 from tqdm import tqdm
 
-from fmcib_ssl.data.annotations import BadRowsError, LesionTable, OnBadRow, check_annotations
+from fmcib_ssl.data.annotations import LesionTable, check_annotations
 from fmcib_ssl.data.geometry import ScanGeometry
 from fmcib_ssl.data.inspection import ScanReport
 from fmcib_ssl.data.prepare_scan import checksum, source_files, source_listing
 from fmcib_ssl.data.scans import ScanSource
 from fmcib_ssl.data.store import SCANS_FOLDER, STORE_VERSION, StoreSettings, sidecar_file
 from fmcib_ssl.data.store_files import add_sums, is_whole, scan_problem
+from fmcib_ssl.data.tables import BadRowsError, OnBadRow
 from fmcib_ssl.io import read_sealed_json, write_sealed_json
 from fmcib_ssl.types import Preprocessing
 

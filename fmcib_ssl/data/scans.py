@@ -7,7 +7,7 @@ and pickled, and every filter here runs on one thread. `dicom`, `nifti` and `itk
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,27 +18,27 @@ import numpy.typing as npt
 import SimpleITK as sitk
 from jaxtyping import Int16
 
-from fmcib_ssl.data.dicom import read_dicom_header, read_dicom_volume
+from fmcib_ssl.data.dicom import open_dicom
 from fmcib_ssl.data.dicom_files import is_dicom
 from fmcib_ssl.data.geometry import PatchGrid, ScanGeometry
-from fmcib_ssl.data.itk import read_itk_header, read_itk_volume, shortened
-from fmcib_ssl.data.nifti import Affine, is_nifti, read_nifti_header, read_nifti_volume
+from fmcib_ssl.data.itk import open_itk, shortened
+from fmcib_ssl.data.nifti import Affine, is_nifti, open_nifti
 from fmcib_ssl.types import PADDING_HU, Padding, ScanError
 
 #: A scan in HU holds air or at least fat somewhere; one that stays above this is not in HU.
-HIGHEST_MINIMUM_HU = -50
+_HIGHEST_MINIMUM_HU = -50
 #: Values of one number below this are what scanners write outside their field of view.
-PADDING_BELOW_HU = -1100
+_PADDING_BELOW_HU = -1100
 #: Where the peaks of air (with lung) and soft tissue (with fat) are looked for.
-AIR_HU = (-1100, -600)
-SOFT_TISSUE_HU = (-200, 300)
+_AIR_HU = (-1100, -600)
+_SOFT_TISSUE_HU = (-200, 300)
 #: Where they are in every CT in order; a peak elsewhere is worth a look.
-USUAL_AIR_HU = (-1050, -650)
-USUAL_SOFT_TISSUE_HU = (-150, 150)
+_USUAL_AIR_HU = (-1050, -650)
+_USUAL_SOFT_TISSUE_HU = (-150, 150)
 #: A range that holds less than this part of a scan has no peak.
-MIN_PEAK = 0.1
+_MIN_PEAK = 0.1
 #: Above the range of int16 are a few voxels of metal; a scan with more than this part of them is not in HU.
-MAX_CLIPPED = 0.01
+_MAX_CLIPPED = 0.01
 #: Voxels that are looked at.
 _NUM_SAMPLES = 2_000_000
 _BIN_HU = 10
@@ -84,8 +84,8 @@ class HuSummary:
         """What is worth a look, or nothing."""
         notes = []
         for name, peak, (low, high) in (
-            ("air", self.air_peak_hu, USUAL_AIR_HU),
-            ("soft tissue", self.soft_tissue_peak_hu, USUAL_SOFT_TISSUE_HU),
+            ("air", self.air_peak_hu, _USUAL_AIR_HU),
+            ("soft tissue", self.soft_tissue_peak_hu, _USUAL_SOFT_TISSUE_HU),
         ):
             if peak is not None and not low <= peak <= high:
                 notes.append(f"{name} at {peak:g} HU, usual is {low} to {high}")
@@ -136,9 +136,7 @@ def read_header(
     """
     source = ScanSource(Path(path), series_uid, any_modality, affine)
     with _rejecting(source):
-        if _is_dicom(source):
-            return read_dicom_header(source.path, series_uid, any_modality)
-        return read_nifti_header(source.path, affine) if is_nifti(source.path) else read_itk_header(source.path)
+        return _open(source)[0]
 
 
 def read_scan(
@@ -158,7 +156,7 @@ def read_scan(
     source = ScanSource(Path(path), series_uid, any_modality, affine)
     values, geometry = read_volume(source)
     with _rejecting(source):
-        hu, summary = as_hu(values, path)
+        hu, summary = _as_hu(values, path)
     if summary.num_clipped:
         warnings.warn(f"{path}: {summary.num_clipped} voxels above 32767 HU are read as 32767", stacklevel=2)
     return Scan(hu, geometry, summary)
@@ -174,16 +172,11 @@ def read_volume(source: ScanSource, *, layered: bool = False) -> tuple[npt.NDArr
     Raises:
         ScanError: as `read_header`, and for damaged data.
     """
-    path = source.path
     with _rejecting(source):
-        if _is_dicom(source):
-            values, geometry = read_dicom_volume(path, source.series_uid, source.any_modality)
-        elif is_nifti(path):
-            values, geometry = read_nifti_volume(path, source.affine)
-        else:
-            values, geometry = read_itk_volume(path, layered=layered)
+        geometry, read_values = _open(source, layered=layered)
+        values = read_values()
         if values.shape[:3] != geometry.size_xyz[::-1]:
-            raise ScanError(path, f"holds {values.shape[::-1]} voxels, its header says {geometry.size_xyz}")
+            raise ScanError(source.path, f"holds {values.shape[::-1]} voxels, its header says {geometry.size_xyz}")
         return values, geometry
 
 
@@ -228,12 +221,16 @@ def crop_patch(
     return hu
 
 
-def _is_dicom(source: ScanSource) -> bool:
-    if source.path.is_dir():
-        return True
-    if source.path.stat().st_size == 0:
-        raise ScanError(source.path, "is empty (0 bytes)")
-    return not is_nifti(source.path) and is_dicom(source.path)
+def _open(source: ScanSource, *, layered: bool = False) -> tuple[ScanGeometry, Callable[[], npt.NDArray[Any]]]:
+    """Geometry of a scan, and what reads its values: each format's own."""
+    path = source.path
+    if not path.is_dir() and path.stat().st_size == 0:
+        raise ScanError(path, "is empty (0 bytes)")
+    if not path.is_dir() and is_nifti(path):
+        return open_nifti(path, source.affine)
+    if path.is_dir() or is_dicom(path):
+        return open_dicom(path, source.series_uid, source.any_modality)
+    return open_itk(path, layered=layered)
 
 
 @contextmanager
@@ -252,7 +249,7 @@ def _rejecting(source: ScanSource) -> Iterator[None]:
         raise ScanError(name, f"cannot be read ({type(error).__name__}: {shortened(error)})") from error
 
 
-def as_hu(
+def _as_hu(
     values: npt.NDArray[Any], path: Path | str
 ) -> tuple[npt.NDArray[np.int16] | npt.NDArray[np.float32], HuSummary]:
     """The values of a file as int16 or float32 within the range of int16, if they can be HU, and a summary of them.
@@ -271,7 +268,7 @@ def as_hu(
     sample = values.reshape(-1)[:: max(1, values.size // _NUM_SAMPLES) | 1].astype(np.float32)
     tissue = _without_padding(sample)
     problem = _problem(tissue, float(lowest), float(highest))
-    if num_clipped > MAX_CLIPPED * values.size:
+    if num_clipped > _MAX_CLIPPED * values.size:
         problem = f"{num_clipped / values.size:.0%} of it lies above {limits.max}"
     if problem:
         raise ScanError(
@@ -280,7 +277,7 @@ def as_hu(
             f"{problem}",
         )
     summary = HuSummary(
-        float(lowest), float(highest), _peak(tissue, AIR_HU), _peak(tissue, SOFT_TISSUE_HU),
+        float(lowest), float(highest), _peak(tissue, _AIR_HU), _peak(tissue, _SOFT_TISSUE_HU),
         1 - tissue.size / sample.size, num_clipped,
     )  # fmt: skip
     if num_clipped or lowest < limits.min:
@@ -292,7 +289,7 @@ def as_hu(
 
 def _without_padding(sample: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """A sample of voxels without those of a number far below air that many of them share."""
-    below = sample[sample < PADDING_BELOW_HU]
+    below = sample[sample < _PADDING_BELOW_HU]
     if not below.size:
         return sample
     numbers, counts = np.unique(below, return_counts=True)
@@ -305,19 +302,19 @@ def _problem(tissue: npt.NDArray[np.float32], lowest: float, highest: float) -> 
     def part(low: float, high: float) -> float:
         return float(np.count_nonzero((tissue >= low) & (tissue < high)) / tissue.size)
 
-    if lowest > HIGHEST_MINIMUM_HU or highest < lowest + 100 or not tissue.size:
+    if lowest > _HIGHEST_MINIMUM_HU or highest < lowest + 100 or not tissue.size:
         return "its rescale slope and intercept were not applied, or are not right"
     inf = float("inf")
-    far_below, below = part(-inf, -1500), part(-inf, PADDING_BELOW_HU)
-    if far_below > 0.05 or (below > 0.05 and part(*SOFT_TISSUE_HU) < 0.01):
+    far_below, below = part(-inf, -1500), part(-inf, _PADDING_BELOW_HU)
+    if far_below > 0.05 or (below > 0.05 and part(*_SOFT_TISSUE_HU) < 0.01):
         return f"{below:.0%} of it lies below air; is the intercept applied twice, or the unit a tenth of a HU?"
     if part(-600, inf) < 0.002 and np.median(tissue) < -920:
         return "nothing in it is denser than lung; is the intercept applied twice?"
     # Bone goes on above and below; air that is inverted, or soft tissue without its intercept, does not.
     dense = part(700, 1150)
-    if dense > 0.05 and part(*AIR_HU) < 0.02 and part(200, 700) < dense / 2 and part(1150, inf) < dense / 4:
+    if dense > 0.05 and part(*_AIR_HU) < 0.02 and part(200, 700) < dense / 2 and part(1150, inf) < dense / 4:
         return f"{dense:.0%} of it is as dense as bone and none is air; is it inverted, or without its intercept?"
-    if part(-inf, HIGHEST_MINIMUM_HU) < 0.002 and part(300, inf) > 0.1:
+    if part(-inf, _HIGHEST_MINIMUM_HU) < 0.002 and part(300, inf) > 0.1:
         return (
             f"nothing in it is air or fat, and {part(300, inf):.0%} is denser than soft tissue; apply the rescale "
             "slope and intercept, or is it no CT?"
@@ -328,7 +325,7 @@ def _problem(tissue: npt.NDArray[np.float32], lowest: float, highest: float) -> 
 def _peak(tissue: npt.NDArray[np.float32], within: tuple[int, int]) -> float | None:
     """The commonest value within a range, to 10 HU."""
     counts, edges = np.histogram(tissue, np.arange(within[0], within[1] + 1, _BIN_HU))
-    if counts.sum() < MIN_PEAK * tissue.size:
+    if counts.sum() < _MIN_PEAK * tissue.size:
         return None
     smooth = np.convolve(counts, np.ones(5), mode="same")
     return float(edges[int(smooth.argmax())] + _BIN_HU / 2)

@@ -12,12 +12,13 @@ import numpy.typing as npt
 import pandas as pd
 
 from fmcib_ssl.data.annotations import PATH_COLUMN
+from fmcib_ssl.data.geometry import FloatArray
 from fmcib_ssl.data.tables import AnnotationsError, text_of
 
 #: A numeric label of more values than this is stratified by its quartiles.
-MAX_CLASSES = 10
+_MAX_CLASSES = 10
 #: Times that each patient may move to a better side; a few are enough.
-MAX_ROUNDS = 50
+_MAX_ROUNDS = 50
 
 
 def assign_splits(
@@ -39,7 +40,7 @@ def assign_splits(
             numbers, their sum is made 1.
         group: the column that says which rows must stay together.
         labels: columns to stratify by; an empty cell is a class of its own, and a numeric column of more than
-            `MAX_CLASSES` values is cut at its quartiles.
+            ten values is cut at its quartiles.
         seed: not negative.
 
     Returns:
@@ -62,9 +63,8 @@ def assign_splits(
     side = _assign(counts, share / share.sum(), np.random.default_rng(seed))
     for i, name in enumerate(shares):
         if not (side == i).any():
-            raise AnnotationsError(
-                f"{name!r} would be empty: its share is too small for {len(names)} values of {group!r}"
-            )
+            too_small = f"its share is too small for {len(names)} values of {group!r}"
+            raise AnnotationsError(f"{name!r} would be empty: {too_small}")
     return pd.Series(np.array(list(shares))[side[member]], index=rows.index, dtype=str)
 
 
@@ -100,29 +100,25 @@ def _groups(rows: pd.DataFrame, group: str) -> pd.Series[str]:
     groups = text_of(rows[group]).fillna("").str.strip()
     empty = rows.index[groups == ""]
     if len(empty):
-        raise AnnotationsError(
-            f"{len(empty)} rows have no {group!r}, the first is row {empty[0]}; fill it in, or keep scans together "
-            f"with group={PATH_COLUMN}"
-        )
+        unnamed = f"{len(empty)} rows have no {group!r}, the first is row {empty[0]}"
+        raise AnnotationsError(f"{unnamed}; fill it in, or keep scans together with group={PATH_COLUMN}")
     if PATH_COLUMN in rows:
         num_groups = groups.groupby(rows[PATH_COLUMN]).nunique()
         if (num_groups > 1).any():
             scan = num_groups.index[num_groups > 1][0]
-            both = ", ".join(groups[rows[PATH_COLUMN] == scan].unique())
-            raise AnnotationsError(f"{scan} is listed under several values of {group!r}: {both}")
+            patients = ", ".join(groups[rows[PATH_COLUMN] == scan].unique())
+            raise AnnotationsError(f"{scan} is listed under several values of {group!r}: {patients}")
     return groups
 
 
 def _classes(column: pd.Series[str] | pd.Series[float]) -> pd.Series[str]:
     numbers = pd.to_numeric(column, errors="coerce").astype(float)
-    if numbers.nunique() > MAX_CLASSES and (numbers.notna() == column.notna()).all():
+    if numbers.nunique() > _MAX_CLASSES and (numbers.notna() == column.notna()).all():
         return pd.qcut(numbers, 4, duplicates="drop").astype(str).where(column.notna(), "")
     return text_of(column).fillna("")
 
 
-def _counts(
-    rows: pd.DataFrame, member: npt.NDArray[np.intp], num_groups: int, labels: Sequence[str]
-) -> npt.NDArray[np.float64]:
+def _counts(rows: pd.DataFrame, member: npt.NDArray[np.intp], num_groups: int, labels: Sequence[str]) -> FloatArray:
     """What each patient brings, as a part of all there is: `(patients, things counted)`."""
     counts = [np.ones(num_groups), np.bincount(member, minlength=num_groups)]
     if PATH_COLUMN in rows:
@@ -131,20 +127,18 @@ def _counts(
     for label in labels:
         codes, classes = pd.factorize(_classes(rows[label]), sort=True)
         counts += [np.bincount(member[codes == i], minlength=num_groups) for i in range(len(classes))]
-    table = np.stack(counts, axis=1).astype(np.float64)
-    parts: npt.NDArray[np.float64] = table / table.sum(axis=0)
-    return parts
+    table: FloatArray = np.stack(counts, axis=1).astype(np.float64)
+    table /= table.sum(axis=0)
+    return table
 
 
-def _assign(
-    counts: npt.NDArray[np.float64], shares: npt.NDArray[np.float64], rng: np.random.Generator
-) -> npt.NDArray[np.intp]:
+def _assign(counts: FloatArray, shares: FloatArray, rng: np.random.Generator) -> npt.NDArray[np.intp]:
     """A side for each patient: the one whose squared distance to its share falls most, until none wants to move."""
     order = rng.permutation(len(counts))
     order = order[np.argsort(-counts[order].max(axis=1), kind="stable")]
     missing = np.repeat(shares[:, None], counts.shape[1], axis=1)
     side = np.full(len(counts), -1)
-    for _ in range(MAX_ROUNDS):
+    for _ in range(_MAX_ROUNDS):
         before = side.copy()
         for i in order:
             if side[i] >= 0:

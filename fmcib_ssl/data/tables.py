@@ -20,13 +20,13 @@ import pandas as pd
 
 from fmcib_ssl.types import UserError
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 OnBadRow = Literal["refuse", "skip"]
 
 REJECTED_COLUMNS = ("row", "image_path", "value", "reason", "remedy")
 #: Rows that an error message shows; the file has them all.
-NUM_ROWS_SHOWN = 20
+_NUM_ROWS_SHOWN = 20
 _NUM_COLUMNS_SHOWN = 200
 #: What is no id: a program that writes numbers writes them so.
 _PLAIN_NUMBER = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d+|\.\d+[eE][+-]?\d{1,3}|[eE][+-]\d{1,3})?")
@@ -128,32 +128,35 @@ def read_table(path: Path | str, text: Collection[str] = ()) -> pd.DataFrame:
             )
     if not header:
         return pd.DataFrame()
-    options: dict[str, Any] = {"sep": separator, "encoding": "utf-8-sig", "header": 0, "names": header}
-    options |= {"index_col": False, "skip_blank_lines": False, "skiprows": int(excel is not None)}
-    cells = pd.read_csv(path, **options, dtype=str)
-    types = {str(name): _column_type(cells[name], as_text=name in text) for name in cells.columns[cells.notna().any()]}
-    rows: pd.DataFrame = pd.read_csv(
-        path, **options, dtype={name: type_ for name, type_ in types.items() if type_ is not None}
-    )
-    for name in (name for name, type_ in types.items() if type_ is str):
-        rows[name] = rows[name].str.strip()
+    cells = pd.read_csv(
+        path, sep=separator, encoding="utf-8-sig", header=0, names=header, index_col=False, dtype=str,
+        skip_blank_lines=False, skiprows=int(excel is not None),
+    )  # fmt: skip
+    rows = pd.DataFrame({name: _typed(cells[name], as_text=name in text) for name in header})
     rows.index = pd.RangeIndex(1, len(rows) + 1, name="row")
     return rows.dropna(how="all")
 
 
-def _column_type(cells: pd.Series[str], *, as_text: bool) -> type[str] | str | None:
-    """What to read a column as: text, `Int64`, or what pandas makes of it: numbers or truth values."""
-    if as_text:
-        return str
-    values = {value.strip() for value in cells.dropna().unique()}
-    if values <= _TRUTHS:
-        return None
+def _typed(cells: pd.Series[str], *, as_text: bool) -> pd.Series[Any]:
+    """A column as numbers or truth values if nothing is lost by that, else as text."""
+    cells = cells.str.strip()
+    values = set(cells.dropna())
+    if values and (as_text or not (values <= _TRUTHS or _are_numbers(values))):
+        return cells
+    if values and values <= _TRUTHS:
+        return cells.str.lower().map({"true": True, "false": False})
+    numbers = cells.astype(float)  # exact for whole numbers too: they have at most 15 digits
+    if not values or not all(map(_WHOLE_NUMBER.fullmatch, values)):
+        return numbers
+    return numbers.astype("Int64" if cells.hasnans else "int64")
+
+
+def _are_numbers(values: set[str]) -> bool:
     if not all(map(_PLAIN_NUMBER.fullmatch, values)) or len({float(value) for value in values}) < len(values):
-        return str  # two names of one number are two ids
+        return False  # two names of one number are two ids
     decimals = {value.partition(".")[2] for value in values}
-    if len(set(map(len, decimals))) > 1 and any(part.endswith("0") and part != "0" for part in decimals):
-        return str  # 1.10 beside 1.2
-    return "Int64" if decimals == {""} and cells.hasnans and all(map(_WHOLE_NUMBER.fullmatch, values)) else None
+    ends_in_zero = any(part.endswith("0") and part != "0" for part in decimals)
+    return not (ends_in_zero and len(set(map(len, decimals))) > 1)  # 1.10 beside 1.2
 
 
 def require_columns(path: Path | str, rows: pd.DataFrame, required: Collection[str], hint: str = "") -> None:
@@ -206,22 +209,17 @@ def refuse_or_skip(
         return
     if rejected_csv is not None:
         rejected.to_csv(rejected_csv, index=False)
-    message = _message(rejected, source, num_rows, rejected_csv)
-    if on_bad_row == "refuse":
-        raise BadRowsError(f"{message}\nOr go on without these rows: on_bad_row=skip.", rejected)
-    if len(rejected) == num_rows:
-        raise BadRowsError(f"{message}\nNo row is left.", rejected)
-    logger.warning("%s\nGoing on with the other %d rows.", message, num_rows - len(rejected))
-
-
-def _message(rejected: pd.DataFrame, source: Path | str, num_rows: int, rejected_csv: Path | str | None) -> str:
-    shown = rejected.head(NUM_ROWS_SHOWN)
     lines = [f"{source}: {len(rejected)} of {num_rows} rows cannot be used (row 1 is the first below the header)"]
-    for row, image_path, value, reason, _ in shown.astype(str).to_numpy().tolist():
+    for row, image_path, value, reason, _ in rejected.head(_NUM_ROWS_SHOWN).astype(str).to_numpy().tolist():
         shown_value = f"{value}: " if value not in ("", image_path) else ""
         lines.append(f"  row {row}: {image_path}: {shown_value}{reason}")
-    if len(rejected) > len(shown):
-        where = f"; all are in {rejected_csv}" if rejected_csv is not None else ""
-        lines.append(f"  ... and {len(rejected) - len(shown)} more{where}")
+    if (num_more := len(rejected) - _NUM_ROWS_SHOWN) > 0:
+        listed_in = f"; all are in {rejected_csv}" if rejected_csv is not None else ""
+        lines.append(f"  ... and {num_more} more{listed_in}")
     lines += ["What to do:", *(f"  {remedy} ({n} rows)" for remedy, n in rejected["remedy"].value_counts().items())]
-    return "\n".join(lines)
+    message = "\n".join(lines)
+    if on_bad_row == "refuse":
+        raise BadRowsError(f"{message}\nOr continue without these rows: on_bad_row=skip.", rejected)
+    if len(rejected) == num_rows:
+        raise BadRowsError(f"{message}\nNo row is left.", rejected)
+    _logger.warning("%s\nContinuing with the other %d rows.", message, num_rows - len(rejected))

@@ -17,11 +17,12 @@ from jaxtyping import Int16
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fmcib_ssl.data.annotations import AnnotationsError, LesionTable, OnBadRow
+from fmcib_ssl.data.annotations import LesionTable
 from fmcib_ssl.data.coarse_map import CELL_MM, CoarseMap, build_coarse_map
 from fmcib_ssl.data.geometry import PatchGrid, ScanGeometry
 from fmcib_ssl.data.mining import MiningStrategy, NegativeMiner, NegativeQuery, mining_strategy, no_place, stand_ins
 from fmcib_ssl.data.scans import Scan, ScanSource, crop_patch, read_scan
+from fmcib_ssl.data.tables import AnnotationsError, OnBadRow
 from fmcib_ssl.types import PatchPair, Preprocessing, SampleKey, ScanError
 
 #: Voxels that the coarse map of a scan read directly is made from, two to the edge of a cell. Negatives are centred on

@@ -229,9 +229,10 @@ def test_what_does_not_belong_to_the_scan_is_refused(series: Path, tmp_path: Pat
 def test_without_the_libraries_the_error_says_what_to_install(
     series: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    seg = write_seg(tmp_path / "seg.dcm", slices_of(series), {"Tumour": np.ones(SHAPE, bool)})
     monkeypatch.setitem(sys.modules, "highdicom", None)
     with pytest.raises(ImportError, match=r'pip install "fmcib_ssl\[dicom\]"'):
-        read_regions(tmp_path / "any.dcm", ScanSource(series))
+        read_regions(seg, ScanSource(series))
 
 
 def test_the_series_is_as_dicom_defines_it(series: Path) -> None:

@@ -17,6 +17,7 @@ from odd_images import AFFINE_RAS, MARK, MARK_HU, SIZE, chest, moved, write_mhd,
 from fmcib_ssl.data import scans
 from fmcib_ssl.data.annotations import AnnotationsError, check_annotations, read_annotations
 from fmcib_ssl.data.geometry import PatchGrid
+from fmcib_ssl.data.nifti import Affine
 from fmcib_ssl.data.prepare import prepare
 from fmcib_ssl.data.scans import ScanSource, crop_patch, read_header, read_scan
 from fmcib_ssl.data.tables import BadRowsError
@@ -276,31 +277,28 @@ def test_whatever_is_raised_rejects_that_scan_alone(
     """Check, full check and prepare list it with its text and go on; only the user's interrupt stops them."""
     for name in ("a.nii.gz", "bad.nii.gz"):
         write_nifti(tmp_path / name)
-    original = {name: getattr(scans, name) for name in ("read_nifti_header", "read_nifti_volume")}
+    original = scans.open_nifti
 
-    def failing(name: str) -> Callable[..., object]:
-        def read(path: Path, *how: object) -> object:
-            if path.name.startswith("bad"):
-                raise error
-            return original[name](path, *how)
+    def failing(path: Path, affine: Affine | None) -> object:
+        geometry, read_values = original(path, affine)
+        return geometry, fail if path.name.startswith("bad") else read_values
 
-        return read
+    def fail() -> None:
+        raise error
 
-    for name in original:
-        monkeypatch.setattr(scans, name, failing(name))
+    monkeypatch.setattr(scans, "open_nifti", failing)
     point = ",".join(map(str, lps(AFFINE_RAS)))
     (tmp_path / "a.csv").write_text(f"image_path,coordX,coordY,coordZ\na.nii.gz,{point}\nbad.nii.gz,{point}\n")
     table = read_annotations(tmp_path / "a.csv")
-    said = str(error) or "more memory"
-    for check in ("headers", "full"):
-        options = {"on_bad_row": "skip", "check": check, "allow_short_scans": True}
-        usable, rejected = check_annotations(table, Preprocessing(), **options)
-        assert (usable.rows.index.tolist(), rejected["row"].tolist()) == ([1], [2])
-        assert said in rejected["reason"].item()
-    monkeypatch.setattr(scans, "read_nifti_header", original["read_nifti_header"])
+    message = str(error) or "more memory"
+    usable, rejected = check_annotations(
+        table, Preprocessing(), on_bad_row="skip", check="full", allow_short_scans=True
+    )
+    assert (usable.rows.index.tolist(), rejected["row"].tolist()) == ([1], [2])
+    assert message in rejected["reason"].item()
     summary = prepare(table, tmp_path / "store", num_workers=0)
     assert (summary.num_made, summary.num_rejected_scans) == (1, 1)
-    assert said in summary.rejected["reason"].item()
+    assert message in summary.rejected["reason"].item()
 
 
 def test_an_interrupt_is_not_a_bad_scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +306,7 @@ def test_an_interrupt_is_not_a_bad_scan(tmp_path: Path, monkeypatch: pytest.Monk
         raise KeyboardInterrupt
 
     path = write_nifti(tmp_path / "a.nii.gz")
-    monkeypatch.setattr(scans, "read_nifti_volume", interrupted)
+    monkeypatch.setattr(scans, "open_nifti", interrupted)
     with pytest.raises(KeyboardInterrupt):
         read_scan(path)
 
