@@ -16,12 +16,13 @@ import numpy.typing as npt
 import pandas as pd
 
 from fmcib_ssl.data.annotations import COORDINATE_COLUMNS, CROPPED_COLUMN, MASK_COLUMN, PATH_COLUMN
+from fmcib_ssl.data.geometry import FloatArray
 from fmcib_ssl.data.tables import AnnotationsError, read_table, require_columns
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 #: A crop is suspect if its mask, as a ball, is this many times as wide as the nodule is said to be.
-SUSPECT_DIAMETER_RATIO = 2.0
+_SUSPECT_RATIO = 2.0
 
 _UID_FILE = re.compile(r"[\d.]+\.mhd")
 #: What tells the tables apart: a column, and what its first cell looks like; the first that fits.
@@ -92,7 +93,7 @@ def deeplesion(path: Path | str) -> pd.DataFrame:
     return table
 
 
-def recist_center(ends: npt.ArrayLike) -> npt.NDArray[np.float64]:
+def recist_center(ends: npt.ArrayLike) -> FloatArray:
     """Where the two diameters of a lesion cross; the mean of their ends if they do not.
 
     Args:
@@ -107,10 +108,8 @@ def recist_center(ends: npt.ArrayLike) -> npt.NDArray[np.float64]:
     with np.errstate(divide="ignore", invalid="ignore"):
         t, u = _cross(between, across) / area, _cross(between, along) / area
     crosses = (area != 0) & (t >= 0) & (t <= 1) & (u >= 0) & (u <= 1)
-    centers: npt.NDArray[np.float64] = np.where(
-        crosses[:, None], p + np.where(crosses, t, 0)[:, None] * along, (p + q + r + s) / 4
-    )
-    return centers
+    crossing = p + np.where(crosses, t, 0)[:, None] * along
+    return np.asarray(np.where(crosses[:, None], crossing, (p + q + r + s) / 4))
 
 
 def luna16(path: Path | str, image_root: Path | str | None = None) -> pd.DataFrame:
@@ -136,7 +135,7 @@ def luna16(path: Path | str, image_root: Path | str | None = None) -> pd.DataFra
         where = {file.name: file.relative_to(root).as_posix() for file in sorted(root.rglob("*.mhd"))}
         files = [where.get(name, name) for name in names]
         if absent := len(set(names) - set(where)):
-            logger.warning("%s: %d of %d series are not under %s", path, absent, len(set(names)), root)
+            _logger.warning("%s: %d of %d series are not under %s", path, absent, len(set(names)), root)
     table = _plain(rows, files, _points(rows, COORDINATE_COLUMNS, path))
     table["seriesuid"] = [name.removesuffix(".mhd") for name in names]
     return table
@@ -169,21 +168,14 @@ def lidc_crops(path: Path | str) -> pd.DataFrame:
     table = table.rename(columns={"patient_id": "PatientID"})
     table[MASK_COLUMN] = [f"nodule_mask/{file}" for file in rows["file"]]
     table[CROPPED_COLUMN] = True
-    voxels, *spacing, diameters = (
-        _number(rows, name, path) for name in ("mask_voxels", "sx", "sy", "sz", "diameter_mm")
+    voxels, sx, sy, sz, diameter = (
+        pd.Series(_number(rows, name, path), rows.index) for name in ("mask_voxels", "sx", "sy", "sz", "diameter_mm")
     )
-    ratios = (6 * voxels * np.prod(spacing, axis=0) / np.pi) ** (1 / 3) / diameters
-    ratio = pd.Series(ratios, rows.index)
-    table["suspect"] = (ratio > SUSPECT_DIAMETER_RATIO) | (ratio < 1 / SUSPECT_DIAMETER_RATIO)
+    ratio = (6 * voxels * (sx * sy * sz) / np.pi) ** (1 / 3) / diameter
+    table["suspect"] = (ratio > _SUSPECT_RATIO) | (ratio < 1 / _SUSPECT_RATIO)
     for number in table.index[table["suspect"]]:
-        logger.warning(
-            "%s: row %d, %s: the mask is %.1f times as wide as the nodule's diameter_mm=%g says",
-            path,
-            number,
-            rows["file"][number],
-            ratio[number],
-            float(rows["diameter_mm"][number]),
-        )
+        what = f"the mask is {ratio[number]:.1f} times as wide as the nodule's diameter_mm"
+        _logger.warning("%s: row %d, %s: %s=%g says", path, number, rows["file"][number], what, diameter[number])
     return table
 
 
@@ -194,16 +186,14 @@ def _table_of(source: str, path: Path | str) -> pd.DataFrame:
     for other, column, pattern in _LOOKS_LIKE:
         if column in first and not first.empty and re.search(pattern, str(first[column].iloc[0])):
             if other != source:
-                raise AnnotationsError(
-                    f"{path}: looks like a table of {other} ({column} is {first[column].iloc[0]!r}), and "
-                    f"source={source} was asked for: give source={other}"
-                )
+                reason = f"looks like a table of {other} ({column} is {first[column].iloc[0]!r})"
+                raise AnnotationsError(f"{path}: {reason}, and source={source} was asked for: give source={other}")
             break
     return rows
 
 
 def _plain(
-    rows: pd.DataFrame, files: list[str], points_lps_mm: npt.NDArray[np.float64], dropped: set[str] | None = None
+    rows: pd.DataFrame, files: list[str], points_lps_mm: FloatArray, dropped: set[str] | None = None
 ) -> pd.DataFrame:
     """Path and point first, then every column that is kept."""
     head = {PATH_COLUMN: files, **dict(zip(COORDINATE_COLUMNS, points_lps_mm.T, strict=True))}
@@ -211,17 +201,17 @@ def _plain(
     return pd.DataFrame(head, index=rows.index).join(rows[[name for name in rows if name not in gone]])
 
 
-def _points(rows: pd.DataFrame, columns: tuple[str, str, str], path: Path | str) -> npt.NDArray[np.float64]:
+def _points(rows: pd.DataFrame, columns: tuple[str, str, str], path: Path | str) -> FloatArray:
     return np.stack([_number(rows, column, path) for column in columns], axis=1)
 
 
-def _number(rows: pd.DataFrame, column: str, path: Path | str) -> npt.NDArray[np.float64]:
+def _number(rows: pd.DataFrame, column: str, path: Path | str) -> FloatArray:
     numbers = pd.to_numeric(rows[column], errors="coerce").to_numpy(dtype=np.float64)
     _refuse(path, rows[column], ~np.isfinite(numbers), "a number")
     return np.asarray(numbers)
 
 
-def _numbers(rows: pd.DataFrame, column: str, count: int, path: Path | str) -> npt.NDArray[np.float64]:
+def _numbers(rows: pd.DataFrame, column: str, count: int, path: Path | str) -> FloatArray:
     """A column whose cells hold several numbers, `(rows, count)`."""
     parts = rows[column].astype(str).str.split(",", expand=True).apply(pd.to_numeric, errors="coerce")
     bad = parts.isna().any(axis=1) if parts.shape[1] == count else pd.Series(True, rows.index)
@@ -231,15 +221,12 @@ def _numbers(rows: pd.DataFrame, column: str, count: int, path: Path | str) -> n
 
 def _refuse(path: Path | str, values: pd.Series[str], bad: npt.ArrayLike, expected: str) -> None:
     if places := np.flatnonzero(np.asarray(bad)).tolist():
-        raise AnnotationsError(
-            f"{path}: row {values.index[places[0]]}: {values.name or 'the file'} is {values.iloc[places[0]]!r}; "
-            f"expected {expected} ({len(places)} such rows)"
-        )
+        found = f"row {values.index[places[0]]}: {values.name or 'the file'} is {values.iloc[places[0]]!r}"
+        raise AnnotationsError(f"{path}: {found}; expected {expected} ({len(places)} such rows)")
 
 
-def _cross(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    product: npt.NDArray[np.float64] = a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
-    return product
+def _cross(a: FloatArray, b: FloatArray) -> FloatArray:
+    return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
 
 
 #: Importers of tables alone, by the name that the command line gives them; `luna16` also looks for files.

@@ -13,12 +13,9 @@ as blurred as the scanner's, and no scan is painted on a finer grid than its own
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,15 +27,18 @@ import SimpleITK as sitk
 from scipy import ndimage
 from tqdm import tqdm
 
-Array = npt.NDArray[np.float32]
-Axes = tuple[Array, Array, Array]
+from fmcib_ssl.data.jobs import run_jobs
+from fmcib_ssl.io import write_atomically
 
-AIR_HU, FAT_HU, MUSCLE_HU, BLOOD_HU, MARROW_HU, CORTEX_HU = -1000, -100, 45, 110, 180, 550
+_Array = npt.NDArray[np.float32]
+_Axes = tuple[_Array, _Array, _Array]
+
+_AIR_HU, _FAT_HU, _MUSCLE_HU, _BLOOD_HU, _MARROW_HU, _CORTEX_HU = -1000, -100, 45, 110, 180, 550
 ORIENTATIONS = ("LPS", "RAS", "LAS", "LPI", "PSL", "SRA")
 MIN_DISTANCE_MM = 34.0  # between the centres of two lesions of a scan
-BORDER_MM = 14.0  # between a lesion's centre and the first and last slice
-VERSION = 1  # of what is drawn: scans of two versions are not mixed in one archive
-HELD_OUT = (2, 4)  # scan numbers modulo 5 that are the test set: two fifths of the patients
+_BORDER_MM = 14.0  # between a lesion's centre and the first and last slice
+_VERSION = 1  # of what is drawn: scans of two versions are not mixed in one archive
+_HELD_OUT = (2, 4)  # scan numbers modulo 5 that are the test set: two fifths of the patients
 
 
 def draw_scan(seed: int, number: int, lesions_per_scan: tuple[int, int]) -> tuple[Chest, list[PhantomLesion]]:
@@ -86,60 +86,47 @@ def make_archive(
         )
     folder = Path(folder)
     table = folder / "annotations.csv"
-    _claim(folder, {"version": VERSION, "num_scans": num_scans, "lesions_per_scan": [few, many], "seed": seed})
+    _claim(folder, {"version": _VERSION, "num_scans": num_scans, "lesions_per_scan": [few, many], "seed": seed})
     (folder / "scans").mkdir(exist_ok=True)
     missing = [n for n in range(num_scans) if not (folder / _scan_name(n)).is_file()]
     write = partial(_write_scan, folder, seed, (few, many))
-    with ExitStack() as stack:
-        done: Iterator[None] = map(write, missing)
-        if num_workers > 1 and len(missing) > num_workers:
-            spawn = multiprocessing.get_context("spawn")
-            pool = stack.enter_context(ProcessPoolExecutor(num_workers, mp_context=spawn))
-            done = pool.map(write, missing, chunksize=2)
-        hidden, interval_s = not (progress and missing), 0.5 if sys.stderr.isatty() else 30
-        for _ in tqdm(done, "phantom scans", len(missing), unit="scan", disable=hidden, mininterval=interval_s):
-            pass
+    done = run_jobs(write, missing, num_workers if 1 < num_workers < len(missing) else 0, _killed)
+    hidden, interval_s = not (progress and missing), 0.5 if sys.stderr.isatty() else 30
+    for _ in tqdm(done, "phantom scans", len(missing), unit="scan", disable=hidden, mininterval=interval_s):
+        pass
     if not table.is_file():
         rows = [row for n in range(num_scans) for row in _table_rows(seed, n, (few, many))]
-        pd.DataFrame(rows).to_csv(_partial(table), index=False)
-        _partial(table).replace(table)
+        write_atomically(table, pd.DataFrame(rows).to_csv(index=False))
     return table
+
+
+def _killed(number: int) -> None:
+    raise OSError(f"the process that writes scan {number} was killed twice: most likely there is too little memory")
 
 
 def _claim(folder: Path, parameters: dict[str, object]) -> None:
     """Mark the folder as this archive's, or refuse one that is not."""
     manifest = folder / "phantom.json"
-    if manifest.is_file():
-        found = json.loads(manifest.read_text())
-        if found != parameters:
-            raise ValueError(
-                f"{folder} holds a phantom archive made with {found}, not {parameters}: "
-                "delete that folder or give another one"
-            )
-        return
-    if (folder / "annotations.csv").exists():
-        raise ValueError(
-            f"{folder} has an annotations.csv but no phantom.json: it is no phantom archive; give another folder"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    _partial(manifest).write_text(json.dumps(parameters))
-    _partial(manifest).replace(manifest)
+    if not manifest.is_file() and (folder / "annotations.csv").exists():
+        reason = "has an annotations.csv but no phantom.json: it is no phantom archive"
+        raise ValueError(f"{folder} {reason}; give another folder")
+    if not manifest.is_file():
+        write_atomically(manifest, json.dumps(parameters))
+    elif (existing := json.loads(manifest.read_text())) != parameters:
+        reason = f"holds a phantom archive made with {existing}, not {parameters}"
+        raise ValueError(f"{folder} {reason}: delete that folder or give another one")
 
 
 def _scan_name(number: int) -> str:
     return f"scans/phantom_{number:04d}.nii.gz"
 
 
-def _partial(path: Path) -> Path:
-    """Where a file is written before it is renamed: an interrupted run leaves no half file under its name."""
-    return path.with_name(f".{os.getpid()}.{path.name}")
-
-
 def _write_scan(folder: Path, seed: int, lesions_per_scan: tuple[int, int], number: int) -> None:
     chest, lesions = draw_scan(seed, number, lesions_per_scan)
     path = folder / _scan_name(number)
-    sitk.WriteImage(render(chest, lesions, np.random.default_rng([seed, number, 1])), str(_partial(path)))
-    _partial(path).replace(path)
+    unfinished = path.with_name(f".{os.getpid()}.{path.name}")  # an interrupt leaves no half file under its name
+    sitk.WriteImage(render(chest, lesions, np.random.default_rng([seed, number, 1])), str(unfinished))
+    unfinished.replace(path)
 
 
 def _table_rows(seed: int, number: int, lesions_per_scan: tuple[int, int]) -> Iterator[dict[str, object]]:
@@ -152,7 +139,7 @@ def _table_rows(seed: int, number: int, lesions_per_scan: tuple[int, int]) -> It
             **dict(zip(("coordX", "coordY", "coordZ"), where, strict=True)),
             "diameter_mm": round(lesion.diameter_mm, 1),
             "label": lesion.label,
-            "split": "test" if number % 5 in HELD_OUT else "train",
+            "split": "test" if number % 5 in _HELD_OUT else "train",
         }
 
 
@@ -212,7 +199,7 @@ class Chest:
             offset_hu=rng.uniform(-15, 15),
         )
 
-    def axes(self) -> Axes:
+    def axes(self) -> _Axes:
         """Coordinates of the voxels along x, y and z, shaped to broadcast to `(z, y, x)`."""
         low = (-self.body_x - 10, -self.body_y - 10, -self.height / 2)
         high = (self.body_x + 10, self.body_y + 24, self.height / 2)
@@ -222,12 +209,12 @@ class Chest:
         )
         return x[None, None, :], y[None, :, None], z[:, None, None]
 
-    def depth_under_skin(self, x: Array, y: Array) -> Array:
+    def depth_under_skin(self, x: _Array, y: _Array) -> _Array:
         """Distance to the skin, negative outside the body."""
         radius = (np.abs(x / self.body_x) ** 2.6 + np.abs(y / self.body_y) ** 2.6) ** (1 / 2.6)
         return np.asarray((1 - radius) * min(self.body_x, self.body_y), np.float32)
 
-    def depth_in_lung(self, x: Array, y: Array, z: Array) -> Array:
+    def depth_in_lung(self, x: _Array, y: _Array, z: _Array) -> _Array:
         """Distance to the lung's border, negative outside the lungs."""
         waist = self.mediastinum + 0.012 * np.maximum(-y - 20, 0) ** 1.5  # the mediastinum widens to the front
         in_cage = np.minimum(self.depth_under_skin(x, y) - self.wall, np.abs(x + 4) - waist)
@@ -249,7 +236,7 @@ class Chest:
 def draw_lesions(chest: Chest, num_lesions: int, rng: np.random.Generator) -> list[PhantomLesion]:
     """Place lesions in the lungs, a third of them against the lung's border. The class is drawn last."""
     lesions: list[PhantomLesion] = []
-    half = np.array([chest.body_x, chest.body_y, chest.height / 2 - BORDER_MM], np.float32)
+    half = np.array([chest.body_x, chest.body_y, chest.height / 2 - _BORDER_MM], np.float32)
     for _ in range(num_lesions):
         diameter = rng.uniform(11, 20)
         low, high = (0.2, 0.5) if rng.random() < 1 / 3 else (0.6, np.inf)
@@ -299,48 +286,48 @@ def render(chest: Chest, lesions: list[PhantomLesion], rng: np.random.Generator)
     return sitk.DICOMOrient(image, chest.orientation)
 
 
-def _coverage(depth: Array, edge: float) -> Array:
+def _coverage(depth: _Array, edge: float) -> _Array:
     """Share of a voxel that lies inside, from its distance to the border, both mm."""
     return np.asarray(np.clip(depth / np.float32(edge) + np.float32(0.5), 0, 1), np.float32)
 
 
-def _smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], sigma: float) -> Array:
+def _smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], sigma: float) -> _Array:
     """Gaussian noise of standard deviation 1, correlated over `sigma` voxels."""
     noise = ndimage.gaussian_filter(rng.standard_normal(shape, np.float32), sigma)
     return np.asarray(noise / noise.std(), np.float32)
 
 
-def _blend(target: Array, coverage: Array, value: float | Array) -> None:
+def _blend(target: _Array, coverage: _Array, value: float | _Array) -> None:
     target += coverage * (np.asarray(value, np.float32) - target)
 
 
-def _trunk(chest: Chest, x: Array, y: Array) -> Array:
+def _trunk(chest: Chest, x: _Array, y: _Array) -> _Array:
     """What is the same in every slice: skin, fat, muscle, fat of the mediastinum, shoulder blades, couch."""
     depth, edge = chest.depth_under_skin(x, y), chest.edge
-    plane = np.full(depth.shape, AIR_HU, np.float32)
+    plane = np.full(depth.shape, _AIR_HU, np.float32)
     _blend(plane, _coverage(depth, edge), 20)
-    _blend(plane, _coverage(depth - 2, edge), FAT_HU)
-    _blend(plane, _coverage(depth - chest.fat, edge), MUSCLE_HU)
+    _blend(plane, _coverage(depth - 2, edge), _FAT_HU)
+    _blend(plane, _coverage(depth - chest.fat, edge), _MUSCLE_HU)
     pericardial = 24 - np.hypot(x + 3, 0.6 * (y + 0.1 * chest.body_y))
-    _blend(plane, _coverage(pericardial, 6), FAT_HU + 10)
+    _blend(plane, _coverage(pericardial, 6), _FAT_HU + 10)
     for side in (-1, 1):
         across, along = x - side * 0.60 * chest.body_x, y - 0.60 * chest.body_y
         blade = np.abs(along + side * 0.55 * across) - 3.0
-        _blend(plane, _coverage(np.minimum(-blade, 24 - np.abs(across)), edge) * (depth > chest.fat), MARROW_HU + 60)
+        _blend(plane, _coverage(np.minimum(-blade, 24 - np.abs(across)), edge) * (depth > chest.fat), _MARROW_HU + 60)
     couch = 2 - np.abs(y - (chest.body_y + 14 - 0.0006 * x**2))
     _blend(plane, _coverage(couch, edge), -250)
     return plane
 
 
-def _paint_bones(volume: Array, chest: Chest, x: Array, y: Array, z: Array) -> None:
+def _paint_bones(volume: _Array, chest: Chest, x: _Array, y: _Array, z: _Array) -> None:
     """Ribs that fall towards the front, a spine with discs, a breastbone."""
     edge = chest.edge
     ring = np.abs(chest.depth_under_skin(x, y) - chest.wall + 6)
     course = (z + 0.42 * y + 0.05 * np.abs(x) + chest.rib_phase) % 26 - 13
     rib = np.sqrt((ring / 4.2) ** 2 + (course / 6.5) ** 2)
     rib += 4 * (np.abs(x) < 30)  # cartilage and muscle where the ribs do not reach
-    _blend(volume, _coverage((1 - rib) * 4.2, edge), CORTEX_HU)
-    _blend(volume, _coverage((0.55 - rib) * 4.2, edge), MARROW_HU)
+    _blend(volume, _coverage((1 - rib) * 4.2, edge), _CORTEX_HU)
+    _blend(volume, _coverage((0.55 - rib) * 4.2, edge), _MARROW_HU)
 
     spine_y = 0.60 * chest.body_y
     body = 19 - np.hypot(x, 1.15 * (y - spine_y))
@@ -349,29 +336,29 @@ def _paint_bones(volume: Array, chest: Chest, x: Array, y: Array, z: Array) -> N
     arch = 5 - np.abs(np.hypot(0.9 * x, y - spine_y - 25) - 14)
     process = np.minimum(4 - np.abs(x), np.minimum(y - spine_y - 34, spine_y + 60 - y))
     vertebra = np.maximum(np.maximum(body, arch), process)
-    _blend(volume, _coverage(vertebra, edge) * _coverage(-disc, edge), CORTEX_HU - 150)
-    _blend(volume, _coverage(np.minimum(body - 3, -disc - 2), 2 * edge), MARROW_HU)
+    _blend(volume, _coverage(vertebra, edge) * _coverage(-disc, edge), _CORTEX_HU - 150)
+    _blend(volume, _coverage(np.minimum(body - 3, -disc - 2), 2 * edge), _MARROW_HU)
     _blend(volume, _coverage(np.minimum(body, disc), edge), 80.0)
     _blend(volume, _coverage(canal, edge), 25.0)
     sternum = 1 - np.sqrt((x / 19) ** 2 + ((y + chest.body_y - chest.wall + 9) / 6) ** 2)
-    _blend(volume, _coverage(6 * sternum, edge), CORTEX_HU - 200)
+    _blend(volume, _coverage(6 * sternum, edge), _CORTEX_HU - 200)
 
 
-def _paint_blood(volume: Array, chest: Chest, x: Array, y: Array, z: Array) -> None:
+def _paint_blood(volume: _Array, chest: Chest, x: _Array, y: _Array, z: _Array) -> None:
     """Heart, aorta (ascending and descending), and the air of the trachea's two main branches."""
     half_axes, center = np.array([45.0, 35.0, 38.0]), np.array(chest.heart)
     window, points = _window((x, y, z), center - half_axes - 4, center + half_axes + 4)
     radius = np.sqrt(sum(((p - c) / h) ** 2 for p, c, h in zip(points, center, half_axes, strict=True)))
-    _blend(volume[window], _coverage((1 - radius) * 35, 4), BLOOD_HU)
+    _blend(volume[window], _coverage((1 - radius) * 35, 4), _BLOOD_HU)
     spine_y = 0.60 * chest.body_y
     for center_x, center_y, size in ((19.0, spine_y - 19, 11.5), (-6.0, -16.0, 14.0)):
-        _blend(volume, _coverage(size - np.hypot(x - center_x, y - center_y), chest.edge), BLOOD_HU + 40.0)
+        _blend(volume, _coverage(size - np.hypot(x - center_x, y - center_y), chest.edge), _BLOOD_HU + 40.0)
     for side in (-1, 1):
         bronchus = 5.5 - np.hypot(x - side * (6 + 0.5 * np.maximum(20 - z, 0)), y - 14)
-        _blend(volume, _coverage(np.minimum(bronchus, z + 4), chest.edge), AIR_HU)
+        _blend(volume, _coverage(np.minimum(bronchus, z + 4), chest.edge), _AIR_HU)
 
 
-def _paint_vessels(volume: Array, chest: Chest, side: int, rng: np.random.Generator) -> None:
+def _paint_vessels(volume: _Array, chest: Chest, side: int, rng: np.random.Generator) -> None:
     """A tree of tubes that grows from the hilum and ends at the lung's border."""
     axes = chest.axes()
     root = np.array([side * (chest.mediastinum + 2), 6, rng.uniform(-8, 12)])
@@ -386,7 +373,7 @@ def _paint_vessels(volume: Array, chest: Chest, side: int, rng: np.random.Genera
             branches += [(end, direction + turn, radius * rng.uniform(0.66, 0.86)) for turn in turns]
 
 
-def _paint_tube(volume: Array, axes: Axes, start: Array, end: Array, radius: float, *, edge: float) -> None:
+def _paint_tube(volume: _Array, axes: _Axes, start: _Array, end: _Array, radius: float, *, edge: float) -> None:
     low, high = np.minimum(start, end) - radius - edge, np.maximum(start, end) + radius + edge
     window, points = _window(axes, low, high)
     along = end - start
@@ -396,17 +383,17 @@ def _paint_tube(volume: Array, axes: Axes, start: Array, end: Array, radius: flo
     # a tube thinner than a voxel fills only part of it
     coverage = _coverage(radius - distance, edge) * min(1.0, 1.2 * radius / edge)
     patch = volume[window]
-    np.maximum(patch, patch + coverage * (MUSCLE_HU - patch), out=patch)
+    np.maximum(patch, patch + coverage * (_MUSCLE_HU - patch), out=patch)
 
 
-def _window(axes: Axes, low: npt.ArrayLike, high: npt.ArrayLike) -> tuple[tuple[slice, ...], tuple[Array, ...]]:
+def _window(axes: _Axes, low: npt.ArrayLike, high: npt.ArrayLike) -> tuple[tuple[slice, ...], tuple[_Array, ...]]:
     """The part `(z, y, x)` of the grid between two corners `(x, y, z)`, and its coordinates along x, y, z."""
     bounds = zip(axes, np.asarray(low), np.asarray(high), strict=True)
     x, y, z = (slice(*np.searchsorted(axis.ravel(), (a, b)).tolist()) for axis, a, b in bounds)
     return (z, y, x), (axes[0][:, :, x], axes[1][:, y, :], axes[2][z])
 
 
-def _paint_lesion(volume: Array, lung: Array, chest: Chest, lesion: PhantomLesion, rng: np.random.Generator) -> None:
+def _paint_lesion(volume: _Array, lung: _Array, chest: Chest, lesion: PhantomLesion, rng: np.random.Generator) -> None:
     """Put a lesion into the lung. Both classes are lobulated; see the constants for what sets them apart."""
     radius, center = lesion.diameter_mm / 2, np.array(lesion.center_lps_mm)
     reach = 1.9 * radius + 4
@@ -414,7 +401,7 @@ def _paint_lesion(volume: Array, lung: Array, chest: Chest, lesion: PhantomLesio
     offset = [np.asarray(p - c, np.float32) for p, c in zip(axes, center, strict=True)]
     distance = np.sqrt(offset[0] ** 2 + offset[1] ** 2 + offset[2] ** 2)
 
-    def field(grain_mm: float) -> Array:
+    def field(grain_mm: float) -> _Array:
         """Smooth noise on a 1 mm lattice, so that its grain does not depend on the scan's voxels."""
         size = int(np.ceil(2 * reach)) + 4
         lattice = _smooth_noise(rng, (size,) * 3, grain_mm)
@@ -437,7 +424,7 @@ def _paint_lesion(volume: Array, lung: Array, chest: Chest, lesion: PhantomLesio
     patch += lung[window] * (coverage * (chest.lung_hu - patch) + contrast)
 
 
-def _spicules(offset: list[Array], distance: Array, rng: np.random.Generator) -> Array:
+def _spicules(offset: list[_Array], distance: _Array, rng: np.random.Generator) -> _Array:
     """How far thin rays reach beyond the surface, in radii."""
     directions = rng.normal(size=(int(rng.integers(7, 14)), 3)).astype(np.float32)
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)

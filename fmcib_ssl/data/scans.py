@@ -25,6 +25,8 @@ from fmcib_ssl.data.itk import open_itk, shortened
 from fmcib_ssl.data.nifti import Affine, is_nifti, open_nifti
 from fmcib_ssl.types import PADDING_HU, Padding, ScanError
 
+_Hu = npt.NDArray[np.int16] | npt.NDArray[np.float32]
+
 #: A scan in HU holds air or at least fat somewhere; one that stays above this is not in HU.
 _HIGHEST_MINIMUM_HU = -50
 #: Values of one number below this are what scanners write outside their field of view.
@@ -106,7 +108,7 @@ class Scan:
         summary: of its values, if it was read from a file.
     """
 
-    hu: npt.NDArray[np.int16] | npt.NDArray[np.float32]
+    hu: _Hu
     geometry: ScanGeometry
     summary: HuSummary | None = None
 
@@ -249,9 +251,7 @@ def _rejecting(source: ScanSource) -> Iterator[None]:
         raise ScanError(name, f"cannot be read ({type(error).__name__}: {shortened(error)})") from error
 
 
-def _as_hu(
-    values: npt.NDArray[Any], path: Path | str
-) -> tuple[npt.NDArray[np.int16] | npt.NDArray[np.float32], HuSummary]:
+def _as_hu(values: npt.NDArray[Any], path: Path | str) -> tuple[_Hu, HuSummary]:
     """The values of a file as int16 or float32 within the range of int16, if they can be HU, and a summary of them.
 
     Raises:
@@ -271,15 +271,10 @@ def _as_hu(
     if num_clipped > _MAX_CLIPPED * values.size:
         problem = f"{num_clipped / values.size:.0%} of it lies above {limits.max}"
     if problem:
-        raise ScanError(
-            path,
-            f"has values from {lowest:g} to {highest:g}, which is not CT in HU (air -1000, fat -100, water 0): "
-            f"{problem}",
-        )
-    summary = HuSummary(
-        float(lowest), float(highest), _peak(tissue, _AIR_HU), _peak(tissue, _SOFT_TISSUE_HU),
-        1 - tissue.size / sample.size, num_clipped,
-    )  # fmt: skip
+        reason = f"has values from {lowest:g} to {highest:g}, which is not CT in HU (air -1000, fat -100, water 0)"
+        raise ScanError(path, f"{reason}: {problem}")
+    peaks, padding = (_peak(tissue, _AIR_HU), _peak(tissue, _SOFT_TISSUE_HU)), 1 - tissue.size / sample.size
+    summary = HuSummary(float(lowest), float(highest), *peaks, padding, num_clipped)
     if num_clipped or lowest < limits.min:
         values = np.clip(values, limits.min, limits.max)
     if np.issubdtype(values.dtype, np.integer):
@@ -315,10 +310,8 @@ def _problem(tissue: npt.NDArray[np.float32], lowest: float, highest: float) -> 
     if dense > 0.05 and part(*_AIR_HU) < 0.02 and part(200, 700) < dense / 2 and part(1150, inf) < dense / 4:
         return f"{dense:.0%} of it is as dense as bone and none is air; is it inverted, or without its intercept?"
     if part(-inf, _HIGHEST_MINIMUM_HU) < 0.002 and part(300, inf) > 0.1:
-        return (
-            f"nothing in it is air or fat, and {part(300, inf):.0%} is denser than soft tissue; apply the rescale "
-            "slope and intercept, or is it no CT?"
-        )
+        denser = f"{part(300, inf):.0%} is denser than soft tissue"
+        return f"nothing in it is air or fat, and {denser}; apply the rescale slope and intercept, or is it no CT?"
     return None
 
 
