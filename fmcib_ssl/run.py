@@ -185,7 +185,6 @@ def _prepare_process(settings: Settings, main_process: bool) -> None:
         ".*isinstance.treespec, LeafSpec.* is deprecated",
         ".*all_gather is deprecated",
         ".*Grad strides do not match bucket view strides",  # of 1 x 1 x 1 kernels laid out channels last
-        ".*It is recommended to use .self.log.'online/.* sync_dist=True",  # the probe's figures are the same on all
         ".*overridden `transfer_batch_to_device` in `LightningModule`",
         ".*`srun` command is available on your system but is not used",  # preflight has looked
     ):

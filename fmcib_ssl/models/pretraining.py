@@ -50,6 +50,7 @@ class Pretraining(L.LightningModule):
         self.make_optimizer = optimizer
         self._make_schedule = schedule
         self.flops_per_lesion: int | None = None
+        self._row: dict[str, Tensor] = {}
 
     def trained_views(self, num_negatives: int) -> int:
         """Views of a lesion, and of as many negatives mined for it, that go through the network, forward and back."""
@@ -59,14 +60,39 @@ class Pretraining(L.LightningModule):
         """One step on one device's batch of views."""
         raise NotImplementedError(f"{type(self).__name__} has no training_step")
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Forget what was logged once it stands in a row: Lightning would repeat it in all rows of the epoch."""
-        trainer = self.trainer
-        row_is_written = trainer.global_step % max(1, trainer.log_every_n_steps) == 0  # type: ignore[attr-defined]
-        if row_is_written and batch_idx % trainer.accumulate_grad_batches == 0:
-            for logged in (trainer._results or {}).values():
-                if logged.meta.on_step and not logged.meta.on_epoch:
-                    logged.reset()
+    def log(self, name: str, value: Any, *args: Any, sync_dist: bool = False, **options: Any) -> None:
+        """Take a figure down for the next row of the metrics; of several devices the first one's, or their mean.
+
+        Lightning's own `log`, which means over epochs go to, would repeat a figure in all rows of the epoch, and a run
+        that is resumed would not.
+        """
+        if options.get("on_epoch"):
+            super().log(name, value, *args, sync_dist=sync_dist, **options)
+            return
+        value = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(float(value))
+        if sync_dist and self.trainer.world_size > 1:
+            value = self.trainer.strategy.reduce(value, reduce_op="mean")
+        self._row[name] = self.trainer.callback_metrics[name] = value
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Write the row of the step, once the callbacks have logged too."""
+        is_last = batch_idx + 1 == self.trainer.num_training_batches
+        if row_is_due(self.trainer, batch_idx):
+            self._write_row()
+        elif is_last:
+            self._row.clear()  # as Lightning does
+
+    def on_train_epoch_end(self) -> None:
+        """Write what callbacks have logged of an epoch as a row of its own."""
+        self._write_row()
+
+    def _write_row(self) -> None:
+        if self._row:
+            row = {name: value.item() for name, value in self._row.items()}
+            for logger in self.trainer.loggers:
+                logger.log_metrics({**row, "epoch": self.current_epoch}, step=self.global_step - 1)
+                logger.save()
+        self._row.clear()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the norm of the whole gradient, before it is clipped, and the rate this step is taken with."""
@@ -86,6 +112,17 @@ class Pretraining(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let every checkpoint say how its encoder is rebuilt."""
         checkpoint["fmcib_ssl"] = {**self.metadata, "step": self.global_step, "epoch": self.current_epoch}
+
+
+def row_is_due(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether this batch ends an optimizer step that gets a row in the metrics; to be asked after the step."""
+    is_last = batch_idx + 1 == trainer.num_training_batches
+    steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return (
+        bool(steps)
+        and (is_last or (batch_idx + 1) % trainer.accumulate_grad_batches == 0)
+        and (trainer.global_step % steps == 0)
+    )
 
 
 def detached(*embeddings: Tensor) -> tuple[Tensor, ...]:

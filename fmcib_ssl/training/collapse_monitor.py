@@ -10,8 +10,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from fmcib_ssl.models.pretraining import row_is_due
 from fmcib_ssl.representation import contrast_figures, effective_rank, negative_shares, unit_vectors
-from fmcib_ssl.training.rows import row_is_due
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class CollapseMonitor(L.Callback):
             if shares:  # a single lesion has no others
                 figures |= shares | {"negative_share": torch.stack(list(shares.values())).sum()}
         self._unlogged += 1
-        if self._unlogged >= self._window // 20 and row_is_due(trainer):
+        if self._unlogged >= self._window // 20 and row_is_due(trainer, batch_idx):
             self._unlogged = 0
             pl_module.log_dict({f"train/{name}": value for name, value in figures.items()})
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fmcib_ssl.io import num_cores
-from fmcib_ssl.training.rows import row_is_due
+from fmcib_ssl.models.pretraining import row_is_due
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +85,8 @@ class Throughput(L.Callback):
         self._steps.append((now - self._step_began, waited, len(batch["positive"][0])))
         self._step_began = now
         self._unlogged += 1
-        # Not every row: Lightning takes a millisecond for it.
         window = self._steps.maxlen or 1
-        if (self._num_steps <= window or self._unlogged >= window // 2) and row_is_due(trainer):
+        if (self._num_steps <= window or self._unlogged >= window // 2) and row_is_due(trainer, batch_idx):
             self._unlogged = 0
             figures = self.figures(trainer, pl_module)
             if pl_module.device.type == "cuda":
