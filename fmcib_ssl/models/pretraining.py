@@ -60,17 +60,17 @@ class Pretraining(L.LightningModule):
         """One step on one device's batch of views."""
         raise NotImplementedError(f"{type(self).__name__} has no training_step")
 
-    def log(self, name: str, value: Any, *args: Any, sync_dist: bool = False, **options: Any) -> None:
+    def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
         """Take a figure down for the next row of the metrics; of several devices the first one's, or their mean.
 
         Lightning's own `log`, which means over epochs go to, would repeat a figure in all rows of the epoch, and a run
         that is resumed would not.
         """
         if options.get("on_epoch"):
-            super().log(name, value, *args, sync_dist=sync_dist, **options)
+            super().log(name, value, *args, **options)
             return
         value = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(float(value))
-        if sync_dist and self.trainer.world_size > 1:
+        if options.get("sync_dist") and self.trainer.world_size > 1:
             value = self.trainer.strategy.reduce(value, reduce_op="mean")
         self._row[name] = self.trainer.callback_metrics[name] = value
 
