@@ -44,12 +44,11 @@ from monai.transforms import (
 )
 from scipy import ndimage
 
-from fmcib_ssl.data.annotations import check_annotations, read_annotations
+from fmcib_ssl.data.annotations import read_annotations
 from fmcib_ssl.data.patches import LesionPatches
 from fmcib_ssl.data.prepare import prepare
 from fmcib_ssl.data.store import Store, StoreSettings
-from fmcib_ssl.data.volumes import VolumePatches
-from fmcib_ssl.types import Preprocessing, SampleKey
+from fmcib_ssl.types import SampleKey
 
 RESULTS = Path(__file__).parent / "results" / "data.json"
 SIZE = 50
@@ -189,16 +188,12 @@ def one_shape(name: str, num_scans: int, rounds: int, folder: Path) -> dict[str,
     prepare(lesions, folder / "store", StoreSettings(), num_workers=0)
     prepare_s, prepare_wall_s = watch.cpu_s() / num_scans, watch.wall_s() / num_scans
 
-    preprocessing = Preprocessing()
-    usable = check_annotations(lesions, preprocessing).usable
     published = ReadEverySample(table, folder)
     contenders: dict[str, tuple[Callable[[SampleKey], object], int]] = {
         "read, resample, turn and crop the scan each sample": (published.__getitem__, 1)
     }
     for mining in ("background", "near", "hard", "uniform"):
         contenders[f"store, mining={mining}"] = (LesionPatches(folder / "store", mining=mining).__getitem__, 200)
-    direct = VolumePatches(usable, preprocessing, cache_scans=1)
-    contenders["scans read directly (VolumePatches, cache_scans=1)"] = (direct.__getitem__, 4)
     for label, dataset in monai_datasets(table, folder, folder / "monai").items():
         contenders[label] = (WholeScans(dataset).__getitem__, 1 if "each" in label else 10)
     for label, (sample, _) in contenders.items():

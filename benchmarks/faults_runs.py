@@ -45,7 +45,6 @@ _SERVER.set_forkserver_preload(
         "fmcib_ssl.run",
         "fmcib_ssl.training.config",
         "fmcib_ssl.augment",
-        "fmcib_ssl.data.volumes",
         "fmcib_ssl.data.prepare",
     ]
 )

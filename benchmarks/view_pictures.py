@@ -21,9 +21,10 @@ from PIL import Image
 from pydantic import Field, PositiveInt
 from views import RECIPES, REPO, shipped
 
-from fmcib_ssl.data.annotations import check_annotations, read_annotations
+from fmcib_ssl.data.patches import LesionPatches
 from fmcib_ssl.data.phantom import make_archive
-from fmcib_ssl.data.volumes import VolumePatches
+from fmcib_ssl.data.prepare import store_for_table
+from fmcib_ssl.data.store import StoreSettings
 from fmcib_ssl.io import Command, parse_command
 from fmcib_ssl.types import Preprocessing
 
@@ -46,8 +47,10 @@ def main(arguments: Sequence[str]) -> None:
     preprocessing = Preprocessing((SIZE,) * 3, 1.25)
     with tempfile.TemporaryDirectory() as folder:
         make_archive(Path(folder), command.lesions)
-        table = check_annotations(read_annotations(Path(folder) / "annotations.csv"), preprocessing).usable
-        patches = VolumePatches(table, preprocessing, per_lesion=0)
+        store = store_for_table(
+            Path(folder) / "annotations.csv", Path(folder), StoreSettings(1.25), num_workers=0
+        ).store
+        patches = LesionPatches(store, preprocessing.patch_size_zyx, per_lesion=0)
         num = min(command.lesions, len(patches))
         figure = Figure(figsize=(NUM_VIEWS + 1.3, 1.03 * num * len(RECIPES) + 0.3), facecolor="white", dpi=80)
         grid = figure.add_gridspec(

@@ -33,7 +33,6 @@ from fmcib_ssl.evaluation.feature_table import FeatureTableError
 from fmcib_ssl.evaluation.figures import ContactRow, contact_sheet, training_curves
 from fmcib_ssl.evaluation.labels import EvaluationError
 from fmcib_ssl.io import checksum_of, redacted, without_names, write_json
-from fmcib_ssl.lesion_source import LesionSource, open_lesions
 from fmcib_ssl.models.acceleration import resolve_precision
 from fmcib_ssl.models.export import export_encoder
 from fmcib_ssl.models.pretraining import Pretraining
@@ -59,6 +58,7 @@ from fmcib_ssl.training.finetuning import (
     task_summary,
     train_part,
 )
+from fmcib_ssl.training.lesions import LesionSource, open_lesions
 from fmcib_ssl.training.loggers import MetricsFile, RunLogger, Start, WeightsAndBiases, read_metrics
 from fmcib_ssl.training.online_probe import OnlineProbe
 from fmcib_ssl.training.provenance import RanksAgree, environment, facts_of_rank
@@ -166,7 +166,9 @@ def _pretrain(settings: Settings, folder: RunFolder, main_process: bool) -> floa
                 _write_results(module, settings, source.preprocessing, folder.path)
                 _check_all_is_saved(trainer, folder, checkpoints=asks)
                 folder.finish(step=trainer.global_step, loss=loss, **_length(settings))
-                logger.info("%s", _outcome(settings, trainer, loss, time.monotonic() - began))
+                logger.info(
+                    "%s", _outcome(settings, source.patches.store.path, trainer, loss, time.monotonic() - began)
+                )
         finally:
             for its in trainer.loggers:
                 if isinstance(its, RunLogger):
@@ -393,20 +395,14 @@ def _write_results(module: Pretraining, settings: Settings, preprocessing: Prepr
     logger.info("%s", "\n".join(lines))
 
 
-def _outcome(settings: Settings, trainer: L.Trainer, loss: float, seconds: float) -> str:
+def _outcome(settings: Settings, store: Path, trainer: L.Trainer, loss: float, seconds: float) -> str:
     """What came of the run, and the command that a user is likely to want next."""
-    data, run = settings.data, settings.paths.run
+    run = settings.paths.run
     lines = [f"done       {trainer.global_step} steps, loss {loss:.4g}; this start took {duration(seconds)}"]
     probes = (callback for callback in trainer.callbacks if isinstance(callback, OnlineProbe))  # type: ignore[attr-defined]
     lines += [f"probe      {probe.last_result}" for probe in probes if probe.last_result]
-    source: dict[str, Path | str | None] = {"store": data.store}
-    if data.store is None:
-        source = {"annotations": data.annotations, "image_root": data.image_root, "path_prefix": data.path_prefix}
-        if data.coordinates != "lps":
-            source["coordinates"] = data.coordinates
-    arguments = {"checkpoint": run, **source, "output": run / "features.parquet"}
-    given = [f"{key}={value}" for key, value in arguments.items() if value is not None]
-    lines.append(f"next       {shlex.join(['python', 'scripts/embed.py', *given])}")
+    arguments = [f"checkpoint={run}", f"store={store}", f"output={run / 'features.parquet'}"]
+    lines.append(f"next       {shlex.join(['python', 'scripts/embed.py', *arguments])}")
     return "\n".join(lines)
 
 

@@ -43,7 +43,8 @@ class Embed(Command):
     )
     output: Path = Field(description="FILE.parquet")
     store: Path | None = Field(default=None, description="folder of a store; or give annotations=")
-    annotations: Path | None = Field(default=None, description="CSV of lesions whose scans or cropped files are read")
+    annotations: Path | None = Field(default=None, description="CSV of lesions, for which a store is prepared first")
+    stores: Path = Field(default=Path("data/stores"), description="folder in which annotations= gets its own store")
     image_root: Path | None = Field(default=None, description="folder of relative paths; null: the table's own")
     path_prefix: str | None = Field(default=None, description="beginning of the paths that image_root replaces")
     coordinates: Literal["lps", "ras", "voxel"] = Field(default="lps", description="frame of the points")
@@ -163,6 +164,7 @@ def source_of(command: Embed) -> dict[str, Any]:
     return {
         "kind": "scans",
         "annotations": str(command.annotations.absolute()),
+        "stores": str(command.stores.absolute()),
         "image_root": None if command.image_root is None else str(command.image_root.absolute()),
         "path_prefix": command.path_prefix,
         "coordinates": command.coordinates,

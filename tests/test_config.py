@@ -114,6 +114,7 @@ REFUSED = [
     (["seed=-1", "data.spacing_mm=0"], ["seed=-1", "data.spacing_mm=0"]),
     (["name=${nosuch}"], ["nosuch"]),
     (["data.image_root"], ["data.image_root"]),
+    (["data.cache_scans=3"], ["data.cache_scans is gone", "Leave it out"]),
     # Contradictions.
     (["trainer.max_epochs=-1"], ["never end", "trainer.max_steps"]),
     (["trainer.max_epochs=null"], ["never end", "trainer.max_epochs"]),

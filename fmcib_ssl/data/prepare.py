@@ -57,6 +57,8 @@ LESION_COLUMNS = (
 _BYTES_PER_VOXEL = 1.4
 #: To decode a voxel of a scan, or to make one of the store, takes so long on a core.
 _SECONDS_PER_VOXEL = 2e-8
+#: Work of so many seconds this process does alone: starting others takes as long.
+_ALONE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def store_for_table(
         path_prefix: beginning of the paths in the table that `image_root` replaces.
         coordinates: frame of the points.
         on_bad_row: "refuse" raises if any row of the table cannot be used; "skip" leaves those out.
-        num_workers: processes; as many as cores if None; 0 works in this one.
+        num_workers: processes; 0 works in this one; if None as many as cores, where there is work for them.
 
     Raises:
         AnnotationsError: a table that cannot be used, or bad rows and `on_bad_row="refuse"`.
@@ -176,7 +178,7 @@ def prepare(
         settings: of the store; the defaults if None.
         image_root: what the paths of the table start from, as for `read_annotations`; the scans' names in the store
             depend on what comes below it.
-        num_workers: processes; as many as cores if None; 0 works in this one.
+        num_workers: processes; 0 works in this one; if None as many as cores, where there is work for them.
         shard: number, from 1, and total: only this part of the scans, for job arrays; then `merge` makes the index.
         merge: make the index of a store that shards have filled, after a look whether they did all.
         on_bad_row: "refuse" stops before the first scan is read if rows are bad as far as headers tell.
@@ -191,7 +193,6 @@ def prepare(
     began, folder, settings = time.monotonic(), Path(folder), settings or StoreSettings()
     if shard is not None and not 1 <= shard[0] <= shard[1]:
         raise StoreError("shard={0}/{1}: the first of {1} is 1/{1}, there is no {0}".format(*shard))
-    num_workers = num_cores() if num_workers is None else num_workers
     num_made = num_bytes = 0
     with claim_store(folder, settings, shard, wait=wait) as was_finished:
         scans = scans_of(table, image_root)
@@ -215,7 +216,7 @@ def prepare(
                     write_sealed_json(file, {**read_record(file), **sidecar})
                 else:
                     tasks.append(ScanTask(scan.scan_id, scan.source, sidecar))
-            _announce(folder, settings, [geometries[task.scan_id] for task in tasks], num_workers)
+            num_workers = _announce(folder, settings, [geometries[task.scan_id] for task in tasks], num_workers)
             num_made, num_bytes = _run(folder, settings, tasks, scans, num_workers)
             _reject_changed(folder, settings, tasks, scans)
         sidecars = {scan.scan_id: read_record(sidecar_file(folder, scan.scan_id)) for scan in scans}
@@ -239,18 +240,23 @@ def _refuse_unfinished(folder: Path, scans: Sequence[TableScan], states: Mapping
         )
 
 
-def _announce(folder: Path, settings: StoreSettings, geometries: Sequence[ScanGeometry], num_workers: int) -> None:
-    """Say how much space and time the scans will take.
+def _announce(
+    folder: Path, settings: StoreSettings, geometries: Sequence[ScanGeometry], num_workers: int | None
+) -> int:
+    """Say how much space and time the scans will take; gives the number of processes, if none is chosen.
 
     Raises:
         StoreError: the disk has not that much space.
     """
     if not geometries:
-        return
+        return 0
     num_voxels = sum(math.prod(StoreGrid.of(geometry, settings.spacing_mm).shape_zyx) for geometry in geometries)
     num_bytes = num_voxels * _BYTES_PER_VOXEL
     num_decoded = sum(math.prod(geometry.size_xyz) for geometry in geometries)
-    minutes = (num_voxels + num_decoded) * _SECONDS_PER_VOXEL / max(num_workers, 1) / 60
+    seconds = (num_voxels + num_decoded) * _SECONDS_PER_VOXEL
+    if num_workers is None:
+        num_workers = num_cores() if seconds > _ALONE_S else 0
+    minutes = seconds / max(num_workers, 1) / 60
     size = f"{num_bytes / 1e9:.1f} GB" if num_bytes > 1e8 else f"{num_bytes / 1e6:.1f} MB"
     time_ = f"about {minutes:.0f} minutes" if minutes > 1.5 else "a minute or less"
     logger.info(
@@ -262,6 +268,7 @@ def _announce(folder: Path, settings: StoreSettings, geometries: Sequence[ScanGe
             f"{folder} needs about {size} for {len(geometries)} scans, and its disk has {free / 1e9:.1f} GB free: make "
             "room, choose another folder (store=DIR; of a training run paths.data=DIR), or coarser voxels (spacing_mm)"
         )
+    return num_workers
 
 
 def _run(

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 END_WITHIN_S = 8.0
 
 _RESUME = "What was saved is kept, and the same command resumes from it. "
-_MORE_MEMORY = "Lower num_workers, batch_size or data.cache_scans, or ask for more memory (Slurm: --mem)"
+_MORE_MEMORY = "Lower num_workers or batch_size, or ask for more memory (Slurm: --mem)"
 _SHARED_MEMORY = (
     "workers hand over batches in shared memory, and /dev/shm may be full. Lower num_workers (0 needs none) or "
     "batch_size, or in a container raise the limit: --shm-size 8g (docs/containers.md)"

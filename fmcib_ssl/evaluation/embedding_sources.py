@@ -1,12 +1,12 @@
-"""The lesions to embed, wherever they lie: a store, scans as they are, or files of one cropped lesion each.
+"""The lesions to embed, wherever they lie: a store, or a table of scans or of files of one cropped lesion each.
 
 A source is a dictionary of plain values, so that a table of features can say where its lesions were and they can be
 opened again:
 
 - `{"kind": "store", "path": DIR}`
 - `{"kind": "scans", "annotations": FILE.csv, "image_root": DIR, "path_prefix": None, "coordinates": "lps",
-  "on_bad_row": "skip"}`; all but the first two may be left out. Rows whose `cropped` is true name files that hold one
-  lesion and little else: see `fmcib_ssl.data.annotations`.
+  "on_bad_row": "skip", "stores": DIR}`; all but the first two may be left out. A store of the table is prepared below
+  `stores` unless it is there.
 - `{"kind": "medmnist", ...}`: see `medmnist_source`.
 
 The first two take `select`, `{column: value or values}`, and may hold `preprocessing`.
@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ from fmcib_ssl.data.tables import REJECTED_COLUMNS, SelectionError, selected, te
 from fmcib_ssl.evaluation.feature_table import FEATURES_COLUMN, ID_COLUMN, FeatureTableError
 from fmcib_ssl.types import Preprocessing
 
-#: Scans are read in the order of this column, so that each is decoded once.
+#: Where a table's store is prepared if its source does not say.
+STORES = Path("data") / "stores"
+#: Scans are read in the order of this column, so that each is opened once.
 SCAN_COLUMN = "scan_id"
 
 
@@ -99,7 +101,7 @@ def _open_store(source: Mapping[str, Any], preprocessing: Preprocessing | None) 
         raise FeatureTableError(
             f"{store.path} has voxels of {there.spacing_mm:g} mm and {there.padding_hu} HU outside the scans; the "
             f"encoder was trained on {wanted.spacing_mm:g} mm and {wanted.padding_hu} HU: prepare a store with "
-            f"spacing_mm={wanted.spacing_mm:g}, or read the scans directly (annotations=TABLE.csv)"
+            f"spacing_mm={wanted.spacing_mm:g}, or give its table in place of it (annotations=TABLE.csv)"
         )
     keep = _selected(source, store.lesions, store.path)
     patches = LesionPatches(  # no negative is asked for
@@ -112,33 +114,22 @@ def _open_store(source: Mapping[str, Any], preprocessing: Preprocessing | None) 
 
 
 def _open_scans(source: Mapping[str, Any], preprocessing: Preprocessing | None) -> tuple[SourcePatches, Preprocessing]:
-    from fmcib_ssl.data.annotations import check_annotations, read_annotations  # noqa: PLC0415  # needs SimpleITK
-    from fmcib_ssl.data.prepare_plan import lesion_id_of, scan_id_of  # noqa: PLC0415
-    from fmcib_ssl.data.volumes import VolumePatches  # noqa: PLC0415
+    from fmcib_ssl.data.prepare import store_for_table  # noqa: PLC0415  # needs SimpleITK
+    from fmcib_ssl.data.store import StoreSettings  # noqa: PLC0415
 
-    wanted = preprocessing or Preprocessing()
-    file, root = Path(source["annotations"]), source.get("image_root")
-    table = read_annotations(file, root, source.get("coordinates", "lps"), source.get("path_prefix"))
-    usable, rejected = check_annotations(
-        table.select(_selected(source, table.rows, file)),
-        wanted,
+    wanted, file, root = preprocessing or Preprocessing(), Path(source["annotations"]), source.get("image_root")
+    summary = store_for_table(
+        file,
+        Path(source.get("stores") or STORES),
+        StoreSettings(wanted.spacing_mm, padding_hu=wanted.padding_hu),
+        image_root=None if root is None else Path(root),
+        path_prefix=source.get("path_prefix"),
+        coordinates=source.get("coordinates", "lps"),
         on_bad_row=source.get("on_bad_row", "skip"),
-        allow_short_scans=True,  # as from a store
     )
-    patches = VolumePatches(usable, wanted, per_lesion=0)
-    named_from = Path(root) if root is not None else file.parent
-    scan_ids = [scan_id_of(usable.scan_of(i), named_from) for i in range(len(usable))]
-    centers = usable.centers_lps_mm
-    ours: dict[str, Any] = {
-        ID_COLUMN: [lesion_id_of(scan, center) for scan, center in zip(scan_ids, centers, strict=True)],
-        SCAN_COLUMN: scan_ids,
-        **{f"center_{axis}_lps_mm": centers[:, column] for column, axis in enumerate("xyz")},
-        "row": usable.rows.index.to_numpy(),
-    }
-    lesions = pd.DataFrame(ours)
-    lesions = lesions.join(_kept_beside(usable.rows.reset_index(drop=True), set(ours)))
-    lesions = _ready(lesions)
-    return SourcePatches(lesions, patches.positive, rejected, _fingerprint([file.read_bytes()], source)), wanted
+    patches, wanted = _open_store({"path": summary.store, "select": source.get("select")}, wanted)
+    fingerprint = _fingerprint([file.read_bytes()], source)
+    return replace(patches, rejected=summary.rejected, fingerprint=fingerprint), wanted
 
 
 def _open_medmnist(

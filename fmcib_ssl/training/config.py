@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fmcib_ssl.io import nearest
 from fmcib_ssl.training.run_folder import RunFolderError, refuse_foreign
 from fmcib_ssl.training.same_run import LENGTHS, run_key
-from fmcib_ssl.training.settings import ConfigError, Settings, settings_of
+from fmcib_ssl.training.settings import FORMER_KEYS, ConfigError, Settings, settings_of
 from fmcib_ssl.types import current_target
 
 #: `train.py` composes this file.
@@ -393,6 +393,8 @@ def _check_key(override: Override, config: DictConfig) -> None:
         if name.startswith(_FREE_SECTIONS):
             what = "an argument of Lightning's Trainer" if name.startswith("trainer.") else "a column of your table"
             hint = f" If {name.rpartition('.')[2]} is {what}, add it: +{name}=..."
+        if name in FORMER_KEYS:
+            raise ConfigError(f"{name} {FORMER_KEYS[name]}")
         raise ConfigError(f"{name}: there is no such key.{nearest_key(name, known)}{hint}")
     if isinstance(value, dict) and "_target_" in value:
         raise ConfigError(

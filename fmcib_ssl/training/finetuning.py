@@ -21,6 +21,7 @@ from torch import nn
 
 from fmcib_ssl.data.labelled import LabelledPatches
 from fmcib_ssl.data.loader import EpochSampler
+from fmcib_ssl.data.store import Store
 from fmcib_ssl.data.workers import WatchedLoader
 from fmcib_ssl.evaluation.embedding_sources import SourcePatches, open_patches
 from fmcib_ssl.evaluation.feature_table import ID_COLUMN
@@ -42,6 +43,7 @@ from fmcib_ssl.models.encoders import feature_dim
 from fmcib_ssl.models.export import EncoderFileError, encoder_metadata, export_encoder, load_encoder
 from fmcib_ssl.models.finetune import FineTuning
 from fmcib_ssl.training.build import accelerate, blame, build, build_optimizer, build_trainer, build_views
+from fmcib_ssl.training.lesions import store_of
 from fmcib_ssl.training.settings import Component, ConfigError, FineTune, Settings
 from fmcib_ssl.training.throughput import Progress
 from fmcib_ssl.types import Preprocessing, ViewTransform
@@ -128,28 +130,10 @@ def labelled_task(settings: Settings, asked: FineTune, trained_on: Preprocessing
 
 def _open(settings: Settings, trained_on: Preprocessing | None) -> tuple[SourcePatches, Preprocessing]:
     data = settings.data
-    if (phantom := data.phantom) is not None:
-        from fmcib_ssl.data.phantom import make_archive  # noqa: PLC0415  (a store must not need the readers of scans)
-
-        make_archive(phantom.folder, phantom.num_scans, seed=phantom.seed, num_workers=settings.hardware.num_workers)
-    source: dict[str, Any] = {"kind": "store", "path": data.store, "select": data.select}
-    wanted = trained_on
-    if data.store is None:
-        source |= {
-            "kind": "scans", "annotations": data.annotations, "image_root": data.image_root,
-            "path_prefix": data.path_prefix, "coordinates": data.coordinates, "on_bad_row": data.on_bad_row,
-        }  # fmt: skip
-        spacing_mm = 1.0 if data.spacing_mm is None else data.spacing_mm
-        wanted = trained_on or Preprocessing(data.patch_size, spacing_mm, padding=data.padding)
-    elif trained_on is None:
-        from fmcib_ssl.data.store import Store  # noqa: PLC0415
-
-        there = Store(data.store).settings
-        wanted = Preprocessing(data.patch_size, there.spacing_mm, there.padding_hu, padding=data.padding)
-    _, patches, preprocessing = open_patches(source, wanted)
-    if len(patches.rejected):
-        patches.rejected.to_csv(settings.paths.run / "rejected.csv", index=False)
-        logger.info("%d rows cannot be used: %s", len(patches.rejected), settings.paths.run / "rejected.csv")
+    store = store_of(settings, spacing_mm=trained_on.spacing_mm if trained_on else None)
+    voxels = Store(store).settings
+    wanted = trained_on or Preprocessing(data.patch_size, voxels.spacing_mm, voxels.padding_hu, padding=data.padding)
+    _, patches, preprocessing = open_patches({"kind": "store", "path": store, "select": data.select}, wanted)
     return patches, preprocessing
 
 

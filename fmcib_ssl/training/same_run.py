@@ -24,7 +24,6 @@ DATA_ACCESS = (
     "data.annotations",
     "data.image_root",
     "data.path_prefix",
-    "data.cache_scans",
     "data.phantom.folder",
 )
 #: Settings that a run may be resumed with changed: where and how fast it runs, where its data lie, what is watched.
@@ -42,6 +41,8 @@ FREE_SETTINGS = (
 )
 #: Settings that earlier versions had not, with what they did: a run of theirs is the same run.
 EARLIER = {"data.padding": "constant"}
+#: Settings that earlier versions had, with their defaults where folders of runs were called after them.
+GONE = {"data.check": "headers", "data.allow_short_scans": False, "data.cache_scans": None}
 #: These may only grow.
 LENGTHS = ("trainer.max_epochs", "trainer.max_steps")
 #: Files and folders: the same however they are typed.
@@ -62,6 +63,7 @@ def settings_digest(settings: Mapping[str, Any], keyed: Collection[str] = ()) ->
     counted = (key in (*PLACES, *keyed) or not (_is_free(key) or key in LENGTHS) for key in sorted(flat))
     fixed = {key: _plain(flat[key]) for key, counts in zip(sorted(flat), counted, strict=True) if counts}
     # A run of an earlier version is in a folder that is called after what parts had as names then.
+    fixed |= {key: value for key, value in GONE.items() if value is not None}
     fixed |= {key: first_target(value) for key, value in fixed.items() if key.endswith("_target_")}
     return digest_of(fixed)[:_NUM_DIGITS]
 
@@ -135,7 +137,7 @@ def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
             flat.update(flat_settings(value, f"{name}."))
-        elif name != "run" and (name, value) not in EARLIER.items():
+        elif name != "run" and name not in GONE and (name, value) not in EARLIER.items():
             flat[name] = str(Path(value).resolve()) if name in PLACES and isinstance(value, str) else value
     return flat
 

@@ -18,6 +18,14 @@ from fmcib_ssl.types import Padding, UserError, with_current_targets
 Component = dict[str, Any]
 
 
+#: Keys of the last version, with what is to be said of them.
+FORMER_KEYS = {
+    "data.check": "is gone: preparing the table's store reads every scan. Leave it out",
+    "data.allow_short_scans": "is gone: scans shorter than a patch are padded. Leave it out",
+    "data.cache_scans": "is gone: patches are read from the table's store. Leave it out",
+}
+
+
 class ConfigError(UserError, ValueError):
     """The configuration cannot be used; the message says which key, why, and what would do."""
 
@@ -45,8 +53,6 @@ class Data(_Section):
     coordinates: Literal["lps", "ras", "voxel"]
     select: dict[str, Any] | None
     on_bad_row: Literal["refuse", "skip"]
-    check: Literal["headers", "full"]
-    allow_short_scans: bool
     patch_size: tuple[PositiveInt, PositiveInt, PositiveInt]
     spacing_mm: PositiveFloat | None
     padding: Padding
@@ -54,15 +60,14 @@ class Data(_Section):
     per_lesion: int = Field(ge=0)
     batch_size: PositiveInt | Literal["auto"]
     max_batch_size: PositiveInt
-    cache_scans: PositiveInt
     phantom: Phantom | None
 
     @model_validator(mode="after")
     def _has_lesions(self) -> Data:
         if self.store is None and self.annotations is None:
             raise ValueError(
-                "no lesions are named: set data.annotations=FILE.csv to read scans directly, or data.store=DIR for a "
-                "store that scripts/prepare.py made"
+                "no lesions are named: set data.annotations=FILE.csv, for which a store is prepared first, or "
+                "data.store=DIR for one that scripts/prepare.py made"
             )
         return self
 

@@ -11,6 +11,7 @@ from scipy.stats import chisquare
 
 from fmcib_ssl.data import mining
 from fmcib_ssl.data.coarse_map import CoarseMap, build_coarse_map
+from fmcib_ssl.data.geometry import PatchGrid
 from fmcib_ssl.data.mining import (
     Background,
     Hard,
@@ -22,7 +23,7 @@ from fmcib_ssl.data.mining import (
     mining_strategy,
 )
 from fmcib_ssl.data.scans import crop_patch, read_scan
-from fmcib_ssl.data.volumes import covering_grid
+from fmcib_ssl.data.store import StoreGrid
 from fmcib_ssl.types import SampleKey
 
 LESIONS = np.array([[40, 45, 60], [70, 60, 30], [5, 5, 5]])
@@ -233,7 +234,9 @@ def test_real_negatives_overlap_no_lesion_and_lie_in_the_body(real_data: Path) -
         ("lung2_image.nrrd", (52.609, -95.868, -256.495)),
     ]:
         scan = read_scan(real_data / "ct" / "lung_tumours" / name)
-        grid = covering_grid(scan.geometry, 2.0)
+        covering = StoreGrid.of(scan.geometry, 2.0)
+        middle = covering.to_lps_mm(np.array(covering.shape_zyx) // 2)
+        grid = PatchGrid(tuple(middle.tolist()), covering.shape_zyx, 2.0)
         coarse = build_coarse_map(crop_patch(scan.thinned(2.0), grid), 2.0)
         origin = np.array(grid.origin_lps_mm)
         others_lps = np.array([lesion, (lesion[0] + 60, lesion[1], lesion[2] - 40)])

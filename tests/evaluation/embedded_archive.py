@@ -40,7 +40,7 @@ class Archive(NamedTuple):
 
     @property
     def scans_source(self) -> dict[str, Any]:
-        return {"kind": "scans", "annotations": str(self.table)}
+        return {"kind": "scans", "annotations": str(self.table), "stores": str(self.table.parent / "stores")}
 
 
 def make_archive(folder: Path) -> Archive:

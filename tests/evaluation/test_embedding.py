@@ -15,10 +15,8 @@ import torch
 from embedded_archive import LESIONS, PATCH_ZYX, Archive, make_archive, make_encoder
 from torch import nn
 
-from fmcib_ssl.data.annotations import check_annotations, read_annotations
 from fmcib_ssl.data.patches import LesionPatches
 from fmcib_ssl.data.store import Store
-from fmcib_ssl.data.volumes import VolumePatches
 from fmcib_ssl.evaluation.embedding import baseline_tables, embed_source, open_patches
 from fmcib_ssl.evaluation.embedding_encoders import FrozenEncoder, random_encoder
 from fmcib_ssl.evaluation.embedding_inference import Inference, encode
@@ -71,22 +69,10 @@ def test_features_of_a_store(archive: Archive, encoder: FrozenEncoder) -> None:
     pd.testing.assert_frame_equal(table.lesions, index.rename(columns={"features": "table_features"}))
 
 
-def test_features_of_scans(archive: Archive, encoder: FrozenEncoder) -> None:
-    table = embed_source(encoder, archive.scans_source, batch_size=2)
-    rows = check_annotations(read_annotations(archive.table), Preprocessing(PATCH_ZYX)).usable
-    patches = VolumePatches(rows, Preprocessing(PATCH_ZYX))
-    close(table.features, by_hand(encoder, [patches.positive(i) for i in range(len(LESIONS))]))
-    csv = pd.read_csv(archive.table)
-    pd.testing.assert_frame_equal(table.lesions[[*csv.columns[:-1]]], csv.iloc[:, :-1])
-    np.testing.assert_array_equal(table.lesions["row"], np.arange(1, 8))
-
-
-def test_scans_and_their_store_name_lesions_alike(archive: Archive, encoder: FrozenEncoder) -> None:
-    """The points are voxel centres of both, so the patches, and the features, are the same too."""
-    stored, direct = (embed_source(encoder, source) for source in (archive.store_source, archive.scans_source))
-    shared = ["lesion_id", "scan_id", "row", "center_x_lps_mm", "label", "diameter_mm", "table_features"]
-    pd.testing.assert_frame_equal(stored.lesions[shared], direct.lesions[shared])
-    close(stored.features, direct.aligned(stored.lesions["lesion_id"]).features)
+def test_a_table_gets_a_store_of_its_own(archive: Archive, encoder: FrozenEncoder) -> None:
+    stored, of_table = (embed_source(encoder, source) for source in (archive.store_source, archive.scans_source))
+    pd.testing.assert_frame_equal(stored.lesions, of_table.lesions)
+    close(stored.features, of_table.features)
 
 
 def test_the_order_of_the_table_does_not_matter(archive: Archive, encoder: FrozenEncoder) -> None:
@@ -94,7 +80,7 @@ def test_the_order_of_the_table_does_not_matter(archive: Archive, encoder: Froze
     shuffled_csv = archive.table.with_name("shuffled.csv")
     order = np.random.default_rng(3).permutation(len(LESIONS))
     pd.read_csv(archive.table).iloc[order].to_csv(shuffled_csv, index=False)
-    shuffled = embed_source(encoder, {"kind": "scans", "annotations": str(shuffled_csv)})
+    shuffled = embed_source(encoder, {**archive.scans_source, "annotations": str(shuffled_csv)})
     assert shuffled.lesions["lesion_id"].tolist() == straight.lesions["lesion_id"].iloc[order].tolist()
     close(shuffled.features, straight.features[order])
 

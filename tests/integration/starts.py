@@ -22,7 +22,7 @@ TIMED = re.compile("perf/.*")
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
-    ["fmcib_ssl.run", "fmcib_ssl.training.config", "fmcib_ssl.augment", "fmcib_ssl.data.volumes"]
+    ["fmcib_ssl.run", "fmcib_ssl.training.config", "fmcib_ssl.augment", "fmcib_ssl.data.prepare"]
 )
 
 OPTIONS = [
@@ -53,7 +53,7 @@ def start(
     It is in the run folder `run` or, if that is not `named` to it, in one of its own choice below `run`.
     """
     where = f"hydra.run.dir={run}" if named else f"paths.runs={run}"
-    arguments = [*OPTIONS, f"data.annotations={table}", where, *overrides]
+    arguments = [*OPTIONS, f"data.annotations={table}", f"paths.data={table.parent}", where, *overrides]
     process = _SERVER.Process(target=_train, args=(arguments, run.with_suffix(".out"), environ or {}, start_method))
     process.start()
     return process

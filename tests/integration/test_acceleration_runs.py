@@ -74,6 +74,7 @@ def test_compiled_on_two_processes(phantom_table: Path, tmp_path: Path) -> None:
     for switch in ("false", "true"):
         run = tmp_path / switch
         command = [sys.executable, str(REPO / "train.py"), *options, f"data.annotations={phantom_table}"]
+        command += [f"paths.data={phantom_table.parent}"]
         command += [f"hydra.run.dir={run}", f"hardware.compile={switch}", f"hardware.gradient_checkpointing={switch}"]
         done = subprocess.run(
             command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False

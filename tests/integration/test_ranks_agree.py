@@ -60,7 +60,7 @@ def test_what_each_machine_may_have_of_its_own(phantom_table: Path, tmp_path: Pa
     """The same lesions in a table elsewhere, and another number of workers."""
     other = phantom_table.with_name("copy.csv")
     other.write_bytes(phantom_table.read_bytes())
-    changes = ["hardware.num_workers=1", "data.cache_scans=3"]
+    changes = ["hardware.num_workers=1"]
     codes, said = start_ranks([phantom_table, other], tmp_path / "run", changes)
     other.unlink()
     assert codes == [0, 0], said

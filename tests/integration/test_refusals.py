@@ -13,7 +13,6 @@ import pytest
 import torch
 from tiny_runs import NUM_SCANS, REPO, composed, metrics_of, tiny_settings
 
-from fmcib_ssl.data.annotations import BadRowsError
 from fmcib_ssl.run import pretrain
 from fmcib_ssl.training.config import read_settings
 from fmcib_ssl.training.settings import ConfigError
@@ -78,13 +77,6 @@ def test_a_contradiction_is_named_before_the_first_step(
     assert not [fragment for fragment in fragments if fragment not in message], message
     assert not (tmp_path / "metrics.csv").exists()
     assert not (tmp_path / "encoder.safetensors").exists()
-
-
-def test_a_patch_larger_than_the_scans_is_named(phantom_table: Path, tmp_path: Path) -> None:
-    settings = tiny_settings(phantom_table, tmp_path, "encoder=small", "data.patch_size=[16,16,600]")
-    with pytest.raises(BadRowsError, match=r"the patch 600\.0 mm") as caught:
-        pretrain(settings)
-    assert "allow_short_scans=true" in str(caught.value)
 
 
 def test_an_archive_made_otherwise_is_not_mixed_with_this_one(phantom_table: Path, tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ def settings(phantom_table: Path, run: Path, what: str, *overrides: str) -> Sett
         "+callbacks.non_finite._target_=fmcib_ssl.training.non_finite.NonFiniteGuard",
         f"+callbacks.non_finite.folder={run}/faults",
     ]
-    data = [f"data.annotations={phantom_table}", f"paths.run={run}", "encoder=small", "trainer.max_epochs=1"]
+    data = [f"data.annotations={phantom_table}", f"paths.data={phantom_table.parent}", f"paths.run={run}"]
+    data += ["encoder=small", "trainer.max_epochs=1"]
     return read_settings(composed(*TINY, *data, "~callbacks.non_finite", *poison, *guard, *overrides))
 
 

@@ -18,6 +18,7 @@ def start(table: Path, run: Path) -> subprocess.Popen[bytes]:
     options = [option for option in OPTIONS if "batch_size" not in option]
     options += ["data.batch_size=1", "head.batch_norm=false", "hardware.devices=2"]
     command = [sys.executable, str(REPO / "train.py"), *options, f"data.annotations={table}", f"hydra.run.dir={run}"]
+    command += [f"paths.data={table.parent}"]
     with run.with_suffix(".out").open("ab") as output:
         environ = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environ)

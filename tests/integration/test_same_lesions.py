@@ -13,7 +13,7 @@ from tiny_runs import tiny_settings
 from fmcib_ssl.data.annotations import read_annotations
 from fmcib_ssl.data.prepare import prepare
 from fmcib_ssl.data.store import StoreSettings
-from fmcib_ssl.lesion_source import open_lesions
+from fmcib_ssl.training.lesions import open_lesions
 
 
 @pytest.fixture

@@ -56,10 +56,11 @@ def worker(rank: int, process: subprocess.Popen[bytes]) -> int:
 def test_a_killed_process_and_a_stop(phantom_table: Path, tmp_path: Path) -> None:
     whole, output = tmp_path / "whole", tmp_path / "run.out"
     data = f"data.annotations={phantom_table}"
-    assert start([], tmp_path / "whole.out", data, f"hydra.run.dir={whole}").wait(300) == 0
+    place = f"paths.data={phantom_table.parent}"
+    assert start([], tmp_path / "whole.out", data, place, f"hydra.run.dir={whole}").wait(300) == 0
 
     runs = tmp_path / "runs"
-    again = ([*TORCHRUN, *IDENTITY], output, data, f"paths.runs={runs}", "name=tried")
+    again = ([*TORCHRUN, *IDENTITY], output, data, place, f"paths.runs={runs}", "name=tried")
     process = start(*again)
     wait_for_steps(4, runs, process, output)
     os.kill(worker(1, process), signal.SIGKILL)

@@ -58,7 +58,7 @@ def tiny_settings(phantom_table: Path, run: Path, *overrides: str) -> Settings:
         data = [f"data.annotations={phantom_table}"]
     else:
         data = [f"data.phantom.folder={phantom_table.parent}", f"data.phantom.num_scans={NUM_SCANS}"]
-    return read_settings(composed(*TINY, *data, f"paths.run={run}", *overrides))
+    return read_settings(composed(*TINY, *data, f"paths.data={phantom_table.parent}", f"paths.run={run}", *overrides))
 
 
 def metrics_of(run: Path) -> pd.DataFrame:
