@@ -11,11 +11,18 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 #: What stands in a file instead of what should.
 WRONG_VALUES: list[Any] = [
     None, "", "no", -1, 0, 1e308, float("nan"), float("inf"), 2**70, -(2**70), True, [], {}, [[[]]], "x" * 100_000,
     {"_target_": "os.system"}, ["../../etc/passwd"], "../../../etc/passwd", "\x00", "\ud800", "${oc.env:HOME}", 10**400,
 ]  # fmt: skip
+
+
+def seeds(number: int) -> list[Any]:
+    """Of damage: one of each of the eight kinds always, more of them where there is time."""
+    return [pytest.param(seed, marks=[pytest.mark.slow] if seed >= 8 else []) for seed in range(number)]
 
 
 def damaged(content: bytes, seed: int) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import torch
-from mutations import changed, damaged, harmful_pickles
+from mutations import changed, damaged, harmful_pickles, seeds
 
 from fmcib_ssl.data.annotations import check_annotations, read_annotations
 from fmcib_ssl.data.tables import AnnotationsError
@@ -26,22 +25,20 @@ from fmcib_ssl.types import Preprocessing
 
 SPEC = {"_target_": "fmcib_ssl.models.encoders.small_resnet", "widths": [2, 2, 2, 2]}
 PATCHES = Preprocessing((16, 16, 16))
-LONGEST_S = 30.0  # of this process's computing, however busy the machine is
 MOST_MEMORY = 2_000_000_000
 Check = Callable[..., Any]
 
 
 @contextmanager
 def only(*refusals: type[Exception]) -> Iterator[None]:
-    """A block that does what it should, or refuses in our words; soon, and without much memory."""
+    """A block that does what it should, or refuses in our words, and without much memory."""
     reset_host_peak()  # else a test before this one may have held so much that nothing here would be seen
-    started, before = time.process_time(), peak_memory(torch.device("cpu"))
+    before = peak_memory(torch.device("cpu"))
     try:
         yield
     except refusals as error:
         message = str(error)
         assert len(message) > 20 and "Traceback" not in message, message
-    assert time.process_time() - started < LONGEST_S
     assert peak_memory(torch.device("cpu")) - before < MOST_MEMORY
 
 
@@ -72,7 +69,7 @@ def checkpoint(metadata: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("seed", range(32))
+@pytest.mark.parametrize("seed", seeds(32))
 def test_damaged_encoders(seed: int, encoder_file: bytes, tmp_path: Path) -> None:
     path = tmp_path / "encoder.safetensors"
     path.write_bytes(damaged(encoder_file, seed))
@@ -80,7 +77,7 @@ def test_damaged_encoders(seed: int, encoder_file: bytes, tmp_path: Path) -> Non
         load_encoder(path)
 
 
-@pytest.mark.parametrize("seed", range(48))
+@pytest.mark.parametrize("seed", seeds(48))
 def test_encoders_with_other_descriptions(seed: int, metadata: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "encoder.safetensors"
     weights = small_weights()
@@ -124,7 +121,7 @@ def test_encoders_that_are_not_finite(value: float, metadata: dict[str, Any], tm
         load_encoder(path)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", seeds(40))
 def test_damaged_checkpoints(seed: int, metadata: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "step-00000001.ckpt"
     torch.save(checkpoint(metadata), path)
@@ -136,7 +133,7 @@ def test_damaged_checkpoints(seed: int, metadata: dict[str, Any], tmp_path: Path
     assert problem is None or len(problem) > 10
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", seeds(40))
 def test_checkpoints_with_other_contents(seed: int, metadata: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "step-00000001.ckpt"
     torch.save(changed(checkpoint(metadata), seed), path)
@@ -169,7 +166,7 @@ TABLE = (
 ).encode()
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", seeds(40))
 def test_damaged_tables(seed: int, tmp_path: Path) -> None:
     path = tmp_path / "annotations.csv"
     path.write_bytes(damaged(TABLE, seed))
@@ -224,7 +221,7 @@ def feature_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return FeatureTable(lesions, features, {"name": "a", "kind": "encoder"}).write(path).read_bytes()
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", seeds(60))
 def test_damaged_feature_tables(seed: int, feature_file: bytes, tmp_path: Path) -> None:
     path = tmp_path / "features.parquet"
     path.write_bytes(damaged(feature_file, seed))

@@ -6,22 +6,20 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
+from odd_dicom import ct_series, save, write
+from pydicom.dataset import Dataset
+from pydicom.uid import generate_uid
 
-from fmcib_ssl.data.geometry import ScanGeometry
 from fmcib_ssl.data.masks import find_lesions, lesions_from_masks, read_regions
-from fmcib_ssl.data.scans import ScanSource, read_header
+from fmcib_ssl.data.scans import ScanSource
 from fmcib_ssl.data.tables import BadRowsError
 from fmcib_ssl.types import ScanError
 
-pydicom = pytest.importorskip("pydicom")
 hd = pytest.importorskip("highdicom")
 
-from pydicom.dataset import Dataset, FileDataset, FileMetaDataset  # noqa: E402
-from pydicom.sequence import Sequence  # noqa: E402
-from pydicom.uid import ExplicitVRLittleEndian, generate_uid  # noqa: E402
-
-CT, RTSTRUCT = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.481.3"
+FRAME, RTSTRUCT = "1.2.4", "1.2.840.10008.5.1.4.1.1.481.3"
 #: A patient who lies prone and a little turned: rows run to the right, columns to the front.
 ANGLE = np.radians(10)
 ROW = np.array([-np.cos(ANGLE), np.sin(ANGLE), 0])
@@ -29,45 +27,17 @@ COLUMN = np.array([-np.sin(ANGLE), -np.cos(ANGLE), 0])
 SHAPE, SPACING, ORIGIN = (12, 40, 48), (3.0, 0.8, 0.8), np.array([20.0, 30.0, -100.0])
 
 
-def new_file(path: Path, sop_class: str) -> FileDataset:
-    meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID = sop_class
-    meta.MediaStorageSOPInstanceUID = generate_uid()
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
-    dataset.SOPClassUID, dataset.SOPInstanceUID = sop_class, meta.MediaStorageSOPInstanceUID
-    dataset.PatientID, dataset.PatientName, dataset.PatientBirthDate, dataset.PatientSex = "P1", "P^1", "", ""
-    dataset.StudyDate, dataset.StudyTime, dataset.AccessionNumber, dataset.StudyID = "", "", "", ""
-    dataset.ReferringPhysicianName = ""
-    return dataset
-
-
 @pytest.fixture(scope="module")
 def series(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CT series of 12 slices."""
-    folder = tmp_path_factory.mktemp("dicom") / "series"
-    folder.mkdir()
-    study, uid, frame = generate_uid(), generate_uid(), generate_uid()
-    voxels = np.random.default_rng(0).integers(-1000, 1000, SHAPE).astype(np.int16)
-    for k in range(SHAPE[0]):
-        slice_ = new_file(folder / f"{k:03d}.dcm", CT)
-        slice_.StudyInstanceUID, slice_.SeriesInstanceUID, slice_.FrameOfReferenceUID = study, uid, frame
-        slice_.Modality, slice_.SeriesNumber, slice_.InstanceNumber = "CT", 1, k + 1
-        slice_.PositionReferenceIndicator = ""
-        slice_.ImageOrientationPatient = [*ROW, *COLUMN]
-        slice_.ImagePositionPatient = at(0, 0, k).tolist()
-        slice_.PixelSpacing, slice_.SliceThickness = list(SPACING[1:]), SPACING[0]
-        slice_.Rows, slice_.Columns = SHAPE[1:]
-        slice_.SamplesPerPixel, slice_.PhotometricInterpretation = 1, "MONOCHROME2"
-        slice_.BitsAllocated, slice_.BitsStored, slice_.HighBit, slice_.PixelRepresentation = 16, 16, 15, 1
-        slice_.RescaleSlope, slice_.RescaleIntercept = 1, 0
-        slice_.PixelData = voxels[k].tobytes()
-        slice_.save_as(folder / f"{k:03d}.dcm", enforce_file_format=True)
-    return folder
+    hu = np.random.default_rng(0).integers(-1000, 1000, SHAPE)
+    places = np.stack([at(0, 0, k) for k in range(SHAPE[0])])
+    slices = ct_series(hu, places, orientation=(*ROW, *COLUMN), spacing=SPACING[1:], signed=True, intercept=0)
+    return write(tmp_path_factory.mktemp("dicom") / "series", slices)
 
 
 def slices_of(series: Path) -> list[Dataset]:
-    return [pydicom.dcmread(file) for file in sorted(series.iterdir())]
+    return sorted((pydicom.dcmread(file) for file in series.iterdir()), key=lambda one: int(one.InstanceNumber))
 
 
 def write_seg(path: Path, sources: list[Dataset], masks: dict[str, np.ndarray]) -> Path:
@@ -101,13 +71,13 @@ def write_seg(path: Path, sources: list[Dataset], masks: dict[str, np.ndarray]) 
 
 
 def write_rtstruct(path: Path, frame: str, rois: dict[str, list[np.ndarray]]) -> Path:
-    dataset = new_file(path, RTSTRUCT)
-    dataset.Modality = "RTSTRUCT"
-    dataset.StructureSetROISequence, dataset.ROIContourSequence = Sequence(), Sequence()
+    dataset = Dataset()
+    dataset.SOPClassUID, dataset.SOPInstanceUID, dataset.Modality = RTSTRUCT, generate_uid(), "RTSTRUCT"
+    dataset.StructureSetROISequence, dataset.ROIContourSequence = [], []
     for number, (name, polygons) in enumerate(rois.items(), start=1):
         roi, contours = Dataset(), Dataset()
         roi.ROINumber, roi.ROIName, roi.ReferencedFrameOfReferenceUID = number, name, frame
-        contours.ReferencedROINumber, contours.ContourSequence = number, Sequence()
+        contours.ReferencedROINumber, contours.ContourSequence = number, []
         for points in polygons:
             contour = Dataset()
             contour.ContourGeometricType, contour.NumberOfContourPoints = "CLOSED_PLANAR", len(points)
@@ -115,8 +85,7 @@ def write_rtstruct(path: Path, frame: str, rois: dict[str, list[np.ndarray]]) ->
             contours.ContourSequence.append(contour)
         dataset.StructureSetROISequence.append(roi)
         dataset.ROIContourSequence.append(contours)
-    dataset.save_as(path, enforce_file_format=True)
-    return path
+    return save(dataset, path)
 
 
 def circle(column: float, row: float, k: float, radius_mm: float) -> np.ndarray:
@@ -129,10 +98,6 @@ def circle(column: float, row: float, k: float, radius_mm: float) -> np.ndarray:
 def at(column: float, row: float, k: float) -> np.ndarray:
     """DICOM's own equation for the place of a pixel (PS3.3 C.7.6.2.1.1)."""
     return ORIGIN + ROW * SPACING[2] * column + COLUMN * SPACING[1] * row + np.array([0, 0, SPACING[0]]) * k
-
-
-def frame_of(series: Path) -> str:
-    return str(slices_of(series)[0].FrameOfReferenceUID)
 
 
 def table(folder: Path, series: Path, mask: Path, **options: object) -> object:
@@ -165,7 +130,7 @@ def test_rois_of_an_rtstruct(series: Path, tmp_path: Path) -> None:
     """A cylinder of circles, one of them with a hole."""
     circles = [circle(20, 15, k, 6.0) for k in (4, 5, 6)]
     hollow = [circle(24.3, 19.6, 8, 12.0), circle(24.3, 19.6, 8, 7.0)]
-    path = write_rtstruct(tmp_path / "rt.dcm", frame_of(series), {"GTV-1": circles, "Ring": hollow})
+    path = write_rtstruct(tmp_path / "rt.dcm", FRAME, {"GTV-1": circles, "Ring": hollow})
     solid, ring = read_regions(path, ScanSource(series))
     (lesion,) = find_lesions(solid)
     np.testing.assert_allclose(lesion.center_lps_mm, at(20, 15, 5), atol=0.05)
@@ -180,7 +145,7 @@ def test_every_voxel_of_a_polygon_and_no_other(series: Path, tmp_path: Path) -> 
     """Against the sign of the cross products, a test of convex polygons that knows no library."""
     corners = np.array([[5.3, 6.2], [22.7, 9.4], [17.1, 30.9]])  # column, row
     polygon = np.array([at(column, row, 7) for column, row in corners])
-    path = write_rtstruct(tmp_path / "without suffix", frame_of(series), {"triangle": [polygon]})
+    path = write_rtstruct(tmp_path / "without suffix", FRAME, {"triangle": [polygon]})
     (region,) = read_regions(path, ScanSource(series))
     row, column = np.mgrid[: SHAPE[1], : SHAPE[2]]
     inside = np.ones(SHAPE[1:], bool)
@@ -195,7 +160,7 @@ def test_voxels_on_the_edge_belong_to_it(series: Path, tmp_path: Path, order: in
     """Contours traced through the centres of a mask's outermost voxels give the mask back, whichever way round."""
     corners = [(5, 7), (15, 7), (15, 20), (5, 20)][::order]
     path = write_rtstruct(
-        tmp_path / "rt.dcm", frame_of(series), {"box": [np.array([at(column, row, 2) for column, row in corners])]}
+        tmp_path / "rt.dcm", FRAME, {"box": [np.array([at(column, row, 2) for column, row in corners])]}
     )
     (region,) = read_regions(path, ScanSource(series))
     expected = np.zeros(SHAPE, bool)
@@ -203,27 +168,32 @@ def test_voxels_on_the_edge_belong_to_it(series: Path, tmp_path: Path, order: in
     np.testing.assert_array_equal(region.mask_zyx, expected)
 
 
-def test_what_does_not_belong_to_the_scan_is_refused(series: Path, tmp_path: Path) -> None:
-    scan, frame = ScanSource(series), frame_of(series)
-    elsewhere = write_rtstruct(tmp_path / "a.dcm", frame, {"GTV": [circle(20, 15, 30, 5.0)]})
-    with pytest.raises(ScanError, match=r"'GTV' has a contour that lies in no slice of the scan \(slices 30.00"):
-        read_regions(elsewhere, scan)
-    between = write_rtstruct(tmp_path / "b.dcm", frame, {"GTV": [circle(20, 15, 4.5, 5.0)]})
-    with pytest.raises(ScanError, match="lies in no slice"):
-        read_regions(between, scan)
-    other = write_rtstruct(tmp_path / "c.dcm", generate_uid(), {"GTV": [circle(20, 15, 4, 5.0)]})
-    with pytest.raises(ScanError, match="belongs to the frame of reference"):
-        read_regions(other, scan)
-    outside = write_rtstruct(tmp_path / "d.dcm", frame, {"GTV": [circle(-100, 15, 4, 5.0)]})
-    with pytest.raises(ScanError, match="is an empty mask"):
-        read_regions(outside, scan)
-    with pytest.raises(ScanError, match=r"is a DICOM CT Image Storage, neither SEG nor RTSTRUCT"):
-        read_regions(next(series.iterdir()), scan)
+@pytest.mark.parametrize(
+    ("frame", "center", "message"),
+    [
+        (FRAME, (20, 15, 30), r"'GTV' has a contour that lies in no slice of the scan \(slices 30.00"),
+        (FRAME, (20, 15, 4.5), "lies in no slice"),
+        ("1.2.5", (20, 15, 4), "belongs to the frame of reference"),
+        (FRAME, (-100, 15, 4), "is an empty mask"),
+    ],
+)
+def test_rois_that_do_not_belong_to_the_scan(
+    series: Path, tmp_path: Path, frame: str, center: tuple[float, float, float], message: str
+) -> None:
+    path = write_rtstruct(tmp_path / "a.dcm", frame, {"GTV": [circle(*center, 5.0)]})
+    with pytest.raises(ScanError, match=message):
+        read_regions(path, ScanSource(series))
+
+
+def test_files_that_are_no_dicom_masks(series: Path, tmp_path: Path) -> None:
     (tmp_path / "text.dcm").write_text("no dicom")
-    with pytest.raises(ScanError, match="is no DICOM file"):
-        read_regions(tmp_path / "text.dcm", scan)
-    with pytest.raises(ScanError, match="cannot be opened"):
-        read_regions(tmp_path / "none.dcm", scan)
+    for path, message in {
+        next(series.iterdir()): r"is a DICOM CT Image Storage, neither SEG nor RTSTRUCT",
+        tmp_path / "text.dcm": "is no DICOM file",
+        tmp_path / "none.dcm": "cannot be opened",
+    }.items():
+        with pytest.raises(ScanError, match=message):
+            read_regions(path, ScanSource(series))
 
 
 def test_without_the_libraries_the_error_says_what_to_install(
@@ -233,8 +203,3 @@ def test_without_the_libraries_the_error_says_what_to_install(
     monkeypatch.setitem(sys.modules, "highdicom", None)
     with pytest.raises(ImportError, match=r'pip install "fmcib_ssl\[dicom\]"'):
         read_regions(seg, ScanSource(series))
-
-
-def test_the_series_is_as_dicom_defines_it(series: Path) -> None:
-    geometry: ScanGeometry = read_header(series)
-    np.testing.assert_allclose(geometry.to_lps_mm([7, 11, 3]), at(7, 11, 3), atol=1e-4)

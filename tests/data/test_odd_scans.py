@@ -340,16 +340,12 @@ def test_the_column_affine(tmp_path: Path) -> None:
 # --- values ---
 
 
-def write_values(path: Path, hu: np.ndarray) -> Path:
-    return write_nifti(path, hu)
-
-
 @pytest.mark.parametrize("padding", [-2000, -3024])
 def test_padding_inside_the_patch_is_air(tmp_path: Path, padding: int) -> None:
     hu = chest()
     hu[hu < -950] = padding
     patch = crop_patch(
-        read_scan(write_values(tmp_path / "a.nii.gz", hu)), PatchGrid(tuple(lps(AFFINE_RAS)), (40, 40, 40), 0.5)
+        read_scan(write_nifti(tmp_path / "a.nii.gz", hu)), PatchGrid(tuple(lps(AFFINE_RAS)), (40, 40, 40), 0.5)
     )
     assert patch.min() == -1024
     assert (patch == -1024).mean() > 0.1
@@ -359,7 +355,7 @@ def test_padding_inside_the_patch_is_air(tmp_path: Path, padding: int) -> None:
 def test_a_few_values_beyond_the_range_are_clipped_and_counted(tmp_path: Path, dtype: type) -> None:
     hu = chest(dtype=dtype)
     hu[6:8, 15, 9] = 70_000, 40_000
-    path = write_values(tmp_path / "a.nii.gz", hu)
+    path = write_nifti(tmp_path / "a.nii.gz", hu)
     with pytest.warns(UserWarning, match=r"a\.nii\.gz: 2 voxels above 32767 HU are read as 32767"):
         scan = read_scan(path)
     assert scan.hu.max() == 32767
@@ -368,7 +364,7 @@ def test_a_few_values_beyond_the_range_are_clipped_and_counted(tmp_path: Path, d
     assert crop_patch(scan, PatchGrid(tuple(lps(AFFINE_RAS)), (3, 3, 3), 0.5)).max() == 32767
     hu[:, :12] = 50_000
     with pytest.raises(ScanError, match=r"50% of it lies above 32767"):
-        read_scan(write_values(tmp_path / "b.nii.gz", hu))
+        read_scan(write_nifti(tmp_path / "b.nii.gz", hu))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -376,7 +372,7 @@ def test_nan_in_nifti_is_not_water(tmp_path: Path, value: float) -> None:
     hu = chest(dtype=np.float32)
     hu[3, 4, 5] = value
     with pytest.raises(ScanError, match="1 voxels that are NaN or Inf"):
-        read_scan(write_values(tmp_path / "a.nii.gz", hu))
+        read_scan(write_nifti(tmp_path / "a.nii.gz", hu))
 
 
 def disk_padded(hu: np.ndarray, padding: int) -> np.ndarray:
@@ -421,22 +417,22 @@ IN_HU = {
 def test_values_that_are_not_hu_wherever_their_peaks_are(tmp_path: Path, name: str) -> None:
     values = NOT_HU[name](chest(dtype=np.int32)).astype(np.int32)
     with pytest.raises(ScanError, match="which is not CT in HU"):
-        read_scan(write_values(tmp_path / "a.nii.gz", values))
+        read_scan(write_nifti(tmp_path / "a.nii.gz", values))
 
 
 @pytest.mark.parametrize("name", IN_HU)
 def test_values_that_are_hu_pass(tmp_path: Path, name: str) -> None:
     values = IN_HU[name](chest(dtype=np.int32)).astype(np.int16)
-    np.testing.assert_array_equal(read_scan(write_values(tmp_path / "a.nii.gz", values)).hu, values.transpose(2, 1, 0))
+    np.testing.assert_array_equal(read_scan(write_nifti(tmp_path / "a.nii.gz", values)).hu, values.transpose(2, 1, 0))
 
 
 def test_peaks_of_a_chest(tmp_path: Path) -> None:
-    summary = read_scan(write_values(tmp_path / "a.nii.gz", chest())).summary
+    summary = read_scan(write_nifti(tmp_path / "a.nii.gz", chest())).summary
     assert summary is not None
     assert summary.air_peak_hu == pytest.approx(-1000, abs=10)
     assert summary.soft_tissue_peak_hu == pytest.approx(40, abs=15)
     assert summary.unusual() == ""
-    shifted = read_scan(write_values(tmp_path / "b.nii.gz", chest() + np.int16(170))).summary
+    shifted = read_scan(write_nifti(tmp_path / "b.nii.gz", chest() + np.int16(170))).summary
     assert shifted is not None
     assert "soft tissue at 2" in shifted.unusual()
 
