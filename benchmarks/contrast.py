@@ -29,8 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmcib_ssl.losses import Negatives, NTXentNegativeMinedLoss
-from fmcib_ssl.losses.logsumexp import Kernel
+from fmcib_ssl.losses import Kernel, Negatives, NTXentNegativeMinedLoss
 
 TEMPERATURE = 0.1
 Step = Callable[[list[Tensor]], Tensor]
@@ -88,12 +87,10 @@ CANDIDATES: dict[str, tuple[Callable[[], Step], str, str]] = {
     "published formula": (lambda: published_formula, "torch", "cpu"),
     "ours, plain": (lambda: ours("plain", "mined"), "torch", "cpu"),
     "ours, streamed": (lambda: ours("streamed", "mined"), "torch", "cpu"),
-    "ours, triton": (lambda: ours("triton", "mined"), "triton", "cuda"),
     "lightly NTXentLoss (lesions)": (lightly, "lightly", "cpu"),
     "pytorch-metric-learning NTXentLoss (lesions)": (metric_learning, "pytorch_metric_learning", "cpu"),
     "Inf-CL (lesions)": (inf_cl, "inf_cl", "cuda"),
     "ours, streamed (lesions)": (lambda: ours("streamed", "lesions"), "torch", "cpu"),
-    "ours, triton (lesions)": (lambda: ours("triton", "lesions"), "triton", "cuda"),
 }
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from fmcib_ssl.losses import NTXentNegativeMinedLoss
-from fmcib_ssl.models import MinedContrast
+from fmcib_ssl.models import MinedContrast, Parts
 from fmcib_ssl.models.encoders import feature_dim, small_resnet
 from fmcib_ssl.types import ViewPairs
 
@@ -45,7 +45,8 @@ def make_step(case: Case, patch: int, device: str) -> Callable[[], None]:
     encoder = small_resnet()
     head = nn.Linear(feature_dim(encoder, (patch,) * 3), 128)
     loss = NTXentNegativeMinedLoss(negatives="mined_and_lesions")
-    module = MinedContrast(encoder, head, loss, partial(make_optimizer, lr=1e-3), chunk_size=case.chunk).to(device)
+    parts = Parts(encoder, partial(make_optimizer, lr=1e-3), head=head, loss=loss)
+    module = MinedContrast(parts, chunk_size=case.chunk).to(device)
     optimizer = make_optimizer(module.named_parameters(), lr=1e-3)
     views = [torch.randn(case.lesions, 1, patch, patch, patch, pin_memory=device == "cuda") for _ in range(4)]
 

@@ -127,8 +127,7 @@ def _pretrain(settings: Settings, folder: RunFolder, main_process: bool) -> floa
     num_lesions = len(source.patches)
     batch_size = _batch_size(settings, data, num_lesions)
     _, all_steps = num_steps(settings, num_lesions // (batch_size * settings.world_size))
-    module = build_module(settings, source.preprocessing, batch_size, all_steps)
-    module.metadata.setdefault("extra", {})["run_id"] = folder.run_id
+    module = build_module(settings, source.preprocessing, batch_size, all_steps, folder.run_id)
     accelerate(module, module.encoder, settings.hardware)
     trainer = _trainer(settings, source.patches)
     batch_size = fit_to_memory(

@@ -328,8 +328,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
 FILLED_IN = {
     "augment": {"preprocessing"},
     "head": {"in_dim"},
-    "loss": {"gather_distributed"},
-    "method": {"encoder", "head", "loss", "optimizer", "schedule", "metadata", "num_features"},
+    "method": {"parts"},
     "optimizer": {"named_parameters", "lr"},
     "schedule": {"optimizer", "total_steps"},
 }

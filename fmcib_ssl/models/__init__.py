@@ -9,13 +9,11 @@ from fmcib_ssl.models.export import EncoderFileError, encoder_metadata, export_e
 from fmcib_ssl.models.heads import ProjectionHead
 
 if TYPE_CHECKING:
-    from fmcib_ssl.models.byol import BYOL
     from fmcib_ssl.models.denoising import DenoisingAutoencoder
     from fmcib_ssl.models.mined_contrast import MinedContrast
-    from fmcib_ssl.models.nnclr import NNCLR
-    from fmcib_ssl.models.simclr import SimCLR
-    from fmcib_ssl.models.swav import SwAV
-    from fmcib_ssl.models.vicreg import VICReg
+    from fmcib_ssl.models.pretraining import Parts, Pretraining
+    from fmcib_ssl.models.queues import NNCLR, SwAV
+    from fmcib_ssl.models.two_views import BYOL, SimCLR, VICReg
 
 __all__ = [
     "BYOL",
@@ -24,6 +22,8 @@ __all__ = [
     "DenoisingAutoencoder",
     "EncoderFileError",
     "MinedContrast",
+    "Parts",
+    "Pretraining",
     "ProjectionHead",
     "SimCLR",
     "SwAV",
@@ -39,13 +39,15 @@ __all__ = [
 
 #: The methods are Lightning modules; who only loads an encoder does not wait for Lightning.
 _METHODS = {
-    "BYOL": "byol",
+    "BYOL": "two_views",
     "DenoisingAutoencoder": "denoising",
     "MinedContrast": "mined_contrast",
-    "NNCLR": "nnclr",
-    "SimCLR": "simclr",
-    "SwAV": "swav",
-    "VICReg": "vicreg",
+    "NNCLR": "queues",
+    "Parts": "pretraining",
+    "Pretraining": "pretraining",
+    "SimCLR": "two_views",
+    "SwAV": "queues",
+    "VICReg": "two_views",
 }
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from fmcib_ssl.models.pretraining import NamedParameters
+from fmcib_ssl.models.pretraining import Parts
 from fmcib_ssl.models.two_views import Step, TwoViews, full
 
 #: The decoder starts from a grid of at most as many voxels along an edge.
@@ -60,17 +58,13 @@ class DenoisingAutoencoder(TwoViews):
     Noise and holes are a function of (seed, epoch, batch, rank). `embeddings` are the encoder's features.
 
     Args:
-        encoder: `(batch, 1, z, y, x)` to `(batch, features)`.
-        optimizer: as in `Pretraining`.
-        schedule: as in `Pretraining`.
-        num_features: of the encoder.
+        parts: without head and loss.
         patch_size_zyx: voxels of the views along z, y, x.
         seed: of noise and holes, non-negative.
         noise_std: of the Gaussian noise, in the encoder's range; 0.05 are 154 HU.
         hole_share: part of the volume that is set to 0, which is air.
         hole_edge: of the cubic holes, voxels.
         decoder_width: channels of the decoder's first layer.
-        metadata: as in `Pretraining`.
 
     Raises:
         ValueError: a share that is not from 0 to below 1, or a negative deviation.
@@ -83,26 +77,22 @@ class DenoisingAutoencoder(TwoViews):
 
     def __init__(
         self,
-        encoder: nn.Module,
-        optimizer: Callable[[NamedParameters], Optimizer],
-        schedule: Callable[..., LRScheduler] | None = None,
+        parts: Parts,
         *,
-        num_features: int,
         patch_size_zyx: Sequence[int],
         seed: int = 0,
         noise_std: float = 0.05,
         hole_share: float = 0.3,
         hole_edge: int = 4,
         decoder_width: int = 64,
-        metadata: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(encoder, optimizer, schedule, metadata=metadata)
+        super().__init__(parts)
         if not 0 <= hole_share < 1 or noise_std < 0 or hole_edge < 1:
             raise ValueError(
                 f"hole_share={hole_share}, noise_std={noise_std}, hole_edge={hole_edge}: the share must be from 0 to "
                 "below 1, the deviation not negative, the edge at least 1."
             )
-        self.decoder = Decoder(num_features, patch_size_zyx, decoder_width)
+        self.decoder = Decoder(parts.num_features, patch_size_zyx, decoder_width)
         self.seed = seed
         self.noise_std = noise_std
         self.hole_share = hole_share

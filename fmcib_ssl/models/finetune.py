@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fmcib_ssl.models.pretraining import NamedParameters
+from fmcib_ssl.models.pretraining import NamedParameters, with_schedule
 
 #: How much of the encoder is trained.
 Depth = Literal["head", "last_stage", "all"]
@@ -159,11 +159,7 @@ class FineTuning(L.LightningModule):
         if self.depth != "head":
             for group in self._make_optimizer(self.encoder.named_parameters()).param_groups:
                 optimizer.add_param_group({**group, "lr": group["lr"] * self.encoder_rate})
-        if self._make_schedule is None:
-            return optimizer
-        total_steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = self._make_schedule(optimizer, total_steps=total_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "frequency": 1}}
+        return with_schedule(self, optimizer, self._make_schedule)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let every checkpoint say how its encoder is rebuilt."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
@@ -15,6 +16,30 @@ from torch.optim.lr_scheduler import LRScheduler
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What every method is built from; options of its own are further arguments of its constructor.
+
+    Attributes:
+        encoder: `(batch, 1, z, y, x)` to `(batch, features)`; what the user keeps.
+        optimizer: called with the named parameters, gives the optimizer.
+        num_features: that the encoder gives.
+        schedule: called with the optimizer and `total_steps`, gives a scheduler that is stepped after every optimizer
+            step; None keeps the rate constant.
+        head: `(batch, features)` to `(batch, dim)`, thrown away after training; for methods whose `sections` name it.
+        loss: takes `{"positive": (pos0, pos1), "negative": (neg0, neg1)}`; likewise.
+        metadata: stored in every checkpoint under `"fmcib_ssl"`, so that the encoder can be rebuilt from it.
+    """
+
+    encoder: nn.Module
+    optimizer: Callable[[NamedParameters], Optimizer]
+    num_features: int = 0
+    schedule: Callable[..., LRScheduler] | None = None
+    head: nn.Module = field(default_factory=nn.Identity)
+    loss: nn.Module = field(default_factory=nn.Identity)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Pretraining(L.LightningModule):
     """A way to train an encoder without labels; a subclass gives the `training_step`.
 
@@ -22,39 +47,31 @@ class Pretraining(L.LightningModule):
     `embeddings`, the detached embeddings `(z0, z1)` of the two views of the device's lesions, each `(batch, dim)`;
     methods with mined negatives add theirs as `negatives`.
 
-    Args:
-        encoder: `(batch, 1, z, y, x)` to `(batch, features)`; what the user keeps.
-        optimizer: called with the named parameters, gives the optimizer.
-        schedule: called with the optimizer and `total_steps`, gives a scheduler that is stepped after every
-            optimizer step; `None` keeps the rate constant.
-        metadata: stored in every checkpoint under `"fmcib_ssl"`, so that the encoder can be rebuilt from it.
-
     Attributes:
+        sections: of the configuration that the method takes besides its own; others must not be set for it.
+        takes_negatives: whether mined negatives are looked at.
+        compares_lesions: whether the loss needs two lesions on each device.
         watched_views: views of a lesion that go through a copy of the network that follows it, forward only.
         flops_per_lesion: operations of a step, for those who measure; None if nobody has counted them.
     """
 
+    sections: ClassVar[tuple[Literal["head", "loss"], ...]] = ()
+    takes_negatives: ClassVar[bool] = False
+    compares_lesions: ClassVar[bool] = False
     watched_views: ClassVar[int] = 0
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        optimizer: Callable[[NamedParameters], Optimizer],
-        schedule: Callable[..., LRScheduler] | None = None,
-        *,
-        metadata: dict[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, parts: Parts) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.metadata = metadata or {}
-        self.make_optimizer = optimizer
-        self._make_schedule = schedule
+        self.encoder = parts.encoder
+        self.metadata = parts.metadata
+        self.make_optimizer = parts.optimizer
+        self._make_schedule = parts.schedule
         self.flops_per_lesion: int | None = None
         self._row: dict[str, Tensor] = {}
 
     def trained_views(self, num_negatives: int) -> int:
         """Views of a lesion, and of as many negatives mined for it, that go through the network, forward and back."""
-        return 2
+        return 2 + 2 * num_negatives if self.takes_negatives else 2
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """One step on one device's batch of views."""
@@ -102,12 +119,7 @@ class Pretraining(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all parameters, and a schedule stepped once per optimizer step."""
-        optimizer = self.make_optimizer(self.named_parameters())
-        if self._make_schedule is None:
-            return optimizer
-        total_steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = self._make_schedule(optimizer, total_steps=total_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "frequency": 1}}
+        return with_schedule(self, self.make_optimizer(self.named_parameters()), self._make_schedule)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let every checkpoint say how its encoder is rebuilt."""
@@ -123,6 +135,16 @@ def row_is_due(trainer: L.Trainer, batch_idx: int) -> bool:
         and (is_last or (batch_idx + 1) % trainer.accumulate_grad_batches == 0)
         and (trainer.global_step % steps == 0)
     )
+
+
+def with_schedule(
+    module: L.LightningModule, optimizer: Optimizer, make_schedule: Callable[..., LRScheduler] | None
+) -> OptimizerLRScheduler:
+    """What `configure_optimizers` returns: a schedule is stepped once per optimizer step."""
+    if make_schedule is None:
+        return optimizer
+    scheduler = make_schedule(optimizer, total_steps=int(module.trainer.estimated_stepping_batches))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "frequency": 1}}
 
 
 def detached(*embeddings: Tensor) -> tuple[Tensor, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,8 +25,7 @@ from fmcib_ssl.models.acceleration import (
 )
 from fmcib_ssl.models.encoders import feature_dim
 from fmcib_ssl.models.export import encoder_metadata
-from fmcib_ssl.models.pretraining import Pretraining
-from fmcib_ssl.models.two_views import TwoViews
+from fmcib_ssl.models.pretraining import Parts, Pretraining
 from fmcib_ssl.training.optimizers import scaled_learning_rate
 from fmcib_ssl.training.settings import Component, ConfigError, Hardware, Settings
 from fmcib_ssl.training.throughput import flops_of_lesion
@@ -92,7 +90,9 @@ def build_views(settings: Settings) -> ViewTransform:
     return view_transform
 
 
-def build_module(settings: Settings, preprocessing: Preprocessing, batch_size: int, num_steps: int) -> Pretraining:
+def build_module(
+    settings: Settings, preprocessing: Preprocessing, batch_size: int, num_steps: int, run_id: str | None = None
+) -> Pretraining:
     """Encoder, optimizer, schedule and the method that trains them; head and loss where the method takes them.
 
     Args:
@@ -100,6 +100,7 @@ def build_module(settings: Settings, preprocessing: Preprocessing, batch_size: i
         preprocessing: of its patches.
         batch_size: lesions a step on each device.
         num_steps: optimizer steps of the whole run.
+        run_id: that checkpoints are to bear.
 
     Raises:
         ConfigError: naming the section that cannot be used.
@@ -111,27 +112,26 @@ def build_module(settings: Settings, preprocessing: Preprocessing, batch_size: i
         raise ConfigError(f"encoder and data.patch_size do not fit: {error}") from error
     optimizer = build_optimizer(settings, batch_size)
     schedule = None if settings.schedule is None else build("schedule", settings.schedule)
-    # A method names what it wants: mined contrast a head and a loss, others bring their own.
     with blame("method"):
         method = get_class(settings.method["_target_"])
-    wanted = inspect.signature(method).parameters
-    unused = {"loss": settings.loss, "head": settings.head}
-    parts: dict[str, Any] = {}
-    if "head" in wanted:
-        parts["head"] = build("head", unused.pop("head"), in_dim=num_features)
-    if "loss" in wanted:
-        parts["loss"] = build("loss", unused.pop("loss"))
-    if "num_features" in wanted:
-        parts["num_features"] = num_features
-    refuse_unused(unused, method.__name__, "method", settings.method)
-    if issubclass(method, TwoViews):
-        _check_two_views(method, settings, batch_size)
-    # Objects and metadata are handed over outside Hydra, which would build the encoder that the metadata describes.
+        if not issubclass(method, Pretraining):
+            raise TypeError(
+                f"{method.__name__} does not extend fmcib_ssl.models.pretraining.Pretraining (docs/methods.md)"
+            )
+    sections: dict[str, nn.Module] = {}
+    if "head" in method.sections:
+        sections["head"] = build("head", settings.head, in_dim=num_features)
+    if "loss" in method.sections:
+        sections["loss"] = build("loss", settings.loss)
+    refuse_unused({"loss", "head"} - sections.keys(), method.__name__, "method", settings.method)
+    _check_method(method, settings, batch_size)
+    extra = {"run": settings.name} if run_id is None else {"run": settings.name, "run_id": run_id}
+    metadata = encoder_metadata(encoder, settings.encoder, preprocessing, extra=extra)
+    # Handed over outside Hydra, which would build the encoder that the metadata describes.
     make_module = build("method", {**settings.method, "_partial_": True})
-    metadata = encoder_metadata(encoder, settings.encoder, preprocessing, extra={"run": settings.name})
     with blame("method"):
         module: Pretraining = make_module(
-            encoder=encoder, optimizer=optimizer, schedule=schedule, metadata=metadata, **parts
+            Parts(encoder, optimizer, num_features, schedule, metadata=metadata, **sections)
         )
     module.flops_per_lesion = _flops_per_lesion(module, settings)
     # Lightning builds both once training has begun; what they refuse is to be known now.
@@ -214,13 +214,13 @@ def refuse_unused(unused: Iterable[str], user: str, name: str, section: Componen
     logger.info("%s does not use the section%s %s", user, "s" * (len(unused) > 1), ", ".join(unused))
 
 
-def _check_two_views(method: type[TwoViews], settings: Settings, batch_size: int) -> None:
+def _check_method(method: type[Pretraining], settings: Settings, batch_size: int) -> None:
     if method.compares_lesions and batch_size < 2:
         raise ConfigError(
             f"{method.__name__} compares the lesions of a batch with each other, and one lesion on each device leaves "
             "none: set data.batch_size to 2 or more"
         )
-    if settings.data.per_lesion:
+    if settings.data.per_lesion and not method.takes_negatives:
         logger.info(
             "%s does not look at mined negatives: data.per_lesion=0 saves the time of making them", method.__name__
         )

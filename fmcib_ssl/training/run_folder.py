@@ -20,7 +20,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fmcib_ssl.io import Held, Lock, read_json, read_yaml, remove_leftovers, write_atomically
-from fmcib_ssl.types import UserError, with_current_targets
+from fmcib_ssl.training.settings import upgraded
+from fmcib_ssl.types import UserError
 
 STATE_FILE, CONFIG_FILE, ENVIRONMENT_FILE = "run.json", "config.yaml", "environment.json"
 _LOCK_FILE = ".lock"
@@ -231,7 +232,7 @@ def refuse_foreign(folder: Path) -> None:
 
 
 def saved_settings(folder: Path) -> dict[str, Any] | None:
-    """The settings in a run folder's `config.yaml`, with today's `_target_`s; None if there is none.
+    """The settings in a run folder's `config.yaml`, with today's names; None if there is none.
 
     Raises:
         RunFolderError: it is damaged.
@@ -249,7 +250,7 @@ def saved_settings(folder: Path) -> dict[str, Any] | None:
             f"{file} is damaged ({reason}), so the run's settings cannot be compared: restore it, or remove it if the "
             f"settings are the same; {ANEW}"
         ) from error
-    return dict(with_current_targets(settings))
+    return upgraded(settings)
 
 
 def _new_id() -> str:

@@ -40,7 +40,7 @@ FREE_SETTINGS = (
     *DATA_ACCESS,
 )
 #: Settings that earlier versions had not, with what they did: a run of theirs is the same run.
-EARLIER = {"data.padding": "constant"}
+EARLIER = {"data.padding": "constant", "loss.gather_distributed": True}
 #: Settings that earlier versions had, with their defaults where folders of runs were called after them.
 GONE = {"data.check": "headers", "data.allow_short_scans": False, "data.cache_scans": None}
 #: These may only grow.
@@ -65,6 +65,8 @@ def settings_digest(settings: Mapping[str, Any], keyed: Collection[str] = ()) ->
     # A run of an earlier version is in a folder that is called after what parts had as names then.
     fixed |= {key: value for key, value in GONE.items() if value is not None}
     fixed |= {key: first_target(value) for key, value in fixed.items() if key.endswith("_target_")}
+    if fixed.get("method._target_") == "fmcib_ssl.methods.MinedContrast":
+        fixed["method.gather"] = "all"  # a key that it had
     return digest_of(fixed)[:_NUM_DIGITS]
 
 

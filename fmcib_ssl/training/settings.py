@@ -23,6 +23,7 @@ FORMER_KEYS = {
     "data.check": "is gone: preparing the table's store reads every scan. Leave it out",
     "data.allow_short_scans": "is gone: scans shorter than a patch are padded. Leave it out",
     "data.cache_scans": "is gone: patches are read from the table's store. Leave it out",
+    "method.gather": "is gone: loss.gather_distributed=true (default) gathers negatives of all devices. Leave it out",
 }
 
 
@@ -194,6 +195,18 @@ class Settings(_Section):
         return self.hardware.devices * self.hardware.num_nodes
 
 
+def upgraded(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings in a file of an earlier version, with today's names of keys and of parts."""
+    values = with_current_targets(values)
+    for name, change in FORMER_KEYS.items():
+        section, _, key = name.partition(".")
+        if isinstance(part := values.get(section), dict) and key in part:
+            value = part.pop(key)
+            if change.startswith("is now called "):
+                part[change.rpartition(".")[2]] = value
+    return values
+
+
 def settings_of(values: dict[str, Any]) -> Settings:
     """Check plain values and give them types.
 
@@ -201,7 +214,7 @@ def settings_of(values: dict[str, Any]) -> Settings:
         ConfigError: naming every key whose value is not allowed.
     """
     try:
-        return Settings.model_validate(with_current_targets(values))
+        return Settings.model_validate(upgraded(values))
     except ValidationError as error:
         raise ConfigError("the configuration has values that are not allowed:\n" + _describe(error)) from error
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fmcib_ssl.losses import InfoNCELoss, Negatives, NTXentNegativeMinedLoss
-from fmcib_ssl.losses.logsumexp import Kernel
 from fmcib_ssl.types import ViewPairs
 
 NEGATIVES: tuple[Negatives, ...] = ("mined", "mined_and_lesions", "lesions")
 LOSSES = ("ntxent_mined", "infonce")
-#: Triton's kernels run here where a test run was started with its interpreter on; test_triton.py starts one.
-KERNELS: tuple[Kernel, ...] = ("plain", "streamed", *(["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else []))
+KERNELS = ("plain", "streamed")
 
 
 def make_loss(name: str, temperature: float, negatives: Negatives, **options: Any) -> torch.nn.Module:

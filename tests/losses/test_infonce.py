@@ -151,9 +151,10 @@ def test_from_temperature():
     assert InfoNCELoss.from_temperature(temperature=0.05).margin == InfoNCELoss().margin
 
 
-def test_trainable_temperature():
+@pytest.mark.parametrize("kernel", ["plain", "streamed"])
+def test_trainable_temperature(kernel):
     out = random_views(15, 4, 4, dtype=torch.float64)
-    trained = InfoNCELoss.from_temperature(0.1, trainable_temperature=True).double()
+    trained = InfoNCELoss.from_temperature(0.1, trainable_temperature=True, kernel=kernel).double()
     assert [name for name, _ in trained.named_parameters()] == ["log_temperature"]
     loss = trained(out)
     step = 1e-6

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fmcib_ssl.losses import NTXentNegativeMinedLoss
-from fmcib_ssl.models import MinedContrast, acceleration
+from fmcib_ssl.models import MinedContrast, Parts, acceleration
 from fmcib_ssl.models.acceleration import (
     compile_training,
     lay_out_channels_last,
@@ -238,7 +238,7 @@ def made(switches: bool, **options: Any) -> MinedContrast:
         compile_training(network)
     torch.manual_seed(1)
     loss = NTXentNegativeMinedLoss(negatives="mined_and_lesions")
-    return MinedContrast(network, nn.Linear(8, 4), loss, torch.optim.SGD, **options)  # type: ignore[arg-type]
+    return MinedContrast(Parts(network, torch.optim.SGD, head=nn.Linear(8, 4), loss=loss), **options)  # type: ignore[arg-type]
 
 
 def loss_of(module: MinedContrast) -> Callable[[Any], Tensor]:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from fmcib_ssl.losses import InfoNCELoss, NTXentNegativeMinedLoss
 from fmcib_ssl.models import MinedContrast
-from fmcib_ssl.models.gradient_cache import embed_in_chunks
+from fmcib_ssl.models.mined_contrast import embed_in_chunks
 from fmcib_ssl.training.throughput import Throughput
 from fmcib_ssl.types import ViewPairs
 
@@ -214,6 +214,10 @@ class Watch(L.Callback):
         self.seen.append((trainer.global_step, metrics, shapes))
 
 
+def adamw(named_parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([parameter for _, parameter in named_parameters], 1e-2)
+
+
 def schedule(optimizer: torch.optim.Optimizer, total_steps: int) -> torch.optim.lr_scheduler.LRScheduler:
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (total_steps + 1))
 
@@ -221,8 +225,7 @@ def schedule(optimizer: torch.optim.Optimizer, total_steps: int) -> torch.optim.
 def train(folder: Path, chunk_size: int | None, checkpoint: Path | None = None, **options: Any) -> tuple[Any, Watch]:
     """Two epochs of three batches of four lesions, with whatever a run may want."""
     loss = InfoNCELoss(trainable_temperature=True, negatives="mined_and_lesions")
-    module, watch = make_module(loss, chunk_size=chunk_size, schedule=schedule), Watch()
-    module.make_optimizer = lambda named: torch.optim.AdamW([p for _, p in named], 1e-2)
+    module, watch = make_module(loss, chunk_size=chunk_size, optimizer=adamw, schedule=schedule), Watch()
     saves = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1, save_last=True)
     callbacks = [watch, saves, Throughput()]
     defaults = {"max_epochs": 2, "callbacks": callbacks, "enable_checkpointing": True, "precision": "64-true"}

@@ -11,11 +11,10 @@ import lightning as L
 import pytest
 import torch
 from tiny_contrast import FixedViews, a_batch, make_module, make_trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from fmcib_ssl.losses import InfoNCELoss, NTXentNegativeMinedLoss
-from fmcib_ssl.models import MinedContrast
 from fmcib_ssl.types import ViewPairs
 
 
@@ -45,27 +44,9 @@ def test_unknown_forwards_is_refused() -> None:
         make_module(NTXentNegativeMinedLoss(), forwards="both")
 
 
-def test_a_loss_that_gathers_too_is_refused() -> None:
-    with pytest.raises(ValueError, match="gather_distributed=False"):
-        make_module(NTXentNegativeMinedLoss(gather_distributed=True))
-
-
-class Mse(nn.Module):
-    def forward(self, out: ViewPairs) -> Tensor:
-        return (out["positive"][0] - out["positive"][1]).square().mean()
-
-
-@pytest.mark.parametrize(
-    ("loss", "options", "message"),
-    [
-        (NTXentNegativeMinedLoss(), {"gather": "none"}, "gather must be 'all' or 'ring', got 'none'"),
-        (Mse(), {"gather": "ring"}, "Mse has no such attribute: set gather='all'"),
-        (NTXentNegativeMinedLoss(), {"chunk_size": 0}, "at least 1 lesion, or null .* got 0"),
-    ],
-)
-def test_impossible_ways_to_large_batches_are_refused(loss: nn.Module, options: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_module(loss, **options)
+def test_a_chunk_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"at least 1 lesion, or null .* got 0"):
+        make_module(NTXentNegativeMinedLoss(), chunk_size=0)
 
 
 class Recorder(L.Callback):
@@ -128,42 +109,43 @@ class UnequalViews(IterableDataset[dict[str, Tensor]]):
             yield FixedViews(3)[index]
 
 
-class WritesItsError(MinedContrast):
-    folder: str
+class WritesItsError(NTXentNegativeMinedLoss):
+    folder: Path
 
-    def contrast(self, out: ViewPairs) -> Tensor:
+    def forward(self, out: ViewPairs) -> Tensor:
         try:
-            return super().contrast(out)
+            return super().forward(out)
         except ValueError as error:
-            Path(self.folder, f"rank{self.global_rank}").write_text(str(error))
+            (self.folder / f"rank{torch.distributed.get_rank()}").write_text(str(error))
             raise
 
 
-@pytest.mark.parametrize(
-    ("gather", "sizes"),
-    [
-        ("all", "rank 0: 3 lesions and 3 negatives, rank 1: 2 lesions and 2 negatives"),
-        ("ring", "rank 0: 3 lesions, 3 mined, dim 8; rank 1: 2 lesions, 2 mined, dim 8"),
-    ],
-)
 @pytest.mark.parametrize("chunk_size", [None, 2])
-def test_unequal_batches_are_an_error_on_every_process(
-    gather: Any, sizes: str, chunk_size: int | None, tmp_path: Path
-) -> None:
-    module = make_module(NTXentNegativeMinedLoss(), gather=gather, chunk_size=chunk_size)
-    module.__class__ = WritesItsError
-    module.folder = str(tmp_path)
-    with pytest.raises(Exception, match=r"different sizes|the same size"):
-        make_trainer(tmp_path, devices=2, strategy="ddp_fork").fit(module, DataLoader(UnequalViews(), batch_size=3))
+def test_unequal_batches_are_an_error_on_every_process(chunk_size: int | None, tmp_path: Path) -> None:
+    loss = WritesItsError(gather_distributed=True)
+    loss.folder = tmp_path
+    trainer = make_trainer(tmp_path, devices=2, strategy="ddp_fork")
+    with pytest.raises(Exception, match="the same size"):
+        trainer.fit(make_module(loss, chunk_size=chunk_size), DataLoader(UnequalViews(), batch_size=3))
     for rank in range(2):
-        assert sizes in (tmp_path / f"rank{rank}").read_text()
+        assert "rank 0: 3 lesions, 3 mined, dim 8; rank 1: 2 lesions" in (tmp_path / f"rank{rank}").read_text()
+
+
+def test_devices_that_share_no_negatives_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module = make_module(NTXentNegativeMinedLoss())
+    module.trainer = L.Trainer(accelerator="cpu", devices=2, logger=False)
+    module.on_fit_start()
+    assert "each device contrasts its lesions with its own negatives only" in caplog.text
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="SyncBatchNorm needs two GPUs; torch has none on the CPU")
 @pytest.mark.parametrize("chunk_sizes", [(None, None), (4, 2)])  # of one device with both batches, of each of two
 def test_synchronised_batch_norm_equals_the_doubled_batch(chunk_sizes: Any, tmp_path: Path) -> None:
     data = FixedViews(8)
-    one, two = (make_module(NTXentNegativeMinedLoss(), norm=True, chunk_size=size) for size in chunk_sizes)
+    one, two = (
+        make_module(NTXentNegativeMinedLoss(gather_distributed=True), norm=True, chunk_size=size)
+        for size in chunk_sizes
+    )
     make_trainer(tmp_path, accelerator="gpu", devices=1).fit(one, DataLoader(data, batch_size=8))
     trainer = make_trainer(tmp_path, accelerator="gpu", devices=2, strategy="ddp_spawn", sync_batchnorm=True)
     trainer.fit(two, DataLoader(data, batch_size=4))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fmcib_ssl.models.queue import FeatureQueue
+from fmcib_ssl.models.queues import FeatureQueue
 
 
 @pytest.mark.parametrize("batch_sizes", [[2, 2, 2], [3, 3, 3, 3], [5, 5], [7], [12, 1], [1] * 11])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fmcib_ssl.losses import InfoNCELoss, NTXentNegativeMinedLoss
-from fmcib_ssl.models import MinedContrast
+from fmcib_ssl.models import MinedContrast, Parts
 from fmcib_ssl.types import ViewPairs
 
 #: Both losses with each choice of negatives, and a sum in place of a mean.
@@ -34,11 +34,14 @@ def sgd(named_parameters: Any, lr: float = 1.0) -> torch.optim.Optimizer:
     return torch.optim.SGD([parameter for _, parameter in named_parameters], lr=lr)
 
 
-def make_module(loss: nn.Module, norm: bool = False, **options: Any) -> MinedContrast:
+def make_module(
+    loss: nn.Module, norm: bool = False, *, optimizer: Any = sgd, schedule: Any = None, **options: Any
+) -> MinedContrast:
     torch.manual_seed(0)
     norm_layer = nn.BatchNorm3d(4) if norm else nn.GroupNorm(2, 4)
     encoder = nn.Sequential(nn.Conv3d(1, 4, 3), norm_layer, nn.ReLU(), nn.AdaptiveAvgPool3d(2), nn.Flatten())
-    return MinedContrast(encoder, nn.Linear(32, 8), loss, sgd, **options)
+    parts = Parts(encoder, optimizer, schedule=schedule, head=nn.Linear(32, 8), loss=loss)
+    return MinedContrast(parts, **options)
 
 
 class FixedViews(Dataset[dict[str, Any]]):

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from fmcib_ssl.models import BYOL, NNCLR, DenoisingAutoencoder, SimCLR, SwAV, VICReg
+from fmcib_ssl.models import BYOL, NNCLR, DenoisingAutoencoder, Parts, SimCLR, SwAV, VICReg
 from fmcib_ssl.models.two_views import TwoViews
 
 SIDE = 6
 FEATURES = 32
-WIDTHS: dict[str, Any] = {"num_features": FEATURES, "hidden_dim": 16, "out_dim": 8}
+WIDTHS: dict[str, Any] = {"hidden_dim": 16, "out_dim": 8}
 
 #: How each method is built in the tests, besides encoder and optimizer.
 METHODS: dict[str, tuple[type[TwoViews], dict[str, Any]]] = {
@@ -24,7 +24,7 @@ METHODS: dict[str, tuple[type[TwoViews], dict[str, Any]]] = {
     "swav": (SwAV, {**WIDTHS, "num_prototypes": 5, "queue_size": 6, "queue_from_epoch": 1, "frozen_epochs": 0}),
     "byol": (BYOL, {**WIDTHS, "momentum": 0.5}),
     "vicreg": (VICReg, WIDTHS),
-    "denoising": (DenoisingAutoencoder, {"num_features": FEATURES, "patch_size_zyx": [SIDE] * 3, "decoder_width": 8}),
+    "denoising": (DenoisingAutoencoder, {"patch_size_zyx": [SIDE] * 3, "decoder_width": 8}),
 }
 
 
@@ -37,8 +37,8 @@ def make_method(name: str, *, heads_with_norm: bool = True, optimizer: Any = sgd
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Conv3d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.AdaptiveAvgPool3d(2), nn.Flatten())
     method, defaults = METHODS[name]
-    head = {"head": nn.Linear(FEATURES, 8)} if name == "simclr" else {}
-    module = method(encoder=encoder, optimizer=optimizer, **head, **{**defaults, **options})
+    head = nn.Linear(FEATURES, 8) if "head" in method.sections else nn.Identity()
+    module = method(Parts(encoder, optimizer, FEATURES, head=head), **{**defaults, **options})
     if not heads_with_norm:
         for parent in list(module.modules()):
             for child_name, child in list(parent.named_children()):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fmcib_ssl.losses import NTXentNegativeMinedLoss
-from fmcib_ssl.models import MinedContrast
+from fmcib_ssl.models import MinedContrast, Parts
 from fmcib_ssl.training.collapse_monitor import CollapseMonitor
 from fmcib_ssl.training.loggers import MetricsFile
 
@@ -80,7 +80,7 @@ def run(
 ) -> L.Trainer:
     torch.manual_seed(0)
     loss = NTXentNegativeMinedLoss(0.2, negatives=negatives)  # type: ignore[arg-type]
-    module = MinedContrast(encoder(), nn.Identity(), loss, partial(adam, lr=lr))
+    module = MinedContrast(Parts(encoder(), partial(adam, lr=lr), loss=loss))
     trainer = tiny_trainer(*callbacks, **{"max_steps": NUM_STEPS, "max_epochs": -1, **options})
     trainer.fit(module, DataLoader(Lesions(), batch_size=16, drop_last=True))
     return trainer

@@ -1,0 +1,563 @@
+r"""Two contrastive losses and the cross entropy under them: embeddings in, one scalar out.
+
+Each of the 2N embeddings of N lesions is an anchor `a` once. With its other view `p`, its negatives `n`, cosines as
+scores, a temperature and a margin (0 in NT-Xent),
+
+    loss(a) = -log( e^p' / (e^p' + sum_n e^(a.n / temperature)) ),    p' = (a.p - margin) / temperature
+
+Read from top to bottom: the two losses; `contrast`, which checks, gathers and sums loss(a); its sum over negatives in
+panels, for large batches; gathering; checks. `docs/losses.md` says what the choices do.
+
+Departs from the published class in this only: the positive logit is a row-wise product, not the diagonal of a matrix;
+what is gathered is what the choice of negatives needs; all is computed in float32, whatever autocast says.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from fmcib_ssl.types import ViewPairs
+
+__all__ = ["InfoNCELoss", "Kernel", "NTXentNegativeMinedLoss", "Negatives", "contrast", "gather_rows", "num_ranks"]
+
+#: What an anchor is pushed away from: the mined patches in its view, both views of the other lesions (SimCLR), or both.
+Negatives = Literal["mined", "mined_and_lesions", "lesions"]
+#: How the sum over negatives is computed: with the matrix of similarities, without, or as the size suggests.
+Kernel = Literal["auto", "plain", "streamed"]
+
+#: From this many logits on, streaming is faster than the matrix (docs/contrast_kernel.md has the measurement).
+_WORTH_STREAMING = 2**19
+#: Elements of a panel: 16 MiB of float32 on a CPU, whose caches reuse it; 256 MiB where kernels have to be kept busy.
+_PANEL_CPU, _PANEL_OTHER = 2**22, 2**26
+#: Powers of two up to this magnitude, and sums of very many of them, are safe in float32 without subtracting a maximum.
+_SAFE_EXPONENT = 60.0
+_LOG2_E = math.log2(math.e)
+
+
+class NTXentNegativeMinedLoss(nn.Module):
+    """NT-Xent with explicitly mined negatives: the mean of `loss(a)` without a margin.
+
+    Args:
+        temperature: divides the cosines; 0.05 to 0.5 is usual. A negative one is allowed, as published, with a warning.
+        gather_distributed: contrast with the negatives of all ranks, with gradients.
+        negatives: what an anchor is contrasted with.
+        kernel: how the sum over negatives is computed; "streamed" has no second derivative.
+
+    Raises:
+        ValueError: `abs(temperature) < 1e-8` or not finite, or an unknown choice.
+
+    Source: Pai et al., Foundation model for cancer imaging biomarkers, Nat. Mach. Intell. 2024 ("mined");
+    Chen et al., SimCLR, ICML 2020, eq. 1 ("lesions").
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        gather_distributed: bool = False,
+        negatives: Negatives = "mined",
+        kernel: Kernel = "auto",
+    ) -> None:
+        super().__init__()
+        _check_temperature(temperature)
+        _check_choices(negatives, gather_distributed, kernel)
+        if temperature < 0:
+            warnings.warn(
+                f"temperature {temperature} is negative: the loss then rewards similarity to the negatives "
+                "and pushes the two views of a lesion apart, the opposite of contrastive learning",
+                stacklevel=2,
+            )
+        self.temperature = temperature
+        self.gather_distributed = gather_distributed
+        self.negatives: Negatives = negatives
+        self.kernel: Kernel = kernel
+
+    def forward(self, out: ViewPairs) -> Float[Tensor, ""]:
+        """Mean over the `2 * batch` anchors; arguments and errors as in `contrast`."""
+        loss = contrast(
+            out,
+            temperature=self.temperature,
+            negatives=self.negatives,
+            gather_distributed=self.gather_distributed,
+            kernel=self.kernel,
+        )
+        return loss / (2 * len(out["positive"][0]))
+
+    def extra_repr(self) -> str:
+        """What `print(loss)` shows."""
+        return (
+            f"temperature={self.temperature}, gather_distributed={self.gather_distributed}, "
+            f"negatives={self.negatives!r}, kernel={self.kernel!r}"
+        )
+
+
+class InfoNCELoss(nn.Module):
+    """InfoNCE with an additive margin, on embeddings (`forward`) and, as PyKEEN's class of the same name, on scores.
+
+    Args:
+        margin: what the score of a positive must exceed a negative's by; 0 or more, 0.01 to 0.1 is usual.
+        log_adversarial_temperature: natural logarithm of the temperature; `from_temperature` takes it plain.
+        reduction: "mean" or "sum" over the anchors or rows.
+        negatives: what an anchor is contrasted with.
+        trainable_temperature: make `log_temperature` a parameter that starts where it is given.
+        gather_distributed: contrast with the negatives of all ranks, with gradients.
+        kernel: how the sum over negatives is computed; "streamed" has no second derivative.
+
+    Raises:
+        ValueError: a negative or infinite margin, a temperature below 1e-8 or not finite, or an unknown choice.
+
+    Source: Wang et al., SimKGC, ACL 2022, training loss; the score methods follow `pykeen.losses.InfoNCELoss`.
+    """
+
+    hpo_default: ClassVar[Mapping[str, Any]] = {
+        "margin": {"type": float, "low": 0.01, "high": 0.10},
+        "log_adversarial_temperature": {"type": float, "low": -3.0, "high": 3.0},
+    }
+
+    def __init__(
+        self,
+        margin: float = 0.02,
+        log_adversarial_temperature: float = math.log(0.05),
+        reduction: Literal["mean", "sum"] = "mean",
+        *,
+        negatives: Negatives = "mined",
+        trainable_temperature: bool = False,
+        gather_distributed: bool = False,
+        kernel: Kernel = "auto",
+    ) -> None:
+        super().__init__()
+        if margin < 0:
+            raise ValueError(f"Cannot have a negative margin: {margin}; 0 turns it off, 0.01 to 0.1 is usual")
+        if not math.isfinite(margin):
+            raise ValueError(f"margin must be finite, got {margin}; 0 turns it off, 0.01 to 0.1 is usual")
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be mean or sum, got {reduction!r}")
+        if log_adversarial_temperature > 700:  # where exp() overflows
+            raise ValueError(f"log_adversarial_temperature must be a logarithm, got {log_adversarial_temperature}")
+        _check_temperature(math.exp(log_adversarial_temperature))
+        _check_choices(negatives, gather_distributed, kernel)
+        self.margin = margin
+        self.reduction = reduction
+        self.negatives: Negatives = negatives
+        self.gather_distributed = gather_distributed
+        self.kernel: Kernel = kernel
+        self.log_temperature: float | nn.Parameter = log_adversarial_temperature
+        if trainable_temperature:
+            self.log_temperature = nn.Parameter(torch.tensor(float(log_adversarial_temperature)))
+
+    @classmethod
+    def from_temperature(
+        cls, temperature: float, margin: float = 0.02, reduction: Literal["mean", "sum"] = "mean", **options: Any
+    ) -> InfoNCELoss:
+        """The loss with a temperature instead of its logarithm; `options` and errors as in the class."""
+        _check_temperature(temperature)
+        if temperature < 0:
+            raise ValueError(f"InfoNCE takes a positive temperature, got {temperature}; 0.05 to 0.5 is usual")
+        return cls(margin, math.log(temperature), reduction, **options)
+
+    @property
+    def temperature(self) -> float | Float[Tensor, ""]:
+        """What scores are divided by; a tensor with a gradient when it is trained."""
+        if isinstance(self.log_temperature, Tensor):
+            return self.log_temperature.exp()
+        return math.exp(self.log_temperature)
+
+    @property
+    def inverse_softmax_temperature(self) -> float | Float[Tensor, ""]:
+        """`temperature`, by the name it has in PyKEEN."""
+        return self.temperature
+
+    def forward(self, out: ViewPairs) -> Float[Tensor, ""]:
+        """Mean or sum over the `2 * batch` anchors with cosines as scores; arguments and errors as in `contrast`."""
+        loss = contrast(
+            out,
+            temperature=self.temperature,
+            margin=self.margin,
+            negatives=self.negatives,
+            gather_distributed=self.gather_distributed,
+            kernel=self.kernel,
+        )
+        return loss / (2 * len(out["positive"][0])) if self.reduction == "mean" else loss
+
+    def process_lcwa_scores(
+        self,
+        predictions: Float[Tensor, "batch candidates"],
+        labels: Float[Tensor, "batch candidates"],
+        label_smoothing: float | None = None,
+        num_entities: int | None = None,
+    ) -> Float[Tensor, ""]:
+        """Cross entropy of each row's candidates against its labels, scaled to sum to 1; a row without any counts as 0.
+
+        Args:
+            predictions: scores of all candidates.
+            labels: 1 for a positive, 0 for a negative, any dtype; what is over 0.5 gets the margin.
+            label_smoothing: the share of the target, 0 to 1, that is spread evenly over a row's candidates.
+            num_entities: accepted for compatibility; a softmax smooths over the candidates it has.
+
+        Raises:
+            ValueError: not two matrices of one shape, or `label_smoothing` not in 0 to 1.
+        """
+        if predictions.ndim != 2 or predictions.shape != labels.shape:
+            raise ValueError(
+                "predictions and labels must both be (batch, candidates), "
+                f"got {tuple(predictions.shape)} and {tuple(labels.shape)}"
+            )
+        scores = _at_least_float32(predictions)
+        logits = (scores - self.margin * (labels > 0.5)) / self.temperature
+        target = F.normalize(labels.to(scores.dtype), p=1, dim=1)
+        smoothing = _checked_smoothing(label_smoothing)
+        return F.cross_entropy(logits, target, label_smoothing=smoothing, reduction=self.reduction)
+
+    def process_slcwa_scores(
+        self,
+        positive_scores: Float[Tensor, "batch 1"],
+        negative_scores: Float[Tensor, "batch num_negatives"] | Float[Tensor, " kept"],
+        label_smoothing: float | None = None,
+        batch_filter: Bool[Tensor, "batch num_negatives"] | None = None,
+        num_entities: int | None = None,
+    ) -> Float[Tensor, ""]:
+        """Cross entropy of one positive a row against that row's sampled negatives.
+
+        Departs from PyKEEN where `label_smoothing` meets negatives that `batch_filter` removed: there they get a
+        share of the target, and the loss is infinite; here only the candidates that remain share it.
+
+        Args:
+            positive_scores: `(batch, 1)` or `(batch,)`.
+            negative_scores: dense, or sparse: only those where `batch_filter` is True, row by row.
+            label_smoothing: the share of the target, 0 to 1, that is spread evenly over a row's candidates.
+            batch_filter: True where a negative was kept; given if and only if `negative_scores` is sparse.
+            num_entities: accepted for compatibility; a softmax smooths over the candidates it has.
+
+        Raises:
+            TypeError: `batch_filter` is not boolean.
+            ValueError: the shapes do not fit each other, or `label_smoothing` is not in 0 to 1.
+        """
+        smoothing = _checked_smoothing(label_smoothing)
+        positive = _at_least_float32(positive_scores)
+        negative = _dense_scores(_at_least_float32(negative_scores), batch_filter)
+        if positive.ndim == 1:
+            positive = positive[:, None]
+        if positive.shape != (negative.shape[0], 1):
+            raise ValueError(
+                f"positive_scores must be ({negative.shape[0]}, 1), one for each row of negatives, "
+                f"got {tuple(positive_scores.shape)}"
+            )
+        scores = torch.cat([positive - self.margin, negative], dim=1)
+        log_probability = (scores / self.temperature).log_softmax(dim=1)
+        # Places of probability 0 are no candidates: they would turn the smoothed sum into infinity.
+        removed = log_probability.isneginf()
+        evenly = log_probability.masked_fill(removed, 0.0).sum(dim=1) / (~removed).sum(dim=1)
+        losses = -(1 - smoothing) * log_probability[:, 0] - smoothing * evenly
+        return losses.mean() if self.reduction == "mean" else losses.sum()
+
+    def extra_repr(self) -> str:
+        """What `print(loss)` shows."""
+        return (
+            f"margin={self.margin}, temperature={torch.as_tensor(self.temperature).item():.6g}, "
+            f"trainable_temperature={isinstance(self.log_temperature, Tensor)}, "
+            f"reduction={self.reduction!r}, negatives={self.negatives!r}, "
+            f"gather_distributed={self.gather_distributed}, kernel={self.kernel!r}"
+        )
+
+
+def contrast(
+    out: ViewPairs,
+    *,
+    temperature: float | Tensor,
+    margin: float = 0.0,
+    negatives: Negatives = "mined",
+    gather_distributed: bool = False,
+    kernel: Kernel = "auto",
+) -> Float[Tensor, ""]:
+    """The sum of `loss(a)` over this rank's `2 * batch` anchors, in float32 (float64 if an input is).
+
+    Args:
+        out: embeddings `(batch, dim)`, not normalized; `negative` may hold another number of rows.
+        temperature: divides the cosines. A tensor receives a gradient.
+        margin: subtracted from the cosine of the positive pair.
+        negatives: what an anchor is contrasted with.
+        gather_distributed: whether the negatives are those of all ranks.
+        kernel: how the sum over negatives is computed.
+
+    Raises:
+        AssertionError: a key is missing.
+        TypeError: an embedding is not a tensor of real floats.
+        ValueError: pairs, shapes, devices, or sizes across ranks do not fit, or an anchor has no negative.
+    """
+    positive, mined = _stack_views(out)
+    lesions, first_lesion = positive, 0  # of all ranks, and the row where this rank's begin
+    if gather_distributed and num_ranks() > 1:
+        _check_sizes_across_ranks(positive, mined)  # before anything that may fail on one rank only
+        mined = gather_rows(mined) if negatives != "lesions" else mined
+        lesions = gather_rows(positive) if negatives != "mined" else lesions
+        first_lesion = dist.get_rank() * positive.shape[1]
+    mined = mined[:, :0] if negatives == "lesions" else mined
+    lesions = lesions[:, :0] if negatives == "mined" else lesions
+    (num_anchors, num_mined, num_lesions) = (views.shape[1] for views in (positive, mined, lesions))
+    _check_rows(num_anchors, num_mined, num_lesions, negatives)
+
+    # Both views of the lesions are negatives of both views; a mined negative of its own view only.
+    lesions_of_views = list(lesions) if num_lesions else []
+    with torch.autocast(positive.device.type, enabled=False):
+        unit = F.normalize(positive, dim=2)
+        anchors = unit / temperature
+        positive_logits = ((unit[0] * unit[1]).sum(dim=1) - margin) / temperature
+        if kernel == "streamed" or (
+            kernel == "auto" and 2 * num_anchors * (num_mined + 2 * num_lesions) >= _WORTH_STREAMING
+        ):
+            loss = positive_logits.new_zeros(())
+            own_keys = [num_mined + view * num_lesions + first_lesion for view in range(len(lesions_of_views))]
+            for view in (0, 1):
+                keys = F.normalize(torch.cat([*([mined[view]] if num_mined else []), *lesions_of_views]))
+                loss = loss + _streamed(anchors[view], positive_logits, keys, own_keys)
+            return loss
+        terms = []
+        for keys in map(F.normalize, lesions_of_views):
+            terms += [torch.stack([_logsumexp(queries, keys, first_lesion) for queries in anchors])]
+        if num_mined:
+            terms += [torch.stack([_logsumexp(anchors[view], F.normalize(mined[view])) for view in (0, 1)])]
+        negative_logits = torch.stack(terms).logsumexp(dim=0)
+        # -log(e^p / (e^p + e^n)), without cancellation where the pair is well separated already.
+        cross_entropy: Tensor = -F.logsigmoid(positive_logits - negative_logits)
+        return cross_entropy.sum()
+
+
+def _logsumexp(queries: Tensor, keys: Tensor, own_key: int | None = None) -> Float[Tensor, " queries"]:
+    """`log(sum_j exp(queries[i] . keys[j]))`; key `own_key + i` is left out of the sum of query `i`."""
+    similarity = queries @ keys.T
+    if own_key is not None:
+        query_numbers = torch.arange(len(queries), device=queries.device)
+        key_numbers = torch.arange(len(keys), device=keys.device)
+        similarity = similarity.masked_fill(query_numbers[:, None] + own_key == key_numbers, -math.inf)
+    return similarity.logsumexp(dim=1)
+
+
+def _streamed(
+    queries: Float[Tensor, "n dim"],
+    positive_logits: Float[Tensor, " n"],
+    keys: Float[Tensor, "m dim"],
+    own_keys: Sequence[int],
+) -> Float[Tensor, ""]:
+    """`sum_i -log(e^p_i / (e^p_i + sum_j e^(queries[i] . keys[j])))`, in memory that grows with n + m, not with n * m.
+
+    A panel is some queries against all keys. It sees all negatives of its anchors at once, so their share of the
+    gradients is known while the panel is still in the cache: they are accumulated in the forward, and the backward only
+    scales them. Query `i` does not see the keys `own_key + i`.
+    """
+    loss: Tensor = _Streamed.apply(queries, positive_logits, keys, own_keys)
+    return loss
+
+
+class _Streamed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, positive_logits: Tensor, keys: Tensor, own_keys: Sequence[int]) -> Tensor:
+        loss = positive_logits.new_zeros(())
+        of_queries, of_positives = torch.zeros_like(queries), torch.zeros_like(positive_logits)
+        of_keys = torch.zeros_like(keys) if ctx.needs_input_grad[2] else None
+        # Whether no logit can be so large or small that its exponential needs a maximum subtracted. False for NaN.
+        bounded = float(queries.norm(dim=1).max() * keys.norm(dim=1).max()) * _LOG2_E < _SAFE_EXPONENT
+        for rows, panel in _panels(queries, keys, own_keys):
+            total, log_total = _exponentiate(panel, bounded)
+            difference = positive_logits[rows] - log_total
+            loss -= F.logsigmoid(difference).sum()
+            share = torch.sigmoid(-difference)  # of an anchor's probability: what its negatives have
+            of_positives[rows] = -share
+            factor = (share / total)[:, None]  # turns exponentials into gradients of logits
+            torch.mul(panel @ keys, factor, out=of_queries[rows])
+            if of_keys is not None:
+                of_keys.addmm_(panel.T, queries[rows] * factor)
+        ctx.save_for_backward(of_queries, of_positives, of_keys)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # autograd would take the gradients for constants
+            raise RuntimeError("the streamed loss has no second derivative (create_graph=True): kernel='plain' has one")
+        return *(None if saved is None else grad * saved for saved in ctx.saved_tensors), None
+
+
+def _panels(queries: Tensor, keys: Tensor, own_keys: Sequence[int]) -> Iterator[tuple[slice, Float[Tensor, "rows m"]]]:
+    """Some rows at a time, and their logits with all keys; those of own keys are -inf.
+
+    Logarithms are to base 2 here: torch computes `exp2` more than twice as fast as `exp` on a CPU.
+    """
+    size = _PANEL_CPU if queries.device.type == "cpu" else _PANEL_OTHER
+    num_rows = max(16, size // len(keys))
+    for start in range(0, len(queries), num_rows):
+        rows = slice(start, min(start + num_rows, len(queries)))
+        panel = (queries[rows] * _LOG2_E) @ keys.T
+        for own_key in own_keys:
+            panel[:, own_key + start :].diagonal().fill_(-math.inf)
+        yield rows, panel
+        del panel  # before the next one is made
+
+
+def _exponentiate(panel: Tensor, bounded: bool) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """Turn logits to base 2 into exponentials, in place, up to a factor for each row.
+
+    Returns:
+        The sum of each row, and the natural logarithm of what the sum would be without that factor.
+    """
+    lowest = torch.finfo(panel.dtype)
+    shift = None if bounded else panel.amax(dim=1, keepdim=True).clamp_min(lowest.min)
+    if shift is not None:
+        panel.sub_(shift)
+    total = panel.exp2_().sum(dim=1)
+    log2_total = total.log2() if shift is None else total.log2() + shift[:, 0]
+    # Only a row that sees no key at all has a sum of 0; its exponentials are 0 too, and stay it when divided.
+    return total.clamp_min(lowest.tiny), log2_total * math.log(2.0)
+
+
+def num_ranks() -> int:
+    """The number of processes that share this training; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gather_rows(rows: Float[Tensor, "*views n dim"]) -> Float[Tensor, "*views all dim"]:
+    """Rows of all ranks, rank after rank, as many of each; the gradient is summed over what all ranks did with them."""
+    gathered: Tensor = _GatherRows.apply(rows) if num_ranks() > 1 else rows
+    return gathered
+
+
+class _GatherRows(torch.autograd.Function):
+    # Why not torch.distributed.nn.functional.all_gather: torch has deprecated it, and the successor it names
+    # is missing from the oldest torch that we support.
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts, dim=-2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size(), dim=-2)[dist.get_rank()]
+
+
+def _check_sizes_across_ranks(positive: Float[Tensor, "2 n dim"], mined: Float[Tensor, "2 m dim"]) -> None:
+    """Raise ValueError, on every rank, when batches differ in size: a gather would hang or mix up rows."""
+    own = torch.tensor([positive.shape[1], mined.shape[1], positive.shape[2]], device=positive.device)
+    sizes = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, own)
+    rows = torch.stack(sizes).tolist()
+    if any(row != rows[0] for row in rows):
+        table = "; ".join(f"rank {rank}: {n} lesions, {m} mined, dim {d}" for rank, (n, m, d) in enumerate(rows))
+        raise ValueError(
+            f"every rank must hold a batch of the same size, got {table}. "
+            "Give all ranks the same batch size, and drop the last, incomplete batch"
+        )
+
+
+def _stack_views(out: ViewPairs) -> tuple[Float[Tensor, "2 n dim"], Float[Tensor, "2 m dim"]]:
+    """Check all embeddings; gives both views of the lesions and of the negatives, float32 (float64 if any input is)."""
+    pairs: dict[str, Any] = {}
+    for name in ("positive", "negative"):
+        if name not in out:
+            raise AssertionError(f"`{name}` key needs to be specified; got the keys {sorted(out)}")
+        pairs[name] = out[name]
+        _check_pair(name, pairs[name])
+    views = [embeddings for pair in pairs.values() for embeddings in pair]
+    if len({embeddings.shape[1] for embeddings in views}) > 1:
+        dims = ", ".join(f"`{name}` {pair[0].shape[1]}" for name, pair in pairs.items())
+        raise ValueError(f"all embeddings must have the same dim, got {dims}")
+    if len({embeddings.device for embeddings in views}) > 1:
+        devices = ", ".join(f"`{name}` {pair[0].device} and {pair[1].device}" for name, pair in pairs.items())
+        raise ValueError(f"all embeddings must be on one device, got {devices}")
+    dtype = torch.float64 if any(embeddings.dtype == torch.float64 for embeddings in views) else torch.float32
+    positive, mined = (torch.stack([view.to(dtype) for view in pair]) for pair in pairs.values())
+    return positive, mined
+
+
+def _check_pair(name: str, pair: Any) -> None:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        got = f"{len(pair)} entries" if isinstance(pair, tuple | list) else type(pair).__name__
+        raise ValueError(f"`{name}` must be a pair (view 0, view 1) of embeddings, got {got}")
+    for view, embeddings in enumerate(pair):
+        expected = f"`{name}` view {view} must be a float tensor (batch, dim)"
+        if not isinstance(embeddings, Tensor):
+            raise TypeError(f"{expected}, got {type(embeddings).__name__}")
+        if not embeddings.is_floating_point():
+            raise TypeError(f"{expected}, got {embeddings.dtype}")
+        if embeddings.ndim != 2:
+            raise ValueError(f"{expected}, got shape {tuple(embeddings.shape)}; flatten embeddings to one row each")
+    if pair[0].shape != pair[1].shape:
+        shapes = f"{tuple(pair[0].shape)} and {tuple(pair[1].shape)}"
+        raise ValueError(f"the two views of `{name}` must have the same shape, got {shapes}")
+
+
+def _check_rows(num_anchors: int, num_mined: int, num_lesions: int, negatives: Negatives) -> None:
+    """Raise ValueError unless there is an anchor, and negatives of the kind that was asked for."""
+    if num_anchors == 0:
+        raise ValueError("`positive` has no rows; a batch needs at least one lesion")
+    if negatives != "lesions" and num_mined == 0:
+        raise ValueError(
+            f'`negative` has no rows, but negatives="{negatives}" contrasts with them: '
+            'mine at least one negative per batch, or set negatives="lesions"'
+        )
+    if negatives == "lesions" and num_lesions < 2:
+        raise ValueError(
+            'negatives="lesions" needs at least 2 lesions in all, got 1: '
+            "use a larger batch, and drop the last one if it is incomplete"
+        )
+
+
+def _check_choices(negatives: str, gather_distributed: object, kernel: str) -> None:
+    if negatives not in get_args(Negatives):
+        raise ValueError(f"negatives must be one of {', '.join(get_args(Negatives))}; got {negatives!r}")
+    if not isinstance(gather_distributed, bool):
+        removed = ", which was removed: True gathers at once" if gather_distributed == "ring" else ""
+        raise ValueError(f"gather_distributed must be True or False; got {gather_distributed!r}{removed}")
+    if kernel not in get_args(Kernel):
+        removed = ", which was removed: auto streams large batches" if kernel == "triton" else ""
+        raise ValueError(f"kernel must be one of {', '.join(get_args(Kernel))}; got {kernel!r}{removed}")
+
+
+def _check_temperature(temperature: float) -> None:
+    advice = "give a finite temperature that is not zero; for cosines 0.05 to 0.5 is usual"
+    if not math.isfinite(temperature):
+        raise ValueError(f"Illegal temperature: {temperature}; {advice}")
+    if abs(temperature) < 1e-8:
+        raise ValueError(f"Illegal temperature: abs({temperature}) < 1e-8; {advice}")
+
+
+def _at_least_float32(scores: Tensor) -> Tensor:
+    return scores if scores.dtype == torch.float64 else scores.float()
+
+
+def _checked_smoothing(label_smoothing: float | None) -> float:
+    if label_smoothing is not None and not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in 0 to 1, got {label_smoothing}")
+    return label_smoothing or 0.0
+
+
+def _dense_scores(
+    negative_scores: Tensor, batch_filter: Bool[Tensor, "batch num_negatives"] | None
+) -> Float[Tensor, "batch num_negatives"]:
+    """Put sparse negatives at their places, with -inf at the places that the filter removed."""
+    if batch_filter is None:
+        if negative_scores.ndim != 2:
+            raise ValueError(
+                f"negative_scores must be (batch, num_negatives), got {tuple(negative_scores.shape)}; "
+                "sparse scores need the batch_filter that says where they belong"
+            )
+        return negative_scores
+    if batch_filter.dtype != torch.bool:
+        raise TypeError(f"batch_filter must be boolean, got {batch_filter.dtype}")
+    num_kept = int(batch_filter.sum())
+    if batch_filter.ndim != 2 or negative_scores.shape != (num_kept,):
+        raise ValueError(
+            f"a batch_filter of shape {tuple(batch_filter.shape)} that keeps {num_kept} needs negative_scores "
+            f"({num_kept},), got {tuple(negative_scores.shape)}; dense scores take no filter"
+        )
+    dense = negative_scores.new_full(batch_filter.shape, -math.inf)
+    return dense.masked_scatter(batch_filter, negative_scores)
