@@ -29,8 +29,9 @@ from torch import Tensor
 import fmcib_ssl
 from fmcib_ssl.data.loader import LesionDataModule
 from fmcib_ssl.data.workers import no_worker_left
+from fmcib_ssl.evaluation.charts import training_curves
 from fmcib_ssl.evaluation.feature_table import FeatureTableError
-from fmcib_ssl.evaluation.figures import ContactRow, contact_sheet, training_curves
+from fmcib_ssl.evaluation.figures import ContactRow, contact_sheet
 from fmcib_ssl.evaluation.labels import EvaluationError
 from fmcib_ssl.io import checksum_of, redacted, without_names, write_json
 from fmcib_ssl.models.acceleration import resolve_precision

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from fmcib_ssl.data.annotations import LesionTable
-    from fmcib_ssl.evaluation.lesion_sheet import SheetLesion
+    from fmcib_ssl.evaluation.figures import SheetLesion
 
 #: Width of what the contact sheet shows of each lesion.
 SHEET_MM = 64
@@ -82,8 +82,9 @@ def main(arguments: list[str]) -> None:
     if command.check == "full":
         print(f"values    {peaks_summary(scans)}: {command.output / 'scans.csv'}")
     if command.sheet_lesions:
-        from fmcib_ssl.evaluation.lesion_sheet import lesion_sheet, rejected_section  # noqa: PLC0415
-        from fmcib_ssl.evaluation.report import ReportFigure, Section, write_report  # noqa: PLC0415
+        from fmcib_ssl.evaluation.figures import lesion_sheet  # noqa: PLC0415
+        from fmcib_ssl.evaluation.report import rejected_section, write_report  # noqa: PLC0415
+        from fmcib_ssl.evaluation.report_sections import ReportFigure, Section  # noqa: PLC0415
 
         lesions = sample(usable, command.sheet_lesions, command.spacing_mm, command.identifiers)
         picture = lesion_sheet(lesions, command.output / "contact_sheet.png", command.spacing_mm)
@@ -161,7 +162,7 @@ def sample(table: LesionTable, num_lesions: int, spacing_mm: float, identifiers:
     from fmcib_ssl.data.annotations import PATH_COLUMN  # noqa: PLC0415
     from fmcib_ssl.data.geometry import PatchGrid  # noqa: PLC0415
     from fmcib_ssl.data.scans import crop_patch, read_scan  # noqa: PLC0415
-    from fmcib_ssl.evaluation.lesion_sheet import SheetLesion  # noqa: PLC0415
+    from fmcib_ssl.evaluation.figures import SheetLesion  # noqa: PLC0415
 
     size = (max(2, round(SHEET_MM / spacing_mm)),) * 3
     lesions = []

@@ -16,7 +16,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from fmcib_ssl.io import Command, parse_command
 
 if TYPE_CHECKING:
-    from fmcib_ssl.evaluation.embedding_encoders import FrozenEncoder
+    from fmcib_ssl.evaluation.embedding_sources import FrozenEncoder
 
 #: Other names that keys may be given by.
 OTHER_NAMES = {"weights": "checkpoint", "out": "output"}
@@ -69,8 +69,8 @@ def main(arguments: list[str]) -> None:
     renamed = [OTHER_NAMES.get(key, key) + sign + value for key, sign, value in (a.partition("=") for a in arguments)]
     command = parse_command(EmbedMedMNIST, renamed)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    from fmcib_ssl.evaluation.embedding_inference import Inference  # noqa: PLC0415  # the help is quick
-    from fmcib_ssl.evaluation.embedding_parts import embed_to_file  # noqa: PLC0415
+    from fmcib_ssl.evaluation.embedding import embed_to_file  # noqa: PLC0415  # the help is quick
+    from fmcib_ssl.evaluation.embedding_sources import Inference  # noqa: PLC0415
     from fmcib_ssl.evaluation.feature_table import FeatureTableError  # noqa: PLC0415
     from fmcib_ssl.evaluation.medmnist_source import DATASETS, download_medmnist  # noqa: PLC0415
     from fmcib_ssl.models.export import EncoderFileError  # noqa: PLC0415
@@ -108,7 +108,7 @@ def source_of(command: EmbedMedMNIST) -> dict[str, Any]:
 
 def encoder_of(command: EmbedMedMNIST) -> FrozenEncoder:
     """The encoder that is asked for; raw voxels without like= are the volumes as large as they are."""
-    from fmcib_ssl.evaluation.embedding_encoders import random_encoder, raw_voxels, trained_encoder  # noqa: PLC0415
+    from fmcib_ssl.evaluation.embedding_sources import random_encoder, raw_voxels, trained_encoder  # noqa: PLC0415
     from fmcib_ssl.types import Preprocessing  # noqa: PLC0415
 
     trusted = [name.strip() for name in (command.trusted_targets or "").split(",") if name.strip()]

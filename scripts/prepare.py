@@ -109,8 +109,9 @@ def write_page(summary: Summary, num_lesions: int, identifiers: Identifiers) -> 
     import numpy as np  # noqa: PLC0415  # and torch, which the workers would import with this file
 
     from fmcib_ssl.data.store import Store, patch_start  # noqa: PLC0415
-    from fmcib_ssl.evaluation.lesion_sheet import SheetLesion, lesion_sheet, rejected_section  # noqa: PLC0415
-    from fmcib_ssl.evaluation.report import ReportFigure, Section, write_report  # noqa: PLC0415
+    from fmcib_ssl.evaluation.figures import SheetLesion, lesion_sheet  # noqa: PLC0415
+    from fmcib_ssl.evaluation.report import rejected_section, write_report  # noqa: PLC0415
+    from fmcib_ssl.evaluation.report_sections import ReportFigure, Section  # noqa: PLC0415
 
     store = Store(summary.store)
     spacing_mm = store.settings.spacing_mm

@@ -24,59 +24,36 @@ class Report(Command):
     """
 
     out: Path = Field(description="FILE.html")
-    run: Path | None = Field(default=None, description="folder of a training run")
-    features: str | None = Field(default=None, description="tables of scripts/embed.py, commas between them")
-    results: str | None = Field(default=None, description="folders of scripts/evaluate.py, commas between them")
-    title: str | None = Field(default=None, description="of the page; null: the run's name")
-    about: str = Field(default="", description="first words on the page, such as what the label means")
-    color_by: str | None = Field(
-        default=None, description="columns to colour maps by, commas between; null: up to four"
-    )
-    label: str | None = Field(default=None, description="column that neighbours and saliency are about")
-    group: str | None = Field(default=None, description="column of the patient; null: PatientID, or else the scan")
-    queries: NonNegativeInt = Field(default=6, description="lesions whose neighbours are shown; 0: none")
-    neighbors: PositiveInt = Field(default=5, description="of each")
-    salient: NonNegativeInt = Field(default=4, description="lesions whose saliency is shown; 0: none")
-    window: Literal["lung", "soft_tissue"] = Field(default="lung", description="of the pictures of patches")
-    identifiers: Identifiers = Field(default="show", description="names of scans and patients: show, or hash them")
+    run: Path | None = Field(None, description="folder of a training run")
+    features: list[Path] = Field([], description="tables of scripts/embed.py, commas between them")
+    results: list[Path] = Field([], description="folders of scripts/evaluate.py, commas between them")
+    title: str | None = Field(None, description="of the page; null: the run's name")
+    about: str = Field("", description="first words on the page, such as what the label means")
+    color_by: list[str] | None = Field(None, description="columns to colour maps by, commas between; null: up to four")
+    label: str | None = Field(None, description="column that neighbours and saliency are about")
+    group: str | None = Field(None, description="column of the patient; null: PatientID, or else the scan")
+    queries: NonNegativeInt = Field(6, description="lesions whose neighbours are shown; 0: none")
+    neighbors: PositiveInt = Field(5, description="of each")
+    salient: NonNegativeInt = Field(4, description="lesions whose saliency is shown; 0: none")
+    window: Literal["lung", "soft_tissue"] = Field("lung", description="of the pictures of patches")
+    identifiers: Identifiers = Field("show", description="names of scans and patients: show, or hash them")
 
 
 def main(arguments: list[str]) -> None:
     """Write the page."""
     command = parse_command(Report, arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from fmcib_ssl.data.store import StoreError  # noqa: PLC0415  # the help is quick
-    from fmcib_ssl.evaluation.feature_table import FeatureTableError  # noqa: PLC0415
-    from fmcib_ssl.evaluation.report_all import report_all  # noqa: PLC0415
+    from fmcib_ssl.evaluation.report import report_all  # noqa: PLC0415  # the help is quick
     from fmcib_ssl.evaluation.report_features import FeatureOptions  # noqa: PLC0415
 
-    options = FeatureOptions(
-        color_by=_names(command.color_by) or None,
-        label=command.label,
-        group=command.group,
-        num_queries=command.queries,
-        num_neighbors=command.neighbors,
-        num_salient=command.salient,
-        window=command.window,
-        identifiers=command.identifiers,
-    )
+    values = dict(command)
+    given = {key: values.pop(key) for key in ("out", "run", "features", "results", "title")}
+    about = values.pop("about")
     try:
-        page = report_all(
-            command.out,
-            run=command.run,
-            features=_names(command.features),
-            results=_names(command.results),
-            title=command.title,
-            introduction=command.about,
-            options=options,
-        )
-    except (ValueError, OSError, FeatureTableError, StoreError) as error:
+        page = report_all(**given, introduction=about, options=FeatureOptions(**values))
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"page      {page}\npictures  {page.with_name(f'{page.stem}_pictures')}")
-
-
-def _names(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
 if __name__ == "__main__":

@@ -1,159 +1,153 @@
-"""From lesions and an encoder to a table of features, and to the baselines that stand beside it.
+"""From lesions and an encoder to a table of features, in memory or in parts on the disk, and to its baselines.
 
-`embedding_parts.embed_to_file` does the same for archives: in parts on the disk, in several processes.
+`embed_to_file` is for archives. Beside `OUT.parquet` stands `OUT.parts/` until it is whole, with a file for
+each shard of 256 lesions. A shard belongs to one process, its batches do not cross its border, and lesions are joined
+by their id; so the features are the same bytes however many processes took part and however often they were stopped. No
+process waits for another: the one that finds all parts there puts them together.
 """
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Collection, Iterable, Mapping
+import shutil
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
 
 import fmcib_ssl
+from fmcib_ssl.data.store import StoreError
 from fmcib_ssl.data.tables import REJECTED_COLUMNS
-from fmcib_ssl.evaluation.embedding_encoders import FrozenEncoder, random_encoder, raw_voxels
-from fmcib_ssl.evaluation.embedding_inference import EmbeddedShard, Inference, Precision, Views, embed_shards
-from fmcib_ssl.evaluation.embedding_sources import SCAN_COLUMN, SourcePatches, open_patches
+from fmcib_ssl.data.workers import WatchedLoader, no_worker_left
+from fmcib_ssl.evaluation.embedding_sources import (
+    SCAN_COLUMN,
+    FrozenEncoder,
+    Inference,
+    Precision,
+    SourcePatches,
+    encode,
+    open_patches,
+    random_encoder,
+    raw_voxels,
+)
 from fmcib_ssl.evaluation.feature_table import ID_COLUMN, FeatureTable, FeatureTableError
 from fmcib_ssl.types import Preprocessing
 
-__all__ = ["baseline_tables", "embed_source", "open_patches"]
-
 logger = logging.getLogger(__name__)
 
+_SHARD_SIZE = 256
 _PACKAGES = ("torch", "monai", "numpy")
+#: What of a provenance decides the features.
+_DECISIVE = ("kind", "sha256", "encoder", "seed", "preprocessing", "views", "precision")
 
 
-def embed_source(
-    encoder: nn.Module | FrozenEncoder,
-    source: Mapping[str, Any],
-    preprocessing: Preprocessing | None = None,
-    *,
-    batch_size: int = 32,
-    precision: Precision = "32",
-    views: Views = 1,
-    device: str | torch.device | None = None,
-    num_workers: int = 0,
-    name: str = "encoder",
-    lesion_ids: Collection[str] | None = None,
-) -> FeatureTable:
-    """Embed the lesions of a source in this process.
+class _Part(NamedTuple):
+    """Features of some lesions of a source, and why others have none, by `lesion_id`."""
 
-    A lesion whose patch cannot be read, or for which the encoder gives no finite number, is left out with a warning.
+    ids: list[str]
+    features: npt.NDArray[np.float32]  # (ids, dim)
+    failures: dict[str, str]
 
-    Args:
-        encoder: an encoder of a file (`trained_encoder`), or any module `(batch, 1, z, y, x)` to `(batch, dim)`.
-        source: where the lesions are; see `embedding_sources`.
-        preprocessing: of the encoder's patches; by default its own.
-        batch_size: patches in one forward.
-        precision: "32", "bf16" or "fp16".
-        views: 1, or 8 for the mean over mirror images.
-        device: a GPU if there is one, by default.
-        num_workers: processes that read patches.
-        name: of a module that is not from a file.
-        lesion_ids: embed these and no others, in this order.
 
-    Raises:
-        FeatureTableError: a source or a value that cannot be, no lesion left, or a lesion asked for that is not there.
-        fmcib_ssl.data.store.StoreError: no store that can be read.
-        fmcib_ssl.data.tables.AnnotationsError: no table that can be read.
+class _Reader(Dataset[tuple[int, "Tensor | str"]]):
+    """Patches by place; for one that cannot be read, the reason."""
+
+    def __init__(self, patches: SourcePatches) -> None:
+        self.patches = patches
+
+    def __getitem__(self, place: int) -> tuple[int, Tensor | str]:
+        try:
+            return place, self.patches[place]
+        except (StoreError, OSError, MemoryError) as error:  # anything else is an error of ours
+            return place, str(error) or type(error).__name__
+
+
+def _embed(
+    encoder: FrozenEncoder,
+    patches: SourcePatches,
+    shards: Mapping[int, Sequence[int]],
+    inference: Inference,
+    advance: Callable[[int], object] = int,
+) -> Iterator[tuple[int, _Part]]:
+    """Embed shards, places of lesions by number, one after the other, and yield each when it is whole.
+
+    What a shard's features are does not depend on the other shards: batches do not cross its border. `advance` is told
+    after each batch how many lesions it had.
     """
-    inference = Inference(batch_size, precision, views, device, num_workers)
-    frozen = _frozen(encoder, preprocessing, name)
-    lesions, patches, preprocessing = open_patches(source, preprocessing or frozen.preprocessing)
-    places = np.arange(len(lesions))
-    if lesion_ids is not None:
-        places = pd.Index(lesions[ID_COLUMN]).get_indexer(pd.Index(lesion_ids))
-        if (places < 0).any():
-            absent = [lesion for lesion, place in zip(lesion_ids, places, strict=True) if place < 0]
-            raise FeatureTableError(f"the source {dict(source)} has not the lesions {', '.join(absent[:5])} (...)")
-    order = reading_order(lesions.iloc[places])
-    (shard,) = embed_shards(frozen.module, preprocessing, patches, {0: places[order].tolist()}, inference)
-    for place, reason in shard.failures.items():
-        logger.warning("lesion %s is left out: %s", lesions[ID_COLUMN].iloc[place], reason)
-    provenance = provenance_of(frozen, preprocessing, source, patches, inference)
-    return gather([shard], lesions, provenance).aligned(
-        lesions[ID_COLUMN].iloc[[place for place in places.tolist() if place not in shard.failures]]
+    size, device = inference.batch_size, inference.torch_device
+    batches = [list(shard[i : i + size]) for shard in shards.values() for i in range(0, len(shard), size)]
+    ids = patches.lesions[ID_COLUMN].tolist()
+    loader = WatchedLoader(
+        _Reader(patches),
+        batch_sampler=batches,
+        num_workers=inference.num_workers,
+        collate_fn=list,
+        pin_memory=device.type == "cuda",
+        title=lambda place: ids[place],
+        generator=torch.Generator(),  # or it would draw from torch's own
     )
+    module = encoder.module.to(device)
+    was_training = module.training
+    module.eval()
+    try:
+        with no_worker_left():
+            results = iter(loader)
+            for number, shard in shards.items():
+                part = _Part([], np.empty((0, 1), np.float32), {})
+                features = []
+                for _ in range(0, len(shard), size):
+                    read = next(results)
+                    part.failures.update({ids[place]: reason for place, reason in read if isinstance(reason, str)})
+                    there = [(ids[place], patch) for place, patch in read if isinstance(patch, Tensor)]
+                    if there:
+                        batch = torch.stack([patch for _, patch in there]).to(device, non_blocking=True)
+                        options: Any = {"precision": inference.precision, "views": inference.views}
+                        values = encode(module, batch, patches.preprocessing, **options).cpu().numpy()
+                        finite = np.isfinite(values).all(axis=1)
+                        features.append(values[finite])
+                        for (name, _), is_finite in zip(there, finite, strict=True):
+                            if is_finite:
+                                part.ids.append(name)
+                            else:
+                                reason = f"the encoder gives NaN or infinity in precision {inference.precision}"
+                                part.failures[name] = reason
+                    advance(len(read))
+                yield number, part._replace(features=np.concatenate(features)) if part.ids else part
+    finally:
+        module.train(was_training)
 
 
-def baseline_tables(
-    table: FeatureTable,
-    *,
-    seed: int = 0,
-    batch_size: int = 32,
-    device: str | torch.device | None = None,
-    num_workers: int = 0,
-    trusted_targets: Collection[str] = (),
-) -> dict[str, FeatureTable]:
-    """What an encoder has to beat, of the same lesions, read and preprocessed in the same way.
-
-    `random weights`: the same encoder with the weights it is built with, never trained; left out if the table does not
-    say what builds its encoder. `raw voxels`: the normalised patch, flattened, for a probe that reduces it first.
-
-    Args:
-        table: as `embed_source` gives it; its source is opened again.
-        seed: of the random weights.
-        batch_size: patches in one forward.
-        device: a GPU if there is one, by default.
-        num_workers: processes that read patches.
-        trusted_targets: dotted names of foreign encoders that may be built.
-
-    Raises:
-        FeatureTableError: the table does not say where its lesions are, or they are there no more.
-        fmcib_ssl.data.store.StoreError: as `open_patches`.
-        fmcib_ssl.data.tables.AnnotationsError: as `open_patches`.
-    """
-    provenance = table.provenance
-    if not provenance.get("source") or not provenance.get("preprocessing"):
-        raise FeatureTableError(
-            f"{provenance.get('name')!r} does not say where its lesions are, so no baseline can be made of them: "
-            "embed them with scripts/embed.py"
-        )
-    preprocessing = Preprocessing.from_dict(provenance["preprocessing"])
-    encoders = {"raw voxels": raw_voxels(preprocessing)}
-    if provenance.get("encoder"):
-        untrained = random_encoder(provenance["encoder"], preprocessing, seed, trusted_targets=trusted_targets)
-        encoders = {"random weights": untrained, **encoders}
-    baselines = {}
-    for name, encoder in encoders.items():
-        same = encoder.about["kind"] == "random_weights"
-        found = embed_source(
-            encoder,
-            provenance["source"],
-            batch_size=batch_size,
-            # Half precision of another machine may be one that this device has not.
-            precision=provenance["precision"] if same and provenance["precision"] != "fp16" else "32",
-            views=provenance["views"] if same else 1,
-            device=device,
-            num_workers=num_workers,
-            lesion_ids=table.lesions[ID_COLUMN].tolist(),
-        ).aligned(table.lesions[ID_COLUMN])
-        baselines[name] = FeatureTable(table.lesions, found.features, found.provenance)
-    return baselines
+def _joined(parts: Sequence[_Part], lesions: pd.DataFrame, provenance: Mapping[str, Any]) -> FeatureTable:
+    """One table of all parts, in the order of the lesions' table."""
+    filled = [part for part in parts if part.ids]
+    if not filled:
+        raise FeatureTableError("no lesion could be embedded")
+    places = pd.Index([name for part in filled for name in part.ids]).get_indexer(pd.Index(lesions[ID_COLUMN]))
+    features = np.concatenate([part.features for part in filled])[places[places >= 0]]
+    return FeatureTable(lesions[places >= 0].reset_index(drop=True), features, dict(provenance))
 
 
-def reading_order(lesions: pd.DataFrame) -> npt.NDArray[np.int64]:
-    """Places of lesions, those of one scan beside each other."""
+def _reading_order(lesions: pd.DataFrame) -> npt.NDArray[np.int64]:
     return np.argsort(lesions[SCAN_COLUMN].to_numpy(dtype=str), kind="stable")
 
 
-def provenance_of(
-    encoder: FrozenEncoder,
-    preprocessing: Preprocessing,
-    source: Mapping[str, Any],
-    patches: SourcePatches,
-    inference: Inference,
+def _provenance(
+    encoder: FrozenEncoder, source: Mapping[str, Any], patches: SourcePatches, inference: Inference
 ) -> dict[str, Any]:
-    """Where features come from, for a `FeatureTable`."""
-    plain = {**preprocessing.to_dict(), "patch_size_zyx": list(preprocessing.patch_size_zyx)}
+    plain = patches.preprocessing.to_dict()
+    plain["patch_size_zyx"] = list(plain["patch_size_zyx"])
     return {
         **encoder.about,
         "preprocessing": plain,
@@ -164,37 +158,258 @@ def provenance_of(
     }
 
 
-def gather(shards: Iterable[EmbeddedShard], lesions: pd.DataFrame, provenance: Mapping[str, Any]) -> FeatureTable:
-    """One table of all shards, in the order of the lesions' table.
+def embed_source(
+    encoder: FrozenEncoder,
+    source: Mapping[str, Any],
+    inference: Inference | None = None,
+    lesion_ids: Collection[str] | None = None,
+) -> FeatureTable:
+    """Embed the lesions of a source in this process.
+
+    A lesion whose patch cannot be read, or for which the encoder gives no finite number, is left out with a warning.
+
+    Args:
+        encoder: of a file (`trained_encoder`), untrained, or raw voxels.
+        source: where the lesions are; see `embedding_sources`.
+        inference: batches, precision, device.
+        lesion_ids: embed these and no others, in this order.
 
     Raises:
-        FeatureTableError: not one lesion has features.
+        FeatureTableError: a source or a value that cannot be, no lesion left, or a lesion asked for that is absent.
+        fmcib_ssl.data.store.StoreError: as `open_patches`.
+        fmcib_ssl.data.tables.AnnotationsError: as `open_patches`.
     """
-    filled = [shard for shard in shards if len(shard.places)]
-    if not filled:
-        raise FeatureTableError("no lesion could be embedded")
-    places = np.concatenate([shard.places for shard in filled])
-    features = np.concatenate([shard.features for shard in filled])
-    order = np.argsort(places)
-    return FeatureTable(lesions.iloc[places[order]].reset_index(drop=True), features[order], dict(provenance))
+    inference = inference or Inference()
+    patches = open_patches(source, encoder.preprocessing)
+    lesions = patches.lesions
+    places = np.arange(len(lesions))
+    if lesion_ids is not None:
+        places = pd.Index(lesions[ID_COLUMN]).get_indexer(pd.Index(lesion_ids))
+        if absent := [lesion for lesion, place in zip(lesion_ids, places, strict=True) if place < 0]:
+            raise FeatureTableError(f"the source {dict(source)} has not the lesions {', '.join(absent[:5])} (...)")
+    order = places[_reading_order(lesions.iloc[places])]
+    ((_, part),) = _embed(encoder, patches, {0: order.tolist()}, inference)
+    for lesion, reason in part.failures.items():
+        logger.warning("lesion %s is left out: %s", lesion, reason)
+    table = _joined([part], lesions, _provenance(encoder, source, patches, inference))
+    return table.aligned([lesion for lesion in lesions[ID_COLUMN].iloc[places] if lesion not in part.failures])
 
 
-def rejected_lesions(patches: SourcePatches, failures: Mapping[int, str]) -> pd.DataFrame:
+def baseline_tables(
+    table: FeatureTable, *, seed: int = 0, device: str | torch.device | None = None
+) -> dict[str, FeatureTable]:
+    """What an encoder has to beat, of the same lesions, read and preprocessed in the same way.
+
+    `random weights`: the same encoder with the weights it is built with, never trained; left out if the table does not
+    say what builds its encoder. `raw voxels`: the normalised patch, flattened, for a probe that reduces it first.
+
+    Args:
+        table: as `embed_source` gives it; its source is opened again.
+        seed: of the random weights.
+        device: a GPU if there is one, by default.
+
+    Raises:
+        FeatureTableError: the table does not say where its lesions are, or they cannot be found any more.
+        fmcib_ssl.data.store.StoreError: as `open_patches`.
+        fmcib_ssl.data.tables.AnnotationsError: as `open_patches`.
+    """
+    provenance, ids = table.provenance, table.lesions[ID_COLUMN]
+    if not provenance.get("source") or not provenance.get("preprocessing"):
+        raise FeatureTableError(
+            f"{provenance.get('name')!r} does not say where its lesions are, so no baseline can be made of them: "
+            "embed them with scripts/embed.py"
+        )
+    preprocessing = Preprocessing.from_dict(provenance["preprocessing"])
+    encoders = {"raw voxels": (raw_voxels(preprocessing), Inference(device=device))}
+    if provenance.get("encoder"):
+        untrained = random_encoder(provenance["encoder"], preprocessing, seed)
+        # Half precision of another machine may be one that this device has not.
+        precision: Precision = "32" if provenance["precision"] == "fp16" else provenance["precision"]
+        alike = Inference(precision=precision, views=provenance["views"], device=device)
+        encoders = {"random weights": (untrained, alike), **encoders}
+    baselines = {}
+    for name, (encoder, inference) in encoders.items():
+        features = embed_source(encoder, provenance["source"], inference, ids.tolist()).aligned(ids)
+        baselines[name] = FeatureTable(table.lesions, features.features, features.provenance)
+    return baselines
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the work is this process's: every `total`-th shard, from `number`, which counts from 0."""
+
+    number: int = 0
+    total: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.number < self.total:
+            raise FeatureTableError(f"process {self.number} of {self.total}: they are counted from 0")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `embed_to_file` did.
+
+    Attributes:
+        output: the table of features.
+        num_lesions: of the source.
+        num_embedded: now, by this process.
+        num_missing: lesions of other processes that are not done yet; if there are any, `output` does not exist yet.
+        num_rejected: rows that have no features, listed in `rejected_file`; None unless this process made `output`.
+        seconds: that embedding took.
+    """
+
+    output: Path
+    num_lesions: int
+    num_embedded: int = 0
+    num_missing: int = 0
+    num_rejected: int | None = None
+    seconds: float = 0.0
+
+
+def parts_folder(output: Path) -> Path:
+    """Where the parts of a table of features are while it is made."""
+    return output.with_suffix(".parts")
+
+
+def rejected_file(output: Path) -> Path:
+    """Where it stands which lesions have no features."""
+    return output.with_suffix(".rejected.csv")
+
+
+def embed_to_file(
+    encoder: FrozenEncoder,
+    source: Mapping[str, Any],
+    output: Path | str,
+    inference: Inference,
+    *,
+    share: Share | None = None,
+    restart: bool = False,
+    shard_size: int = _SHARD_SIZE,
+    progress: bool = True,
+) -> Outcome:
+    """Embed this process's share of the lesions of a source; write the table if no part is missing then.
+
+    Called again after an interruption, it resumes with the parts that are there. In half precision the features are
+    stored as float16.
+
+    Args:
+        encoder: what to embed with.
+        source: where the lesions are; see `embedding_sources`.
+        output: of the table, ending in `.parquet`.
+        inference: how.
+        share: of this process; by default everything.
+        restart: replace a finished table, and parts of another request.
+        shard_size: lesions in a part; the same in all processes.
+        progress: show it.
+
+    Raises:
+        FeatureTableError: what is there comes from another request, which the message compares; or no lesion could be
+            embedded.
+        fmcib_ssl.data.store.StoreError: as `open_patches`.
+        fmcib_ssl.data.tables.AnnotationsError: as `open_patches`.
+    """
+    output, share = Path(output), share or Share()
+    if output.suffix != ".parquet":
+        raise FeatureTableError(f"{output}: call the table of features NAME.parquet")
+    patches = open_patches(source, encoder.preprocessing)
+    lesions, folder = patches.lesions, parts_folder(output)
+    provenance = _provenance(encoder, source, patches, inference)
+    request = {**_decisive(provenance), "shard_size": shard_size}
+    if output.exists() and not restart:
+        try:
+            existing = FeatureTable.read(output).provenance
+        except FeatureTableError as error:
+            raise FeatureTableError(
+                f"{output} exists, and is no table of features: choose another output=FILE.parquet, or restart=true"
+            ) from error
+        _check_same_request(output, _decisive(existing), _decisive(provenance))
+        return Outcome(output, len(lesions))
+    if not restart and (begun := next(filter(None, map(_read_part, sorted(folder.glob("*.parquet")))), None)):
+        _check_same_request(folder, begun.provenance["request"], request)
+    places = _reading_order(lesions)
+    shards = dict(enumerate(np.split(places, range(shard_size, len(places), shard_size))))
+
+    def finished(number: int) -> _Part | None:
+        """A part, if it is there, whole, and of this request."""
+        table = _read_part(folder / f"{number:06d}.parquet")
+        if table is None or table.provenance["request"] != request:
+            return None
+        part = _Part(table.lesions[ID_COLUMN].tolist(), table.features, table.provenance["failures"])
+        expected = set(lesions[ID_COLUMN].iloc[shards[number]])
+        return part if {*part.ids, *part.failures} == expected else None
+
+    own = [number for number in shards if number % share.total == share.number]
+    to_do = {number: shards[number].tolist() for number in own if finished(number) is None}
+    num_own, num_to_do = (sum(len(shards[number]) for number in numbers) for numbers in (own, to_do))
+    began = time.monotonic()
+    with tqdm(
+        total=num_own,
+        initial=num_own - num_to_do,
+        desc="Embedding" if share.total == 1 else f"Embedding (process {share.number + 1} of {share.total})",
+        unit="lesion",
+        disable=not progress,
+        mininterval=0.5 if sys.stderr.isatty() else 30,  # in a log a line now and then
+    ) as bar:
+        for number, part in _embed(encoder, patches, to_do, inference, bar.update):
+            own_provenance = {"request": request, "failures": part.failures}
+            ids = pd.DataFrame({ID_COLUMN: part.ids}, dtype="str")
+            FeatureTable(ids, part.features, own_provenance).write(folder / f"{number:06d}.parquet")
+    seconds = time.monotonic() - began
+
+    parts = {number: finished(number) for number in shards}
+    if missing := sum(len(shards[number]) for number, part in parts.items() if part is None):
+        # Another process is at them, or has just put all together and removed them.
+        is_whole = output.exists() and not folder.exists()
+        return Outcome(output, len(lesions), num_to_do, 0 if is_whole else missing, None, seconds)
+    done = [part for part in parts.values() if part is not None]
+    rejected = _rejected(patches, {lesion: reason for part in done for lesion, reason in part.failures.items()})
+    rejected_file(output).unlink(missing_ok=True)
+    if len(rejected):
+        rejected.to_csv(rejected_file(output), index=False)
+    try:
+        _joined(done, lesions, provenance).write(output, half=inference.precision != "32")
+    except FeatureTableError as error:
+        raise FeatureTableError(f"{error}; see {rejected_file(output)}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return Outcome(output, len(lesions), num_to_do, 0, len(rejected), seconds)
+
+
+def _read_part(file: Path) -> FeatureTable | None:
+    """A table of features of its own, which names its request; None if it is absent or damaged."""
+    try:
+        return FeatureTable.read(file)
+    except (FileNotFoundError, FeatureTableError):
+        return None
+
+
+def _rejected(patches: SourcePatches, failures: Mapping[str, str]) -> pd.DataFrame:
     """Rows of the table that have no features: `REJECTED_COLUMNS`, and `lesion_id` where it has one."""
-    failed = patches.lesions.iloc[list(failures)].reindex(columns=[ID_COLUMN, "row", "image_path"])
+    failed = patches.lesions.set_index(ID_COLUMN, drop=False).loc[list(failures)]
+    failed = failed.reindex(columns=[ID_COLUMN, "row", "image_path"])
     remedy = "repair the scan or its file in the store, then embed again"
     failed = failed.assign(value="", reason=list(failures.values()), remedy=remedy)
-    both = [frame for frame in (patches.rejected, failed) if len(frame)]
+    tables = [table for table in (patches.rejected, failed) if len(table)]
     columns = [*REJECTED_COLUMNS, ID_COLUMN]
-    return pd.concat(both).reindex(columns=columns) if both else pd.DataFrame(columns=columns)
+    return pd.concat(tables).reindex(columns=columns) if tables else pd.DataFrame(columns=columns)
 
 
-def _frozen(encoder: nn.Module | FrozenEncoder, preprocessing: Preprocessing | None, name: str) -> FrozenEncoder:
-    if isinstance(encoder, FrozenEncoder):
-        return encoder
-    own = preprocessing or getattr(encoder, "preprocessing", None)
-    if not isinstance(own, Preprocessing):
-        raise FeatureTableError("this encoder does not say how its patches are cut: give preprocessing=")
-    spec = getattr(encoder, "spec", None)
-    about = {"name": name, "kind": "encoder", "weights": None, "sha256": None, "encoder": spec, "seed": None}
-    return FrozenEncoder(encoder, own, about)
+def _decisive(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What two requests must have in common; as after a journey through JSON."""
+    values = {key: provenance.get(key) for key in _DECISIVE}
+    values["lesions"] = (provenance.get("source") or {}).get("fingerprint")
+    return dict(json.loads(json.dumps(values)))
+
+
+def _check_same_request(where: Path, existing: Mapping[str, Any], request: Mapping[str, Any]) -> None:
+    differences = [
+        f"  {key}: {json.dumps(existing.get(key))} there, {json.dumps(value)} asked for"
+        for key, value in request.items()
+        if existing.get(key) != value
+    ]
+    if differences:
+        raise FeatureTableError(
+            "\n".join([f"{where} was made by another request:", *differences])
+            + "\nchoose another output=FILE.parquet, or restart=true to replace it"
+        )

@@ -1,12 +1,12 @@
-"""The lesions to embed, wherever they lie: a store, or a table of scans or of files of one cropped lesion each.
+"""What is embedded, by what and how: the lesions of a store, or of a table that gets one, and a frozen encoder.
 
 A source is a dictionary of plain values, so that a table of features can say where its lesions were and they can be
 opened again:
 
 - `{"kind": "store", "path": DIR}`
 - `{"kind": "scans", "annotations": FILE.csv, "image_root": DIR, "path_prefix": None, "coordinates": "lps",
-  "on_bad_row": "skip", "stores": DIR}`; all but the first two may be left out. A store of the table is prepared below
-  `stores` unless it is there.
+  "on_bad_row": "skip", "stores": DIR}`; all but the first two may be left out. A store is prepared for the table, or
+  brought up to date, in the folder `stores`; as embedding does it, so does training.
 - `{"kind": "medmnist", ...}`: see `medmnist_source`.
 
 The first two take `select`, `{column: value or values}`, and may hold `preprocessing`.
@@ -15,26 +15,32 @@ The first two take `select`, `{column: value or values}`, and may hold `preproce
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-import numpy as np
-import numpy.typing as npt
 import pandas as pd
-from jaxtyping import Int16
-from torch import Tensor
+import torch
+from jaxtyping import Float, Int16
+from torch import Tensor, nn
 
 from fmcib_ssl.data.tables import REJECTED_COLUMNS, SelectionError, selected, text_of
 from fmcib_ssl.evaluation.feature_table import FEATURES_COLUMN, ID_COLUMN, FeatureTableError
+from fmcib_ssl.io import checksum_of, digest_of
+from fmcib_ssl.models.export import find_builder, load_encoder
 from fmcib_ssl.types import Preprocessing
 
-#: Where a table's store is prepared if its source does not say.
-STORES = Path("data") / "stores"
-#: Scans are read in the order of this column, so that each is opened once.
+Precision = Literal["32", "bf16", "fp16"]
+#: The patch alone, or the mean over it and its seven mirror images.
+Views = Literal[1, 8]
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+#: Patches are read in the order of this column, those of one scan beside each other.
 SCAN_COLUMN = "scan_id"
+#: Where a table gets its store unless the source says otherwise.
+STORES = Path("data") / "stores"
 
 
 @dataclass(frozen=True)
@@ -42,16 +48,18 @@ class SourcePatches:
     """The patch round each lesion of a source, int16 HU `(1, z, y, x)`: `patches[i]` is of `lesions.iloc[i]`.
 
     Attributes:
-        lesions: one row a lesion; `lesion_id` and `scan_id` are the same from a store and from its scans.
+        lesions: one row a lesion, with `lesion_id` and `scan_id`.
         read: gives a patch by its place.
-        rejected: rows of the table that cannot be used, known before any patch is read: `REJECTED_COLUMNS`.
-        fingerprint: SHA-256 of the table, or of a store's index of lesions and scans, and of how it is read.
+        rejected: rows of the table that cannot be used: `REJECTED_COLUMNS`.
+        fingerprint: of the table, or of a store's index of lesions and scans, and of how it is read.
+        preprocessing: how the patches are cut.
     """
 
     lesions: pd.DataFrame
     read: Callable[[int], Int16[Tensor, "1 z y x"]]
     rejected: pd.DataFrame
     fingerprint: str
+    preprocessing: Preprocessing
 
     def __len__(self) -> int:
         return len(self.lesions)
@@ -62,9 +70,7 @@ class SourcePatches:
         return self.read(index)
 
 
-def open_patches(
-    source: Mapping[str, Any], preprocessing: Preprocessing | None = None
-) -> tuple[pd.DataFrame, SourcePatches, Preprocessing]:
+def open_patches(source: Mapping[str, Any], preprocessing: Preprocessing | None = None) -> SourcePatches:
     """Open the lesions of a source.
 
     Args:
@@ -72,107 +78,182 @@ def open_patches(
         preprocessing: the patch to cut, as the weights say. By default what `source` holds under `preprocessing`, else
             50 voxels of 1 mm, or of the store's spacing.
 
-    Returns:
-        The lesions, their patches, and how these are cut.
-
     Raises:
         FeatureTableError: a source that is none, a selection that leaves nothing, or a store whose voxels are not
             those of `preprocessing`.
-        fmcib_ssl.data.store.StoreError: no store that can be read.
+        fmcib_ssl.data.store.StoreError: no store that can be read or made.
         fmcib_ssl.data.tables.AnnotationsError: no table that can be read, or no row that can be used.
     """
     if preprocessing is None and source.get("preprocessing"):
         preprocessing = Preprocessing.from_dict(source["preprocessing"])
-    kinds = {"store": _open_store, "scans": _open_scans, "medmnist": _open_medmnist}
-    if source.get("kind") not in kinds:
-        raise FeatureTableError(f"a source is of kind 'store', 'scans' or 'medmnist', not {source.get('kind')!r}")
-    patches, preprocessing = kinds[source["kind"]](source, preprocessing)
-    return patches.lesions, patches, preprocessing
+    if source.get("kind") == "medmnist":
+        from fmcib_ssl.evaluation.medmnist_source import open_medmnist  # noqa: PLC0415  # which needs this module
 
-
-def _open_store(source: Mapping[str, Any], preprocessing: Preprocessing | None) -> tuple[SourcePatches, Preprocessing]:
+        return open_medmnist(source, preprocessing)
     from fmcib_ssl.data.patches import LesionPatches  # noqa: PLC0415  # a table of features is read without Blosc2
-    from fmcib_ssl.data.store import LESIONS_INDEX, SCANS_INDEX, Store  # noqa: PLC0415
+    from fmcib_ssl.data.store import LESIONS_INDEX, SCANS_INDEX, Store, StoreSettings  # noqa: PLC0415
 
-    store = Store(source["path"])
-    there = store.settings
-    wanted = preprocessing or Preprocessing(spacing_mm=there.spacing_mm, padding_hu=there.padding_hu)
-    if (wanted.spacing_mm, wanted.padding_hu) != (there.spacing_mm, there.padding_hu):
+    rejected, how = pd.DataFrame(columns=[*REJECTED_COLUMNS]), {}
+    if source.get("kind") == "store":
+        store = Store(source["path"])
+        contents = [store.path / LESIONS_INDEX, store.path / SCANS_INDEX]
+    elif source.get("kind") == "scans":
+        from fmcib_ssl.data.prepare import store_for_table  # noqa: PLC0415  # needs SimpleITK
+
+        how = {key: source[key] for key in ("path_prefix", "coordinates") if source.get(key) is not None}
+        options = {**how, "on_bad_row": source.get("on_bad_row", "skip")}
+        if source.get("image_root") is not None:
+            options["image_root"] = Path(source["image_root"])
+        table, wanted = Path(source["annotations"]), preprocessing or Preprocessing()
+        settings = StoreSettings(spacing_mm=wanted.spacing_mm, padding_hu=wanted.padding_hu)
+        summary = store_for_table(table, Path(source.get("stores") or STORES), settings, **options)
+        # The fingerprint is of what was asked for, not of what can be read of it: a scan may come back before a resume.
+        store, rejected, contents = Store(summary.store), summary.rejected, [table]
+    else:
+        raise FeatureTableError(f"a source is of kind 'store', 'scans' or 'medmnist', not {source.get('kind')!r}")
+    held = store.settings
+    wanted = preprocessing or Preprocessing(spacing_mm=held.spacing_mm, padding_hu=held.padding_hu)
+    if (wanted.spacing_mm, wanted.padding_hu) != (held.spacing_mm, held.padding_hu):
         raise FeatureTableError(
-            f"{store.path} has voxels of {there.spacing_mm:g} mm and {there.padding_hu} HU outside the scans; the "
+            f"{store.path} has voxels of {held.spacing_mm:g} mm and {held.padding_hu} HU outside the scans; the "
             f"encoder was trained on {wanted.spacing_mm:g} mm and {wanted.padding_hu} HU: prepare a store with "
-            f"spacing_mm={wanted.spacing_mm:g}, or give its table in place of it (annotations=TABLE.csv)"
+            f"spacing_mm={wanted.spacing_mm:g}, or give the table (annotations=TABLE.csv)"
         )
-    keep = _selected(source, store.lesions, store.path)
-    patches = LesionPatches(  # no negative is asked for
-        store, wanted.patch_size_zyx, per_lesion=0, select=keep, padding_hu=wanted.padding_hu, padding=wanted.padding
-    )
-    lesions = _ready(patches.lesions)
-    indices = [(store.path / name).read_bytes() for name in (LESIONS_INDEX, SCANS_INDEX)]
-    none = pd.DataFrame(columns=[*REJECTED_COLUMNS])
-    return SourcePatches(lesions, patches.positive, none, _fingerprint(indices, source)), wanted
-
-
-def _open_scans(source: Mapping[str, Any], preprocessing: Preprocessing | None) -> tuple[SourcePatches, Preprocessing]:
-    from fmcib_ssl.data.prepare import store_for_table  # noqa: PLC0415  # needs SimpleITK
-    from fmcib_ssl.data.store import StoreSettings  # noqa: PLC0415
-
-    wanted, file, root = preprocessing or Preprocessing(), Path(source["annotations"]), source.get("image_root")
-    summary = store_for_table(
-        file,
-        Path(source.get("stores") or STORES),
-        StoreSettings(wanted.spacing_mm, padding_hu=wanted.padding_hu),
-        image_root=None if root is None else Path(root),
-        path_prefix=source.get("path_prefix"),
-        coordinates=source.get("coordinates", "lps"),
-        on_bad_row=source.get("on_bad_row", "skip"),
-    )
-    patches, wanted = _open_store({"path": summary.store, "select": source.get("select")}, wanted)
-    fingerprint = _fingerprint([file.read_bytes()], source)
-    return replace(patches, rejected=summary.rejected, fingerprint=fingerprint), wanted
-
-
-def _open_medmnist(
-    source: Mapping[str, Any], preprocessing: Preprocessing | None
-) -> tuple[SourcePatches, Preprocessing]:
-    from fmcib_ssl.evaluation.medmnist_source import open_medmnist  # noqa: PLC0415  # which needs this module
-
-    return open_medmnist(source, preprocessing)
-
-
-def _selected(source: Mapping[str, Any], rows: pd.DataFrame, where: Path) -> npt.NDArray[np.bool_]:
     try:
-        keep = selected(rows, source.get("select"), key="select", where=where)
+        keep = selected(store.lesions, source.get("select"), key="select", where=store.path)
     except SelectionError as error:
         raise FeatureTableError(str(error)) from error
     if not keep.any():
-        raise FeatureTableError(f"no row of {where} has select={source.get('select')}")
-    return keep
-
-
-def _ready(lesions: pd.DataFrame) -> pd.DataFrame:
-    """The lesions as a table of features takes them: ids are text, Parquet can hold every column."""
+        raise FeatureTableError(f"no row of {store.path} has select={source.get('select')}")
+    patches = LesionPatches(  # no negative is asked for
+        store, wanted.patch_size_zyx, per_lesion=0, select=keep, padding_hu=wanted.padding_hu, padding=wanted.padding
+    )
+    lesions = patches.lesions.rename(columns={FEATURES_COLUMN: f"table_{FEATURES_COLUMN}"})
     lesions = lesions.assign(**{ID_COLUMN: text_of(lesions[ID_COLUMN])})
-    lesions = _kept_beside(lesions, {FEATURES_COLUMN})
-    mixed = [
-        str(name)
-        for name in lesions
-        if lesions[name].dtype == object
-        and pd.api.types.infer_dtype(lesions[name], skipna=True).startswith("mixed")
-        and lesions[name].dropna().map(type).isin((str, int, float, bool)).all()
-    ]  # of a long CSV file, whose beginning looks like numbers
-    return lesions.assign(**{name: lesions[name].map(str, na_action="ignore") for name in mixed})
+    fingerprint = digest_of(checksum_of(contents), source.get("select"), how)
+    return SourcePatches(lesions, patches.positive, rejected, fingerprint, wanted)
 
 
-def _kept_beside(rows: pd.DataFrame, taken: set[str]) -> pd.DataFrame:
-    """Columns whose names are taken by ours keep their values as `table_...`, as in a store."""
-    return rows.rename(columns={name: f"table_{name}" for name in rows if name in taken})
+@dataclass(frozen=True)
+class FrozenEncoder:
+    """An encoder, the patches that it takes, and what a table of features says of it.
+
+    Attributes:
+        module: `(batch, 1, z, y, x)` to `(batch, features)`.
+        preprocessing: of its patches.
+        about: `name`, `kind`, `weights`, `sha256`, `encoder` and `seed` of a `FeatureTable`'s provenance.
+    """
+
+    module: nn.Module
+    preprocessing: Preprocessing
+    about: dict[str, Any]
 
 
-def _fingerprint(contents: list[bytes], source: Mapping[str, Any]) -> str:
-    """Of what was asked for, not of what can be read of it: a scan may come back before the work is gone on with."""
-    how = [source.get(key) for key in ("select", "coordinates", "path_prefix")]
-    digest = hashlib.sha256(json.dumps(how, default=str).encode())
-    for content in contents:
-        digest.update(hashlib.sha256(content).digest())
-    return digest.hexdigest()
+def _about(name: str, kind: str, **known: Any) -> dict[str, Any]:
+    return {"name": name, "kind": kind, **dict.fromkeys(("weights", "sha256", "encoder", "seed")), **known}
+
+
+def trained_encoder(path: Path | str, *, trusted_targets: Collection[str] = ()) -> FrozenEncoder:
+    """An encoder from an exported file or a training checkpoint; arguments and errors as of `load_encoder`."""
+    path = Path(path)
+    module = load_encoder(path, trusted_targets=trusted_targets)
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    about = _about(path.stem, "encoder", weights=str(path.absolute()), sha256=sha256, encoder=module.spec)
+    preprocessing = module.preprocessing
+    assert isinstance(preprocessing, Preprocessing)
+    return FrozenEncoder(module, preprocessing, about)
+
+
+def random_encoder(
+    spec: Mapping[str, Any], preprocessing: Preprocessing, seed: int = 0, *, trusted_targets: Collection[str] = ()
+) -> FrozenEncoder:
+    """An encoder with the weights that it is built with; a function of `spec` and `seed`.
+
+    Args:
+        spec: `_target_` and arguments.
+        preprocessing: of its patches.
+        seed: of the weights.
+        trusted_targets: dotted names, besides this package's own encoders, that may be imported and called.
+
+    Raises:
+        FeatureTableError: a target that is not trusted, or that cannot be built so.
+    """
+    arguments = dict(spec)
+    target = str(arguments.pop("_target_", None))
+    try:
+        build = find_builder(target, trusted_targets, "random weights")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = build(**arguments)
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise FeatureTableError(f"{target} with {arguments} cannot be built: {error}") from error
+    about = _about("random weights", "random_weights", encoder=dict(spec), seed=seed)
+    return FrozenEncoder(module.eval(), preprocessing, about)
+
+
+def raw_voxels(preprocessing: Preprocessing) -> FrozenEncoder:
+    """The baseline that knows nothing: normalised voxels, z slowest, as features."""
+    return FrozenEncoder(nn.Flatten(), preprocessing, _about("raw voxels", "raw_voxels"))
+
+
+@dataclass(frozen=True)
+class Inference:
+    """How patches go through an encoder.
+
+    Attributes:
+        batch_size: patches in one forward.
+        precision: "32" is float32 throughout (no TF32); "bf16" and "fp16" are torch's autocast.
+        views: 1, or 8 for the mean of the features of a patch and of its mirror images.
+        device: where; by default a GPU if there is one.
+        num_workers: processes that read patches; 0 reads in this one.
+
+    Raises:
+        FeatureTableError: a value that cannot be, or half precision that the device does not have.
+    """
+
+    batch_size: int = 32
+    precision: Precision = "32"
+    views: Views = 1
+    device: str | torch.device | None = None
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.num_workers < 0:
+            raise FeatureTableError(f"batch_size={self.batch_size}, num_workers={self.num_workers}: too few")
+        for name, allowed in (("precision", get_args(Precision)), ("views", get_args(Views))):
+            if getattr(self, name) not in allowed:
+                raise FeatureTableError(f"{name}={getattr(self, name)} is not one of {', '.join(map(str, allowed))}")
+        if self.precision == "fp16" and self.torch_device.type == "cpu":
+            raise FeatureTableError("precision=fp16 is for GPUs; on the CPU take precision=bf16 or 32")
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device that `device` means."""
+        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def encode(
+    encoder: nn.Module,
+    patches_hu: Int16[Tensor, "batch 1 z y x"],
+    preprocessing: Preprocessing,
+    *,
+    precision: Precision = "32",
+    views: Views = 1,
+) -> Float[Tensor, "batch dim"]:
+    """Features of patches, float32, on the device where they and the encoder are.
+
+    With one view in float32 it is `encoder(preprocessing.normalize(patches_hu))`. The encoder's mode is the caller's.
+    """
+    normalized = preprocessing.normalize(patches_hu)
+    flips = [dims for n in range(4) for dims in itertools.combinations((2, 3, 4), n)] if views == 8 else [()]
+    with torch.inference_mode(), _arithmetic(normalized.device, precision):
+        return torch.stack([encoder(normalized.flip(dims)).float() for dims in flips]).mean(0)
+
+
+def _arithmetic(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    if precision != "32":
+        return torch.autocast(device.type, _AUTOCAST[precision])
+    if device.type == "cuda":  # convolutions would else round to the ten bits of TF32
+        return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    return nullcontext()

@@ -8,7 +8,7 @@ a patch, and columns that say how large a crop was; what they predict by themsel
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,8 +19,6 @@ from fmcib_ssl.evaluation.metrics import METRICS
 from fmcib_ssl.evaluation.probes import LINEAR_PROBE, PROBES, Inputs, Protocol, estimate, score
 from fmcib_ssl.types import Array, Preprocessing
 
-#: Checks that refuse, by the name that `allow_leakage` takes.
-REFUSING = ("patients", "duplicates", "padding")
 #: Root mean squared distance, in standard deviations of each feature, below which two rows are one image.
 _SAME_IMAGE = 0.02
 #: Features of fewer columns may agree by chance.
@@ -56,11 +54,6 @@ class Finding:
     low: float | None = None
     high: float | None = None
     metric: str | None = None
-
-
-def refused(findings: Sequence[Finding], allowed: Collection[str]) -> list[Finding]:
-    """Those that end the run."""
-    return [finding for finding in findings if finding.found and finding.refuses and finding.check not in allowed]
 
 
 def check_patients(splits: Sequence[Split], patients: Array) -> Finding:

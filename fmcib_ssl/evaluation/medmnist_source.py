@@ -143,9 +143,7 @@ def download_medmnist(source: Mapping[str, Any]) -> Path:
     return file
 
 
-def open_medmnist(
-    source: Mapping[str, Any], preprocessing: Preprocessing | None = None
-) -> tuple[SourcePatches, Preprocessing]:
+def open_medmnist(source: Mapping[str, Any], preprocessing: Preprocessing | None = None) -> SourcePatches:
     """Open a data set; `embedding_sources.open_patches` calls it.
 
     The table has `lesion_id` (dataset, size, split, number), `split`, `label` and `label_name`. MedMNIST does not say
@@ -175,7 +173,7 @@ def open_medmnist(
         digest = hashlib.file_digest(opened, "sha256")
     digest.update(json.dumps([name, size, source["window_hu"], source["fit"]]).encode())
     none = pd.DataFrame(columns=[*REJECTED_COLUMNS])
-    return SourcePatches(lesions, read, none, digest.hexdigest()), wanted
+    return SourcePatches(lesions, read, none, digest.hexdigest(), wanted)
 
 
 def to_hu(grey: UInt8[Tensor, "*shape"], window_hu: tuple[float, float]) -> Tensor:

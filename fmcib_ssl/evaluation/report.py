@@ -3,78 +3,42 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fmcib_ssl.io import write_atomically
+import fmcib_ssl
+from fmcib_ssl.evaluation.charts import Palette
+from fmcib_ssl.evaluation.feature_table import FeatureTable
+from fmcib_ssl.evaluation.report_features import FeatureOptions, feature_sections
+from fmcib_ssl.evaluation.report_sections import (
+    RESULTS_FILE,
+    Section,
+    Table,
+    answer,
+    contact_section,
+    is_own_file,
+    learning_section,
+    provenance_section,
+    read_config,
+    read_results,
+    result_sections,
+    training_section,
+)
+from fmcib_ssl.io import Identifiers, identifier, write_atomically
 
-Table = Sequence[Mapping[str, object]]
+logger = logging.getLogger(__name__)
+
 #: Curves of long runs are smaller as a PNG.
 _MAX_SVG_BYTES = 400_000
 #: Characters from which on a table becomes a list of its rows on a narrow screen.
 _LONG_CELL = 40
-
-
-@dataclass(frozen=True)
-class ReportFigure:
-    """A picture on the page.
-
-    Attributes:
-        path: of a PNG; its bytes go into the page, or those of an SVG beside it that is not large.
-        caption: what it shows; also read out where the picture cannot be seen.
-        wide: on a narrow screen it is scrolled, not shrunk until nothing can be read.
-    """
-
-    path: Path
-    caption: str
-    wide: bool = False
-
-
-@dataclass(frozen=True)
-class PointMap:
-    """Lesions as points that show their patch when they are pointed at.
-
-    Attributes:
-        layouts: places of the points, `[[x, y], ...]`, under the layout's name.
-        columns: under each column's name: `values` and `colors` of the points, and `legend`, names with colours.
-        tiles: a JPEG with the patches side by side, `num_across` in a row; empty where they cannot be read.
-        tile_of: place of each point's patch among the tiles, -1 for none.
-        num_across: tiles in a row.
-        tile_edge: of a tile, pixels.
-    """
-
-    layouts: Mapping[str, Sequence[Sequence[float]]]
-    columns: Mapping[str, Mapping[str, object]]
-    tiles: bytes
-    tile_of: Sequence[int]
-    num_across: int
-    tile_edge: int
-
-    def plain(self) -> dict[str, object]:
-        """For the page's script."""
-        return asdict(self) | {"tiles": base64.b64encode(self.tiles).decode()}
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the page; what is empty is left out.
-
-    Attributes:
-        title: its heading.
-        text: paragraphs, parted by blank lines; plain text.
-        table: rows, all with the same columns.
-        figures: below the table.
-        points: a map, above the figures.
-    """
-
-    title: str
-    text: str = ""
-    table: Table = ()
-    figures: Sequence[ReportFigure] = ()
-    points: PointMap | None = None
 
 
 def write_report(path: Path | str, title: str, sections: Sequence[Section], subtitle: str = "") -> Path:
@@ -87,7 +51,7 @@ def write_report(path: Path | str, title: str, sections: Sequence[Section], subt
         subtitle: under the title, such as the run's name and date.
 
     Raises:
-        FileNotFoundError: a figure is not there.
+        FileNotFoundError: a figure is missing.
         ValueError: the rows of a table have different columns, or a figure is a link or no PNG.
     """
     environment = Environment(
@@ -98,34 +62,27 @@ def write_report(path: Path | str, title: str, sections: Sequence[Section], subt
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {}  # in the order given: the label's colours first
-    parts = [
-        {
-            "title": section.title,
-            "paragraphs": [part.strip() for part in section.text.split("\n\n") if part.strip()],
-            "columns": _columns(section.table),
-            "long": any(len(_cell(value)) >= _LONG_CELL for row in section.table for value in row.values()),
-            "points": section.points and section.points.plain(),
-            "rows": [[_cell(value) for value in row.values()] for row in section.table],
-            "figures": [
-                {
-                    "caption": figure.caption,
-                    "wide": figure.wide,
-                    "image": _data_address(figure.path),
-                }
-                for figure in section.figures
-            ],
-        }
-        for section in sections
-    ]
+    parts = [_part(section) for section in sections]
     page = environment.get_template("report.html").render(title=title, subtitle=subtitle, sections=parts)
-    path = Path(path)
-    write_atomically(path, page)
-    return path
+    write_atomically(Path(path), page)
+    return Path(path)
 
 
-def is_own_file(path: Path) -> bool:
-    """Whether a file is there and no link: a folder that came from elsewhere may link to any file of this machine."""
-    return path.is_file() and not path.is_symlink()
+def _part(section: Section) -> dict[str, Any]:
+    """What the template takes."""
+    rows = [[_cell(value) for value in row.values()] for row in section.table]
+    return {
+        "title": section.title,
+        "paragraphs": [part.strip() for part in section.text.split("\n\n") if part.strip()],
+        "columns": _columns(section.table),
+        "rows": rows,
+        "long": any(len(cell) >= _LONG_CELL for row in rows for cell in row),
+        "points": section.points,
+        "figures": [
+            {"caption": figure.caption, "wide": figure.wide, "image": _data_address(figure.path)}
+            for figure in section.figures
+        ],
+    }
 
 
 def _data_address(png: Path) -> str:
@@ -167,3 +124,88 @@ def _columns(rows: Table) -> list[str]:
 
 def _cell(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def rejected_section(title: str, rejected: pd.DataFrame, identifiers: Identifiers) -> Section:
+    """The first rows of a table that cannot be used; where scans are not named, without what was said of each.
+
+    Args:
+        title: of the section.
+        rejected: row, image_path, value, reason, remedy.
+        identifiers: whether paths are shown; values, reasons and remedies may name files, too.
+    """
+    text, shown = f"{len(rejected)} rows; all are in rejected.csv, the first 100 here.", rejected.head(100)
+    if identifiers == "hash":
+        text = f"{len(rejected)} rows; the reasons, which name files, are in rejected.csv. The first 100:"
+        shown = shown[["row"]].assign(image_path=[identifier(path, identifiers) for path in shown["image_path"]])
+    return Section(title, text, table=shown.to_dict("records"))  # type: ignore[arg-type]
+
+
+def report_all(
+    out: Path | str,
+    *,
+    run: Path | str | None = None,
+    features: Sequence[Path | str | FeatureTable] = (),
+    results: Sequence[Path | str] = (),
+    title: str | None = None,
+    introduction: str = "",
+    options: FeatureOptions | None = None,
+) -> Path:
+    """Write one self-contained page, and its pictures as PNGs into a folder beside it.
+
+    Args:
+        out: of the page, `NAME.html`; pictures go to `NAME_pictures/`.
+        run: folder of a training run, pretraining or fine-tuning.
+        features: tables that `scripts/embed.py` wrote, or as they are in memory.
+        results: folders that `scripts/evaluate.py` or a fine-tuning wrote; that of `run` need not be named.
+        title: of the page; by default the run's name.
+        introduction: first words on the page; paragraphs parted by blank lines.
+        options: what is shown of the features.
+
+    Raises:
+        ValueError: nothing to report on, or a table that cannot be drawn.
+        FileNotFoundError: no such run, table or results.
+    """
+    out = Path(out)
+    pictures = out.with_name(f"{out.stem}_pictures")
+    folder = None if run is None else Path(run)
+    if folder is not None and not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: there is no such run folder")
+    options, palette = options or FeatureOptions(), Palette()
+    folders = [Path(place) for place in results]
+    if folder is not None and is_own_file(folder / RESULTS_FILE) and folder not in folders:
+        folders.insert(0, folder)
+    evaluations = [read_results(place) for place in folders]
+    sections: list[Section | None] = [Section("About", introduction)] if introduction else []
+    learned = None if folder is None else learning_section(folder)
+    if answers := "\n\n".join(filter(None, map(answer, evaluations))):
+        learned = learned or Section("Did it learn?")
+        learned = replace(learned, text=f"{answers}\n\n{learned.text}")
+    sections.append(learned)
+    for place, evaluation in zip(folders, evaluations, strict=True):
+        logger.info("results of %s", place)
+        sections += result_sections(evaluation, place, pictures / place.name, palette, options.identifiers)
+    labels = [found.get("provenance", {}).get("arguments", {}).get("label") for found in evaluations]
+    for given in features:
+        table = given if isinstance(given, FeatureTable) else FeatureTable.read(given)
+        logger.info("features %s: maps, neighbours, saliency", table.provenance.get("name"))
+        evaluated = next((label for label in labels if label in table.lesions), None)
+        own = replace(options, label=options.label or evaluated)
+        # Two tables may have one name.
+        sections += feature_sections(table, own, pictures / f"features_{len(sections)}")
+    if folder is not None:
+        sections += [
+            training_section(folder, pictures),
+            contact_section(folder, options.identifiers),
+            provenance_section(folder, options.identifiers),
+        ]
+    shown = [section for section in sections if section is not None]
+    if not shown:
+        raise ValueError(
+            "nothing to report on: give run=FOLDER with metrics.csv, features=TABLE.parquet or results=FOLDER"
+        )
+    config = {} if folder is None else read_config(folder)
+    name = title or (f"Report of {config.get('name') or folder.name}" if folder is not None else "Report")
+    whose = "" if folder is None else f"{folder.name if options.identifiers == 'hash' else folder}, "
+    subtitle = f"{whose}fmcib_ssl {fmcib_ssl.__version__}, {datetime.now():%Y-%m-%d %H:%M}"
+    return write_report(out, name, shown, subtitle)

@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fmcib_ssl.data.importers import IMPORTERS
-from fmcib_ssl.data.tables import AnnotationsError, read_table, text_of
+from fmcib_ssl.data.tables import AnnotationsError, text_of
+from fmcib_ssl.evaluation.feature_table import ID_COLUMN
 from fmcib_ssl.evaluation.labels import EvaluationError
 from fmcib_ssl.evaluation.metrics import Kind
 
 #: Points nearer than this are one lesion.
-SAME_POINT_MM = 0.05
+_SAME_POINT_MM = 0.05
+_POINT = ["coordX", "coordY", "coordZ"]
 _ENDINGS = (".nii.gz", ".nii", ".mhd", ".mha", ".nrrd")
 
 
@@ -91,30 +92,28 @@ def join_task(task: PublishedTask, lesions: pd.DataFrame, folder: Path) -> tuple
         The rows, and what a reader should know about them.
 
     Raises:
-        EvaluationError: a table that is not there, columns that are missing, nothing in common, or two lesions that
-            fit one row.
+        EvaluationError: a missing table or column, nothing in common, or two lesions that fit one row.
     """
-    rows = pd.concat([_imported(task, folder / path).assign(split=side) for side, path in task.tables.items()])
-    rows = rows.reset_index(drop=True)
-    matched = _by_point(rows, lesions) if task.join == "point" else _by_patient(rows, lesions)
-    if (matched < 0).all():
+    tables = [_imported(task, folder / path).assign(split=side) for side, path in task.tables.items()]
+    rows = pd.concat(tables, ignore_index=True)
+    pairs = _pairs(task, rows, lesions)
+    if not len(pairs):
         raise EvaluationError(
             f"none of the {len(rows)} lesions of {task.title} is among the {len(lesions)} of the features: they are "
             f"joined by {'file name and point' if task.join == 'point' else 'PatientID'}, as "
             f"`scripts/import_annotations.py source={task.importer}` writes them"
         )
-    there = rows[matched >= 0]
-    chosen = lesions.iloc[matched[matched >= 0]].reset_index(drop=True)
-    if chosen["lesion_id"].duplicated().any():
-        twice = chosen["lesion_id"][chosen["lesion_id"].duplicated()].iloc[0]
-        raise EvaluationError(f"lesion {twice} of the features fits two rows of {task.title}")
-    columns = there.reset_index(drop=True)
+    for side, other in (("row", "place"), ("place", "row")):
+        if (doubled := pairs[pairs[side].duplicated(keep=False)]).size:
+            names = ", ".join(lesions[ID_COLUMN].iloc[doubled["place"].unique()[:2]])
+            raise EvaluationError(f"{names} of the features and {task.title}: more than one {other} fits")
+    columns = rows.iloc[pairs["row"]].reset_index(drop=True)
+    chosen = lesions.iloc[pairs["place"]].reset_index(drop=True)
     joined = chosen.drop(columns=[name for name in columns if name in chosen]).join(columns)
     notes = [task.note] if task.note else []
-    if len(there) < len(rows):
-        by_side = rows["split"][matched < 0].value_counts().to_dict()
-        lacking = ", ".join(f"{count} of {side}" for side, count in by_side.items())
-        notes.append(f"{len(rows) - len(there)} of {len(rows)} published lesions have no features: {lacking}")
+    if len(absent := rows[~rows.index.isin(pairs["row"])]):
+        sides = ", ".join(f"{count} of {side}" for side, count in absent["split"].value_counts().items())
+        notes.append(f"{len(absent)} of {len(rows)} published lesions have no features: {sides}")
     return joined, notes
 
 
@@ -122,40 +121,26 @@ def _imported(task: PublishedTask, path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise EvaluationError(f"{path}: there is no such table; tables= is the folder with {path.name}'s folder in it")
     try:
-        return IMPORTERS[task.importer](path) if task.importer in IMPORTERS else read_table(path)
+        return IMPORTERS[task.importer](path)
     except AnnotationsError as error:
         raise EvaluationError(str(error)) from error
 
 
-def _by_patient(rows: pd.DataFrame, lesions: pd.DataFrame) -> npt.NDArray[np.int64]:
-    if "PatientID" not in lesions:
-        raise EvaluationError(f"the features have no column 'PatientID'; they have {', '.join(map(str, lesions))}")
-    patients = text_of(lesions["PatientID"])
-    if patients.duplicated().any():
-        raise EvaluationError(
-            f"patient {patients[patients.duplicated()].iloc[0]} has two lesions; the task is one each"
-        )
-    places: npt.NDArray[np.int64] = pd.Index(patients).get_indexer(pd.Index(text_of(rows["PatientID"])))
-    return places
-
-
-def _by_point(rows: pd.DataFrame, lesions: pd.DataFrame) -> npt.NDArray[np.int64]:
-    wanted = ("image_path", "coordX", "coordY", "coordZ")
-    if absent := [name for name in wanted if name not in lesions]:
+def _pairs(task: PublishedTask, rows: pd.DataFrame, lesions: pd.DataFrame) -> pd.DataFrame:
+    """Which `row` of the task fits which `place` of the lesions, in the order of the rows."""
+    by_point = task.join == "point"
+    column = "image_path" if by_point else "PatientID"
+    if absent := [name for name in (column, *(_POINT if by_point else ())) if name not in lesions]:
         raise EvaluationError(
             f"the features have no column {', '.join(map(repr, absent))}; there is {', '.join(map(str, lesions))}"
         )
-    points = lesions[list(wanted[1:])].to_numpy(np.float64)
-    of_scan = lesions.groupby(lesions["image_path"].map(_stem)).indices
-    matched = np.full(len(rows), -1)
-    for number, (path, *point) in enumerate(rows[list(wanted)].itertuples(index=False)):
-        places = of_scan.get(_stem(path), np.zeros(0, dtype=int))
-        near = places[(np.abs(points[places] - np.array(point, dtype=np.float64)) < SAME_POINT_MM).all(axis=1)]
-        if len(near) > 1:
-            raise EvaluationError(f"{len(near)} lesions of the features lie at the point {point} of {path}")
-        if len(near):
-            matched[number] = near[0]
-    return matched
+    keys = [table[column].map(_stem) if by_point else text_of(table[column]) for table in (rows, lesions)]
+    ours = pd.DataFrame({"key": keys[1], "place": np.arange(len(lesions))})
+    pairs = pd.DataFrame({"key": keys[0], "row": np.arange(len(rows))}).merge(ours, on="key")
+    if by_point:
+        points, published = lesions[_POINT].to_numpy(float)[pairs["place"]], rows[_POINT].to_numpy(float)[pairs["row"]]
+        pairs = pairs[(np.abs(points - published) < _SAME_POINT_MM).all(axis=1)]
+    return pairs.sort_values("row", kind="stable")
 
 
 def _stem(path: object) -> str:

@@ -133,8 +133,8 @@ def _open(settings: Settings, trained_on: Preprocessing | None) -> tuple[SourceP
     store = store_of(settings, spacing_mm=trained_on.spacing_mm if trained_on else None)
     voxels = Store(store).settings
     wanted = trained_on or Preprocessing(data.patch_size, voxels.spacing_mm, voxels.padding_hu, padding=data.padding)
-    _, patches, preprocessing = open_patches({"kind": "store", "path": store, "select": data.select}, wanted)
-    return patches, preprocessing
+    patches = open_patches({"kind": "store", "path": store, "select": data.select}, wanted)
+    return patches, patches.preprocessing
 
 
 def _with_validation(part: Split, labels: Labels, patients: Array, share: float, seed: int) -> Split:

@@ -12,7 +12,7 @@ import torch
 
 from fmcib_ssl.data.annotations import read_annotations
 from fmcib_ssl.data.prepare import prepare
-from fmcib_ssl.evaluation.embedding_encoders import FrozenEncoder, trained_encoder
+from fmcib_ssl.evaluation.embedding_sources import FrozenEncoder, trained_encoder
 from fmcib_ssl.models import export_encoder, small_resnet
 from fmcib_ssl.types import Preprocessing
 

@@ -19,8 +19,7 @@ from embedded_archive import make_encoder
 from scipy.ndimage import zoom
 
 from fmcib_ssl.evaluation.embedding import baseline_tables, embed_source
-from fmcib_ssl.evaluation.embedding_encoders import FrozenEncoder, raw_voxels
-from fmcib_ssl.evaluation.embedding_sources import open_patches
+from fmcib_ssl.evaluation.embedding_sources import FrozenEncoder, Inference, open_patches, raw_voxels
 from fmcib_ssl.evaluation.feature_table import FeatureTable, FeatureTableError
 from fmcib_ssl.evaluation.medmnist_source import DATASETS, SPLITS, download_medmnist, medmnist_source
 from fmcib_ssl.types import Preprocessing
@@ -58,7 +57,8 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> FrozenEncoder:
 
 
 def test_rows_are_those_of_the_file_in_its_splits(root: Path) -> None:
-    lesions, patches, preprocessing = open_patches(medmnist_source("nodulemnist3d", 28, root))
+    patches = open_patches(medmnist_source("nodulemnist3d", 28, root))
+    lesions, preprocessing = patches.lesions, patches.preprocessing
     assert preprocessing.patch_size_zyx == (28, 28, 28)
     with np.load(root / "nodulemnist3d.npz") as file:
         for split in SPLITS:
@@ -93,7 +93,8 @@ def test_the_package_reads_the_same_from_the_same_file(tmp_path: Path, size: int
         tmp_path, "organmnist3d", size, train_images=few + 7, train_labels=labels, test_images=few, test_labels=labels,
         val_images=np.random.default_rng(0).integers(0, 256, few.shape).astype(np.uint8), val_labels=labels + 9,
     )  # fmt: skip
-    lesions, patches, _ = open_patches(medmnist_source("organmnist3d", size, tmp_path, window_hu=(0, 255)))
+    patches = open_patches(medmnist_source("organmnist3d", size, tmp_path, window_hu=(0, 255)))
+    lesions = patches.lesions
     for place, split in enumerate(SPLITS):
         theirs = package.OrganMNIST3D(split=split, root=str(tmp_path), size=size)
         np.testing.assert_array_equal(patches[place][0].numpy(), np.round(theirs[0:1][0][0, 0] * 255))
@@ -103,8 +104,8 @@ def test_the_package_reads_the_same_from_the_same_file(tmp_path: Path, size: int
 
 def test_resizing_is_trilinear_between_the_centres_of_voxels(root: Path) -> None:
     patch_zyx = (40, 33, 50)
-    _, grown, _ = open_patches(medmnist_source("nodulemnist3d", 28, root), Preprocessing(patch_zyx))
-    _, plain, _ = open_patches(medmnist_source("nodulemnist3d", 28, root))
+    grown = open_patches(medmnist_source("nodulemnist3d", 28, root), Preprocessing(patch_zyx))
+    plain = open_patches(medmnist_source("nodulemnist3d", 28, root))
     volume = plain[3][0].numpy().astype(np.float64)
     scale = [n / 28 for n in patch_zyx]
     expected = zoom(volume, scale, order=1, mode="nearest", grid_mode=True)
@@ -117,7 +118,7 @@ def test_shrinking_does_not_alias(tmp_path: Path) -> None:
     one = np.zeros((1, 1), np.uint8)
     write_npz(tmp_path, size=64, **{f"{s}_images": stripes for s in SPLITS}, **{f"{s}_labels": one for s in SPLITS})
     source = medmnist_source("nodulemnist3d", 64, tmp_path, window_hu=(0, 255))
-    _, patches, _ = open_patches(source, Preprocessing((24, 24, 24)))
+    patches = open_patches(source, Preprocessing((24, 24, 24)))
     inner = patches[0][0, 2:-2, 2:-2, 2:-2].float()
     assert inner.mean() == pytest.approx(100, abs=2)
     assert inner.std() < 20  # the stripes themselves: 100
@@ -125,25 +126,27 @@ def test_shrinking_does_not_alias(tmp_path: Path) -> None:
 
 def test_padding_keeps_voxels_and_repeats_the_edge(root: Path) -> None:
     source = medmnist_source("nodulemnist3d", 28, root, fit="pad")
-    _, patches, _ = open_patches(source, Preprocessing((32, 28, 20)))
-    volume = open_patches(medmnist_source("nodulemnist3d", 28, root))[1][5][0].numpy()
+    patches = open_patches(source, Preprocessing((32, 28, 20)))
+    volume = open_patches(medmnist_source("nodulemnist3d", 28, root))[5][0].numpy()
     expected = np.pad(volume, [(2, 2), (0, 0), (0, 0)], mode="edge")[:, :, 4:24]
     np.testing.assert_array_equal(patches[5][0].numpy(), expected)
 
 
 def test_baselines_are_made_of_the_same_volumes(root: Path, encoder: FrozenEncoder) -> None:
-    table = embed_source(encoder, medmnist_source("nodulemnist3d", 28, root), device="cpu")
+    table = embed_source(encoder, medmnist_source("nodulemnist3d", 28, root), Inference(device="cpu"))
     made = baseline_tables(table, device="cpu")
     assert made["random weights"].features.shape == table.features.shape
     assert not np.allclose(made["random weights"].features, table.features)
-    same = embed_source(raw_voxels(encoder.preprocessing), medmnist_source("nodulemnist3d", 28, root), device="cpu")
+    same = embed_source(
+        raw_voxels(encoder.preprocessing), medmnist_source("nodulemnist3d", 28, root), Inference(device="cpu")
+    )
     np.testing.assert_array_equal(made["raw voxels"].features, same.features)
     assert json.loads(json.dumps(table.provenance["source"]))["window_hu"] == [-1024, 400]
 
 
 def test_the_fingerprint_is_of_the_file_and_of_how_it_is_read(root: Path, tmp_path: Path) -> None:
     def fingerprint(folder: Path, **given: Any) -> str:
-        return open_patches(medmnist_source("nodulemnist3d", 28, folder, **given))[1].fingerprint
+        return open_patches(medmnist_source("nodulemnist3d", 28, folder, **given)).fingerprint
 
     write_npz(tmp_path, train_images=np.zeros((NUM["train"], 28, 28, 28), np.uint8))
     prints = [fingerprint(root), fingerprint(tmp_path), fingerprint(root, fit="pad")]
@@ -277,7 +280,7 @@ def test_the_command_refuses_with_a_message(embed: Callable[..., tuple[Any, str]
 
 
 def test_the_script_does_not_hide_the_package() -> None:
-    code = "import importlib.util as u; s = u.find_spec('medmnist'); print(s.provenance if s else None)"
+    code = "import importlib.util as u; s = u.find_spec('medmnist'); print(s.origin if s else None)"
     environment = {"PYTHONPATH": str(REPO / "scripts"), "PATH": ""}
     found = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, encoding="utf-8", check=True

@@ -14,7 +14,8 @@ import pytest
 from matplotlib.image import imread, imsave
 
 from fmcib_ssl.evaluation.metrics import Estimate
-from fmcib_ssl.evaluation.report import ReportFigure, Section, results_table, write_report
+from fmcib_ssl.evaluation.report import results_table, write_report
+from fmcib_ssl.evaluation.report_sections import ReportFigure, Section
 
 ROWS = [
     {"features": "pretrained", "AUC": Estimate(0.94, 0.9, 0.97), "dim": 128},

@@ -26,11 +26,11 @@ from fmcib_ssl.data.coarse_map import build_coarse_map
 from fmcib_ssl.data.patches import LesionPatches
 from fmcib_ssl.data.store import SCANS_FOLDER, StoreSettings
 from fmcib_ssl.data.store_files import write_index, write_scan, write_settings_file
-from fmcib_ssl.evaluation import embedding_maps, report_features
+from fmcib_ssl.evaluation import charts, report_features
 from fmcib_ssl.evaluation.feature_table import FeatureTable, FeatureTableError
-from fmcib_ssl.evaluation.report_all import report_all
+from fmcib_ssl.evaluation.report import report_all
 from fmcib_ssl.evaluation.report_features import FeatureOptions
-from fmcib_ssl.evaluation.report_results import answer
+from fmcib_ssl.evaluation.report_sections import answer
 from fmcib_ssl.models.encoders import small_resnet
 from fmcib_ssl.models.export import export_encoder
 from fmcib_ssl.types import Preprocessing
@@ -192,7 +192,7 @@ def _write_results(folder: Path, table: FeatureTable) -> None:
 @pytest.fixture(autouse=True)
 def _no_umap(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numba takes long to compile it; the map has a test of its own."""
-    monkeypatch.setattr(report_features, "has_umap", lambda: False)
+    monkeypatch.setattr(charts, "has_umap", lambda: False)
 
 
 def test_the_page_holds_all_and_needs_nothing(given: Path, tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_the_page_holds_all_and_needs_nothing(given: Path, tmp_path: Path) -> No
         features=[given / "features.parquet"],
         results=[given / "evaluated"],
         introduction="First words.",
-        options=FeatureOptions(label="rough", num_queries=4, num_salient=2),
+        options=FeatureOptions(label="rough", queries=4, salient=2),
     )
     pictures = list(path.with_name("report_pictures").rglob("*.png"))
     assert len(pictures) >= 9
@@ -268,10 +268,10 @@ def test_a_report_without_names(given: Path, tmp_path: Path, monkeypatch: pytest
         imsave(path, np.zeros((4, 4)))
         return path
 
-    monkeypatch.setattr(report_features, "retrieval_sheet", note)
+    monkeypatch.setattr(report_sections, "retrieval_sheet", note)
     pages = {}
     for identifiers in ("show", "hash"):
-        options = FeatureOptions(num_salient=0, num_queries=2, identifiers=identifiers)
+        options = FeatureOptions(salient=0, queries=2, identifiers=identifiers)
         features = [FeatureTable(lesions, table.features, table.provenance)]
         page = report_all(tmp_path / "page.html", run=run, features=features, results=[evaluated], options=options)
         pages[identifiers] = parse(page)
@@ -328,12 +328,12 @@ def test_the_command(given: Path, tmp_path: Path) -> None:
 
 
 def test_maps_choose_columns_by_themselves(given: Path) -> None:
-    assert embedding_maps.columns_to_color(FeatureTable.read(given / "features.parquet").lesions) == ["rough", "size"]
+    assert charts.columns_to_color(FeatureTable.read(given / "features.parquet").lesions) == ["rough", "size"]
 
 
 @pytest.mark.parametrize("num", [1, 2, 3])
 def test_a_few_lesions_have_a_page(given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num: int) -> None:
-    monkeypatch.setattr(report_features, "has_umap", lambda: True)
+    monkeypatch.setattr(charts, "has_umap", lambda: True)
     table = FeatureTable.read(given / "features.parquet")
     few = FeatureTable(table.lesions.iloc[:num].reset_index(drop=True), table.features[:num], table.provenance)
     page = parse(report_all(tmp_path / "report.html", features=[few]))
@@ -344,21 +344,21 @@ def test_a_few_lesions_have_a_page(given: Path, tmp_path: Path, monkeypatch: pyt
 def test_the_map_shows_each_lesions_own_patch(given: Path, tmp_path: Path) -> None:
     """The tile at a point's place is the middle axial plane of the lesion of that row, in the lung window."""
     table = FeatureTable.read(given / "features.parquet")
-    section = report_features.feature_sections(table, FeatureOptions(num_queries=0, num_salient=0), tmp_path)[0]
+    section = report_features.feature_sections(table, FeatureOptions(queries=0, salient=0), tmp_path)[0]
     points = section.points
     assert points is not None
-    with Image.open(io.BytesIO(points.tiles)) as opened:
+    with Image.open(io.BytesIO(base64.b64decode(points["tiles"]))) as opened:
         tiles = np.asarray(opened, dtype=float)
     store = LesionPatches(given / "store", SIZE)
-    ids, edge = store.lesions["lesion_id"].tolist(), points.tile_edge
+    ids, edge = store.lesions["lesion_id"].tolist(), points["tile_edge"]
     for row in (0, 17, 35):
-        down, across = divmod(points.tile_of[row], points.num_across)
+        down, across = divmod(points["tile_of"][row], points["num_across"])
         tile = tiles[down * edge : (down + 1) * edge, across * edge : (across + 1) * edge]
         hu = store.positive(ids.index(table.lesions["lesion_id"].iloc[row]))[0, 4].numpy()
         grey = np.clip((hu.astype(float) + 1350) / 1500, 0, 1) * 255
         blocks = tile.reshape(8, edge // 8, 8, edge // 8).mean((1, 3))
         assert np.corrcoef(blocks.ravel(), grey.ravel())[0, 1] > 0.9
-    assert points.columns["rough"]["values"] == table.lesions["rough"].astype(str).tolist()
+    assert points["columns"]["rough"]["values"] == table.lesions["rough"].astype(str).tolist()
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-import torch
-from matplotlib.figure import Figure
-from matplotlib.image import imread
 from sklearn.neighbors import NearestNeighbors
 
-from fmcib_ssl.evaluation import retrieval
 from fmcib_ssl.evaluation.probes import nearest_lesions
-from fmcib_ssl.evaluation.retrieval import agreement, retrieval_sheet, spread_queries
+from fmcib_ssl.evaluation.report_features import agreement, spread_queries
 
 
 @pytest.fixture
@@ -64,28 +58,3 @@ def test_queries_are_shared_among_the_labels() -> None:
     assert sorted(labels[queries].tolist()) == ["a", "a", "b", "b", "c", "c"]
     assert len(set(queries)) == 6
     assert spread_queries(None, 3, 10) == [0, 1, 2]
-
-
-def test_the_sheet_shows_the_middle_of_the_patches_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved: list[Figure] = []
-    save = retrieval.save_figure
-
-    def keep(figure: Figure, path: Path, dpi: int) -> Path:
-        saved.append(figure)
-        return save(figure, path, dpi)
-
-    monkeypatch.setattr(retrieval, "save_figure", keep)
-    features, patients = np.random.default_rng(0).normal(size=(5, 4)), np.arange(5)
-    found = nearest_lesions(features, patients, [2], 3)
-
-    def read(row: int) -> torch.Tensor:
-        return torch.full((1, 5, 6, 7), 100 * row, dtype=torch.int16) + torch.arange(5)[None, :, None, None]
-
-    path = retrieval_sheet([2], found, read, lambda row: f"lesion {row}", tmp_path / "sheet.png")
-    assert imread(path).ndim == 3
-    axes = saved[0].axes
-    shown = [2, *found.rows[0].tolist()]
-    for ax, row in zip(axes, shown, strict=True):
-        np.testing.assert_array_equal(np.asarray(ax.images[0].get_array()), np.full((6, 7), 100 * row + 2))
-        assert ax.texts[0].get_text().startswith(f"lesion {row}")
-    assert f"cosine {found.cosines[0, 0]:.3f}" in axes[1].texts[0].get_text()

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from matplotlib.image import imread
 from scipy.ndimage import gaussian_filter
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from fmcib_ssl.evaluation.saliency import LinearReadout, SalientLesion, occlusion, saliency_sheet
+from fmcib_ssl.evaluation.report_features import LinearReadout, occlusion
 from fmcib_ssl.types import Preprocessing
 
 pytest.importorskip("captum")
@@ -69,8 +66,3 @@ def test_the_readout_is_scikit_learns_probe_behind_the_encoder() -> None:
     oracle = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=5000)).fit(features, labels)
     with torch.no_grad():
         np.testing.assert_allclose(readout(views).numpy(), oracle.decision_function(features), rtol=1e-3, atol=1e-4)
-
-
-def test_the_sheet_is_drawn(tmp_path: Path) -> None:
-    lesion = SalientLesion("lesion 1", patch(), np.random.default_rng(0).normal(size=SIZE).astype(np.float32))
-    assert imread(saliency_sheet([lesion, lesion], tmp_path / "sheet.png")).ndim == 3

@@ -156,14 +156,6 @@ def test_repeated_edges_go_from_the_training_to_the_features(
     assert encoder.preprocessing == source.preprocessing
     assert embed("checkpoint=run", f"store={store}", "output=f.parquet").status == 0
     assert FeatureTable.read(tmp_path / "f.parquet").provenance["preprocessing"]["padding"] == "edge"
-    raw = ("checkpoint=raw_voxels", "patch_size=4,900,4", f"store={store}", "padding=edge", "output=raw.parquet")
-    assert embed(*raw).status == 0
-    voxels = FeatureTable.read(tmp_path / "raw.parquet").features.reshape(-1, 4, 900, 4)
-    assert (voxels[:, :, 0] == voxels[:, :, 1]).all() and (voxels[:, :, -1] == voxels[:, :, -2]).all()
-    assert (
-        "padding is for patch_size="
-        in embed("checkpoint=run", f"store={store}", "padding=edge", "output=g.parquet").err
-    )
 
 
 @pytest.mark.parametrize(
@@ -208,7 +200,7 @@ def test_baselines_by_name(embed: Embed, store: Path, weights: Path, tmp_path: P
     shared = (f"store={store}", "select={PatientID: [phantom_0000, phantom_0001]}")
     commands = {
         "random": ("weights=random", f"like={weights}", "seed=3"),
-        "voxels": ("weights=raw_voxels", "patch_size=4,8,8"),
+        "voxels": ("weights=raw_voxels", f"like={weights}"),
     }
     for name, arguments in commands.items():
         result = embed(*arguments, *shared, f"out={name}.parquet")
@@ -216,7 +208,7 @@ def test_baselines_by_name(embed: Embed, store: Path, weights: Path, tmp_path: P
     random, voxels = (FeatureTable.read(tmp_path / f"{name}.parquet") for name in commands)
     assert set(random.lesions["PatientID"]) == {"phantom_0000", "phantom_0001"}
     assert random.provenance["kind"] == "random_weights" and voxels.provenance["kind"] == "raw_voxels"
-    assert voxels.features.shape == (len(random), 256)
+    assert voxels.features.shape == (len(random), 16**3)
     assert random.provenance["seed"] == 3
 
 
@@ -232,7 +224,7 @@ REFUSED = [
     ("weights=w.safetensors out=f.parquet", 2, "store=DIR or annotations=FILE.csv"),
     ("weights=w.safetensors out=f.parquet store=s annotations=t.csv", 2, "store=DIR or annotations=FILE.csv"),
     ("weights=random store=s out=f.parquet", 2, "like="),
-    ("weights=raw_voxels store=s out=f.parquet", 2, "patch_size=z,y,x"),
+    ("weights=raw_voxels store=s out=f.parquet", 2, "whose network and patches"),
     ("weights=w.safetensors store=s out=f.parquet views=3", 2, "views"),
     ("weights=w.safetensors checkpoint=w.ckpt store=s out=f.parquet", 2, "given twice"),
     ("weights=w.safetensors store=s out=f.parquet precison=bf16", 2, "do you mean 'precision'"),

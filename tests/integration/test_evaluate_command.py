@@ -123,7 +123,7 @@ def test_a_shared_patient_refuses_unless_it_is_allowed_and_then_there_are_both_n
         (["label=texture", "group=patient"], "group=patient: there is no such column"),
         (["label=texture", "task=lung2"], "task=lung2: there is no such kind of label and no such task"),
         (["task=luna16_malignancy"], "needs tables="),
-        (["label=texture", "allow_leakage=all"], "the checks are patients, duplicates, padding"),
+        (["label=texture", "allow_leakage=all"], "'patients', 'duplicates' or 'padding'"),
         (["label=texture", "probe=cox"], "probe=cox cannot learn binary labels; logistic, knn can"),
     ],
 )
