@@ -179,7 +179,7 @@ class RandomGeometry(BatchedTransform[GeometryParams]):
             found.append(
                 Part(
                     rows.tolist(),
-                    lambda images, which: warp(
+                    lambda images, which: _warp(
                         _turned(images, axes[which]), *(a[which] for a in affine),
                         size_zyx=size_out, outside_hu=outside_hu,
                     ),
@@ -216,7 +216,7 @@ class RandomGeometry(BatchedTransform[GeometryParams]):
         return along_axes(images - self.outside_hu, matrices).add_(self.outside_hu)
 
     def _affine(self, params: GeometryParams, size_zyx: Size) -> tuple[Tensor, Tensor, Tensor]:
-        """What `warp` wants to know of turned images: matrix, middle, elastic field."""
+        """What `_warp` wants to know of turned images: matrix, middle, elastic field."""
         step = params.box_size / torch.tensor(self.size_after(size_zyx)) / params.zoom * (1 - 2 * params.flip.float())
         middle = params.box_start + (params.box_size - 1) / 2
         return rotation_matrices(params.angle) * step[:, None], middle, params.elastic
@@ -260,7 +260,7 @@ def rotation_matrices(angle: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3 3"]:
     return found
 
 
-def warp(
+def _warp(
     images: Float[Tensor, "m 1 z y x"],
     matrix: Float[Tensor, "m 3 3"],
     middle: Float[Tensor, "m 3"],
@@ -339,11 +339,11 @@ def _places(
     plane = y[:, :, None, :, None] + x[:, :, None, None, :]
     if control is None:
         return z + plane
-    z_map, y_map, x_map = (b_spline_matrix(n, elastic.shape[-1], device).expand(len(control), -1, -1) for n in size_zyx)
-    return along_axes(control, (z_map, y_map, x_map)).view(len(matrix), 3, *size_zyx).add_(z).add_(plane)
+    splines = [_b_spline_matrix(n, elastic.shape[-1], device).expand(len(control), -1, -1) for n in size_zyx]
+    return along_axes(control, splines).view(len(matrix), 3, *size_zyx).add_(z).add_(plane)
 
 
-def b_spline_matrix(num_out: int, num_points: int, device: torch.device) -> Float[Tensor, "1 out points"]:
+def _b_spline_matrix(num_out: int, num_points: int, device: torch.device) -> Float[Tensor, "1 out points"]:
     """What each control point of a uniform cubic B-spline has to say at each of `num_out` voxels.
 
     The `num_points - 3` spans cover the voxels from edge to edge.

@@ -52,22 +52,12 @@ class EpochSampler(Sampler[SampleKey]):
         rank: of this process, from 0.
         world_size: number of processes.
         seed: non-negative.
-        shuffle: draw a new order each epoch; else that of the table.
 
     Raises:
         ValueError: fewer lesions than one global batch, or a number that makes no sense.
     """
 
-    def __init__(
-        self,
-        num_lesions: int,
-        batch_size: int,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-        shuffle: bool = True,
-    ) -> None:
+    def __init__(self, num_lesions: int, batch_size: int, *, rank: int = 0, world_size: int = 1, seed: int = 0) -> None:
         if batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(
                 f"batch_size={batch_size}, rank={rank}, world_size={world_size}: need batch_size >= 1 and "
@@ -81,7 +71,7 @@ class EpochSampler(Sampler[SampleKey]):
             )
         self.num_lesions, self.batch_size = num_lesions, batch_size
         self.rank, self.world_size = rank, world_size
-        self.seed, self.shuffle = seed, shuffle
+        self.seed = seed
         self.epoch = 0
         self._resumed = (0, 0)
 
@@ -100,10 +90,8 @@ class EpochSampler(Sampler[SampleKey]):
     def __iter__(self) -> Iterator[SampleKey]:
         """Yield this rank's keys for the epoch that is set now."""
         first = self._resumed[1] if self._resumed[0] == self.epoch else 0
-        order = np.arange(self.num_lesions)
-        if self.shuffle:
-            stream = np.random.SeedSequence(self.seed, spawn_key=(self.epoch,))
-            order = np.random.default_rng(stream).permutation(order)
+        stream = np.random.SeedSequence(self.seed, spawn_key=(self.epoch,))
+        order = np.random.default_rng(stream).permutation(self.num_lesions)
         dealt = order[: len(self) * self.world_size].reshape(-1, self.world_size, self.batch_size)
         return iter([SampleKey(self.epoch, index) for index in dealt[first:, self.rank].ravel().tolist()])
 
@@ -157,8 +145,7 @@ class ViewPairDataset(Dataset[dict[str, Any]]):
         positive, negative, seeds = batch["positive"], batch["negative"], torch.as_tensor(batch["view_seeds"])
         several = negative.ndim == 6  # (batch, per_lesion, 1, z, y, x)
         patches = torch.cat([positive, negative.flatten(0, 1) if several else negative])
-        # Columns: both views of the lesion, then both of its first negative, ...; all in one go, which a GPU does at
-        # once.
+        # Columns: both views of the lesion, then both of its first negative, ... All go in one call, for a GPU's sake.
         by_view = [torch.cat([seeds[:, view], seeds[:, 2 + view :: 2].flatten()]) for view in (0, 1)]
         views_hu = self.view_transform(torch.cat([patches, patches]), torch.cat(by_view))
         made = self.preprocessing.normalize(views_hu).chunk(2)
@@ -218,10 +205,7 @@ class LesionDataModule(LightningDataModule):
         max_batch_size: bound of `"auto"`.
         num_workers: processes that cut and augment; 0 does it in the training process.
         seed: non-negative; with the epoch it decides order and views.
-        shuffle: draw a new order each epoch.
         pin_memory: for a CUDA device.
-        prefetch_factor: batches each worker prepares ahead.
-        multiprocessing_context: how workers start, `"fork"`, `"forkserver"` or `"spawn"`; None is Python's own.
         views_on: where a batch is when its views are made: `"workers"`; `"device"`, where it is to be trained on, for
             which the workers send int16 patches; or `"auto"`, on the device unless that is a CPU or the transform
             takes patch by patch. The views are the same to rounding.
@@ -240,10 +224,7 @@ class LesionDataModule(LightningDataModule):
         max_batch_size: int = 16,
         num_workers: int = 0,
         seed: int = 0,
-        shuffle: bool = True,
         pin_memory: bool = False,
-        prefetch_factor: int = 2,
-        multiprocessing_context: str | None = None,
         views_on: Literal["auto", "workers", "device"] = "auto",
     ) -> None:
         super().__init__()
@@ -252,10 +233,7 @@ class LesionDataModule(LightningDataModule):
         self.dataset = ViewPairDataset(patches, view_transform, seed, preprocessing)
         self.num_workers = num_workers
         self.seed = seed
-        self.shuffle = shuffle
         self.pin_memory = pin_memory
-        self.prefetch_factor = prefetch_factor
-        self.multiprocessing_context = multiprocessing_context
         self.batch_size = batch_size
         self._max_batch_size = max_batch_size
         self._views_on = views_on
@@ -298,10 +276,7 @@ class LesionDataModule(LightningDataModule):
         """
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         batch_size = self.batch_size_per_device(world_size)
-        in_workers = self.num_workers > 0
-        lesions = EpochSampler(
-            len(self.dataset), batch_size, rank=rank, world_size=world_size, seed=self.seed, shuffle=self.shuffle
-        )
+        lesions = EpochSampler(len(self.dataset), batch_size, rank=rank, world_size=world_size, seed=self.seed)
         return ResumableLoader(
             lesions,
             self._num_trained,
@@ -311,9 +286,7 @@ class LesionDataModule(LightningDataModule):
             pin_memory=self.pin_memory,
             title=self.dataset.patches.title,
             rank=rank if world_size > 1 else None,
-            persistent_workers=in_workers,
-            prefetch_factor=self.prefetch_factor if in_workers else None,
-            multiprocessing_context=self.multiprocessing_context,
+            persistent_workers=self.num_workers > 0,
             generator=torch.Generator().manual_seed(self.seed),  # a loader draws a seed, else from the global one
         )
 

@@ -236,7 +236,7 @@ class _Crew:
             with suppress(ValueError):
                 reason = f"was killed by {signal.Signals(-code).name}"
         if code == -signal.SIGKILL:
-            known = _memory_kills() > self._kills or _kernel_log_names(worker.pid or 0)
+            known = _memory_kills() > self._kills
             reason += ": out of memory, says the kernel" if known else ", likely out of memory, unless somebody did it"
             remedy = _MORE_MEMORY
         elif code == -signal.SIGBUS:
@@ -307,33 +307,10 @@ atexit.register(_end_workers)  # it comes before Python waits for its children, 
 
 
 def _memory_kills(root: Path = Path("/")) -> int:
-    """Processes of this job that the kernel has killed for want of memory so far, as its cgroup counts."""
+    """Processes of this job that the kernel has killed for want of memory so far, as its cgroup (version 2) counts."""
     kills = 0
-    with suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            first = "memory" in controllers.split(",")
-            if first or not controllers:
-                group = root / "sys/fs/cgroup" / ("memory" if first else "") / path.lstrip("/")
-                with suppress(OSError):  # the machine's own group does not count
-                    count = (group / ("memory.oom_control" if first else "memory.events")).read_text()
-                    kills += sum(map(int, re.findall(r"^oom_kill (\d+)", count, re.MULTILINE)))
+    with suppress(OSError):  # the machine's own group does not count
+        (group,) = re.findall(r"^0::/(.*)$", (root / "proc/self/cgroup").read_text(), re.MULTILINE) or [""]
+        events = (root / "sys/fs/cgroup" / group.lstrip("/") / "memory.events").read_text()
+        kills = sum(map(int, re.findall(r"^oom_kill (\d+)", events, re.MULTILINE)))
     return kills
-
-
-def _kernel_log_names(pid: int) -> bool:
-    """Whether the kernel's log, where it may be read, says that it killed a process."""
-    pattern = re.compile(rb"Killed process %d\b" % pid)
-    try:
-        log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
-    except OSError:
-        return False
-    try:
-        while record := os.read(log, 8192):
-            if pattern.search(record):
-                return True
-    except OSError:  # read to its end
-        pass
-    finally:
-        os.close(log)
-    return False

@@ -134,13 +134,6 @@ def test_workers_that_nobody_ends(tmp_path: Path) -> None:
     ("files", "expected"),
     [
         ({"proc/self/cgroup": "0::/job\n", "sys/fs/cgroup/job/memory.events": "low 0\noom 5\noom_kill 3\n"}, 3),
-        (
-            {
-                "proc/self/cgroup": "4:cpu,memory:/job\n1:cpu:/\n",
-                "sys/fs/cgroup/memory/job/memory.oom_control": "under_oom 0\noom_kill 2\n",
-            },
-            2,
-        ),
         ({"proc/self/cgroup": "0::/\n"}, 0),
         ({}, 0),
     ],
