@@ -48,17 +48,14 @@ def main(arguments: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     from fmcib_ssl.data.annotations import check_annotations, read_annotations  # noqa: PLC0415  # the help is quick
     from fmcib_ssl.data.tables import AnnotationsError  # noqa: PLC0415
-    from fmcib_ssl.types import Preprocessing  # noqa: PLC0415
 
     command.output.mkdir(parents=True, exist_ok=True)
     try:
         table = read_annotations(command.annotations, command.image_root, command.coordinates, command.path_prefix)
         usable, rejected = check_annotations(
             table,
-            Preprocessing(),
             on_bad_row="skip",
             check=command.check,
-            allow_short_scans=True,  # of the patch nothing is known yet
             rejected_csv=command.output / "rejected.csv",
             num_workers=command.num_workers,
             cache=command.output / "checked_scans.jsonl",

@@ -1,8 +1,8 @@
 """The table of lesions: read it, and find every row that cannot be used before training starts.
 
 A row is a lesion: `image_path, coordX, coordY, coordZ` (mm, or voxel indices), optionally `series_uid` and `modality`;
-further columns are kept. A row whose `cropped` is true names a file that holds one lesion and little else: it may be
-smaller than a patch, and without a point its centre is taken.
+further columns are kept. A row whose `cropped` is true names a file that holds one lesion and little else: without a
+point its centre is taken.
 Rows are numbered as in the file, 1 being the first below the header.
 """
 
@@ -19,8 +19,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from fmcib_ssl.data.dicom_files import is_dicom, series_at
-from fmcib_ssl.data.geometry import FloatArray, PatchGrid, ScanGeometry, ras_to_lps
-from fmcib_ssl.data.inspection import ScanReport, inspect_scans
+from fmcib_ssl.data.geometry import FloatArray, ScanGeometry, ras_to_lps
+from fmcib_ssl.data.inspection import Check, ScanReport, inspect_scans
 from fmcib_ssl.data.nifti import Affine
 from fmcib_ssl.data.scans import ScanSource
 from fmcib_ssl.data.tables import (
@@ -32,7 +32,7 @@ from fmcib_ssl.data.tables import (
     refuse_or_skip,
     require_columns,
 )
-from fmcib_ssl.types import Preprocessing, ScanError
+from fmcib_ssl.types import ScanError
 
 Coordinates = Literal["lps", "ras", "voxel"]
 
@@ -47,7 +47,7 @@ CROPPED_COLUMN = "cropped"
 
 @dataclass(frozen=True, eq=False)
 class LesionTable:
-    """Lesions, and what is annotated in their scans.
+    """Lesions, and the scans that they are in.
 
     Attributes:
         source: the CSV file.
@@ -56,10 +56,6 @@ class LesionTable:
         centers_lps_mm: `(lesions, 3)`, x, y, z; NaN where the table has no number. What only the scan's header can
             tell (voxel indices, the middle of a cropped file) is NaN until `check_annotations` has read it.
         coordinates: the frame of `coordX, coordY, coordZ` in `rows`.
-        annotated_lps_mm: for each scan *all* known points of the file, also those of rows that were set aside or
-            belong to another split: what must not be taken for background.
-        annotated_indices: the same for points that wait for `check_annotations`: `(points, 3)`, i, j, k; NaN is the
-            middle of the file.
         reports: what `check_annotations` found of each scan.
     """
 
@@ -68,8 +64,6 @@ class LesionTable:
     scans: tuple[ScanSource | None, ...]
     centers_lps_mm: FloatArray
     coordinates: Coordinates
-    annotated_lps_mm: dict[ScanSource, FloatArray]
-    annotated_indices: dict[ScanSource, FloatArray] = field(default_factory=dict)
     reports: Mapping[ScanSource, ScanReport | ScanError] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -82,7 +76,7 @@ class LesionTable:
         return scan
 
     def select(self, keep: npt.ArrayLike) -> LesionTable:
-        """The lesions at these places (or of a Boolean mask), with all that is annotated in their scans."""
+        """The lesions at these places, or of a Boolean mask."""
         places = np.arange(len(self))[np.asarray(keep)]
         return replace(
             self,
@@ -133,29 +127,17 @@ def read_annotations(
     rows = rows.astype({column: float for column in COORDINATE_COLUMNS if rows[column].dtype == "Int64"})
     root = Path(image_root) if image_root is not None else path.parent
     scans = tuple(_scan_sources(rows, root, path_prefix))
-    values = _values(rows)
-    waiting = values.takes_middle | (values.known & (coordinates == "voxel"))
-    centers = ras_to_lps(values.numbers) if coordinates == "ras" else values.numbers.copy()
+    numbers = _values(rows).numbers
     if coordinates == "voxel":
-        centers[:] = np.nan
-    return LesionTable(
-        path,
-        rows,
-        scans,
-        centers,
-        coordinates,
-        annotated_lps_mm=_by_scan(scans, centers, values.known & ~waiting),
-        annotated_indices=_by_scan(scans, values.numbers, waiting),
-    )
+        numbers[:] = np.nan
+    return LesionTable(path, rows, scans, ras_to_lps(numbers) if coordinates == "ras" else numbers, coordinates)
 
 
 def check_annotations(
     table: LesionTable,
-    preprocessing: Preprocessing,
     *,
     on_bad_row: OnBadRow = "refuse",
-    check: Literal["headers", "full"] = "headers",
-    allow_short_scans: bool = False,
+    check: Check = "headers",
     rejected_csv: Path | str | None = None,
     num_workers: int | None = 0,
     cache: Path | None = None,
@@ -166,10 +148,8 @@ def check_annotations(
 
     Args:
         table: what `read_annotations` gave.
-        preprocessing: the patch that will be cut.
         on_bad_row: "refuse" raises if there is any bad row; "skip" goes on without them.
         check: "headers" reads the header of each scan once; "full" decodes each scan once and also finds damaged data.
-        allow_short_scans: accept a scan that is shorter than the patch along some axis; the rest is padding.
         rejected_csv: where to write the rejected rows, if there are any.
         num_workers: processes that read scans, if there is work for more than seconds; None is all cores. A script that
             asks for them needs its `if __name__ == "__main__":`.
@@ -180,9 +160,9 @@ def check_annotations(
     """
     reports = inspect_scans({s for s in table.scans if s is not None}, check, num_workers=num_workers, cache=cache)
     values, places = _values(table.rows), places_by_scan(table.scans)
-    table = _with_points_from_headers(replace(table, reports=reports), values, places)
+    table = replace(table, reports=reports, centers_lps_mm=_centers_by_headers(table, values, places, reports))
     problems: dict[int, _Problem] = {}
-    for i, problem in _problems(table, values, places, None if allow_short_scans else preprocessing):
+    for i, problem in _problems(table, values, places):
         problems.setdefault(i, problem)
     first_of: dict[object, int] = {}
     points = (table.centers_lps_mm.round(3) + 0.0).tolist()  # no minus before a zero
@@ -206,12 +186,9 @@ class _Problem(NamedTuple):
 
 
 def _problems(
-    table: LesionTable,
-    values: _Values,
-    places: Mapping[ScanSource, npt.NDArray[np.int64]],
-    must_hold: Preprocessing | None,
+    table: LesionTable, values: _Values, places: Mapping[ScanSource, npt.NDArray[np.int64]]
 ) -> Iterator[tuple[int, _Problem]]:
-    """What is wrong with each row; if that is several things, the first first. The patch must fit into its scan."""
+    """What is wrong with each row; if that is several things, the first first."""
     for i in (i for i, scan in enumerate(table.scans) if scan is None):
         yield i, _Problem("", f"{PATH_COLUMN} is empty", f"fill in {PATH_COLUMN}")
     has_point = values.known | values.takes_middle
@@ -230,22 +207,6 @@ def _problems(
             continue
         for i in own[has_point[own] & ~report.geometry.contains(table.centers_lps_mm[own])].tolist():
             yield i, _outside(table, i, values.numbers[i], report.geometry)
-        if must_hold is not None and (short := _too_short(report.geometry, must_hold)) is not None:
-            yield from ((i, short) for i in own[~values.cropped[own]].tolist())
-
-
-def _too_short(geometry: ScanGeometry, must_hold: Preprocessing) -> _Problem | None:
-    """The first axis along which a scan is shorter than a patch."""
-    patch = PatchGrid((0, 0, 0), must_hold.patch_size_zyx, must_hold.spacing_mm)
-    lowest, highest = geometry.bounds_lps_mm()
-    for axis, has, needs in zip("xyz", highest - lowest, patch.extent_mm_xyz, strict=True):
-        if has < needs - 1e-3:
-            return _Problem(
-                f"{has:.1f} mm along {axis}",
-                f"the scan is {has:.1f} mm long along {axis}, the patch {needs:.1f} mm",
-                f"allow_short_scans=true pads with {must_hold.padding_hu} HU; or take a smaller patch",
-            )
-    return None
 
 
 def _outside(table: LesionTable, i: int, numbers: FloatArray, geometry: ScanGeometry) -> _Problem:
@@ -268,27 +229,22 @@ def _outside(table: LesionTable, i: int, numbers: FloatArray, geometry: ScanGeom
     return _Problem(value, reason, "correct the point; it must be in mm, not in voxels")
 
 
-def _with_points_from_headers(
-    table: LesionTable, values: _Values, places: Mapping[ScanSource, npt.NDArray[np.int64]]
-) -> LesionTable:
-    """The table with LPS points also where only the scan's geometry gives them."""
+def _centers_by_headers(
+    table: LesionTable,
+    values: _Values,
+    places: Mapping[ScanSource, npt.NDArray[np.int64]],
+    reports: Mapping[ScanSource, ScanReport | ScanError],
+) -> FloatArray:
+    """LPS points also where only the scan's geometry gives them: of voxel indices, and the middle of cropped files."""
     waiting = values.takes_middle | (values.known & (table.coordinates == "voxel"))
-    centers, annotated = table.centers_lps_mm.copy(), dict(table.annotated_lps_mm)
+    centers = table.centers_lps_mm.copy()
     for scan, own in places.items():
-        if isinstance(report := table.reports[scan], ScanReport):
-            now_known = own[waiting[own]]
-            centers[now_known] = _placed(report.geometry, values.numbers[now_known])
-    for scan, index_xyz in table.annotated_indices.items():
-        if isinstance(known := table.reports.get(scan), ScanReport):
-            points = _placed(known.geometry, index_xyz)
-            annotated[scan] = np.concatenate([annotated.get(scan, np.empty((0, 3))), points])
-    return replace(table, centers_lps_mm=centers, annotated_lps_mm=annotated, annotated_indices={})
-
-
-def _placed(geometry: ScanGeometry, index_xyz: FloatArray) -> FloatArray:
-    """Indices of a scan as LPS mm; NaN is its middle."""
-    middle = (np.array(geometry.size_xyz) - 1) / 2
-    return geometry.to_lps_mm(np.where(np.isnan(index_xyz), middle, index_xyz))
+        if isinstance(report := reports[scan], ScanReport):
+            rows = own[waiting[own]]
+            middle = (np.array(report.geometry.size_xyz) - 1) / 2
+            index_xyz = np.where(values.takes_middle[rows, None], middle, values.numbers[rows])
+            centers[rows] = report.geometry.to_lps_mm(index_xyz)
+    return centers
 
 
 def places_by_scan(scans: Sequence[ScanSource | None]) -> dict[ScanSource, npt.NDArray[np.int64]]:
@@ -300,22 +256,11 @@ def places_by_scan(scans: Sequence[ScanSource | None]) -> dict[ScanSource, npt.N
     return {scan: np.array(own) for scan, own in places.items()}
 
 
-def _by_scan(
-    scans: Sequence[ScanSource | None], points: FloatArray, keep: npt.NDArray[np.bool_]
-) -> dict[ScanSource, FloatArray]:
-    found: dict[ScanSource, list[FloatArray]] = {}
-    for i in np.flatnonzero(keep).tolist():
-        if (scan := scans[i]) is not None:
-            found.setdefault(scan, []).append(points[i])
-    return {scan: np.stack(rows) for scan, rows in found.items()}
-
-
 class _Values(NamedTuple):
     """What the table says of each row's point, as arrays."""
 
     numbers: FloatArray  # (rows, 3), as they stand in the table; NaN for what is no finite number
     known: npt.NDArray[np.bool_]  # three numbers
-    cropped: npt.NDArray[np.bool_]
     takes_middle: npt.NDArray[np.bool_]  # cropped, and no point given
 
 
@@ -328,7 +273,7 @@ def _values(rows: pd.DataFrame) -> _Values:
         text = rows[CROPPED_COLUMN].astype(str).str.strip().str.lower()
         cropped = text.isin(("true", "yes", "1", "1.0")).to_numpy(bool)
     blank = rows[list(COORDINATE_COLUMNS)].isna().all(axis=1).to_numpy(bool)
-    return _Values(numbers, np.asarray(np.isfinite(numbers).all(axis=1)), cropped, cropped & blank)
+    return _Values(numbers, np.asarray(np.isfinite(numbers).all(axis=1)), cropped & blank)
 
 
 def _coordinates_text(table: LesionTable, i: int) -> str:

@@ -63,12 +63,6 @@ class PatchGrid:
         x, y, z = (c - (n // 2) * self.spacing_mm for c, n in zip(self.center_lps_mm, self.size_xyz, strict=True))
         return x, y, z
 
-    @property
-    def extent_mm_xyz(self) -> tuple[float, float, float]:
-        """Edge lengths of the patch along x, y, z."""
-        x, y, z = (n * self.spacing_mm for n in self.size_xyz)
-        return x, y, z
-
 
 @dataclass(frozen=True)
 class ScanGeometry:
@@ -138,39 +132,6 @@ class ScanGeometry:
         """Lowest and highest x, y, z that a voxel of the scan reaches."""
         corners = self.corners_lps_mm(0.5)
         return corners.min(axis=0), corners.max(axis=0)
-
-    def region_of(self, grid: PatchGrid) -> tuple[slice, slice, slice]:
-        """The voxels needed to interpolate a patch linearly, as slices x, y, z; an empty slice if there are none."""
-        first, end = self._reach_of(grid)
-        start = np.clip(first, 0, self.size_xyz)
-        x, y, z = (slice(int(a), int(b)) for a, b in zip(start, np.clip(end, start, self.size_xyz), strict=True))
-        return x, y, z
-
-    def lacking_of(self, grid: PatchGrid) -> list[tuple[int, int]]:
-        """How many voxels `region_of` would have more, below and above, along x, y, z, if the scan had no end."""
-        first, end = self._reach_of(grid)
-        beyond = np.maximum(np.stack([-first, end - np.array(self.size_xyz)], axis=1), 0)
-        return [(int(below), int(above)) for below, above in beyond]
-
-    def _reach_of(self, grid: PatchGrid) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        first = np.array(grid.origin_lps_mm)
-        last = first + (np.array(grid.size_xyz) - 1) * grid.spacing_mm
-        corners = np.stack(np.meshgrid(*zip(first, last, strict=True)), -1).reshape(-1, 3)
-        index = self.to_index_xyz(corners)
-        # One voxel more than the neighbours on each side: no sample may see the edge of the region as the scan's edge.
-        return np.floor(index.min(axis=0)).astype(np.int64) - 1, np.ceil(index.max(axis=0)).astype(np.int64) + 2
-
-    def part(self, region: tuple[slice, slice, slice]) -> ScanGeometry:
-        """Geometry of the voxels that slices x, y, z pick: from `start` to `stop`, every `step`-th."""
-        ranges = [range(n)[s] for s, n in zip(region, self.size_xyz, strict=True)]
-        x, y, z = self.to_lps_mm([r.start for r in ranges]).tolist()
-        spacing = [d * r.step for d, r in zip(self.spacing_mm_xyz, ranges, strict=True)]
-        return ScanGeometry(
-            size_xyz=(len(ranges[0]), len(ranges[1]), len(ranges[2])),
-            spacing_mm_xyz=(spacing[0], spacing[1], spacing[2]),
-            origin_lps_mm=(x, y, z),
-            direction=self.direction,
-        )
 
 
 def check_geometry(path: Path, geometry: ScanGeometry) -> ScanGeometry:

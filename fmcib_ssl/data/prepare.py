@@ -44,7 +44,6 @@ from fmcib_ssl.data.store import StoreError, StoreGrid, StoreSettings, sidecar_f
 from fmcib_ssl.data.store_files import claim_store, write_index, write_settings_file
 from fmcib_ssl.data.tables import REJECTED_COLUMNS, BadRowsError, OnBadRow, refuse_or_skip
 from fmcib_ssl.io import digest_of, num_cores, write_atomically, write_sealed_json
-from fmcib_ssl.types import Preprocessing
 
 logger = logging.getLogger(__name__)
 
@@ -340,7 +339,7 @@ def _rejected_rows(
         records += (sidecars[scan.scan_id] or read_record(rejection_file(folder, scan)))["rejected"]
     if nameless and (places := rows_without_scan(table)):
         try:
-            check_annotations(table.select(places), Preprocessing())
+            check_annotations(table.select(places))
         except BadRowsError as error:
             if error.rejected is not None:
                 records += records_of(error.rejected)

@@ -32,7 +32,6 @@ from fmcib_ssl.data.store import SCANS_FOLDER, STORE_VERSION, StoreSettings, sid
 from fmcib_ssl.data.store_files import add_sums, is_whole, scan_problem
 from fmcib_ssl.data.tables import BadRowsError, OnBadRow
 from fmcib_ssl.io import read_sealed_json, write_sealed_json
-from fmcib_ssl.types import Preprocessing
 
 logger = logging.getLogger(__name__)
 
@@ -161,9 +160,7 @@ def judge_rows(
     try:
         usable, rejected = check_annotations(
             table.select(places),
-            Preprocessing(),  # what the patch will be is not known yet, and does not matter to a store
             on_bad_row=on_bad_row,
-            allow_short_scans=True,
             rejected_csv=folder / REJECTED_FILE if on_bad_row == "refuse" else None,
         )
     except BadRowsError as error:

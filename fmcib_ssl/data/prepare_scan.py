@@ -134,10 +134,7 @@ def _resample_along_axes(scan: Scan, grid: StoreGrid, padding_hu: int) -> Int16[
 
 def _resample_oblique(scan: Scan, grid: StoreGrid, settings: StoreSettings) -> Int16[np.ndarray, "z y x"]:
     """With any direction, and any interpolation, by ITK."""
-    image = sitk.GetImageFromArray(np.maximum(scan.hu, scan.hu.dtype.type(settings.padding_hu)))
-    image.SetSpacing(scan.geometry.spacing_mm_xyz)
-    image.SetOrigin(scan.geometry.origin_lps_mm)
-    image.SetDirection(np.ravel(scan.geometry.direction).tolist())
+    image = scan.as_itk(settings.padding_hu)
     interpolator = {"linear": sitk.sitkLinear, "nearest": sitk.sitkNearestNeighbor}.get(settings.interpolation)
     if interpolator is None:  # the coefficients once, not once a slab
         image = sitk.BSplineDecomposition(sitk.Cast(image, sitk.sitkFloat32))

@@ -1,4 +1,4 @@
-"""Read a CT from disk with its geometry, refuse what is not one, and cut patches from it.
+"""Read a CT from disk with its geometry, refuse what is not one, and cut a patch from it for a look.
 
 A decoded scan is a NumPy array and its geometry: no SimpleITK image outlives a call, so scans may be held across `fork`
 and pickled, and every filter here runs on one thread. `dicom`, `nifti` and `itk` read the formats.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from fmcib_ssl.data.dicom_files import is_dicom
 from fmcib_ssl.data.geometry import PatchGrid, ScanGeometry
 from fmcib_ssl.data.itk import open_itk, shortened
 from fmcib_ssl.data.nifti import Affine, is_nifti, open_nifti
-from fmcib_ssl.types import PADDING_HU, Padding, ScanError
+from fmcib_ssl.types import PADDING_HU, ScanError
 
 _Hu = npt.NDArray[np.int16] | npt.NDArray[np.float32]
 
@@ -112,10 +112,13 @@ class Scan:
     geometry: ScanGeometry
     summary: HuSummary | None = None
 
-    def thinned(self, spacing_mm: float) -> Scan:
-        """Every n-th voxel of each axis, as far apart as they can be without exceeding `spacing_mm`; no copy."""
-        x, y, z = (slice(None, None, max(1, int(spacing_mm / s))) for s in self.geometry.spacing_mm_xyz)
-        return Scan(self.hu[z, y, x], self.geometry.part((x, y, z)))
+    def as_itk(self, lowest_hu: int) -> sitk.Image:
+        """The scan as an image of SimpleITK, values below `lowest_hu` raised to it."""
+        image = sitk.GetImageFromArray(np.maximum(self.hu, self.hu.dtype.type(lowest_hu)))
+        image.SetSpacing(self.geometry.spacing_mm_xyz)
+        image.SetOrigin(self.geometry.origin_lps_mm)
+        image.SetDirection(np.ravel(self.geometry.direction).tolist())
+        return image
 
 
 def read_header(
@@ -182,33 +185,13 @@ def read_volume(source: ScanSource, *, layered: bool = False) -> tuple[npt.NDArr
         return values, geometry
 
 
-def crop_patch(
-    scan: Scan, grid: PatchGrid, padding_hu: int = PADDING_HU, padding: Padding = "constant"
-) -> Int16[np.ndarray, "z y x"]:
-    """The patch of a scan on a grid, by linear interpolation of the voxels it needs and no others.
+def crop_patch(scan: Scan, grid: PatchGrid, padding_hu: int = PADDING_HU) -> Int16[np.ndarray, "z y x"]:
+    """The patch of a scan on a grid, by linear interpolation.
 
     What lies outside the scan is `padding_hu`, up to the very edge of its outermost voxels: between their centres and
     their edges they continue with their own value, so scan and padding are never mixed. Values below `padding_hu`
     (what scanners write outside their field of view) are raised to it before interpolating.
-
-    With `padding="edge"` the outermost voxels continue without an end; a patch that meets none of the scan is
-    `padding_hu` all the same.
     """
-    x, y, z = scan.geometry.region_of(grid)
-    values = scan.hu[z, y, x]
-    if values.size == 0:
-        return np.full(grid.size_zyx, padding_hu, dtype=np.int16)
-    geometry = scan.geometry.part((x, y, z))
-    raised = np.maximum(values, values.dtype.type(padding_hu))
-    if padding == "edge":
-        lacking = scan.geometry.lacking_of(grid)
-        raised = np.pad(raised, lacking[::-1], mode="edge")
-        first_x, first_y, first_z = geometry.to_lps_mm([-low for low, _ in lacking]).tolist()
-        geometry = replace(geometry, origin_lps_mm=(first_x, first_y, first_z))
-    image = sitk.GetImageFromArray(raised)
-    image.SetSpacing(geometry.spacing_mm_xyz)
-    image.SetOrigin(geometry.origin_lps_mm)
-    image.SetDirection(np.ravel(geometry.direction).tolist())
     resample = sitk.ResampleImageFilter()
     resample.SetNumberOfThreads(1)
     resample.SetInterpolator(sitk.sitkLinear)
@@ -217,7 +200,7 @@ def crop_patch(
     resample.SetSize(grid.size_xyz)
     resample.SetOutputSpacing([grid.spacing_mm] * 3)
     resample.SetOutputOrigin(grid.origin_lps_mm)
-    patch = sitk.GetArrayFromImage(resample.Execute(image))
+    patch = sitk.GetArrayFromImage(resample.Execute(scan.as_itk(padding_hu)))
     limits = np.iinfo(np.int16)
     hu: npt.NDArray[np.int16] = np.clip(np.rint(patch), limits.min, limits.max).astype(np.int16)
     return hu

@@ -20,9 +20,6 @@ from fmcib_ssl.data.annotations import (
     read_annotations,
 )
 from fmcib_ssl.data.scans import ScanSource
-from fmcib_ssl.types import Preprocessing
-
-PATCH = Preprocessing(patch_size_zyx=(20, 20, 20))
 
 
 @pytest.fixture
@@ -44,7 +41,7 @@ def table(folder: Path, *lines: str, header: str = "image_path,coordX,coordY,coo
 
 
 def check(folder: Path, *lines: str, **options: object) -> CheckedAnnotations:
-    return check_annotations(table(folder, *lines), PATCH, **options)  # type: ignore[arg-type]
+    return check_annotations(table(folder, *lines), **options)  # type: ignore[arg-type]
 
 
 GOOD = "a.nii.gz,-80,220,30"
@@ -57,7 +54,7 @@ def test_columns_paths_and_points(archive: Path) -> None:
         '"sub folder/b.nrrd",-81,221,31,"P, 2",1',
         header="image_path,coordX,coordY,coordZ,patient,label",
     )
-    usable, rejected = check_annotations(lesions, PATCH, check="full")
+    usable, rejected = check_annotations(lesions, check="full")
     assert rejected.empty
     assert [s.path for s in usable.scans if s] == [archive / "a.nii.gz", archive / "sub folder" / "b.nrrd"]
     np.testing.assert_array_equal(usable.centers_lps_mm, [[-80, 220.5, 30], [-81, 221, 31]])
@@ -79,7 +76,7 @@ def test_image_root_and_path_prefix(archive: Path) -> None:
 def test_ras_points(archive: Path) -> None:
     lesions = table(archive, "a.nii.gz,80,-220,30", coordinates="ras")
     np.testing.assert_array_equal(lesions.centers_lps_mm, [[-80, 220, 30]])
-    assert len(check_annotations(lesions, PATCH).usable) == 1
+    assert len(check_annotations(lesions).usable) == 1
     with pytest.raises(AnnotationsError, match=r"coordinates='itk' is not one of 'lps', 'ras', 'voxel'"):
         table(archive, GOOD, coordinates="itk")
 
@@ -136,12 +133,10 @@ def test_tables_that_cannot_be_read(tmp_path: Path, content: bytes, message: str
         ("a.nii.gz,80,-220,30", r"outside the scan.*looks like RAS"),
         ("flat.nii.gz,1,1,1", r"row 2: flat\.nii\.gz: .*is a 2D image"),
         ("a.nii.gz,-80.0,220.0,30.0", r"row 2: .*the same scan and point as row 1"),
-        ("thin.mha,5,5,5", r"the scan is 12\.0 mm long along z, the patch 20\.0 mm"),
     ],
 )
 def test_a_bad_row_is_named(archive: Path, line: str, message: str) -> None:
     sitk.WriteImage(sitk.Image([10, 10], sitk.sitkInt16), str(archive / "flat.nii.gz"))
-    sitk.WriteImage(sitk.Image([30, 30, 12], sitk.sitkInt16), str(archive / "thin.mha"))
     with pytest.raises(BadRowsError, match=r"1 of 2 rows cannot be used[\s\S]*on_bad_row=skip") as error:
         check(archive, GOOD, line)
     assert pd.Series(str(error.value)).str.contains(message).item(), str(error.value)
@@ -153,12 +148,7 @@ def test_a_bad_row_is_named(archive: Path, line: str, message: str) -> None:
 
 def test_lps_in_a_table_that_says_ras(archive: Path) -> None:
     with pytest.raises(BadRowsError, match=r"looks like LPS[\s\S]*coordinates=lps"):
-        check_annotations(table(archive, GOOD, coordinates="ras"), PATCH)
-
-
-def test_short_scans_can_be_allowed(archive: Path) -> None:
-    sitk.WriteImage(sitk.Image([30, 30, 12], sitk.sitkInt16), str(archive / "thin.mha"))
-    assert len(check(archive, "thin.mha,5,5,5", allow_short_scans=True).usable) == 1
+        check_annotations(table(archive, GOOD, coordinates="ras"))
 
 
 def test_full_check_finds_what_headers_cannot(archive: Path) -> None:
@@ -190,23 +180,6 @@ def test_no_row_left_is_an_error_even_when_skipping(archive: Path) -> None:
         check(archive, "gone.nrrd,1,2,3", on_bad_row="skip")
 
 
-def test_points_of_rows_set_aside_stay_annotated(archive: Path) -> None:
-    lines = (
-        GOOD,
-        GOOD,
-        "a.nii.gz,-70,215,20",
-        "a.nii.gz,-70,x,20",
-        "a.nii.gz,-300,215,20",
-        "sub folder/b.nrrd,-70,215,20",
-    )
-    usable = check(archive, *lines, on_bad_row="skip").usable
-    assert usable.rows.index.tolist() == [1, 3, 6]
-    split = usable.select(usable.rows.index == 6)
-    assert len(split) == 1
-    expected = [[-80, 220, 30], [-80, 220, 30], [-70, 215, 20], [-300, 215, 20]]
-    np.testing.assert_array_equal(split.annotated_lps_mm[ScanSource(archive / "a.nii.gz")], expected)
-
-
 def test_each_scan_is_opened_once(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Path] = []
     original = inspection.read_header
@@ -236,7 +209,7 @@ def test_published_tables(real_data: Path, name: str, num_rows: int | None) -> N
 
 def test_real_annotations(real_data: Path) -> None:
     lesions = read_annotations(real_data / "ct" / "annotations.csv", image_root=real_data)
-    usable, rejected = check_annotations(lesions, Preprocessing(), check="full")
+    usable, rejected = check_annotations(lesions, check="full")
     assert (len(usable), len(rejected)) == (2, 0)
 
 
@@ -246,24 +219,12 @@ def test_voxel_indices(archive: Path) -> None:
     image.SetDirection((0, -1, 0, -1, 0, 0, 0, 0, -1))
     sitk.WriteImage(image, str(archive / "turned.nii.gz"))
     lesions = table(archive, "turned.nii.gz,3,30.5,12", "a.nii.gz,0,39,19", coordinates="voxel")
-    usable, _ = check_annotations(lesions, PATCH)
+    usable, _ = check_annotations(lesions)
     expected = [
         sitk.ReadImage(str(archive / name)).TransformContinuousIndexToPhysicalPoint(index)
         for name, index in (("turned.nii.gz", (3, 30.5, 12)), ("a.nii.gz", (0.0, 39.0, 19.0)))
     ]
     np.testing.assert_allclose(usable.centers_lps_mm, expected, atol=1e-4)
-    np.testing.assert_allclose(usable.annotated_lps_mm[usable.scan_of(0)], expected[:1], atol=1e-4)
-
-
-def test_voxel_indices_of_other_rows_of_the_scan_stay_known(archive: Path) -> None:
-    lesions = table(
-        archive, "a.nii.gz,3,30,12,train", "a.nii.gz,10,20,5,test", header=SPLIT_HEADER, coordinates="voxel"
-    )
-    train, _ = check_annotations(lesions.select([True, False]), PATCH)
-    np.testing.assert_allclose(train.annotated_lps_mm[train.scan_of(0)], [[-97, 230, 36], [-90, 220, 15]], atol=1e-4)
-
-
-SPLIT_HEADER = "image_path,coordX,coordY,coordZ,split"
 
 
 @pytest.mark.parametrize(
@@ -277,7 +238,7 @@ SPLIT_HEADER = "image_path,coordX,coordY,coordZ,split"
 )
 def test_voxel_indices_that_cannot_be(archive: Path, row: str, coordinates: str, message: str) -> None:
     with pytest.raises(BadRowsError, match=message):
-        check_annotations(table(archive, row, coordinates=coordinates), PATCH)
+        check_annotations(table(archive, row, coordinates=coordinates))
 
 
 def test_cropped_files_may_be_small_and_have_no_point(archive: Path) -> None:
@@ -285,16 +246,14 @@ def test_cropped_files_may_be_small_and_have_no_point(archive: Path) -> None:
     sitk.WriteImage(small, str(archive / "crop.nii.gz"))
     header = "image_path,coordX,coordY,coordZ,cropped"
     rows = ["crop.nii.gz,,,,yes", "crop.nii.gz,-91,211,12,TRUE", "a.nii.gz,-80,220,30,no"]
-    usable, _ = check_annotations(table(archive, *rows, header=header), PATCH)
+    usable, _ = check_annotations(table(archive, *rows, header=header))
     middle = small.TransformContinuousIndexToPhysicalPoint((5, 4.5, 2))
     np.testing.assert_allclose(usable.centers_lps_mm, [middle, (-91, 211, 12), (-80, 220, 30)], atol=1e-4)
-    assert len(usable.annotated_lps_mm[usable.scan_of(0)]) == 2
     only_paths = table(archive, "crop.nii.gz,true", header="image_path,cropped")
-    np.testing.assert_allclose(check_annotations(only_paths, PATCH).usable.centers_lps_mm, [middle], atol=1e-4)
-    bad = ["crop.nii.gz,,,,no", "crop.nii.gz,-91,,12,yes", "crop.nii.gz,-91,211,12,no", rows[0]]
-    _, rejected = check_annotations(table(archive, *bad, header=header), PATCH, on_bad_row="skip")
-    assert rejected["row"].tolist() == [1, 2, 3]
-    assert rejected["reason"].str.contains("is missing|mm long along").all()
+    np.testing.assert_allclose(check_annotations(only_paths).usable.centers_lps_mm, [middle], atol=1e-4)
+    bad = ["crop.nii.gz,,,,no", "crop.nii.gz,-91,,12,yes", rows[0]]
+    _, rejected = check_annotations(table(archive, *bad, header=header), on_bad_row="skip")
+    assert (rejected["row"].tolist(), set(rejected["reason"])) == ([1, 2], {"is missing"})
 
 
 def test_a_table_of_masks_is_told_what_to_do(archive: Path) -> None:

@@ -36,7 +36,7 @@ from fmcib_ssl.data.annotations import check_annotations, read_annotations
 from fmcib_ssl.data.geometry import ScanGeometry
 from fmcib_ssl.data.scans import read_header, read_scan
 from fmcib_ssl.data.store import Store
-from fmcib_ssl.types import Preprocessing, ScanError
+from fmcib_ssl.types import ScanError
 
 # --- values ---
 
@@ -302,7 +302,7 @@ def test_rows_of_a_table(tmp_path: Path) -> None:
     rows.append("ot,-9.5,20,-50,,")  # of the same scan
     (tmp_path / "a.csv").write_text("\n".join(["image_path,coordX,coordY,coordZ,series_uid,modality", *rows]))
     table = read_annotations(tmp_path / "a.csv")
-    usable, rejected = check_annotations(table, Preprocessing(), on_bad_row="skip", allow_short_scans=True)
+    usable, rejected = check_annotations(table, on_bad_row="skip")
     assert usable.rows.index.tolist() == [2, 4, 6]
     assert len(set(usable.scans)) == 2
     assert rejected["row"].tolist() == [1, 3, 5]

@@ -76,33 +76,6 @@ def test_patch_has_voxel_half_size_on_its_point(size_zyx: tuple[int, int, int], 
     image.SetSpacing([spacing_mm] * 3)
     image.SetOrigin(grid.origin_lps_mm)
     np.testing.assert_allclose(image.TransformIndexToPhysicalPoint([n // 2 for n in grid.size_xyz]), center)
-    assert grid.extent_mm_xyz == tuple(n * spacing_mm for n in size_zyx[::-1])
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_region_holds_every_neighbour_of_every_sample(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    geometry = random_geometry(rng, oblique=seed % 2 == 0)
-    center = geometry.to_lps_mm(rng.uniform(-2, np.array(geometry.size_xyz) + 2))
-    grid = PatchGrid(tuple(center.tolist()), (6, 5, 4), 1.5)
-    region = geometry.region_of(grid)
-    for k in itertools.product(*(range(n) for n in grid.size_xyz)):
-        index = geometry.to_index_xyz(np.array(grid.origin_lps_mm) + np.array(k) * grid.spacing_mm)
-        for corner in itertools.product(*((np.floor(i), np.floor(i) + 1) for i in index)):
-            if all(0 <= i < n for i, n in zip(corner, geometry.size_xyz, strict=True)):
-                assert all(s.start <= i < s.stop for i, s in zip(corner, region, strict=True))
-    far = PatchGrid(tuple((np.array(geometry.origin_lps_mm) + 5000).tolist()), (6, 5, 4), 1.5)
-    assert any(s.start == s.stop for s in geometry.region_of(far))
-
-
-def test_part_is_simpleitks_slicing() -> None:
-    geometry = random_geometry(np.random.default_rng(1), oblique=True)
-    expected = as_image(geometry)[1:4:2, 2:4, ::3]
-    part = geometry.part((slice(1, 4, 2), slice(2, 4), slice(None, None, 3)))
-    assert part.size_xyz == expected.GetSize()
-    np.testing.assert_allclose(part.spacing_mm_xyz, expected.GetSpacing())
-    np.testing.assert_allclose(part.origin_lps_mm, expected.GetOrigin())
-    np.testing.assert_allclose(np.ravel(part.direction), expected.GetDirection())
 
 
 def test_ras_to_lps_is_its_own_inverse() -> None:

@@ -15,7 +15,6 @@ from fmcib_ssl.data import importers
 from fmcib_ssl.data.annotations import AnnotationsError, check_annotations, read_annotations
 from fmcib_ssl.data.geometry import PatchGrid
 from fmcib_ssl.data.scans import crop_patch, read_scan
-from fmcib_ssl.types import Preprocessing
 
 POINT = ["coordX", "coordY", "coordZ"]
 MARK_HU = 3000
@@ -74,8 +73,7 @@ def deeplesion_file(tmp_path: Path) -> Path:
 def imported_patch(rows: pd.DataFrame, folder: Path) -> np.ndarray:
     """From the imported table through the package's own reader to the patch."""
     rows.to_csv(folder / "lesions.csv", index=False)
-    patch = Preprocessing(patch_size_zyx=(9, 9, 9), spacing_mm=1)
-    usable = check_annotations(read_annotations(folder / "lesions.csv", folder), patch).usable
+    usable = check_annotations(read_annotations(folder / "lesions.csv", folder)).usable
     x, y, z = usable.centers_lps_mm[0].tolist()
     scan = usable.scan_of(0)
     return crop_patch(read_scan(*scan), PatchGrid((x, y, z), (9, 9, 9), 0.5))
@@ -223,11 +221,10 @@ def test_real_lidc_crops(real_data: Path, tmp_path: Path, caplog: pytest.LogCapt
     assert len(rows) == 994
     assert rows.loc[rows["suspect"], "image_path"].tolist() == ["image/LIDC-IDRI-0332_R_1.nii.gz"]
     assert "LIDC-IDRI-0332_R_1.nii.gz" in caplog.text
-    patch = Preprocessing()
     for name, table in {"point": rows, "center": rows.drop(columns=POINT)}.items():
         table.to_csv(tmp_path / f"{name}.csv", index=False)
         lesions = read_annotations(tmp_path / f"{name}.csv", root)
-        assert len(check_annotations(lesions, patch).usable) == 994
+        assert len(check_annotations(lesions).usable) == 994
 
 
 #: Tables of each data set; another importer than its own refuses them, and says whose they are.

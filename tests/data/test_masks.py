@@ -14,7 +14,7 @@ from fmcib_ssl.data.annotations import AnnotationsError, BadRowsError, check_ann
 from fmcib_ssl.data.geometry import ScanGeometry
 from fmcib_ssl.data.masks import Region, find_lesions, lesions_from_masks, read_regions
 from fmcib_ssl.data.scans import ScanSource, read_header
-from fmcib_ssl.types import Preprocessing, ScanError
+from fmcib_ssl.types import ScanError
 
 ANGLE = np.radians(20)
 OBLIQUE = ((np.cos(ANGLE), 0.0, np.sin(ANGLE)), (0.0, -1.0, 0.0), (np.sin(ANGLE), 0.0, -np.cos(ANGLE)))
@@ -88,8 +88,7 @@ def test_table_of_masks_becomes_table_of_points(archive: Path) -> None:
         rows[["coordX", "coordY", "coordZ"]], [[77, -62, 17], [97, -52, 37], [68.5, -71.5, 28]], atol=1e-4
     )
     rows.to_csv(archive / "points.csv", index=False)
-    patch = Preprocessing(patch_size_zyx=(20, 20, 20))
-    assert len(check_annotations(read_annotations(archive / "points.csv"), patch).usable) == 3
+    assert len(check_annotations(read_annotations(archive / "points.csv")).usable) == 3
 
 
 def test_regions_and_small_pieces_can_be_left_out(archive: Path) -> None:

@@ -237,7 +237,7 @@ def test_real_negatives_overlap_no_lesion_and_lie_in_the_body(real_data: Path) -
         covering = StoreGrid.of(scan.geometry, 2.0)
         middle = covering.to_lps_mm(np.array(covering.shape_zyx) // 2)
         grid = PatchGrid(tuple(middle.tolist()), covering.shape_zyx, 2.0)
-        coarse = build_coarse_map(crop_patch(scan.thinned(2.0), grid), 2.0)
+        coarse = build_coarse_map(crop_patch(scan, grid), 2.0)
         origin = np.array(grid.origin_lps_mm)
         others_lps = np.array([lesion, (lesion[0] + 60, lesion[1], lesion[2] - 40)])
         others = ((others_lps - origin) / 2.0)[:, ::-1]

@@ -21,7 +21,7 @@ from fmcib_ssl.data.nifti import Affine
 from fmcib_ssl.data.prepare import prepare
 from fmcib_ssl.data.scans import ScanSource, crop_patch, read_header, read_scan
 from fmcib_ssl.data.tables import BadRowsError
-from fmcib_ssl.types import Preprocessing, ScanError
+from fmcib_ssl.types import ScanError
 
 SHIFTED = moved(AFFINE_RAS, x=15)
 SHEARED = moved(AFFINE_RAS, shear=0.3)
@@ -291,9 +291,7 @@ def test_whatever_is_raised_rejects_that_scan_alone(
     (tmp_path / "a.csv").write_text(f"image_path,coordX,coordY,coordZ\na.nii.gz,{point}\nbad.nii.gz,{point}\n")
     table = read_annotations(tmp_path / "a.csv")
     message = str(error) or "more memory"
-    usable, rejected = check_annotations(
-        table, Preprocessing(), on_bad_row="skip", check="full", allow_short_scans=True
-    )
+    usable, rejected = check_annotations(table, on_bad_row="skip", check="full")
     assert (usable.rows.index.tolist(), rejected["row"].tolist()) == ([1], [2])
     assert message in rejected["reason"].item()
     summary = prepare(table, tmp_path / "store", num_workers=0)
@@ -321,7 +319,7 @@ def test_the_column_affine(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(f"{header}a.nii.gz,{point},sform\n")
     table = read_annotations(tmp_path / "a.csv")
     assert table.scans == (ScanSource(tmp_path / "a.nii.gz", affine="sform"),)
-    usable, _ = check_annotations(table, Preprocessing(), allow_short_scans=True)
+    usable, _ = check_annotations(table)
     assert len(usable) == 1
     assert prepare(table, tmp_path / "store", num_workers=0).num_made == 1
     (tmp_path / "a.csv").write_text(f"{header}a.nii.gz,{point},\na.nii.gz,{point},SFORM\n")
@@ -331,7 +329,7 @@ def test_the_column_affine(tmp_path: Path) -> None:
         read_annotations(tmp_path / "a.csv")
     (tmp_path / "a.csv").write_text(f"{header}a.nii.gz,{point},\n")
     with pytest.raises(BadRowsError, match=r"column `affine`"):
-        check_annotations(read_annotations(tmp_path / "a.csv"), Preprocessing(), allow_short_scans=True)
+        check_annotations(read_annotations(tmp_path / "a.csv"))
     (tmp_path / "a.csv").write_text(f"{header}a.nii.gz,{point},best\n")
     with pytest.raises(AnnotationsError, match=r"column 'affine' has 'best' for .*sform, qform or nothing"):
         read_annotations(tmp_path / "a.csv")

@@ -92,25 +92,6 @@ def test_where_the_grids_coincide_a_patch_is_the_array(orientation: int) -> None
         np.testing.assert_array_equal(patch, upright[z : z + 12, y : y + 12, x : x + 12])
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_repeated_edges_against_scipy(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    direction = AXIS_ORIENTATIONS[seed * 4] if seed % 2 else Rotation.random(random_state=rng).as_matrix()
-    scan = make_scan(rng, direction, tuple(rng.uniform(0.5, 5, 3).tolist()))
-    center = scan.geometry.to_lps_mm(rng.uniform(0, np.array(scan.geometry.size_xyz)))
-    grid = PatchGrid(tuple(center.tolist()), (14, 90, 12), 1.3)
-    z, y, x = np.meshgrid(*(np.arange(n) for n in grid.size_zyx), indexing="ij")
-    points = np.stack([x, y, z], -1) * grid.spacing_mm + grid.origin_lps_mm
-    index = scan.geometry.to_index_xyz(points.reshape(-1, 3))[:, ::-1].T
-    raised = np.maximum(scan.hu, -1024).astype(np.float64)
-    expected = ndimage.map_coordinates(raised, index, order=1, mode="nearest").reshape(grid.size_zyx)
-    patch = crop_patch(scan, grid, padding="edge")
-    assert np.abs(patch - expected).max() <= 0.5 + 1e-2
-    inside = scan.geometry.contains(points.reshape(-1, 3)).reshape(grid.size_zyx)
-    assert (~inside).any()
-    assert np.abs(patch[inside].astype(int) - crop_patch(scan, grid)[inside]).max() <= 1  # rounded apart
-
-
 @pytest.mark.parametrize("seed", range(25))
 def test_oblique_scans_against_an_independent_sampler(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -144,15 +125,6 @@ def test_values_below_padding_are_raised_first_and_large_ones_do_not_wrap() -> N
     scan = Scan(hu, ScanGeometry((4, 4, 4), (1, 1, 1), (0, 0, 0)))
     assert crop_patch(scan, PatchGrid((1.5, 1, 1), (1, 1, 1), 1.0)).item() == -12  # halfway from -1024, not from -3000
     assert crop_patch(scan, PatchGrid((3, 3, 3), (1, 1, 1), 1.0)).item() == 32767
-
-
-def test_thinned_scan_keeps_voxels_in_place() -> None:
-    scan = make_scan(np.random.default_rng(0), Rotation.random(random_state=0).as_matrix(), (0.9, 1.5, 5.0))
-    thin = scan.thinned(4.0)
-    np.testing.assert_allclose(thin.geometry.spacing_mm_xyz, (3.6, 3.0, 5.0))
-    for index in [(0, 0, 0), (2, 3, 4)]:
-        x, y, z = np.rint(scan.geometry.to_index_xyz(thin.geometry.to_lps_mm(index))).astype(int)
-        assert thin.hu[index[::-1]] == scan.hu[z, y, x]
 
 
 def ct_image(shape: tuple[int, ...] = (8, 10, 12), dtype: type = np.int16) -> sitk.Image:
