@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import lightning as L
@@ -14,8 +15,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
+from fmcib_ssl.data.loader import LesionDataModule
 from fmcib_ssl.models.acceleration import (
     compile_training,
     lay_out_channels_last,
@@ -90,6 +93,75 @@ def build_views(settings: Settings) -> ViewTransform:
     return view_transform
 
 
+def build_parts(section: str, components: Mapping[str, Component] | None) -> list[Any]:
+    """The objects of a section that has several, such as the callbacks."""
+    return [build(section, component) for component in (components or {}).values()]
+
+
+def build_data(
+    settings: Settings, patches: Any, view_transform: ViewTransform, preprocessing: Preprocessing
+) -> LesionDataModule:
+    """Batches of views of the lesions in `patches`."""
+    data, hardware = settings.data, settings.hardware
+    with blame("hardware"):
+        return LesionDataModule(
+            patches,
+            view_transform,
+            preprocessing=preprocessing,
+            batch_size=data.batch_size,
+            max_batch_size=data.max_batch_size,
+            num_workers=hardware.num_workers,
+            seed=settings.seed,
+            pin_memory=hardware.pin_memory,
+            views_on=hardware.views_on,
+        )
+
+
+def batch_size_of(settings: Settings, data: LesionDataModule) -> int:
+    """Lesions a step on each device.
+
+    Raises:
+        ConfigError: more than there are, or fewer than the loss or the method need.
+    """
+    world_size, num_lesions = settings.world_size, len(data.dataset)
+    try:
+        batch_size = data.batch_size_per_device(world_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if batch_size * world_size > num_lesions:
+        raise ConfigError(
+            f"data.batch_size={batch_size} on {world_size} device{'s' * (world_size > 1)} takes "
+            f"{batch_size * world_size} lesions a step, and there are {num_lesions} that can be used: "
+            "lower it, or set data.batch_size=auto"
+        )
+    if settings.loss.get("negatives") == "lesions" and batch_size * world_size < 2:
+        raise ConfigError(
+            "loss.negatives=lesions contrasts the lesions of a batch with each other, and there is one lesion a step: "
+            "add lesions, or choose loss.negatives=mined"
+        )
+    num_chunks = -(-batch_size // (settings.method.get("chunk_size") or batch_size))
+    one_by_one = settings.method.get("forwards") == "separate" and batch_size // num_chunks == 1
+    if one_by_one and settings.head.get("batch_norm"):
+        raise ConfigError(
+            "method.forwards=separate sends one view at a time, and batch norm in the head needs more than one: "
+            "set method.forwards=joint or head.batch_norm=false"
+            + (", or a larger method.chunk_size" if batch_size > 1 else "")
+        )
+    return batch_size
+
+
+def num_steps(settings: Settings, batches_per_epoch: int) -> tuple[int, int]:
+    """Optimizer steps in an epoch and in all; an epoch's last step may accumulate fewer batches than the others."""
+    trainer = settings.trainer
+    steps_per_epoch = -(-batches_per_epoch // trainer.accumulate_grad_batches)
+    limits = []
+    if trainer.max_epochs not in (None, -1):
+        limits.append(trainer.max_epochs * steps_per_epoch)
+    if trainer.max_steps != -1:
+        limits.append(trainer.max_steps)
+    return steps_per_epoch, min(limits)
+
+
 def build_module(
     settings: Settings, preprocessing: Preprocessing, batch_size: int, num_steps: int, run_id: str | None = None
 ) -> Pretraining:
@@ -146,6 +218,9 @@ def build_module(
 def build_trainer(settings: Settings, **arguments: Any) -> L.Trainer:
     """Lightning's trainer as `hardware` and `trainer` ask for it, with `arguments` of the caller's own."""
     hardware = settings.hardware
+    strategy: str | DDPStrategy = hardware.strategy
+    if strategy == "ddp" or (strategy == "auto" and settings.world_size > 1):
+        strategy = DDPStrategy(timeout=timedelta(seconds=hardware.collective_timeout_s))
     precision = resolve_precision(hardware.precision, hardware.accelerator)
     changed = hardware.precision not in ("auto", precision)
     if precision.startswith("bf16") and (changed or hardware.accelerator == "cpu"):
@@ -157,6 +232,10 @@ def build_trainer(settings: Settings, **arguments: Any) -> L.Trainer:
     with blame("hardware or trainer"):
         return L.Trainer(
             accelerator=hardware.accelerator,
+            devices=hardware.devices,
+            num_nodes=hardware.num_nodes,
+            strategy=strategy,
+            sync_batchnorm=hardware.sync_batchnorm,
             precision=precision,  # type: ignore[arg-type]  # Lightning checks it
             use_distributed_sampler=False,  # EpochSampler knows ranks, and pads none
             enable_model_summary=False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -46,7 +46,7 @@ from fmcib_ssl.training.build import accelerate, blame, build, build_optimizer, 
 from fmcib_ssl.training.lesions import store_of
 from fmcib_ssl.training.settings import Component, ConfigError, FineTune, Settings
 from fmcib_ssl.training.throughput import Progress
-from fmcib_ssl.types import Preprocessing, ViewTransform
+from fmcib_ssl.types import Preprocessing
 
 logger = logging.getLogger(__name__)
 
@@ -61,14 +61,14 @@ class Task:
         patches: of all lesions of the source.
         labels: `labels.rows` says which of those have one.
         patients: of each.
-        parts: who is trained on, validated by (`val` is never None) and tested on.
+        splits: who is trained on, validated by (`val` is never None) and tested on.
         preprocessing: of the patches.
     """
 
     patches: SourcePatches
     labels: Labels
     patients: Array
-    parts: Sequence[Split]
+    splits: Sequence[Split]
     preprocessing: Preprocessing
 
     def ids(self) -> Array:
@@ -76,56 +76,49 @@ class Task:
         return self.patches.lesions[ID_COLUMN].to_numpy()[self.labels.rows]
 
 
-def labelled_task(settings: Settings, asked: FineTune, trained_on: Preprocessing | None) -> Task:
-    """Open the lesions, read their labels and part their patients.
+def labelled_task(settings: Settings, options: FineTune, trained_on: Preprocessing | None) -> Task:
+    """Open the lesions, read their labels and split their patients.
 
     Args:
         settings: of the run.
-        asked: its section `finetune`.
+        options: its section `finetune`.
         trained_on: the patches that the encoder knows; None for random weights.
 
     Raises:
-        ConfigError: patches that are not those, no such column or label, patients on two sides of a split.
-        EvaluationError, FeatureTableError: tables that cannot be used.
+        UserError: patches that are not those, no such column or label, patients on two sides of a split.
     """
     data = settings.data
-    if trained_on is not None and trained_on.patch_size_zyx != data.patch_size:
-        size = ",".join(map(str, trained_on.patch_size_zyx))
-        raise ConfigError(
-            f"data.patch_size={list(data.patch_size)}, and {asked.weights} was trained on other patches: set "
-            f"data.patch_size=[{size}]"
-        )
-    spacing = data.spacing_mm
-    if trained_on is not None and spacing not in (None, trained_on.spacing_mm):
-        raise ConfigError(
-            f"data.spacing_mm={spacing:g}, and {asked.weights} was trained on {trained_on.spacing_mm:g} mm: set "
-            f"data.spacing_mm={trained_on.spacing_mm:g}"
-        )
-    if trained_on is not None and trained_on.padding != data.padding:
-        raise ConfigError(
-            f"data.padding={data.padding}, and {asked.weights} was trained on patches with {trained_on.padding}: set "
-            f"data.padding={trained_on.padding}"
-        )
+    if trained_on is not None:
+        for key, value, expected in (
+            ("patch_size", list(data.patch_size), list(trained_on.patch_size_zyx)),
+            ("spacing_mm", data.spacing_mm, trained_on.spacing_mm),
+            ("padding", data.padding, trained_on.padding),
+        ):
+            if value not in (None, expected):
+                raise ConfigError(
+                    f"data.{key}={value}, and {options.weights} was trained on patches with {expected}: set "
+                    f"data.{key}={str(expected).replace(' ', '')}"
+                )
     patches, preprocessing = _open(settings, trained_on)
-    assert asked.label is not None
-    labels = read_labels(patches.lesions, asked.task, label=asked.label, threshold=asked.threshold)
+    assert options.label is not None
+    labels = read_labels(patches.lesions, options.task, label=options.label, threshold=options.threshold)
     lesions = patches.lesions.iloc[labels.rows]
     ids = lesions[ID_COLUMN].to_numpy()
-    patients = ids if asked.group is None else column_text(lesions, asked.group, "finetune.group")
+    patients = ids if options.group is None else column_text(lesions, options.group, "finetune.group")
     try:
-        if asked.split is None:
-            parts = cross_validation(labels.kind, labels.values, patients, num_folds=asked.folds, seed=settings.seed)
+        if options.split is None:
+            splits = cross_validation(labels.kind, labels.values, patients, num_folds=options.folds, seed=settings.seed)
         else:
-            parts = [given_split(column_text(lesions, asked.split, "finetune.split"))]
-            if len(shared := shared_patients(parts[0], patients)):
+            splits = [given_split(column_text(lesions, options.split, "finetune.split"))]
+            if len(shared := shared_patients(splits[0], patients)):
                 raise ConfigError(
-                    f"{len(shared)} patients stand on more than one side of {asked.split!r}, such as {shared[0]!r}: "
+                    f"{len(shared)} patients are on more than one side of {options.split!r}, such as {shared[0]!r}: "
                     "results would be optimistic. Fix the split, or accept it with finetune.group=null"
                 )
-        parts = [_with_validation(part, labels, patients, asked.val_share, settings.seed) for part in parts]
+        splits = [_with_validation(split, labels, patients, options.val_share, settings.seed) for split in splits]
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return Task(patches, labels, patients, parts, preprocessing)
+    return Task(patches, labels, patients, splits, preprocessing)
 
 
 def _open(settings: Settings, trained_on: Preprocessing | None) -> tuple[SourcePatches, Preprocessing]:
@@ -137,78 +130,67 @@ def _open(settings: Settings, trained_on: Preprocessing | None) -> tuple[SourceP
     return patches, patches.preprocessing
 
 
-def _with_validation(part: Split, labels: Labels, patients: Array, share: float, seed: int) -> Split:
-    """Set a share of the training patients aside, unless the split has done so."""
-    if part.val is not None:
-        return part
-    values = labels.values[part.train]
+def _with_validation(split: Split, labels: Labels, patients: Array, share: float, seed: int) -> Split:
+    """Take a share of the training patients for validation, unless the split names some."""
+    if split.val is not None:
+        return split
+    values = labels.values[split.train]
     num_folds = max(2, min(round(1 / share), np.bincount(strata(labels.kind, values)).max()))
-    folds = grouped_folds(labels.kind, values, patients[part.train], num_folds, seed)
-    fit, check = folds[0]
-    return replace(part, train=part.train[fit], val=part.train[check])
+    fit, val = grouped_folds(labels.kind, values, patients[split.train], num_folds, seed)[0]
+    return replace(split, train=split.train[fit], val=split.train[val])
 
 
-def task_checksum(asked: FineTune, task: Task) -> str:
+def task_checksum(options: FineTune, task: Task) -> str:
     """Of who is trained on and tested on, with which labels, and of the weights that the training begins with."""
-    parts = [(part.name, part.train, part.val, part.test) for part in task.parts]
-    weights = None if asked.weights is None else checksum_of([asked.weights])
-    return digest_of(task.ids(), task.labels.values, parts, weights)
+    splits = [(split.name, split.train, split.val, split.test) for split in task.splits]
+    weights = None if options.weights is None else checksum_of([options.weights])
+    return digest_of(task.ids(), task.labels.values, splits, weights)
 
 
-def starting_encoder(settings: Settings, asked: FineTune) -> tuple[nn.Module, Component]:
+def starting_encoder(settings: Settings, options: FineTune) -> tuple[nn.Module, Component]:
     """The encoder to begin with, and what builds it; the same at every call."""
     L.seed_everything(settings.seed, verbose=False)
-    if asked.weights is None:
+    if options.weights is None:
         return build("encoder", settings.encoder), settings.encoder
     try:
-        encoder: Any = load_encoder(asked.weights)
+        encoder: Any = load_encoder(options.weights)
     except (EncoderFileError, FileNotFoundError) as error:
         raise ConfigError(f"finetune.weights: {error}") from error
     return encoder, encoder.spec
 
 
-def train_part(settings: Settings, asked: FineTune, task: Task, part: Split, folder: Path) -> None:
+def train_split(settings: Settings, options: FineTune, task: Task, split: Split, folder: Path) -> None:
     """Train until the validation score rises no more, and let the best weights predict.
 
     The score, not the loss: after few steps batch norm's running statistics lag behind the weights, which shifts all
     outputs, and the loss with them, but not their order.
     """
-    assert part.val is not None
-    if len(np.unique(task.labels.values[part.val])) < 2:
-        raise ConfigError(f"the validation lesions of part {part.name} all have one label: nothing to stop by")
-    encoder, spec = starting_encoder(settings, asked)
-    datasets = _datasets(settings, task, part)
-    batch_size = settings.data.max_batch_size if settings.data.batch_size == "auto" else settings.data.batch_size
-    batch_size = min(batch_size, len(part.train))
+    assert split.val is not None
+    if len(np.unique(task.labels.values[split.val])) < 2:
+        raise ConfigError(f"the validation lesions of part {split.name} all have one label: nothing to stop by")
+    encoder, spec = starting_encoder(settings, options)
+    data, hardware = settings.data, settings.hardware
+    batch_size = min(data.max_batch_size if data.batch_size == "auto" else data.batch_size, len(split.train))
     if batch_size < 2:
         raise ConfigError("fine-tuning standardises features over a batch: set data.batch_size to 2 or more")
-    loading: dict[str, Any] = {
-        "num_workers": settings.hardware.num_workers,
-        "pin_memory": settings.hardware.pin_memory,
-        "persistent_workers": settings.hardware.num_workers > 0,
-        "generator": torch.Generator().manual_seed(settings.seed),
-    }
-    order = EpochSampler(len(part.train), batch_size, seed=settings.seed)
-    loading["batch_size"] = batch_size
-    train = _loader(task, datasets["train"], sampler=order, drop_last=True, **loading)
-    val, test = (_loader(task, datasets[side], **loading) for side in ("val", "test"))
+    train, val, test = _loaders(settings, task, split, batch_size)
 
     L.seed_everything(settings.seed, verbose=False)
-    metadata = encoder_metadata(encoder, spec, task.preprocessing, extra={"run": settings.name, "fold": part.name})
-    module = _module(settings, task, part, encoder=encoder, batch_size=batch_size, metadata=metadata)
+    metadata = encoder_metadata(encoder, spec, task.preprocessing, extra={"run": settings.name, "fold": split.name})
+    module = _build_module(settings, task, split, encoder=encoder, batch_size=batch_size, metadata=metadata)
     best = ModelCheckpoint(
         folder / "checkpoints", filename="best", monitor="val/score", mode="max", enable_version_counter=False
     )
-    patience = EarlyStopping(monitor="val/score", mode="max", patience=asked.patience)
-    accelerate(module, module.encoder, settings.hardware)
-    shown = (settings.trainer.model_extra or {}).get("enable_progress_bar", True)
+    patience = EarlyStopping(monitor="val/score", mode="max", patience=options.patience)
+    accelerate(module, module.encoder, hardware)
+    shows_progress = (settings.trainer.model_extra or {}).get("enable_progress_bar", True)
+    on_one_device = hardware.model_copy(update={"strategy": "auto", "sync_batchnorm": False})
     trainer = build_trainer(
-        settings,
-        devices=1,
+        settings.model_copy(update={"hardware": on_one_device}),
         num_sanity_val_steps=0,
         default_root_dir=folder,
         logger=CSVLogger(folder, name="", version=""),
-        callbacks=[best, patience, *([Progress()] if shown else [])],
+        callbacks=[best, patience, *([Progress()] if shows_progress else [])],
     )
     for earlier in (folder / "checkpoints").glob("*.ckpt"):
         earlier.unlink()  # of a training that was stopped
@@ -218,60 +200,69 @@ def train_part(settings: Settings, asked: FineTune, task: Task, part: Split, fol
     module.load_state_dict(checkpoint["state_dict"])
     logger.info(
         "%s: %d lesions trained on, stopped after epoch %d, best in %d (validation score %.3f)",
-        folder.name, len(part.train), trainer.current_epoch - 1, checkpoint["epoch"], best.best_model_score,
+        folder.name, len(split.train), trainer.current_epoch - 1, checkpoint["epoch"], best.best_model_score,
     )  # fmt: skip
     export_encoder(module.encoder, spec, task.preprocessing, folder / "encoder.safetensors", extra=metadata["extra"])
     tables = []
-    for side, loader, rows in (("val", val, part.val), ("test", test, part.test)):
+    for side, loader, rows in (("val", val, split.val), ("test", test, split.test)):
         scores = _predict(trainer, module, loader, task.labels.rows[rows])
-        tables.append(_table(task, part.name, side, rows, scores))
+        tables.append(_table(task, split.name, side, rows, scores))
     with atomic_write(folder / "predictions.parquet") as file:
         pd.concat(tables).to_parquet(file, index=False)
 
 
-def _loader(task: Task, dataset: LabelledPatches, **arguments: Any) -> WatchedLoader:
-    ids = task.patches.lesions[ID_COLUMN].to_numpy()
-    return WatchedLoader(dataset, title=lambda place: str(ids[dataset.rows[place]]), **arguments)
-
-
-def _datasets(settings: Settings, task: Task, part: Split) -> dict[str, LabelledPatches]:
-    view_transform = build_views(settings)
-    classes = task.labels.num_classes > 0
-    labels: Array = np.zeros(len(task.patches), np.int64 if classes else np.float32)
+def _loaders(settings: Settings, task: Task, split: Split, batch_size: int) -> Iterator[WatchedLoader]:
+    """Of views of the training lesions, and of the validation and test lesions as they are."""
+    assert split.val is not None
+    hardware, ids = settings.hardware, task.patches.lesions[ID_COLUMN].to_numpy()
+    labels: Array = np.zeros(len(task.patches), np.int64 if task.labels.num_classes else np.float32)
     labels[task.labels.rows] = task.labels.values
-    transforms: dict[str, ViewTransform | None] = {"train": view_transform, "val": None, "test": None}
-    rows = {"train": part.train, "val": part.val, "test": part.test}
-    return {
-        side: LabelledPatches(
+    generator = torch.Generator().manual_seed(settings.seed)
+    for rows, view_transform in ((split.train, build_views(settings)), (split.val, None), (split.test, None)):
+        dataset = LabelledPatches(
             task.patches.read,
-            task.labels.rows[rows[side]],
+            task.labels.rows[rows],
             labels,
             task.preprocessing,
-            view_transform=transform,
+            view_transform=view_transform,
             seed=settings.seed,
         )
-        for side, transform in transforms.items()
-    }
+        training = view_transform is not None
+        yield WatchedLoader(
+            dataset,
+            title=partial(_title, ids[dataset.rows]),
+            sampler=EpochSampler(len(rows), batch_size, seed=settings.seed) if training else None,
+            drop_last=training,
+            batch_size=batch_size,
+            num_workers=hardware.num_workers,
+            pin_memory=hardware.pin_memory,
+            persistent_workers=hardware.num_workers > 0,
+            generator=generator,
+        )
 
 
-def _module(
+def _title(ids: Array, item: int) -> str:
+    return str(ids[item])
+
+
+def _build_module(
     settings: Settings,
     task: Task,
-    part: Split,
+    split: Split,
     *,
     encoder: nn.Module,
     batch_size: int,
     metadata: dict[str, Any],
 ) -> FineTuning:
-    asked = settings.finetune
-    assert asked is not None
-    values, num_classes = task.labels.values[part.train], task.labels.num_classes
+    options = settings.finetune
+    assert options is not None
+    values, num_classes = task.labels.values[split.train], task.labels.num_classes
     weights = None
-    if num_classes and asked.class_weights:
+    if num_classes and options.class_weights:
         classes = np.arange(num_classes)
         if len(absent := np.setdiff1d(classes, values)):
             missing = task.labels.classes[absent[0]]
-            raise ConfigError(f"no training lesion of fold {part.name} is {missing!r}: use fewer classes or folds")
+            raise ConfigError(f"no training lesion of fold {split.name} is {missing!r}: use fewer classes or folds")
         weights = torch.tensor(compute_class_weight("balanced", classes=classes, y=values), dtype=torch.float32)
     with blame("finetune"):
         return FineTuning(
@@ -283,8 +274,8 @@ def _module(
             class_weights=weights,
             center=0.0 if num_classes else float(values.mean()),
             scale=1.0 if num_classes else float(values.std()) or 1.0,
-            depth=asked.train,
-            encoder_rate=asked.encoder_rate if asked.weights is not None else 1.0,
+            depth=options.train,
+            encoder_rate=options.encoder_rate if options.weights is not None else 1.0,
             score=partial(_score, task),
             metadata=metadata,
         )
@@ -300,8 +291,8 @@ def _score(task: Task, labels: Array, scores: Array) -> float:
 def _predict(trainer: L.Trainer, module: FineTuning, loader: WatchedLoader, rows: Array) -> Array:
     """Scores in the order of `rows`, found by the rows that come back with them."""
     batches = cast(list[tuple[torch.Tensor, torch.Tensor]], trainer.predict(module, loader))
-    found, scores = (torch.cat(column).cpu().numpy() for column in zip(*batches, strict=True))
-    by_row = pd.Series(range(len(found)), index=found)
+    served, scores = (torch.cat(column).cpu().numpy() for column in zip(*batches, strict=True))
+    by_row = pd.Series(range(len(served)), index=served)
     return scores[by_row.loc[rows].to_numpy()]
 
 
@@ -328,37 +319,37 @@ def results_of(task: Task, predictions: pd.DataFrame, seed: int, num_bootstrap: 
     test = predictions[predictions["split"] == "test"]
     rows_of = pd.Series(range(len(task.patients)), index=task.ids())
     names = [name for name in test if name == "score" or str(name).startswith("score_")]
-    parts = []
+    splits = []
     for fold, table in test.groupby("fold", sort=False):
         scores = table[names].to_numpy()
         rows = rows_of.loc[table[ID_COLUMN]].to_numpy()
         chosen = table["predicted"].to_numpy() if "predicted" in table else None
         scores = scores if len(names) > 1 else scores[:, 0]
-        parts.append(SplitScores(str(fold), rows, scores, setting=0.0, num_train=0, chosen=chosen))
+        splits.append(SplitScores(str(fold), rows, scores, setting=0.0, num_train=0, chosen=chosen))
     drawn = patient_weights(task.patients, num_bootstrap, seed)
     weights = np.concatenate([np.ones((1, len(task.patients))), drawn])
     results = []
     for metric, function in METRICS[task.labels.kind].items():
-        told = estimate(function, task.labels.values, parts, weights)
-        results.append({"metric": metric, "value": told.value, "low": told.low, "high": told.high})
+        result = estimate(function, task.labels.values, splits, weights)
+        results.append({"metric": metric, "value": result.value, "low": result.low, "high": result.high})
     return results
 
 
-def task_summary(settings: Settings, asked: FineTune, task: Task, spec: Component) -> str:
-    """What a fine-tuning is about to do, one line a part."""
-    labels, part = task.labels, task.parts[0]
+def task_summary(settings: Settings, options: FineTune, task: Task, spec: Component) -> str:
+    """What a fine-tuning is about to do, one line a split."""
+    labels, split = task.labels, task.splits[0]
     counts = ""
     if labels.num_classes:
         per_class = np.bincount(labels.values, minlength=labels.num_classes)
         counts = ": " + ", ".join(f"{count} {name}" for name, count in zip(labels.classes, per_class, strict=True))
-    assert part.val is not None
+    assert split.val is not None
     rows = {
         "run": f"{settings.name} in {settings.paths.run}",
-        "encoder": f"{spec['_target_'].rpartition('.')[2]}, {asked.weights or 'random weights'}",
-        "trained": asked.train,
+        "encoder": f"{spec['_target_'].rpartition('.')[2]}, {options.weights or 'random weights'}",
+        "trained": options.train,
         "label": f"{labels.name}, {labels.kind}{counts}",
         "lesions": f"{len(task.patients)} of {len(np.unique(task.patients))} patients",
-        "parts": f"{len(task.parts)} {'folds' if asked.split is None else 'split'}; the first trains on "
-        f"{len(part.train)} lesions, stops by {len(part.val)}, is tested on {len(part.test)}",
+        "parts": f"{len(task.splits)} {'folds' if options.split is None else 'split'}; the first trains on "
+        f"{len(split.train)} lesions, stops by {len(split.val)}, is tested on {len(split.test)}",
     }
     return "\n".join(f"{name:<9}  {text}" for name, text in rows.items())

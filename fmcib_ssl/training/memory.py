@@ -1,206 +1,204 @@
-"""What memory there is, and when a GPU's is not enough: the batch that would fit, from measured memory a lesion."""
+"""A GPU's memory: the largest batch that fits, found before training by taking real steps, and what to do without.
+
+Lightning's `BatchSizeFinder` is not made for this: it refuses several devices, takes its bound untried (in 2.6), and
+steps through the run's own trainer and data.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import sys
+import logging
+import os
+import time
 import traceback
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.utilities.memory import is_oom_error
+from lightning.pytorch.utilities.seed import isolate_rng
 
+from fmcib_ssl.data.loader import LesionDataModule
+from fmcib_ssl.models.acceleration import resolve_precision
+from fmcib_ssl.training.run_folder import RunFolder, read_state
+from fmcib_ssl.training.settings import ConfigError, Settings
+
+logger = logging.getLogger(__name__)
+
+#: Builds the module and the data of a run.
+Parts = Callable[[Settings], tuple[L.LightningModule, LesionDataModule]]
 #: Of what is free, left for fragments and workspaces.
-SPARE = 0.1
-_STATUS = Path("/proc/self/status")
+_SPARE = 0.1
+#: The first step makes the optimizer's state; a scaler of the loss may leave that one out.
+_NUM_STEPS = 3
 
 
-def peak_memory(device: torch.device) -> int:
-    """The most bytes that were held so far: on a GPU in torch's tensors, else by this process (0: unknown)."""
-    if device.type == "cuda":
-        peak: int = torch.cuda.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"]["peak"]
-        return peak
-    with contextlib.suppress(OSError):
-        # Not `getrusage`: in Linux a program starts with the peak of the one that has started it.
-        return _number_after("VmHWM:", _STATUS.read_text()) * 1024
-    try:
-        import resource  # noqa: PLC0415
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def settings_that_fit(
+    settings: Settings,
+    folder: RunFolder,
+    parts: Parts,
+    *,
+    max_: int,
+    trained: bool,
+) -> Settings:
+    """With `hardware.auto_batch`, the settings with the largest batch that a GPU has room for.
 
+    Where a batch is embedded in chunks (`method.chunk_size`) it stays, and the largest chunk is looked for. What an
+    earlier start has found stays, and so does the batch that was trained with before anyone has looked. The first
+    process looks, on its GPU; the others read in the run folder what it has found.
 
-def reset_host_peak() -> None:
-    """Let the kernel measure the most memory of this process anew; where it does not, the peak only grows."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def gpu_capacity(device: torch.device) -> int:
-    """Bytes of a GPU that this process may hold, with those it holds: what others leave, less something to spare."""
-    free, total = torch.cuda.mem_get_info(device)
-    limit = torch.cuda.get_per_process_memory_fraction(device) * total
-    return int(min(free + torch.cuda.memory_reserved(device), limit) * (1 - SPARE))
-
-
-def free_host_memory(root: Path = Path("/")) -> int:
-    """Bytes that processes of this job can still take: of the machine's, and of every limit of a cgroup above it.
+    Args:
+        settings: of the run.
+        folder: keeps what is found.
+        parts: for the trials.
+        max_: lesions on each device; no larger batch is tried.
+        trained: whether the run has taken a step.
 
     Raises:
-        OSError: there is no Linux under `root` to ask.
+        ConfigError: there is no GPU, or not even the smallest batch fits.
     """
-    free = [_number_after("MemAvailable:", (root / "proc/meminfo").read_text()) * 1024]
-    for line in (root / "proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        second = controllers == ""  # version 2 of cgroups
-        if not second and "memory" not in controllers.split(","):
-            continue
-        groups = root / "sys/fs/cgroup" / ("" if second else "memory")
-        held, most = ("memory.current", "memory.max") if second else ("memory.usage_in_bytes", "memory.limit_in_bytes")
-        inner = groups / path.lstrip("/")
-        for group in (inner, *inner.parents):
-            with contextlib.suppress(OSError, ValueError):  # not every group has a limit; "max" is none
-                cache = _number_after("inactive_file ", (group / "memory.stat").read_text())
-                free.append(int((group / most).read_text()) - int((group / held).read_text()) + cache)
-            if group == groups:
-                break
-    return max(0, min(free))
+    what = "chunk_size" if settings.method.get("chunk_size") else "batch_size"
+    size = folder.state.get("auto_batch", {}).get(what)
+    if size is None:
+        if trained or not settings.hardware.auto_batch:
+            return settings
+        device = _gpu_of_this_process()
+        if folder.main_process:
+            logger.info("auto_batch looks for the largest %s, up to %d", what, max_)
+
+            def step(size: int) -> None:
+                batch_size = size if what == "batch_size" else max_
+                _take_steps(with_size(settings, what, size), parts, batch_size, device)
+
+            size = largest_that_fits(step, max_)
+            if not size:
+                raise ConfigError(
+                    f"hardware.auto_batch: not even {what}={min(2, max_)} fits in the GPU's memory: take a smaller "
+                    "encoder or data.patch_size, or a larger device"
+                )
+            logger.info("auto_batch takes %s=%d%s", what, size, ", the largest allowed" if size == max_ else "")
+            folder.note(auto_batch={what: size})
+        else:
+            size = _found_by_first_process(folder, what, settings.hardware.collective_timeout_s)
+    return with_size(settings, what, min(size, max_))
 
 
-class MemoryAdvice(L.Callback):
-    """Puts into an out-of-memory error what would fit, and what else can be done.
+def with_size(settings: Settings, what: str, size: int) -> Settings:
+    """The settings with another `data.batch_size`, or `method.chunk_size`."""
+    if what == "chunk_size":
+        return settings.model_copy(update={"method": {**settings.method, what: size}})
+    return settings.model_copy(update={"data": settings.data.model_copy(update={what: size})})
 
-    Once the memory of the failed step is free again, the encoder is run, forward and backward, on a few rows of what
-    it was given, at two sizes; the difference is what a row takes. No rank waits for another, so this also works where
-    one of several has failed.
 
-    Attributes:
-        fits: lesions for each device that would fit, after an error; None if that could not be measured.
+def largest_that_fits(step: Callable[[int], None], max_: int) -> int:
+    """Double from 2 until a step runs out of memory, then bisect, to a sixteenth; 0 if not even the first fits.
+
+    Args:
+        step: takes one of a size.
+        max_: no larger one is tried.
     """
+    low, high = 0, min(2, max_)
+    while _fits(step, high):
+        if high == max_:
+            return max_
+        low, high = high, min(2 * high, max_)
+    while low and high - low > max(1, low // 16):
+        middle = (low + high) // 2
+        low, high = (middle, high) if _fits(step, middle) else (low, middle)
+    return low
 
-    def __init__(self) -> None:
-        self.fits: int | None = None
-        self._rows: Tensor | None = None  # a few of what the encoder was given
-        self._num_rows = 0
-        self._batch_size = 0
-        self._at_start = 0
-        self._hook: Any = None
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See how many rows the encoder is given at a time."""
-        encoder = getattr(pl_module, "encoder", None)
-        if isinstance(encoder, nn.Module) and pl_module.device.type == "cuda":
-            self._hook = encoder.register_forward_pre_hook(self._look)
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Note the memory of what is there in any case: weights, the optimizer's state, the batch itself."""
-        if self._hook is not None:
-            self._at_start = torch.cuda.memory_allocated(pl_module.device)
-            self._batch_size = _num_lesions(batch)
-            self._num_rows = 0
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Say what would fit."""
-        if not isinstance(exception, torch.OutOfMemoryError):
-            return
-        # What the failed step has made is held by the frames that the error went through.
-        traceback.clear_frames(exception.__traceback__)
-        with contextlib.suppress(Exception):  # advice must not hide the error that it is about
-            self.fits = self._measure(trainer, pl_module)
-        exception.args = (self._advice(trainer, pl_module, str(exception)),)
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Look no more."""
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = self._rows = None
-
-    def _look(self, encoder: nn.Module, inputs: tuple[Any, ...]) -> None:
-        rows = inputs[0]
-        self._num_rows = max(self._num_rows, len(rows))
-        if self._rows is None and torch.is_grad_enabled():
-            self._rows = rows[:1].detach().cpu()
-
-    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> int | None:
-        if self._rows is None or not self._batch_size or not self._num_rows:
-            return None
-        device = pl_module.device
-        pl_module.zero_grad(set_to_none=True)
-        gc.collect()
+def _fits(step: Callable[[int], None], size: int) -> bool:
+    try:
+        step(size)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not is_oom_error(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold what the step has made
+        return False
+    finally:
+        gc.collect()  # a trainer and its module hold each other
         torch.cuda.empty_cache()
-        encoder: Any = pl_module.encoder
-        with _as_in_a_trial(encoder):
-            row = self._rows.to(device)
-            # The first also chooses kernels, and is not counted.
-            _, fewer, more = (self._peak(trainer, encoder, row.repeat(n, 1, 1, 1, 1)) for n in (1, 4, 8))
-        per_row = max(more - fewer, 1) / 4
-        parameters = sum(p.numel() * p.element_size() for p in pl_module.parameters() if p.requires_grad)
-        # The optimizer makes its state at its first step: two numbers a weight for Adam and its kind.
-        to_come = parameters * (1 if _has_state(trainer) else 3)
-        per_lesion = per_row * self._num_rows / self._batch_size
-        return max(0, int((gpu_capacity(device) - self._at_start - to_come) / per_lesion))
+    return True
 
-    @staticmethod
-    def _peak(trainer: L.Trainer, encoder: nn.Module, rows: Tensor) -> int:
-        device = rows.device
-        before = torch.cuda.memory_allocated(device) - rows.numel() * rows.element_size()
-        torch.cuda.reset_peak_memory_stats(device)
-        with trainer.precision_plugin.forward_context():
-            features = encoder(rows)
-        features.float().sum().backward()
-        encoder.zero_grad(set_to_none=True)
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
 
-    def _advice(self, trainer: L.Trainer, pl_module: L.LightningModule, error: str) -> str:
-        lines = [f"the GPU's memory is not enough for data.batch_size={self._batch_size or '?'} on each device"]
-        if self.fits is not None and 0 < self.fits < self._batch_size:
-            lines.append(f"  data.batch_size={self.fits} would fit, by what the encoder takes for each lesion")
-        elif self.fits is not None and self.fits >= self._batch_size:
-            lines.append("  the encoder alone would fit: the loss, or another program on this GPU, takes the rest")
-        elif self.fits == 0:
-            lines.append("  not one lesion fits: take a smaller encoder or data.patch_size, or a larger GPU")
-        if hasattr(pl_module, "chunk_size"):
-            chunk: Any = pl_module.chunk_size or self._batch_size
-            fits = max(1, min(self.fits or chunk // 2, chunk - 1))
-            lines.append(
-                f"  method.chunk_size={fits} embeds so many at a time and keeps the batch; docs/large_batches.md"
-            )
-        if str(trainer.precision).startswith("32"):
-            lines.append("  hardware.precision=bf16-mixed takes about half of the memory for activations")
-        lines.append("  a smaller data.patch_size or encoder; more devices with fewer lesions each")
-        return "\n".join(lines) + f"\ntorch says: {error.splitlines()[0] if error else 'out of memory'}"
+def _gpu_of_this_process() -> torch.device:
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "hardware.auto_batch looks for what a GPU's memory holds, and there is none: set hardware.auto_batch=false "
+            "and data.batch_size"
+        )
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))))
+
+
+def _found_by_first_process(folder: RunFolder, what: str, patience_s: float) -> int:
+    until = time.monotonic() + patience_s
+    while time.monotonic() < until:
+        if size := ((read_state(folder.path) or {}).get("auto_batch") or {}).get(what):
+            return int(size)
+        time.sleep(1)
+    raise ConfigError(f"hardware.auto_batch: the first process has found no {what} within {patience_s:g} s")
+
+
+def _take_steps(settings: Settings, parts: Parts, batch_size: int, device: torch.device) -> None:
+    """Train a module that is thrown away for three optimizer steps, as the run would, on this device alone."""
+    # The second batch of a step has gradients beside its activations, and so have all later ones.
+    accumulate = min(2, settings.trainer.accumulate_grad_batches)
+    on_gpu = device.type == "cuda"
+    with isolate_rng(include_cuda=on_gpu), warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+        warnings.simplefilter("ignore")  # what there is to say is said of the run
+        module, data = parts(settings)
+        trainer = L.Trainer(
+            accelerator="gpu" if on_gpu else "cpu",
+            devices=[device.index or 0] if on_gpu else 1,
+            plugins=[LightningEnvironment()],  # the job's own has more devices
+            precision=resolve_precision(settings.hardware.precision, settings.hardware.accelerator),  # type: ignore[arg-type]
+            max_steps=_NUM_STEPS,
+            accumulate_grad_batches=accumulate,
+            use_distributed_sampler=False,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        # DDP sends gradients from a copy of them.
+        gradients = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+        with _room_left(device, gradients if settings.world_size > 1 else 0):
+            trainer.fit(module, datamodule=data.rehearsal(batch_size, _NUM_STEPS * accumulate))
 
 
 @contextmanager
-def _as_in_a_trial(encoder: nn.Module) -> Iterator[None]:
-    """Evaluation mode, in which batch norm neither learns nor waits for other ranks."""
-    modes = {module: module.training for module in encoder.modules()}
-    encoder.eval()
+def _room_left(device: torch.device, reserve: int) -> Iterator[None]:
+    """Let torch take what is free on a GPU, less a tenth and `reserve` bytes."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_per_process_memory_fraction(device)
+    free, total = torch.cuda.mem_get_info(device)
+    room = min(free + torch.cuda.memory_reserved(device), before * total) * (1 - _SPARE) - reserve
+    torch.cuda.set_per_process_memory_fraction(max(0.0, room) / total, device)
     try:
-        with torch.enable_grad():
-            yield
+        yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        torch.cuda.set_per_process_memory_fraction(before, device)
 
 
-def _num_lesions(batch: Any) -> int:
-    lesions = batch.get("lesion") if isinstance(batch, dict) else None
-    return len(lesions) if isinstance(lesions, Tensor) else 0
+class MemoryAdvice(L.Callback):
+    """Puts into an out-of-memory error what can be done about it."""
 
-
-def _has_state(trainer: L.Trainer) -> bool:
-    return any(len(optimizer.state) for optimizer in trainer.optimizers)
-
-
-def _number_after(word: str, text: str) -> int:
-    return int(text.partition(word)[2].split()[0])
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Say it, with the first line of what torch says."""
+        if isinstance(exception, torch.OutOfMemoryError):
+            reason = str(exception).partition("\n")[0] or "out of memory"
+            exception.args = (
+                "the GPU's memory is not enough for this run. What helps:\n"
+                "  a smaller data.batch_size; hardware.auto_batch=true looks for the largest that fits\n"
+                "  method.chunk_size=N embeds so many lesions at a time and keeps the batch; docs/large_batches.md\n"
+                "  hardware.precision=bf16-mixed takes about half of the memory for activations\n"
+                "  hardware.gradient_checkpointing=true takes less for more time\n"
+                "  a smaller data.patch_size or encoder; more devices with fewer lesions each\n"
+                f"torch says: {reason}",
+            )

@@ -75,7 +75,7 @@ class RunFolder:
     def __init__(self, path: Path, *, main_process: bool = True) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
-        self._main_process = main_process
+        self.main_process = main_process
         self._lock: Lock | None = None
         try:
             if main_process:
@@ -174,7 +174,7 @@ class RunFolder:
             self._lock = None
 
     def _write(self) -> None:
-        if self._main_process and not self.is_lost:
+        if self.main_process and not self.is_lost:
             self._write_file(STATE_FILE, json.dumps(self.state, indent=2, default=str) + "\n")
 
     def _write_file(self, name: str, text: str) -> None:

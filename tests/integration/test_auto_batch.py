@@ -3,45 +3,43 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_runs import WATCH, Watch, assert_equal_weights, checkpoint_of, metrics_of, tiny_settings
 
 from fmcib_ssl.run import pretrain
-from fmcib_ssl.training import batch_search as auto_batch
-from fmcib_ssl.training.batch_search import SmallestOfAll
+from fmcib_ssl.training import memory
+from fmcib_ssl.training.run_folder import RunFolder
 from fmcib_ssl.training.settings import ConfigError
 
 SMALL = ["encoder=small", "hardware.precision=32-true", "trainer.max_epochs=-1"]
 AUTO = [*SMALL, "hardware.auto_batch=true", "data.batch_size=auto"]
-
-
 SLOW = pytest.mark.slow
 
 
-class RoomFor:
-    """Memory for so many lesions; steps that fit are really taken."""
+class Room:
+    """Memory for so many lesions, in a batch or in a chunk; steps that fit are really taken, on the CPU."""
 
-    limit = 3_000_000_000
-
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
         self.tried: list[int] = []
+        self._take_steps = memory._take_steps
 
-    def holds(self, size: int, step: Callable[[], None]) -> bool:
-        self.tried.append(size)
-        if size <= self.most:
-            step()
-        return size <= self.most
+    def take_steps(self, settings: Any, parts: Any, batch_size: int, device: torch.device) -> None:
+        self.tried.append(settings.method.get("chunk_size") or batch_size)
+        if self.tried[-1] > self.limit:
+            raise torch.OutOfMemoryError
+        self._take_steps(settings, parts, batch_size, device)
 
 
 @pytest.fixture
-def room(monkeypatch: pytest.MonkeyPatch) -> RoomFor:
-    room = RoomFor(3)
-    monkeypatch.setattr(auto_batch, "room_of", lambda *_, **__: room)
+def room(monkeypatch: pytest.MonkeyPatch) -> Room:
+    room = Room(3)
+    monkeypatch.setattr(memory, "_gpu_of_this_process", lambda: torch.device("cpu"))
+    monkeypatch.setattr(memory, "_take_steps", room.take_steps)
     return room
 
 
@@ -53,7 +51,7 @@ def found_in(run: Path) -> dict[str, int]:
 @pytest.mark.parametrize(
     "method", ["mined_contrast", *(pytest.param(name, marks=SLOW) for name in ("swav", "denoising"))]
 )
-def test_the_run_is_that_of_its_batch(method: str, phantom_table: Path, tmp_path: Path, room: RoomFor) -> None:
+def test_the_run_is_that_of_its_batch(method: str, phantom_table: Path, tmp_path: Path, room: Room) -> None:
     looked, told = tmp_path / "looked", tmp_path / "told"
     options = [*SMALL, f"method={method}", "trainer.max_steps=2", WATCH]
     pretrain(tiny_settings(phantom_table, looked, *options, *AUTO))
@@ -67,65 +65,53 @@ def test_the_run_is_that_of_its_batch(method: str, phantom_table: Path, tmp_path
     assert metrics_of(looked)["train/loss"].tolist() == metrics_of(told)["train/loss"].tolist()
     assert one["loops"] == other["loops"]
     assert {file.name for file in looked.iterdir()} == {file.name for file in told.iterdir()}
-
-
-def test_a_later_start_keeps_the_batch(phantom_table: Path, tmp_path: Path, room: RoomFor) -> None:
-    run = tmp_path / "run"
-    pretrain(tiny_settings(phantom_table, run, *AUTO, "trainer.max_steps=1"))
-    room.most, room.tried = 2, []  # another device, with less memory
-    pretrain(tiny_settings(phantom_table, run, *AUTO, "trainer.max_steps=3"))
-    assert not room.tried and found_in(run) == {"batch_size": 3}
-    pretrain(tiny_settings(phantom_table, run, *AUTO, "trainer.max_steps=4", "hardware.auto_batch=false"))
-    assert found_in(run) == {"batch_size": 3}
-    assert len(metrics_of(run)) == 4
+    # A later start keeps the batch, on a device with less memory, and when it is no longer asked to look.
+    room.limit, room.tried = 2, []
+    pretrain(tiny_settings(phantom_table, looked, *options, *AUTO, "trainer.max_steps=3"))
+    pretrain(tiny_settings(phantom_table, looked, *options, *AUTO, "trainer.max_steps=4", "hardware.auto_batch=false"))
+    assert not room.tried and found_in(looked) == {"batch_size": 3} and len(metrics_of(looked)) == 4
 
 
 @pytest.mark.slow
-def test_what_was_trained_keeps_its_batch(phantom_table: Path, tmp_path: Path, room: RoomFor) -> None:
+def test_what_was_trained_keeps_its_batch(phantom_table: Path, tmp_path: Path, room: Room) -> None:
     options = [*SMALL, "data.batch_size=auto", "data.max_batch_size=2"]
     pretrain(tiny_settings(phantom_table, tmp_path, *options, "trainer.max_steps=1"))
     pretrain(tiny_settings(phantom_table, tmp_path, *options, "trainer.max_steps=2", "hardware.auto_batch=true"))
     assert not room.tried and "auto_batch" not in json.loads((tmp_path / "run.json").read_text())
 
 
-def test_the_largest_chunk(
-    phantom_table: Path, tmp_path: Path, room: RoomFor, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_largest_chunk(phantom_table: Path, tmp_path: Path, room: Room, caplog: pytest.LogCaptureFixture) -> None:
     options = ["method.chunk_size=1", "data.batch_size=4", "hardware.auto_batch=true", *SMALL, WATCH]
     with caplog.at_level("INFO", "fmcib_ssl"):
         pretrain(tiny_settings(phantom_table, tmp_path, *options, "trainer.max_steps=1"))
     assert room.tried == [2, 4, 3] and found_in(tmp_path) == {"chunk_size": 3}
     module: Any = Watch.latest.module
     assert module.chunk_size == 3
-    assert "auto_batch takes chunk_size=3: 4 do not" in caplog.text
+    assert "auto_batch takes chunk_size=3" in caplog.text
     assert "4 lesions on each of 1 cpu devices, in chunks of 3" in caplog.text
 
 
-@pytest.mark.slow
-def test_another_device_has_less(
-    phantom_table: Path, tmp_path: Path, room: RoomFor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(SmallestOfAll, "setup", lambda self, *_, **__: self._take(2))
-    looked, told = tmp_path / "looked", tmp_path / "told"
-    options = [*SMALL, "trainer.max_steps=2"]
-    pretrain(tiny_settings(phantom_table, looked, *options, *AUTO))
-    pretrain(tiny_settings(phantom_table, told, *options, "data.batch_size=2"))
-    assert found_in(looked) == {"batch_size": 2}
-    assert_equal_weights(checkpoint_of(looked)["state_dict"], checkpoint_of(told)["state_dict"])
+def test_other_processes_take_what_the_first_has_found(phantom_table: Path, tmp_path: Path) -> None:
+    first = RunFolder(tmp_path)
+    first.note(auto_batch={"batch_size": 5})
+    other = RunFolder(tmp_path / "other", main_process=False)
+    other.path = tmp_path  # it was not there yet when this process has looked
+    assert memory._found_by_first_process(other, "batch_size", 5.0) == 5
+    with pytest.raises(ConfigError, match="has found no chunk_size"):
+        memory._found_by_first_process(other, "chunk_size", 0.0)
+    first.release()
 
 
-def test_no_room(phantom_table: Path, tmp_path: Path, room: RoomFor) -> None:
-    room.most = 1
-    with pytest.raises(ConfigError, match=r"not even batch_size=2 fits in 3\.0 GB: take a smaller encoder"):
+def test_no_room(phantom_table: Path, tmp_path: Path, room: Room) -> None:
+    room.limit = 1
+    with pytest.raises(ConfigError, match=r"not even batch_size=2 fits in the GPU's memory: take a smaller encoder"):
         pretrain(tiny_settings(phantom_table, tmp_path, *AUTO, "trainer.max_steps=1"))
 
 
-@pytest.mark.slow
-def test_a_real_search_on_this_machine(phantom_table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", "fmcib_ssl"):
-        pretrain(tiny_settings(phantom_table, tmp_path, *AUTO, "data.max_batch_size=3", "trainer.max_steps=1"))
-    assert found_in(tmp_path) == {"batch_size": 3}
-    assert "no more are tried: data.max_batch_size=3" in caplog.text
+def test_no_gpu(phantom_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"there is none: set hardware\.auto_batch=false"):
+        pretrain(tiny_settings(phantom_table, tmp_path, *AUTO, "trainer.max_steps=1"))
 
 
 @pytest.mark.parametrize(

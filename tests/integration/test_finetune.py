@@ -23,8 +23,7 @@ from fmcib_ssl.models.export import export_encoder
 from fmcib_ssl.run import finetune
 from fmcib_ssl.training.config import read_settings
 from fmcib_ssl.training.run_folder import RunFolderError
-from fmcib_ssl.training.settings import ConfigError
-from fmcib_ssl.types import Preprocessing
+from fmcib_ssl.types import Preprocessing, UserError
 
 NUM_PATIENTS, SIDE = 16, 16
 ENCODER = {"_target_": "fmcib_ssl.models.encoders.small_resnet", "widths": [4, 4, 8, 8]}
@@ -101,9 +100,9 @@ def test_the_metric_is_scikit_learns_over_the_folds(supervised: Path) -> None:
     predictions = pd.read_parquet(supervised / "predictions.parquet")
     test = predictions[predictions["split"] == "test"]
     aucs = [roc_auc_score(fold["label"], fold["score"]) for _, fold in test.groupby("fold")]
-    told = results_of(supervised)["AUC"]
-    assert told["value"] == pytest.approx(np.mean(aucs))
-    assert told["low"] <= told["value"] <= told["high"]
+    result = results_of(supervised)["AUC"]
+    assert result["value"] == pytest.approx(np.mean(aucs))
+    assert result["low"] <= result["value"] <= result["high"]
 
 
 def test_the_best_checkpoint_is_kept_and_exported(supervised: Path) -> None:
@@ -212,6 +211,6 @@ def test_other_tasks(task: str, metric: str, store: Path, tmp_path: Path) -> Non
     ids=lambda value: value[0][:40],
 )
 def test_refusals(overrides: list[str], words: list[str], store: Path, weights: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         run_finetuning(store, tmp_path, *(override.format(weights=weights) for override in overrides))
     assert not [word for word in words if word not in str(caught.value)], str(caught.value)
