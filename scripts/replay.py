@@ -49,7 +49,7 @@ def replay(
     """
     import torch  # noqa: PLC0415  (the help is quick)
 
-    from fmcib_ssl.training.rng import set_random_state  # noqa: PLC0415
+    from fmcib_ssl.training.checkpoints import set_random_state  # noqa: PLC0415
 
     fault = read_fault(run, step, rank)
     module = build(run, fault, trusted).to(device)

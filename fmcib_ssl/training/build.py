@@ -49,7 +49,7 @@ def build(section: str, component: Component, **arguments: Any) -> Any:
 
 
 @contextmanager
-def blame(section: str) -> Iterator[None]:
+def config_errors_in(section: str) -> Iterator[None]:
     """Say which section of the configuration was wrong when something made of it fails."""
     try:
         yield
@@ -62,7 +62,7 @@ def blame(section: str) -> Iterator[None]:
 def learning_rate(settings: Settings, batch_size: int) -> float:
     """The highest rate of the run: the configured one, scaled by the global batch."""
     global_batch = batch_size * settings.world_size * settings.trainer.accumulate_grad_batches
-    with blame("optimizer"):
+    with config_errors_in("optimizer"):
         return scaled_learning_rate(settings.optimizer["base_lr"], global_batch, settings.optimizer["reference_batch"])
 
 
@@ -82,7 +82,7 @@ def build_views(settings: Settings) -> ViewTransform:
     if not callable(view_transform):
         raise ConfigError("section augment of the configuration makes no views: choose another")
     noise = np.random.default_rng(0).normal(-300, 400, (1, 1, *settings.data.patch_size)).clip(-1000, 1000)
-    with blame("augment"):
+    with config_errors_in("augment"):
         low, high = view_transform(torch.from_numpy(noise.astype(np.int16)), torch.tensor([0])).aminmax()
     if max(-low, high) < _NOT_IN_HU:
         raise ConfigError(
@@ -103,7 +103,7 @@ def build_data(
 ) -> LesionDataModule:
     """Batches of views of the lesions in `patches`."""
     data, hardware = settings.data, settings.hardware
-    with blame("hardware"):
+    with config_errors_in("hardware"):
         return LesionDataModule(
             patches,
             view_transform,
@@ -184,7 +184,7 @@ def build_module(
         raise ConfigError(f"encoder and data.patch_size do not fit: {error}") from error
     optimizer = build_optimizer(settings, batch_size)
     schedule = None if settings.schedule is None else build("schedule", settings.schedule)
-    with blame("method"):
+    with config_errors_in("method"):
         method = get_class(settings.method["_target_"])
         if not issubclass(method, Pretraining):
             raise TypeError(
@@ -201,16 +201,16 @@ def build_module(
     metadata = encoder_metadata(encoder, settings.encoder, preprocessing, extra=extra)
     # Handed over outside Hydra, which would build the encoder that the metadata describes.
     make_module = build("method", {**settings.method, "_partial_": True})
-    with blame("method"):
+    with config_errors_in("method"):
         module: Pretraining = make_module(
             Parts(encoder, optimizer, num_features, schedule, metadata=metadata, **sections)
         )
     module.flops_per_lesion = _flops_per_lesion(module, settings)
     # Lightning builds both once training has begun; what they refuse is to be known now.
-    with blame("optimizer"):
+    with config_errors_in("optimizer"):
         trial = optimizer(module.named_parameters())
     if schedule is not None:
-        with blame("schedule"):
+        with config_errors_in("schedule"):
             schedule(trial, total_steps=num_steps)
     return module
 
@@ -229,7 +229,7 @@ def build_trainer(settings: Settings, **arguments: Any) -> L.Trainer:
             "has shrunk to 2 (docs/step.md); hardware.precision=32-true is safe",
             hardware.precision, f" runs as {precision}, as torch has no mixed float16 there" if changed else "",
         )  # fmt: skip
-    with blame("hardware or trainer"):
+    with config_errors_in("hardware or trainer"):
         return L.Trainer(
             accelerator=hardware.accelerator,
             devices=hardware.devices,
@@ -251,7 +251,7 @@ def accelerate(module: L.LightningModule, encoder: nn.Module, hardware: Hardware
     if hardware.trim:
         trim(module)
     if hardware.gradient_checkpointing:
-        with blame("hardware"):
+        with config_errors_in("hardware"):
             recompute_blocks(encoder)
     if hardware.compile:
         compile_training(encoder)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 import shutil
 import sys
 import time
@@ -20,6 +21,7 @@ from signal import Signals
 from typing import Any, cast
 
 import lightning as L
+import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -31,7 +33,6 @@ from fmcib_ssl.models.export import FORMAT_VERSION, read_archive
 from fmcib_ssl.training import signals
 from fmcib_ssl.training.cluster import requeue
 from fmcib_ssl.training.loggers import MetricsFile
-from fmcib_ssl.training.rng import random_state, set_random_state
 from fmcib_ssl.training.run_folder import ANEW, CHECKPOINT_NAME, RunFolderError, kept_state, read_state
 
 logger = logging.getLogger(__name__)
@@ -410,3 +411,30 @@ def _set_place(fit_loop: dict[str, Any], epoch: int, batch: int) -> None:
     batches["total"].update(ready=done, started=done, processed=done)
     if batch == 0:
         fit_loop["state_dict"].pop("combined_loader", None)  # it would leave out batches of the epoch before
+
+
+# The random state of a process. Order, patches and views need none (they are functions of seed, epoch and lesion);
+# layers such as dropout do.
+
+
+def random_state() -> dict[str, Any]:
+    """State of Python, NumPy, torch and, where there is one, the current CUDA device."""
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002  (the one that is global)
+    return {
+        "python": (version, torch.tensor(numbers), gauss),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Take back a state of `random_state`."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers.tolist()), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -42,7 +42,7 @@ from fmcib_ssl.io import atomic_write, checksum_of, digest_of
 from fmcib_ssl.models.encoders import feature_dim
 from fmcib_ssl.models.export import EncoderFileError, encoder_metadata, export_encoder, load_encoder
 from fmcib_ssl.models.finetune import FineTuning
-from fmcib_ssl.training.build import accelerate, blame, build, build_optimizer, build_trainer, build_views
+from fmcib_ssl.training.build import accelerate, build, build_optimizer, build_trainer, build_views, config_errors_in
 from fmcib_ssl.training.lesions import store_of
 from fmcib_ssl.training.settings import Component, ConfigError, FineTune, Settings
 from fmcib_ssl.training.throughput import Progress
@@ -264,7 +264,7 @@ def _build_module(
             missing = task.labels.classes[absent[0]]
             raise ConfigError(f"no training lesion of fold {split.name} is {missing!r}: use fewer classes or folds")
         weights = torch.tensor(compute_class_weight("balanced", classes=classes, y=values), dtype=torch.float32)
-    with blame("finetune"):
+    with config_errors_in("finetune"):
         return FineTuning(
             encoder,
             feature_dim(encoder, task.preprocessing.patch_size_zyx),

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fmcib_ssl.io import atomic_write, write_atomically
-from fmcib_ssl.training.rng import random_state
+from fmcib_ssl.training.checkpoints import random_state
 from fmcib_ssl.types import UserError
 
 logger = logging.getLogger(__name__)
