@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -85,27 +86,32 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert "count   how many [null]" in shown
 
 
-def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(REPO / "scripts" / script), *arguments], capture_output=True, text=True, check=False
-    )
+def run(capsys: pytest.CaptureFixture[str], script: str, *arguments: str) -> tuple[str, object]:
+    """What a command prints, on both streams, and what it exits with."""
+    code: object = 0
+    try:
+        runpy.run_path(str(REPO / "scripts" / script))["main"](list(arguments))
+    except SystemExit as end:
+        code = end.code
+    printed = capsys.readouterr()
+    return f"{printed.out}{printed.err}{code}", code
 
 
-def test_import_then_split(tmp_path: Path) -> None:
+def test_import_then_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [f"/mnt/LUNG1-{i:03d}/CT.nrrd,LUNG1-{i:03d},00{i},{i},1,2.50" for i in range(1, 13)]
     (tmp_path / "lung1.csv").write_text("\n".join(["image_path,PatientID,code,coordX,coordY,coordZ", *lines]) + "\n")
     table, split = tmp_path / "lesions.csv", tmp_path / "split.csv"
     arguments = ["source=lung1", f"table={tmp_path / 'lung1.csv'}", f"output={table}"]
-    assert "12 lesions in 12 scans" in run("import_annotations.py", *arguments).stdout
-    assert "exists; take another name" in run("import_annotations.py", *arguments).stderr
-    done = run("split.py", f"annotations={table}", f"output={split}", "shares=train:2,val:1", "seed=3")
-    assert done.returncode == 0, done.stderr
+    assert "12 lesions in 12 scans" in run(capsys, "import_annotations.py", *arguments)[0]
+    assert "exists; take another name" in run(capsys, "import_annotations.py", *arguments)[0]
+    shares = ["shares=train:2,val:1", "seed=3"]
+    printed, code = run(capsys, "split.py", f"annotations={table}", f"output={split}", *shares)
+    assert code == 0, printed
     before, after = (pd.read_csv(path, dtype=str) for path in (table, split))
     pd.testing.assert_frame_equal(after.drop(columns="split"), before)
     assert after["split"].value_counts().to_dict() == {"train": 8, "val": 4}
-    again = run("split.py", f"annotations={split}", f"output={split}")
-    assert "has a column 'split' already" in again.stderr
-    assert again.returncode == 1
-    assert run("split.py", f"annotations={split}", f"output={split}", "folds=3").returncode == 0
+    printed, code = run(capsys, "split.py", f"annotations={split}", f"output={split}")
+    assert "has a column 'split' already" in printed and code
+    assert run(capsys, "split.py", f"annotations={split}", f"output={split}", "folds=3")[1] == 0
     assert pd.read_csv(split)["fold"].value_counts().to_dict() == {0: 4, 1: 4, 2: 4}
-    assert "write train:0.7,val:0.15" in run("split.py", f"annotations={table}", "output=x", "shares=train").stderr
+    assert "write train:0.7,val:0.15" in run(capsys, "split.py", f"annotations={table}", "output=x", "shares=train")[0]

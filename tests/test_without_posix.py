@@ -67,6 +67,7 @@ def run_there(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_everything_imports_prepares_and_embeds(tmp_path: Path) -> None:
     result = run_there(PREPARE_AND_EMBED, tmp_path)
     assert result.returncode == 0, result.stderr

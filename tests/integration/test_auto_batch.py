@@ -80,6 +80,7 @@ def test_what_was_trained_keeps_its_batch(phantom_table: Path, tmp_path: Path, r
     assert not room.tried and "auto_batch" not in json.loads((tmp_path / "run.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_largest_chunk(phantom_table: Path, tmp_path: Path, room: Room, caplog: pytest.LogCaptureFixture) -> None:
     options = ["method.chunk_size=1", "data.batch_size=4", "hardware.auto_batch=true", *SMALL, WATCH]
     with caplog.at_level("INFO", "fmcib_ssl"):

@@ -66,7 +66,7 @@ def two(phantom_table: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return train_with(2, user_folder(phantom_table, tmp_path_factory.mktemp("two")))
 
 
-@pytest.mark.parametrize("processes", ["one", "two"])
+@pytest.mark.parametrize("processes", ["one", pytest.param("two", marks=pytest.mark.slow)])
 def test_one_run_folder_with_everything_once(processes: str, request: pytest.FixtureRequest) -> None:
     run, printed = request.getfixturevalue(processes)
     expected = "checkpoints config.yaml contact_sheet.png curves.png curves.svg encoder.safetensors environment.json"
@@ -92,6 +92,7 @@ def test_an_encoder_of_ones_own_comes_back(one: tuple[Path, str], monkeypatch: p
     assert features.shape == (2, 2 * WIDTH) and torch.equal(features, again)
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_the_doubled_batch(one: tuple[Path, str], two: tuple[Path, str]) -> None:
     """The same lesions, views, loss and steps; to rounding, since sums are taken in another order."""
     losses_one, losses_two = (metrics_of(run)["train/loss"].tolist() for run in (one[0], two[0]))

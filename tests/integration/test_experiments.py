@@ -39,7 +39,13 @@ COLUMNS = {
 }
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+#: One of each encoder and loss; the others differ in what `tests/test_config.py` composes.
+QUICK = ("ct_cpu", "nodule_recipe", "phantom_infonce")
+
+
+@pytest.mark.parametrize(
+    "experiment", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in EXPERIMENTS]
+)
 def test_two_steps(experiment: str, phantom_table: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     overrides = [f"+experiment={experiment}", "trainer.max_steps=2", "contact_sheet_rows=2", WATCH]

@@ -123,6 +123,7 @@ def test_a_stopped_run_goes_on_with_the_fold_that_is_missing(store: Path, tmp_pa
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "predictions.parquet"), before)
 
 
+@pytest.mark.slow
 def test_other_weights_or_labels_are_another_run(store: Path, weights: Path, tmp_path: Path) -> None:
     """One part of two is done; what it would be put together with has changed since, under the same names."""
     shutil.copytree(store, tmp_path / "store")
@@ -150,9 +151,9 @@ def test_other_weights_or_labels_are_another_run(store: Path, weights: Path, tmp
 @pytest.mark.parametrize(
     ("depth", "changed"),
     [
-        ("head", ()),
+        pytest.param("head", (), marks=pytest.mark.slow),
         ("last_stage", ("layer4.",)),
-        ("all", ("conv1.", "bn1.", "layer1.", "layer2.", "layer3.", "layer4.")),
+        pytest.param("all", ("conv1.", "bn1.", "layer1.", "layer2.", "layer3.", "layer4."), marks=pytest.mark.slow),
     ],
 )
 def test_only_what_is_trained_changes(
@@ -168,6 +169,7 @@ def test_only_what_is_trained_changes(
     assert predictions["split"].value_counts().to_dict() == {"val": 8, "test": 8}
 
 
+@pytest.mark.slow
 def test_it_stops_when_the_validation_score_rises_no_more(store: Path, tmp_path: Path) -> None:
     # Grades have nothing to do with what can be seen, so that little is learned but by heart.
     options = ["finetune.label=grade", "finetune.threshold='>2'", "finetune.split=side", "finetune.patience=2"]
@@ -180,7 +182,14 @@ def test_it_stops_when_the_validation_score_rises_no_more(store: Path, tmp_path:
     assert roc_auc_score(val["label"], val["score"]) == pytest.approx(scores.max())
 
 
-@pytest.mark.parametrize(("task", "metric"), [("multiclass", "AUC"), ("ordinal", "Spearman"), ("continuous", "MAE")])
+@pytest.mark.parametrize(
+    ("task", "metric"),
+    [
+        ("multiclass", "AUC"),
+        pytest.param("ordinal", "Spearman", marks=pytest.mark.slow),
+        pytest.param("continuous", "MAE", marks=pytest.mark.slow),
+    ],
+)
 def test_other_tasks(task: str, metric: str, store: Path, tmp_path: Path) -> None:
     options = [f"finetune.task={task}", "finetune.label=grade", "finetune.threshold=null", "trainer.max_epochs=1"]
     run = run_finetuning(store, tmp_path, *options)

@@ -50,7 +50,9 @@ class PowerCut(L.Callback):
             raise ConnectionError("power cut")
 
 
-@pytest.mark.parametrize("name", ["nnclr", "swav", "byol", "denoising"])
+@pytest.mark.parametrize(
+    "name", ["nnclr", *(pytest.param(name, marks=pytest.mark.slow) for name in ("swav", "byol", "denoising"))]
+)
 def test_going_on_is_as_if_never_interrupted(name: str, phantom_table: Path, tmp_path: Path) -> None:
     epochs = "trainer.max_epochs=2"
     whole = run_method(name, phantom_table, tmp_path / "whole", epochs)

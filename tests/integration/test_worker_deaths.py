@@ -33,6 +33,7 @@ def test_killed_within_the_lock_of_the_queue(method: str, phantom_table: Path, w
     assert_same_runs(run, whole)
 
 
+@pytest.mark.slow
 def test_a_callback_that_fails_over_an_error(phantom_table: Path, tmp_path: Path) -> None:
     """Then nobody ends the workers, and Python waits for them at its own end."""
     run = tmp_path / "run"
