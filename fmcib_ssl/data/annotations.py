@@ -9,7 +9,7 @@ Rows are numbered as in the file, 1 being the first below the header.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
@@ -127,7 +127,7 @@ def read_annotations(
     rows = rows.astype({column: float for column in COORDINATE_COLUMNS if rows[column].dtype == "Int64"})
     root = Path(image_root) if image_root is not None else path.parent
     scans = tuple(_scan_sources(rows, root, path_prefix))
-    numbers = _values(rows).numbers
+    numbers, _ = _points_of(rows)
     if coordinates == "voxel":
         numbers[:] = np.nan
     return LesionTable(path, rows, scans, ras_to_lps(numbers) if coordinates == "ras" else numbers, coordinates)
@@ -159,13 +159,10 @@ def check_annotations(
         BadRowsError: bad rows and `on_bad_row="refuse"`, or no row that can be used.
     """
     reports = inspect_scans({s for s in table.scans if s is not None}, check, num_workers=num_workers, cache=cache)
-    values, places = _values(table.rows), places_by_scan(table.scans)
-    table = replace(table, reports=reports, centers_lps_mm=_centers_by_headers(table, values, places, reports))
-    problems: dict[int, _Problem] = {}
-    for i, problem in _problems(table, values, places):
-        problems.setdefault(i, problem)
+    centers, problems = _judged(table, reports)
+    table = replace(table, reports=reports, centers_lps_mm=centers)
     first_of: dict[object, int] = {}
-    points = (table.centers_lps_mm.round(3) + 0.0).tolist()  # no minus before a zero
+    points = (centers.round(3) + 0.0).tolist()  # no minus before a zero
     for i in (i for i in range(len(table)) if i not in problems):
         if (first := first_of.setdefault((table.scans[i], *points[i]), i)) != i:
             reason = f"the same scan and point as row {table.rows.index[first]}"
@@ -185,32 +182,41 @@ class _Problem(NamedTuple):
     remedy: str
 
 
-def _problems(
-    table: LesionTable, values: _Values, places: Mapping[ScanSource, npt.NDArray[np.int64]]
-) -> Iterator[tuple[int, _Problem]]:
-    """What is wrong with each row; if that is several things, the first first."""
+def _judged(
+    table: LesionTable, reports: Mapping[ScanSource, ScanReport | ScanError]
+) -> tuple[FloatArray, dict[int, _Problem]]:
+    """The lesions' LPS points, also where only the scan's header gives them, and what is wrong with which row first."""
+    numbers, takes_middle = _points_of(table.rows)
+    has_point = takes_middle | np.isfinite(numbers).all(axis=1)
+    by_header = takes_middle | (has_point & (table.coordinates == "voxel"))
+    centers, problems = table.centers_lps_mm.copy(), {}
     for i in (i for i, scan in enumerate(table.scans) if scan is None):
-        yield i, _Problem("", f"{PATH_COLUMN} is empty", f"fill in {PATH_COLUMN}")
-    has_point = values.known | values.takes_middle
+        problems[i] = _Problem("", f"{PATH_COLUMN} is empty", f"fill in {PATH_COLUMN}")
     for i in np.flatnonzero(~has_point).tolist():
-        column = COORDINATE_COLUMNS[int(np.isnan(values.numbers[i]).argmax())]
+        column = COORDINATE_COLUMNS[int(np.isnan(numbers[i]).argmax())]
         value, unit = table.rows[column].iloc[i], "voxels" if table.coordinates == "voxel" else "millimetres"
-        reason = "is missing" if pd.isna(value) else "is not a finite number"
-        yield i, _Problem(f"{column}={value}", reason, f"give coordinates in {unit}, with a decimal point")
-    for scan, own in places.items():
-        report = table.reports[scan]
+        reason, remedy = "is not a finite number", f"give coordinates in {unit}, with a decimal point"
+        problem = _Problem(f"{column}={value}", "is missing" if pd.isna(value) else reason, remedy)
+        problems.setdefault(i, problem)
+    for scan, own in places_by_scan(table.scans).items():
+        report = reports[scan]
         if isinstance(report, ScanError):
             remedy = report.remedy or "repair or leave out the scan"
             if not os.path.exists(scan.path):  # noqa: PTH110  (False for what is no path; `Path.exists` raises)
                 remedy = "correct the path, or set image_root (and path_prefix for a table made elsewhere)"
-            yield from ((i, _Problem(report.path, report.reason, remedy)) for i in own.tolist())
+            for i in own.tolist():
+                problems.setdefault(i, _Problem(report.path, report.reason, remedy))
             continue
-        for i in own[has_point[own] & ~report.geometry.contains(table.centers_lps_mm[own])].tolist():
-            yield i, _outside(table, i, values.numbers[i], report.geometry)
+        waiting, middle = own[by_header[own]], (np.array(report.geometry.size_xyz) - 1) / 2
+        index_xyz = np.where(takes_middle[waiting, None], middle, numbers[waiting])
+        centers[waiting] = report.geometry.to_lps_mm(index_xyz)
+        for i in own[has_point[own] & ~report.geometry.contains(centers[own])].tolist():
+            problems[i] = _outside(table, i, centers[i], numbers[i], report.geometry)
+    return centers, problems
 
 
-def _outside(table: LesionTable, i: int, numbers: FloatArray, geometry: ScanGeometry) -> _Problem:
-    center, value = table.centers_lps_mm[i], _coordinates_text(table, i)
+def _outside(table: LesionTable, i: int, center: FloatArray, numbers: FloatArray, geometry: ScanGeometry) -> _Problem:
+    value = _coordinates_text(table, i)
     if table.coordinates == "voxel":
         size = " x ".join(map(str, geometry.size_xyz))
         remedy = "correct the indices: i, j, k from 0, i along the file's fastest axis"
@@ -229,24 +235,6 @@ def _outside(table: LesionTable, i: int, numbers: FloatArray, geometry: ScanGeom
     return _Problem(value, reason, "correct the point; it must be in mm, not in voxels")
 
 
-def _centers_by_headers(
-    table: LesionTable,
-    values: _Values,
-    places: Mapping[ScanSource, npt.NDArray[np.int64]],
-    reports: Mapping[ScanSource, ScanReport | ScanError],
-) -> FloatArray:
-    """LPS points also where only the scan's geometry gives them: of voxel indices, and the middle of cropped files."""
-    waiting = values.takes_middle | (values.known & (table.coordinates == "voxel"))
-    centers = table.centers_lps_mm.copy()
-    for scan, own in places.items():
-        if isinstance(report := reports[scan], ScanReport):
-            rows = own[waiting[own]]
-            middle = (np.array(report.geometry.size_xyz) - 1) / 2
-            index_xyz = np.where(values.takes_middle[rows, None], middle, values.numbers[rows])
-            centers[rows] = report.geometry.to_lps_mm(index_xyz)
-    return centers
-
-
 def places_by_scan(scans: Sequence[ScanSource | None]) -> dict[ScanSource, npt.NDArray[np.int64]]:
     """Places of the rows of each scan."""
     places: dict[ScanSource, list[int]] = {}
@@ -256,24 +244,16 @@ def places_by_scan(scans: Sequence[ScanSource | None]) -> dict[ScanSource, npt.N
     return {scan: np.array(own) for scan, own in places.items()}
 
 
-class _Values(NamedTuple):
-    """What the table says of each row's point, as arrays."""
-
-    numbers: FloatArray  # (rows, 3), as they stand in the table; NaN for what is no finite number
-    known: npt.NDArray[np.bool_]  # three numbers
-    takes_middle: npt.NDArray[np.bool_]  # cropped, and no point given
-
-
-def _values(rows: pd.DataFrame) -> _Values:
+def _points_of(rows: pd.DataFrame) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
+    """Points `(rows, 3)` as they stand in the table, NaN for no finite number; which rows take their file's middle."""
     columns = [pd.to_numeric(rows[column], errors="coerce").astype(float) for column in COORDINATE_COLUMNS]
     numbers = np.stack(columns, axis=1).astype(np.float64)
     numbers[~np.isfinite(numbers)] = np.nan
-    cropped = np.zeros(len(rows), dtype=bool)
-    if CROPPED_COLUMN in rows:
-        text = rows[CROPPED_COLUMN].astype(str).str.strip().str.lower()
-        cropped = text.isin(("true", "yes", "1", "1.0")).to_numpy(bool)
     blank = rows[list(COORDINATE_COLUMNS)].isna().all(axis=1).to_numpy(bool)
-    return _Values(numbers, np.asarray(np.isfinite(numbers).all(axis=1)), cropped & blank)
+    if CROPPED_COLUMN not in rows:
+        return numbers, np.zeros(len(rows), dtype=bool)
+    cropped = rows[CROPPED_COLUMN].astype(str).str.strip().str.lower().isin(("true", "yes", "1", "1.0"))
+    return numbers, blank & cropped.to_numpy(bool)
 
 
 def _coordinates_text(table: LesionTable, i: int) -> str:
@@ -307,9 +287,8 @@ def scan_source(path: Path, row: Mapping[Any, Any]) -> ScanSource:
     any_modality = str(row.get(_MODALITY_COLUMN)).strip().lower() == "any"
     chosen = "" if pd.isna(affine) else str(affine).strip().lower()
     if chosen not in ("", *get_args(Affine)):
-        raise AnnotationsError(
-            f"column {_AFFINE_COLUMN!r} has {affine!r} for {path}; sform, qform or nothing is allowed"
-        )
+        allowed = "sform, qform or nothing is allowed"
+        raise AnnotationsError(f"column {_AFFINE_COLUMN!r} has {affine!r} for {path}; {allowed}")
     series_uid = None if pd.isna(uid) else str(uid).strip()
     return ScanSource(path, series_uid, any_modality, cast(Affine, chosen) if chosen else None)
 

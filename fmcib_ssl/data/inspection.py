@@ -9,9 +9,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-import numpy as np
 from tqdm import tqdm
 
 from fmcib_ssl.data.geometry import ScanGeometry
@@ -27,8 +26,8 @@ Check = Literal["headers", "full"]
 _RULES = 1
 #: So long this process works alone, seconds: starting others takes as long.
 _ALONE_S = 2.0
-#: Scans that a process takes at a time, and voxels that they hold together: a large scan goes alone.
-_CHUNK_SCANS, _CHUNK_VOXELS = 32, 8_000_000
+#: Scans that a process takes at a time.
+_CHUNK_SCANS = {"headers": 32, "full": 4}
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,9 @@ def inspect_scans(
 ) -> dict[ScanSource, Result]:
     """What each scan is, or why it cannot be used.
 
-    Headers come first, so that the time for decoding can be estimated from the voxels that there are.
-
     Args:
         sources: of the scans.
-        check: "headers", or "full" to decode each scan whose header is in order.
+        check: "headers", or "full" to decode each scan.
         num_workers: processes, if there is more work than for seconds; 0 stays in this one, None is all cores. With
             processes a script needs its `if __name__ == "__main__":`.
         cache: file of results, to which new ones are added at once; a scan whose files have not changed is not read
@@ -59,25 +56,21 @@ def inspect_scans(
     """
     todo = sorted(set(sources), key=str)
     listings = {source: _listing(source) for source in todo} if cache else {}
-    known = _read_cache(cache, listings) if cache else {}
-    results: dict[ScanSource, Result] = {}
-    for level in get_args(Check)[: 1 if check == "headers" else 2]:
-        todo = [source for source in todo if not isinstance(results.get(source), ScanError)]
-        work = {source: _num_voxels(results[source]) if level == "full" else 1 for source in todo}
-        results |= {source: known[source, level] for source in todo if (source, level) in known}
-        work = {source: size for source, size in work.items() if (source, level) not in known}
-        unit = {"unit": "scan"} if level == "headers" else {"unit": "voxel", "unit_scale": True}
-        with tqdm(total=sum(work.values()), desc=f"Checking scans ({level})", disable=None, **unit) as progress:
-            for source, result in _inspected(level, _chunks(work), num_cores() if num_workers is None else num_workers):
-                results[source] = result
-                progress.update(work[source])
-                if cache and listings[source]:
-                    _add_to_cache(cache, source, level, listings[source], result)
+    results = _read_cache(cache, listings, check) if cache else {}
+    todo = [source for source in todo if source not in results]
+    chunks = [todo[i : i + _CHUNK_SCANS[check]] for i in range(0, len(todo), _CHUNK_SCANS[check])]
+    num_workers = num_cores() if num_workers is None else num_workers
+    with tqdm(total=len(todo), desc=f"Checking scans ({check})", disable=None, unit="scan") as progress:
+        for source, result in _inspected(check, chunks, num_workers):
+            results[source] = result
+            progress.update()
+            if cache and listings[source]:
+                _add_to_cache(cache, source, check, listings[source], result)
     return results
 
 
 def _inspected(
-    check: Check, chunks: Sequence[tuple[ScanSource, ...]], num_workers: int
+    check: Check, chunks: Sequence[Sequence[ScanSource]], num_workers: int
 ) -> Iterator[tuple[ScanSource, Result]]:
     """Each scan with its result, in the order in which they are done."""
     began, alone = time.monotonic(), 0
@@ -94,7 +87,7 @@ def _inspected(
             reason = "the process that read it was killed twice: most likely there is too little memory"
             yield chunk[0], ScanError(chunk[0].path, reason, "read it on a larger machine, or leave it out")
     if again:
-        yield from _inspected(check, [(source,) for source in again], num_workers)
+        yield from _inspected(check, [[source] for source in again], num_workers)
 
 
 def _inspect_chunk(check: Check, sources: Sequence[ScanSource]) -> list[Result] | None:
@@ -111,23 +104,6 @@ def _inspect(check: Check, source: ScanSource) -> Result:
         return error
 
 
-def _chunks(work: dict[ScanSource, int]) -> list[tuple[ScanSource, ...]]:
-    """Scans in the order given, a few at a time."""
-    chunks: list[tuple[ScanSource, ...]] = []
-    size = 0
-    for source, voxels in work.items():
-        size += voxels
-        if not chunks or len(chunks[-1]) == _CHUNK_SCANS or size > _CHUNK_VOXELS:
-            chunks.append(())
-            size = voxels
-        chunks[-1] += (source,)
-    return chunks
-
-
-def _num_voxels(report: Result) -> int:
-    return 0 if isinstance(report, ScanError) else int(np.prod(report.geometry.size_xyz, dtype=np.int64))
-
-
 def _listing(source: ScanSource) -> str:
     """What the scan's files look like, or nothing if they cannot be looked at."""
     try:
@@ -136,22 +112,21 @@ def _listing(source: ScanSource) -> str:
         return ""
 
 
-def _read_cache(cache: Path, listings: dict[ScanSource, str]) -> dict[tuple[ScanSource, Check], Result]:
-    """Results of scans whose files have not changed since, by scan and by how much of it was read."""
-    known: dict[tuple[ScanSource, Check], Result] = {}
+def _read_cache(cache: Path, listings: dict[ScanSource, str], check: Check) -> dict[ScanSource, Result]:
+    """Results of scans whose files have not changed since, and that were read as far as they are to be."""
+    known: dict[ScanSource, Result] = {}
     for line in cache.read_text(encoding="utf-8").splitlines() if cache.is_file() else []:
         try:
             entry = json.loads(line)
             path, *how = entry["source"]
             source = ScanSource(Path(path), *how)
-            if listings.get(source) != entry["listing"]:
+            if listings.get(source) != entry["listing"] or not (entry["error"] or check in ("headers", entry["check"])):
                 continue
             if entry["error"]:
-                result: Result = ScanError(*entry["error"])
+                known[source] = ScanError(*entry["error"])
             else:
                 values = HuSummary(**entry["values"]) if entry["values"] else None
-                result = ScanReport(ScanGeometry.of(*entry["geometry"].values()), values)
-            known[source, "headers"] = known[source, entry["check"]] = result
+                known[source] = ScanReport(ScanGeometry.of(*entry["geometry"].values()), values)
         except (ValueError, KeyError, TypeError):  # cut off by an interrupt, or of another version
             continue
     return known

@@ -45,7 +45,7 @@ def test_reports_and_errors(sources: list[ScanSource]) -> None:
 def test_processes_give_the_same(sources: list[ScanSource], monkeypatch: pytest.MonkeyPatch) -> None:
     alone = inspect_scans(sources, "full")
     monkeypatch.setattr(inspection, "_ALONE_S", 0.0)
-    monkeypatch.setattr(inspection, "_CHUNK_SCANS", 2)
+    monkeypatch.setattr(inspection, "_CHUNK_SCANS", {"full": 2})
     assert texts(inspect_scans(sources, "full", num_workers=2)) == texts(alone)
 
 
@@ -76,7 +76,7 @@ def test_what_was_found_is_kept_and_read_again_only_if_changed(
         return read_scan(path, *how)
 
     monkeypatch.setattr(inspection, "read_scan", reading)
-    monkeypatch.setattr(inspection, "_CHUNK_SCANS", 1)
+    monkeypatch.setattr(inspection, "_CHUNK_SCANS", {"full": 1})
     stop_at = 3
     with pytest.raises(KeyboardInterrupt):
         inspect_scans(sources, "full", cache=cache)
@@ -85,12 +85,12 @@ def test_what_was_found_is_kept_and_read_again_only_if_changed(
     read.clear()
     stop_at = 0
     resumed = inspect_scans(sources, "full", cache=cache)
-    assert read == ["2.nii.gz", "3.nii.gz", "raw.nii.gz"]
+    assert read == ["2.nii.gz", "3.nii.gz", "conflict.nii.gz", "none.nii.gz", "raw.nii.gz"]
     read.clear()
     assert texts(inspect_scans(sources, "full", cache=cache)) == texts(resumed)
     assert texts(inspect_scans(sources, "full")) == texts(resumed)
     read.clear()
     write_nifti(sources[1].path, sform=(moved(AFFINE, x=5), 1), qform=None)
     changed = inspect_scans(sources, "full", cache=cache)
-    assert read == ["1.nii.gz"]
+    assert read == ["1.nii.gz", "none.nii.gz"]  # what is not there is asked for again
     assert changed[sources[1]] != resumed[sources[1]]
