@@ -63,7 +63,7 @@ logger = logging.getLogger(__name__)
 #: Errors whose message is for the user; a traceback would add nothing.
 USER_ERRORS = (UserError, torch.OutOfMemoryError)
 #: Sections that only pretraining uses.
-_ONLY_PRETRAINING = ("method", "loss", "head", "logger", "callbacks", "contact_sheet_rows")
+_ONLY_PRETRAINING = ("method", "loss", "head", "logger", "callbacks", "contact_sheet_rows", "identifiers")
 
 
 def pretrain(settings: Settings) -> float:
@@ -327,8 +327,8 @@ def _begin_tracking(
 ) -> None:
     """Draw the contact sheet, let loggers resume, and show it there; one that leaves the machine names no scans."""
     sheet = folder.path / "contact_sheet.png"
-    if settings.contact_sheet_rows and not (step and sheet.is_file()):
-        draw(sheet)
+    if settings.contact_sheet_rows and not (step and sheet.is_file() and settings.identifiers == "show"):
+        draw(sheet, identifiers=settings.identifiers)
         logger.info("views to look at before anything is learned: %s", sheet)
     start = Start(folder.run_id, step, folder.path / "metrics.csv", _record(settings, folder))
     for tracker in trainer.loggers:
@@ -337,7 +337,7 @@ def _begin_tracking(
         tracker.resume_from(start)
         if isinstance(tracker, WeightsAndBiases) and settings.contact_sheet_rows:
             with TemporaryDirectory() as scratch:
-                tracker.show("contact_sheet", draw(Path(scratch) / "contact_sheet.png", names=False))
+                tracker.show("contact_sheet", draw(Path(scratch) / "contact_sheet.png", identifiers="hash"))
         else:
             tracker.show("contact_sheet", sheet)
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -12,8 +11,8 @@ import lightning as L
 import numpy as np
 import pandas as pd
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from fmcib_ssl.data.patches import LesionPatches
 from fmcib_ssl.data.store import Store
@@ -25,11 +24,10 @@ from fmcib_ssl.types import Padding, Preprocessing
 logger = logging.getLogger(__name__)
 
 #: More kinds of a label than this are a measurement, not classes.
-MAX_CLASSES = 20
-#: What `every_n_epochs="auto"` lets the probe's forward passes cost, as a share of training's.
-COST = 0.02
-#: A training step's passes through the encoder, forward and back, in forward passes.
-PASSES_OF_A_STEP = 3
+_MAX_CLASSES = 20
+#: What `every_n_epochs="auto"` lets the probe's forward passes cost, as a share of training's, of which a step makes
+#: three forward and back.
+_COST, _PASSES_OF_A_STEP = 0.02, 3
 
 
 class OnlineProbe(L.Callback):
@@ -105,10 +103,10 @@ class OnlineProbe(L.Callback):
 
     def _folds(self, num_folds: int) -> int:
         held = self.patches.lesions.groupby(self.label)[self.group].nunique()
-        if not 2 <= len(held) <= MAX_CLASSES:
+        if not 2 <= len(held) <= _MAX_CLASSES:
             raise ValueError(
                 f"the column {self.label!r} holds {len(held)} different values in {len(self.classes)} lesions; a probe "
-                f"needs 2 to {MAX_CLASSES} classes"
+                f"needs 2 to {_MAX_CLASSES} classes"
             )
         if held.min() < 2:
             raise ValueError(
@@ -136,8 +134,10 @@ class OnlineProbe(L.Callback):
         """Count, once, what a step costs."""
         if self.every_n_epochs is not None:
             return
-        per_epoch = sum(_num_patches(leaf) for leaf in tree_leaves(batch)) * max(1, int(trainer.num_training_batches))
-        allowed = COST * PASSES_OF_A_STEP * max(1, per_epoch)
+        views: list[Tensor] = []
+        apply_to_collection(batch, Tensor, views.append)
+        num_views = sum(view[..., 0, 0, 0, 0].numel() for view in views if view.ndim >= 5)  # (..., 1, z, y, x)
+        allowed = _COST * _PASSES_OF_A_STEP * max(1, num_views * int(trainer.num_training_batches))
         self.every_n_epochs = max(1, -(-len(self.classes) // int(max(1, allowed * trainer.world_size))))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -183,18 +183,19 @@ class OnlineProbe(L.Callback):
         num_lesions, world_size = len(self.classes), trainer.world_size
         if self._read is None:
             # Every device gets as many, some of them twice: gathering needs equal shapes.
-            own = [
-                i % num_lesions
-                for i in range(trainer.global_rank, -(-num_lesions // world_size) * world_size, world_size)
-            ]
-            self._read = torch.stack([self.patches.positive(i) for i in own])
+            own = range(trainer.global_rank, -(-num_lesions // world_size) * world_size, world_size)
+            self._read = torch.stack([self.patches.positive(i % num_lesions) for i in own])
         encoder = cast(nn.Module, pl_module.encoder)
         dtype = next(encoder.parameters()).dtype
+        modes = [(part, part.training) for part in encoder.modules()]  # they may differ, where a part is frozen
+        encoder.eval()
         parts = []
-        with _evaluating(encoder), trainer.precision_plugin.forward_context():
+        with trainer.precision_plugin.forward_context():
             for patches in torch.split(self._read, self.batch_size):
                 views = self.preprocessing.normalize(patches.to(pl_module.device)).to(dtype)
                 parts.append(encoder(views).float())
+        for part, mode in modes:
+            part.training = mode
         features = torch.cat(parts)
         if world_size > 1:
             gathered = cast(Tensor, pl_module.all_gather(features))  # (world_size, own, features)
@@ -218,10 +219,10 @@ class OnlineProbe(L.Callback):
     def _tell(self, trainer: L.Trainer, figures: dict[str, float]) -> None:
         if not trainer.is_global_zero:
             return
-        when = f"epoch {trainer.current_epoch + 1}" if figures is not self._at_the_start else "before training"
+        before = {} if figures is self._at_the_start else self._at_the_start
+        when = "before training" if figures is self._at_the_start else f"epoch {trainer.current_epoch + 1}"
         shown = ", ".join(
-            f"{name} AUC {figures[key]:.3f}"
-            + (f" ({self._at_the_start[key]:.3f} before training)" if self._at_the_start and when[0] == "e" else "")
+            f"{name} AUC {figures[key]:.3f}" + (f" ({before[key]:.3f} before training)" if before else "")
             for name, key in (("linear", "online/linear_auc"), ("kNN", "online/knn_auc"))
         )
         self.last_result = f"{self.label}, {when}: {shown}"
@@ -244,20 +245,3 @@ def _choose(
     if len(places) > max_lesions:
         places = np.sort(np.random.default_rng(0).permutation(places)[:max_lesions])
     return places
-
-
-def _num_patches(leaf: object) -> int:
-    """Patches `(..., 1, z, y, x)` that a tensor of a batch holds; 0 for anything else."""
-    return leaf[..., 0, 0, 0, 0].numel() if isinstance(leaf, Tensor) and leaf.ndim >= 5 else 0
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every part is in the mode it was in, also where parts differ."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode

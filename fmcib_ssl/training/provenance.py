@@ -30,6 +30,7 @@ PACKAGES = ("fmcib_ssl", "torch", "torchvision", "lightning", "monai", "SimpleIT
 FREE_ON_EACH_RANK = (
     "name",
     "contact_sheet_rows",
+    "identifiers",
     "logger",
     "paths.",
     "hardware.num_workers",

@@ -30,6 +30,7 @@ DATA_ACCESS = (
 FREE_SETTINGS = (
     "name",
     "contact_sheet_rows",
+    "identifiers",
     "hardware.",
     "logger",
     "callbacks",
@@ -40,7 +41,7 @@ FREE_SETTINGS = (
     *DATA_ACCESS,
 )
 #: Settings that earlier versions had not, with what they did: a run of theirs is the same run.
-EARLIER = {"data.padding": "constant", "loss.gather_distributed": True}
+EARLIER = {"data.padding": "constant", "identifiers": "show", "loss.gather_distributed": True}
 #: Settings that earlier versions had, with their defaults where folders of runs were called after them.
 GONE = {"data.check": "headers", "data.allow_short_scans": False, "data.cache_scans": None}
 #: These may only grow.

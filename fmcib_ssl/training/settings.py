@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from fmcib_ssl.io import nearest
+from fmcib_ssl.io import Identifiers, nearest
 from fmcib_ssl.types import Padding, UserError, with_current_targets
 
 #: A section with a `_target_` and its arguments.
@@ -148,6 +148,7 @@ class Settings(_Section):
     run: Literal["resume", "new"] = "resume"
     seed: int = Field(ge=0, lt=2**32)
     contact_sheet_rows: int = Field(ge=0)
+    identifiers: Identifiers = "show"
     data: Data
     hardware: Hardware
     trainer: Trainer

@@ -13,6 +13,7 @@ import fmcib_ssl
 from fmcib_ssl.data.loader import LesionDataModule
 from fmcib_ssl.evaluation.charts import training_curves
 from fmcib_ssl.evaluation.figures import ContactRow, contact_sheet
+from fmcib_ssl.io import Identifiers, identifier
 from fmcib_ssl.models.acceleration import resolve_precision
 from fmcib_ssl.models.export import export_encoder
 from fmcib_ssl.models.pretraining import Pretraining
@@ -68,7 +69,7 @@ def summary(settings: Settings, source: LesionSource, batch_size: int, module: P
 
 
 def draw_contact_sheet(
-    data: LesionDataModule, preprocessing: Preprocessing, path: Path, num_rows: int, *, names: bool = True
+    data: LesionDataModule, preprocessing: Preprocessing, path: Path, num_rows: int, identifiers: Identifiers = "show"
 ) -> Path:
     """Draw what the encoder will see: lesions, spread over the table, with the views of epoch 0.
 
@@ -77,7 +78,7 @@ def draw_contact_sheet(
         preprocessing: of its patches.
         path: of the picture.
         num_rows: lesions on it.
-        names: whether lesions are called by their scans, whose names may be patients', or by their numbers.
+        identifiers: whether lesions are called by their scans, whose names may be patients', or by digits of them.
     """
     dataset = data.dataset
     num_rows = min(num_rows, len(dataset))
@@ -86,7 +87,8 @@ def draw_contact_sheet(
         key = SampleKey(0, i * len(dataset) // num_rows)
         pair = dataset[key]
         views = dataset.collate([pair])
-        title = dataset.patches.title(pair["lesion"]) if names else f"lesion {pair['lesion']}"
+        scan, comma, row = dataset.patches.title(pair["lesion"]).partition(", row ")
+        title = f"{identifier(scan, identifiers)}{comma}{row}"
         positive, negative = ((first[0], second[0]) for first, second in (views["positive"], views["negative"]))
         rows.append(ContactRow(title, pair["positive"], positive, _first_negative(negative)))
     return contact_sheet(rows, path, preprocessing)

@@ -176,3 +176,22 @@ def test_a_server_that_dies_while_training(
     tracker.finish()
     assert_each_step_once(server.pages[RUN_ID].history, 12)
     assert server.opened == [RUN_ID] * 2
+
+
+def test_pictures_of_a_run_hash_names_if_it_asks_for_it(
+    phantom_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles: list[str] = []
+
+    def sheet(rows: list[Any], path: Path, preprocessing: Any) -> Path:
+        titles.extend(row.title for row in rows)
+        path.write_bytes(b"a picture")
+        return path
+
+    monkeypatch.setattr("fmcib_ssl.run.contact_sheet", sheet)
+    options = ["contact_sheet_rows=2", "trainer.max_steps=1", "encoder=small"]
+    for identifiers in ("show", "hash"):  # the second start draws the sheet anew
+        pretrain(tiny_settings(phantom_table, tmp_path / "run", *options, f"identifiers={identifiers}"))
+        (tmp_path / "run" / "encoder.safetensors").unlink()  # so that it is not finished
+    assert all("phantom" in title for title in titles[:2]) and not any("phantom" in title for title in titles[2:])
+    assert len(titles) == 4

@@ -6,15 +6,19 @@ import csv
 import io
 import logging
 import resource
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fmcib_ssl import run
 from fmcib_ssl.training.loggers import MetricsFile, Start, TensorBoard, WeightsAndBiases, read_metrics
 
 
@@ -160,6 +164,32 @@ def test_tensorboard_gets_pictures(tmp_path: Path) -> None:
     (image,) = events.Images("sheet")
     assert image.step == 4
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(image.encoded_image_string))), pixels)
+
+
+@pytest.mark.parametrize("identifiers", ["show", "hash"])
+def test_the_contact_sheet_names_scans_if_it_may(
+    identifiers: Literal["show", "hash"], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """TensorBoard shows the picture of the run folder."""
+
+    class Dataset:
+        patches = SimpleNamespace(title=lambda lesion: f"jane_doe, row {lesion + 1}")
+
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, key: Any) -> dict[str, Any]:
+            return {"lesion": key.index, "positive": torch.zeros(1, 2, 2, 2)}
+
+        def collate(self, pairs: list[Any]) -> dict[str, Any]:
+            return dict.fromkeys(("positive", "negative"), (torch.zeros(1, 1, 2, 2, 2),) * 2)
+
+    data: Any = SimpleNamespace(dataset=Dataset())
+    titles: list[str] = []
+    monkeypatch.setattr(run, "contact_sheet", lambda rows, *_: titles.extend(row.title for row in rows))
+    run.draw_contact_sheet(data, None, tmp_path / "sheet.png", 2, identifiers)  # type: ignore[arg-type]
+    name = {"show": "jane_doe", "hash": sha256(b"jane_doe").hexdigest()[:8]}[identifiers]
+    assert titles == [f"{name}, row 1", f"{name}, row 2"]
 
 
 class Page:

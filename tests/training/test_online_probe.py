@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tiny_trainer import tiny_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -24,13 +25,6 @@ from fmcib_ssl.types import Preprocessing
 
 SIZE = (6, 6, 6)
 NUM_SCANS, LESIONS_EACH = 9, 3
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +87,7 @@ def probe(store: Path, **options: Any) -> OnlineProbe:
 def fit(folder: Path, callbacks: list[Any], lr: float = 0.1, **options: Any) -> tuple[Toy, L.Trainer]:
     torch.manual_seed(0)
     module = Toy(lr)
-    trainer = L.Trainer(default_root_dir=folder, callbacks=callbacks, **{**QUIET, "logger": False, **options})
+    trainer = tiny_trainer(*callbacks, default_root_dir=folder, **options)
     data = TensorDataset(torch.randn(8, 1, *SIZE, generator=torch.Generator().manual_seed(0)))
     trainer.fit(module, DataLoader(data, batch_size=2))
     return module, trainer
@@ -152,7 +146,7 @@ def test_a_run_that_goes_on_asks_as_often_and_compares_with_the_same_start(store
     watch, after = probe(store), probe(store)
     _, trainer = fit(tmp_path, [watch], max_epochs=1)
     trainer.save_checkpoint(tmp_path / "stopped.ckpt")
-    going_on = L.Trainer(default_root_dir=tmp_path, callbacks=[after], max_epochs=1, logger=False, **QUIET)
+    going_on = tiny_trainer(after, default_root_dir=tmp_path)
     data = DataLoader(TensorDataset(torch.randn(8, 1, *SIZE)), batch_size=2)
     going_on.fit(Toy(), data, ckpt_path=tmp_path / "stopped.ckpt", weights_only=True)
     assert after.state_dict() == watch.state_dict()
@@ -179,8 +173,7 @@ def test_lesions_that_are_trained_on_are_told(store: Path, tmp_path: Path, caplo
         def train_dataloader(self) -> DataLoader[Any]:
             return DataLoader(TensorDataset(torch.randn(4, 1, *SIZE)), batch_size=2)
 
-    trainer = L.Trainer(default_root_dir=tmp_path, callbacks=[probe(store)], max_epochs=1, logger=False, **QUIET)
-    trainer.fit(Toy(), datamodule=Data())
+    tiny_trainer(probe(store), default_root_dir=tmp_path).fit(Toy(), datamodule=Data())
     assert f"{NUM_SCANS - 2} of its {NUM_SCANS - 2} patients are trained on" in caplog.text
 
 
