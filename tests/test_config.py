@@ -115,6 +115,8 @@ REFUSED = [
     (["name=${nosuch}"], ["nosuch"]),
     (["data.image_root"], ["data.image_root"]),
     (["data.cache_scans=3"], ["data.cache_scans is gone", "Leave it out"]),
+    (["callbacks.guards.keep=1"], ["callbacks.guards is now called callbacks.non_finite"]),
+    (["~callbacks.signals"], ["callbacks.signals is now called callbacks.collapse_monitor"]),
     # Contradictions.
     (["trainer.max_epochs=-1"], ["never end", "trainer.max_steps"]),
     (["trainer.max_epochs=null"], ["never end", "trainer.max_epochs"]),

@@ -208,7 +208,7 @@ class RunCheckpoints(Checkpoint):
             return
         batches = trainer.fit_loop.epoch_loop.batch_progress.current.completed
         epoch = trainer.current_epoch
-        # An epoch that the number of steps cut short is gone on with, should there be more steps.
+        # An epoch that the number of steps cut short is resumed, should there be more steps.
         whole = batches >= trainer.num_training_batches
         self._save(trainer, *((epoch, 0) if whole else (epoch - 1, batches)))
 

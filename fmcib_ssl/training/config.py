@@ -393,8 +393,9 @@ def _check_key(override: Override, config: DictConfig) -> None:
         if name.startswith(_FREE_SECTIONS):
             what = "an argument of Lightning's Trainer" if name.startswith("trainer.") else "a column of your table"
             hint = f" If {name.rpartition('.')[2]} is {what}, add it: +{name}=..."
-        if name in FORMER_KEYS:
-            raise ConfigError(f"{name} {FORMER_KEYS[name]}")
+        for former, change in FORMER_KEYS.items():
+            if name == former or name.startswith(f"{former}."):
+                raise ConfigError(f"{former} {change}")
         raise ConfigError(f"{name}: there is no such key.{nearest_key(name, known)}{hint}")
     if isinstance(value, dict) and "_target_" in value:
         raise ConfigError(

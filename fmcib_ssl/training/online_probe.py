@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from fmcib_ssl.data.patches import LesionPatches
 from fmcib_ssl.data.store import Store
 from fmcib_ssl.data.tables import selected, text_of
+from fmcib_ssl.evaluation.probes import knn_scores, linear_scores, macro_auc
 from fmcib_ssl.representation import class_spread, effective_rank, mean_cosine_within, uniformity, unit_vectors
-from fmcib_ssl.training.quick_probes import knn_scores, linear_scores, macro_auc
 from fmcib_ssl.types import Padding, Preprocessing
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class OnlineProbe(L.Callback):
         self._tell(trainer, figures)
 
     def state_dict(self) -> dict[str, Any]:
-        """How often it was found to be cheap enough, and what it began with: a run that goes on says the same."""
+        """How often it was found to be cheap enough, and what it began with: a resumed run says the same."""
         return {"every_n_epochs": self.every_n_epochs, "at_the_start": self._at_the_start}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -20,6 +20,8 @@ Component = dict[str, Any]
 
 #: Keys of the last version, with what is to be said of them.
 FORMER_KEYS = {
+    "callbacks.guards": "is now called callbacks.non_finite",
+    "callbacks.signals": "is now called callbacks.collapse_monitor",
     "data.check": "is gone: preparing the table's store reads every scan. Leave it out",
     "data.allow_short_scans": "is gone: scans shorter than a patch are padded. Leave it out",
     "data.cache_scans": "is gone: patches are read from the table's store. Leave it out",

@@ -19,8 +19,8 @@ from fmcib_ssl.data.coarse_map import build_coarse_map
 from fmcib_ssl.data.patches import LesionPatches
 from fmcib_ssl.data.store import SCANS_FOLDER, StoreSettings
 from fmcib_ssl.data.store_files import write_index, write_scan, write_settings_file
+from fmcib_ssl.evaluation.probes import knn_scores, linear_scores, macro_auc
 from fmcib_ssl.training.online_probe import OnlineProbe
-from fmcib_ssl.training.quick_probes import knn_scores, linear_scores, macro_auc
 from fmcib_ssl.types import Preprocessing
 
 SIZE = (6, 6, 6)
