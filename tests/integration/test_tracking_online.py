@@ -188,7 +188,7 @@ def test_pictures_of_a_run_hash_names_if_it_asks_for_it(
         path.write_bytes(b"a picture")
         return path
 
-    monkeypatch.setattr("fmcib_ssl.run.contact_sheet", sheet)
+    monkeypatch.setattr("fmcib_ssl.training.summary.contact_sheet", sheet)
     options = ["contact_sheet_rows=2", "trainer.max_steps=1", "encoder=small"]
     for identifiers in ("show", "hash"):  # the second start draws the sheet anew
         pretrain(tiny_settings(phantom_table, tmp_path / "run", *options, f"identifiers={identifiers}"))

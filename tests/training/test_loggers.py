@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fmcib_ssl import run
+from fmcib_ssl.training import summary
 from fmcib_ssl.training.loggers import MetricsFile, Start, TensorBoard, WeightsAndBiases, read_metrics
 
 
@@ -186,8 +186,8 @@ def test_the_contact_sheet_names_scans_if_it_may(
 
     data: Any = SimpleNamespace(dataset=Dataset())
     titles: list[str] = []
-    monkeypatch.setattr(run, "contact_sheet", lambda rows, *_: titles.extend(row.title for row in rows))
-    run.draw_contact_sheet(data, None, tmp_path / "sheet.png", 2, identifiers)  # type: ignore[arg-type]
+    monkeypatch.setattr(summary, "contact_sheet", lambda rows, *_: titles.extend(row.title for row in rows))
+    summary.draw_contact_sheet(data, None, tmp_path / "sheet.png", 2, identifiers)  # type: ignore[arg-type]
     name = {"show": "jane_doe", "hash": sha256(b"jane_doe").hexdigest()[:8]}[identifiers]
     assert titles == [f"{name}, row 1", f"{name}, row 2"]
 
