@@ -113,7 +113,10 @@ class ViewPairs(TypedDict):
 
 
 class ViewTransform(Protocol):
-    """Makes a view of each patch of a batch, in HU too: a function of that patch and its seed, to rounding."""
+    """Makes a view of each patch of a batch, in HU too: a function of that patch and its seed, to rounding.
+
+    One that has an attribute `patch_by_patch`, and it is true, is left to the workers where that can be chosen.
+    """
 
     def __call__(self, patches: Tensor, seeds: Tensor) -> Tensor:
         """Turn int16 HU patches `(n, 1, z, y, x)` and int64 seeds `(n,)` into float32 HU views, on their device."""

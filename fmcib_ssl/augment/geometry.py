@@ -160,32 +160,28 @@ class RandomGeometry(BatchedTransform[GeometryParams]):
 
     def parts(self, params: GeometryParams, size_zyx: Size, device: torch.device) -> Sequence[Part]:
         """Images that are mapped along their axes, and those that are warped."""
-        found = []
+        parts = []
         rows = (~params.warped).nonzero()[:, 0]
         if len(rows):
             plain = chosen(params, rows)
             matrices = self._matrices(chosen(plain, slice(None), device), size_zyx)
-            found.append(
-                Part(
-                    rows.tolist(),
-                    lambda images, which: self._map(images, chosen(plain, which), [m[which] for m in matrices]),
-                )
-            )
+
+            def mapped(images: Tensor, which: slice) -> Tensor:
+                return self._map(images, chosen(plain, which), [matrix[which] for matrix in matrices])
+
+            parts.append(Part(rows.tolist(), mapped))
         rows = params.warped.nonzero()[:, 0]
         if len(rows):
-            axes = params.axes[rows]
-            affine = self._affine(chosen(params, rows), size_zyx)
-            size_out, outside_hu = self.size_after(size_zyx), self.outside_hu
-            found.append(
-                Part(
-                    rows.tolist(),
-                    lambda images, which: _warp(
-                        _turned(images, axes[which]), *(a[which] for a in affine),
-                        size_zyx=size_out, outside_hu=outside_hu,
-                    ),
-                )
-            )  # fmt: skip
-        return found
+            bent = chosen(params, rows)
+            affine = self._affine(bent, size_zyx)
+
+            def warped(images: Tensor, which: slice) -> Tensor:
+                matrix, middle, elastic = (values[which] for values in affine)
+                turned, size_out = _turned(images, bent.axes[which]), self.size_after(size_zyx)
+                return _warp(turned, matrix, middle, elastic, size_zyx=size_out, outside_hu=self.outside_hu)
+
+            parts.append(Part(rows.tolist(), warped))
+        return parts
 
     def _matrices(self, own: GeometryParams, size_zyx: Size) -> list[Float[Tensor, "m out size"]]:
         """What each voxel of a view reads along z, y, x of the turned patch."""
@@ -250,14 +246,14 @@ def right_angles(size_zyx: Size) -> tuple[Int64[Tensor, "turns 3"], Bool[Tensor,
 
 def rotation_matrices(angle: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3 3"]:
     """Rotations round z, then y, then x, acting on columns (z, y, x); right-handed in (z, y, x)."""
-    found = torch.eye(3).repeat(len(angle), 1, 1)
+    joined = torch.eye(3).repeat(len(angle), 1, 1)
     for axis, (a, b) in enumerate(((1, 2), (2, 0), (0, 1))):
         cosine, sine = angle[:, axis].cos(), angle[:, axis].sin()
         one = torch.eye(3).repeat(len(angle), 1, 1)
         one[:, a, a] = one[:, b, b] = cosine
         one[:, a, b], one[:, b, a] = -sine, sine
-        found = one @ found
-    return found
+        joined = one @ joined
+    return joined
 
 
 def _warp(
@@ -299,13 +295,13 @@ def by_grid_sample(images: Tensor, matrix: Tensor, middle: Tensor, elastic: Tens
 def by_gathering(images: Tensor, matrix: Tensor, middle: Tensor, elastic: Tensor, size_zyx: Size) -> Tensor:
     """Read the eight neighbours of all places, one neighbour after the other: the same to rounding."""
     size, num = size_of(images), len(images)
-    place = _places(matrix, middle, elastic, size_zyx, images.device)
+    position = _places(matrix, middle, elastic, size_zyx, images.device)
     for axis, edge in enumerate(size):
-        place[:, axis].clamp_(0, edge - 1)
-    corner = place.floor()
+        position[:, axis].clamp_(0, edge - 1)
+    corner = position.floor()
     for axis, edge in enumerate(size):
         corner[:, axis].clamp_max_(max(edge - 2, 0))
-    z, y, x = place.sub_(corner).unbind(1)
+    z, y, x = position.sub_(corner).unbind(1)
     index = torch.int32 if images.numel() < 2**31 else torch.int64
     corner = corner.to(index)
     origin = torch.arange(0, images.numel(), size[0] * size[1] * size[2], dtype=index, device=images.device)
@@ -348,8 +344,8 @@ def _b_spline_matrix(num_out: int, num_points: int, device: torch.device) -> Flo
 
     The `num_points - 3` spans cover the voxels from edge to edge.
     """
-    place = (torch.arange(num_out, device=device) + 0.5) * ((num_points - 3) / num_out)
-    distance = (place[:, None] + 1 - torch.arange(num_points, device=device)).abs()
+    position = (torch.arange(num_out, device=device) + 0.5) * ((num_points - 3) / num_out)
+    distance = (position[:, None] + 1 - torch.arange(num_points, device=device)).abs()
     near = 2 / 3 - distance**2 + distance**3 / 2
     far = (2 - distance).clamp_min(0) ** 3 / 6
     return torch.where(distance < 1, near, far)[None]

@@ -92,9 +92,9 @@ def normals(seeds: Int64[Tensor, " n"], num: int) -> Float[Tensor, "n num"]:
     words = (words >> 8).bitwise_and_(0xFFFFFF).float()
     radius = words[:, :half].add_(0.5).mul_(2.0**-24).log_().mul_(-2).sqrt_()
     angle = words[:, half:].mul_(2 * math.pi * 2.0**-24)
-    found = torch.empty_like(words)
-    torch.cos(angle, out=found[:, :half])
-    torch.sin(angle, out=found[:, half:])
-    found[:, :half] *= radius
-    found[:, half:] *= radius
-    return found[:, :num]
+    normal = torch.empty_like(words)
+    torch.cos(angle, out=normal[:, :half])
+    torch.sin(angle, out=normal[:, half:])
+    normal[:, :half] *= radius
+    normal[:, half:] *= radius
+    return normal[:, :num]

@@ -220,8 +220,8 @@ def _full_precision() -> Iterator[None]:
 def chosen(params: P, rows: Tensor | slice | list[int], device: torch.device | None = None) -> P:
     """Parameters of some of the images, on a device."""
     tensors: Any = params
-    found = [tensor[rows] if device is None else tensor[rows].to(device, non_blocking=True) for tensor in tensors]
-    return type(params)(*found)
+    rows_only = (tensor[rows] for tensor in tensors)
+    return type(params)(*(t if device is None else t.to(device, non_blocking=True) for t in rows_only))
 
 
 def active_rows(params: P, device: torch.device) -> tuple[P, list[int]]:
