@@ -32,8 +32,8 @@ BEAT_S, SILENCE_S = 10.0, 60.0
 #: Under which a JSON file has the digest of what else it says.
 _DIGEST = "digest"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
-#: Of a YAML or JSON file from elsewhere: aliases make a thousand million values of a few lines.
-_MAX_BYTES, _MAX_VALUES, _MAX_DEPTH = 1_000_000, 100_000, 64
+#: Of a YAML or JSON file from elsewhere: YAML's aliases make a thousand million values of a few lines.
+_MAX_BYTES, _MAX_JSON_BYTES, _MAX_VALUES, _MAX_DEPTH = 1_000_000, 16_000_000, 100_000, 64
 
 _SECRET = r"(?:api_?-?key|access_?-?key|private_?-?key|token|passw(?:or)?d|\bpwd|secret|credential|signature|env_set)"
 _SECRET_NAME = re.compile(_SECRET.replace(r"\b", ""), re.IGNORECASE)
@@ -132,10 +132,7 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
         OSError: it cannot be read.
         ValueError: it is no such file, or not as it was written.
     """
-    try:
-        values = json.loads(read_regular(path))
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+    values = parse_json(read_regular(path))
     if not isinstance(values, dict):
         raise ValueError(f"it holds {type(values).__name__}")
     # Without one it may be of an earlier version, or the word "digest" is what was damaged: then the last key holds it.
@@ -365,8 +362,8 @@ def parse_json(text: str | bytes) -> Any:
     Raises:
         ValueError: it is no JSON, too large or too deep.
     """
-    if len(text) > _MAX_BYTES:
-        raise ValueError(f"it has more than {_MAX_BYTES / 1e6:g} MB")
+    if len(text) > _MAX_JSON_BYTES:
+        raise ValueError(f"it has more than {_MAX_JSON_BYTES / 1e6:g} MB")
     try:
         values = json.loads(text)
     except RecursionError as error:
@@ -378,7 +375,7 @@ def parse_json(text: str | bytes) -> Any:
 def _read_plain(path: Path, parse: Callable[[bytes], Any]) -> Any:
     try:
         with path.open("rb") as file:
-            return parse(file.read(_MAX_BYTES + 1))
+            return parse(file.read(_MAX_JSON_BYTES + 1))
     except FileNotFoundError:
         raise
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as error:

@@ -19,7 +19,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fmcib_ssl.io import atomic_write, digest_of
+from fmcib_ssl.io import atomic_write, digest_of, parse_json
 from fmcib_ssl.types import UserError
 
 FEATURES_COLUMN = "features"
@@ -148,7 +148,7 @@ class FeatureTable:
             table.validate(full=True)
             if _DIGEST_KEY in table.schema.metadata and table.schema.metadata[_DIGEST_KEY] != _digest(table):
                 raise ValueError("its values are not those that were written")
-            provenance = json.loads(table.schema.metadata[METADATA_KEY])
+            provenance = parse_json(table.schema.metadata[METADATA_KEY])
             if not isinstance(provenance, dict):
                 raise TypeError(f"its provenance is {type(provenance).__name__}")
             column = table[FEATURES_COLUMN].combine_chunks()

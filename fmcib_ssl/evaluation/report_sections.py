@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import pandas as pd
 from fmcib_ssl.evaluation import charts
 from fmcib_ssl.evaluation.charts import Palette
 from fmcib_ssl.evaluation.metrics import Estimate, calibration
-from fmcib_ssl.io import Identifiers, read_yaml, without_names
+from fmcib_ssl.io import Identifiers, parse_json, read_yaml, without_names
 
 Table = Sequence[Mapping[str, object]]
 
@@ -157,7 +156,7 @@ def provenance_section(run: Path, identifiers: Identifiers = "show") -> Section 
     file = run / "environment.json"
     if is_own_file(file):
         try:
-            found = json.loads(file.read_text())
+            found = parse_json(file.read_bytes())
         except ValueError as error:
             raise ValueError(f"{file} is damaged: {error}") from error
         git, packages = found.get("git") or {}, {"python": found.get("python"), **(found.get("packages") or {})}
@@ -195,7 +194,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     if not is_own_file(file):
         raise FileNotFoundError(f"{folder} has no {RESULTS_FILE}: scripts/evaluate.py output={folder} makes it")
     try:
-        found = json.loads(file.read_text())
+        found = parse_json(file.read_bytes())
         rows = found["rows"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error

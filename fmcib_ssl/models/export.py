@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 import fmcib_ssl
-from fmcib_ssl.io import write_atomically
+from fmcib_ssl.io import parse_json, write_atomically
 from fmcib_ssl.models import encoders
 from fmcib_ssl.models.concentric import ConcentricResNet
 from fmcib_ssl.models.trusted import is_trusted, trusted_callable
@@ -229,7 +229,7 @@ def _digest(description: Mapping[str, Any], weights: Mapping[str, Tensor]) -> st
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {})[METADATA_KEY])
+            metadata = parse_json((file.metadata() or {})[METADATA_KEY])
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dictionary
     except SafetensorError as error:
         raise EncoderFileError(
