@@ -7,9 +7,8 @@ opened again:
 - `{"kind": "scans", "annotations": FILE.csv, "image_root": DIR, "path_prefix": None, "coordinates": "lps",
   "on_bad_row": "skip", "stores": DIR}`; all but the first two may be left out. A store is prepared for the table, or
   brought up to date, in the folder `stores`; as embedding does it, so does training.
-- `{"kind": "medmnist", ...}`: see `medmnist_source`.
 
-The first two take `select`, `{column: value or values}`, and may hold `preprocessing`.
+Both take `select`, `{column: value or values}`, and may hold `preprocessing`.
 """
 
 from __future__ import annotations
@@ -86,10 +85,6 @@ def open_patches(source: Mapping[str, Any], preprocessing: Preprocessing | None 
     """
     if preprocessing is None and source.get("preprocessing"):
         preprocessing = Preprocessing.from_dict(source["preprocessing"])
-    if source.get("kind") == "medmnist":
-        from fmcib_ssl.evaluation.medmnist_source import open_medmnist  # noqa: PLC0415  # which needs this module
-
-        return open_medmnist(source, preprocessing)
     from fmcib_ssl.data.patches import LesionPatches  # noqa: PLC0415  # a table of features is read without Blosc2
     from fmcib_ssl.data.store import LESIONS_INDEX, SCANS_INDEX, Store, StoreSettings  # noqa: PLC0415
 
@@ -110,7 +105,7 @@ def open_patches(source: Mapping[str, Any], preprocessing: Preprocessing | None 
         # The fingerprint is of what was asked for, not of what can be read of it: a scan may come back before a resume.
         store, rejected, contents = Store(summary.store), summary.rejected, [table]
     else:
-        raise FeatureTableError(f"a source is of kind 'store', 'scans' or 'medmnist', not {source.get('kind')!r}")
+        raise FeatureTableError(f"a source is of kind 'store' or 'scans', not {source.get('kind')!r}")
     held = store.settings
     wanted = preprocessing or Preprocessing(spacing_mm=held.spacing_mm, padding_hu=held.padding_hu)
     if (wanted.spacing_mm, wanted.padding_hu) != (held.spacing_mm, held.padding_hu):
