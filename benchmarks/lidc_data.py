@@ -75,10 +75,10 @@ def load(data: Path, workspace: Path, mining: str = "background") -> Nodules:
     lesions = store.lesions[is_nodule].reset_index(drop=True)
     size = PREPROCESSING.patch_size_zyx
     # Crops are as large as their nodules, so that padding with a constant would tell how large a nodule is.
-    cropped = LesionPatches(store, size, per_lesion=0, select=is_nodule, padding=PREPROCESSING.padding)
+    cropped = LesionPatches(store, size, negatives_per_lesion=0, select=is_nodule, padding=PREPROCESSING.padding)
     patches = torch.stack([cropped.positive(i) for i in range(len(cropped))])
 
-    in_chests = LesionPatches(store, size, mining=mining, per_lesion=8, select=~is_nodule)
+    in_chests = LesionPatches(store, size, mining=mining, negatives_per_lesion=8, select=~is_nodule)
     keys = [SampleKey(k // len(in_chests), k % len(in_chests)) for k in range(POOL_SIZE // 8)]
     pool = torch.cat([in_chests[key]["negative"] for key in keys])
 
@@ -108,11 +108,11 @@ class TrainingPatches:
         positives: int16 `(n, 1, z, y, x)`.
         pool: int16 `(m, 1, z, y, x)`.
         seed: with epoch and index it decides which negatives are drawn.
-        per_lesion: negatives of each nodule.
+        negatives_per_lesion: negatives of each nodule.
     """
 
-    def __init__(self, positives: Tensor, pool: Tensor, seed: int, per_lesion: int) -> None:
-        self.positives, self.pool, self.seed, self.per_lesion = positives, pool, seed, per_lesion
+    def __init__(self, positives: Tensor, pool: Tensor, seed: int, negatives_per_lesion: int) -> None:
+        self.positives, self.pool, self.seed, self.negatives_per_lesion = positives, pool, seed, negatives_per_lesion
 
     def __len__(self) -> int:
         """Number of nodules."""
@@ -120,8 +120,8 @@ class TrainingPatches:
 
     def __getitem__(self, key: SampleKey, /) -> PatchPair:
         """The pair that `key` names."""
-        drawn = np.random.default_rng([self.seed, *key]).integers(len(self.pool), size=self.per_lesion)
-        negative = self.pool[drawn[0]] if self.per_lesion == 1 else self.pool[torch.from_numpy(drawn)]
+        drawn = np.random.default_rng([self.seed, *key]).integers(len(self.pool), size=self.negatives_per_lesion)
+        negative = self.pool[drawn[0]] if self.negatives_per_lesion == 1 else self.pool[torch.from_numpy(drawn)]
         return PatchPair(
             positive=self.positives[key.index], negative=negative, lesion=key.index, negative_from_other_scan=True
         )

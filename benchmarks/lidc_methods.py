@@ -74,7 +74,7 @@ def _key(contender: Contender, epochs: int | None) -> str:
 
 SMALL = ("encoder=small", PLAIN_VIEWS)
 OWN = (PLAIN_VIEWS,)
-BOTH = ("loss.negatives=mined_and_lesions", "data.per_lesion=1")
+BOTH = ("loss.negatives=mined_and_lesions", "data.negatives_per_lesion=1")
 CONTENDERS = (
     Contender("recipe"),
     Contender("random", "random", ("encoder=small",)),
@@ -84,7 +84,7 @@ CONTENDERS = (
     Contender("diameter", "diameter"),
     Contender("lightly_simclr", overrides=("method=simclr", *SMALL)),
     Contender("lightly_simclr_concentric", overrides=("method=simclr", *OWN)),
-    Contender("mined", overrides=("loss.negatives=mined", "data.per_lesion=1", *SMALL)),
+    Contender("mined", overrides=("loss.negatives=mined", "data.negatives_per_lesion=1", *SMALL)),
     Contender("mined_and_lesions", overrides=(*BOTH, *SMALL)),
     Contender("nnclr", overrides=("method=nnclr", *SMALL)),
     Contender("vicreg", overrides=("method=vicreg", *SMALL)),
@@ -131,7 +131,7 @@ def pretrain(settings: Settings, positives: Tensor, pool: Tensor, accelerator: s
     for library in ("lightning.pytorch", "lightning.fabric", "fmcib_ssl"):
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning|torch")
-    patches = TrainingPatches(positives, pool, settings.seed, settings.data.per_lesion)
+    patches = TrainingPatches(positives, pool, settings.seed, settings.data.negatives_per_lesion)
     batch_size = settings.data.batch_size
     assert isinstance(batch_size, int)
     data = LesionDataModule(patches, build_views(settings), batch_size=batch_size, seed=settings.seed)

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
         store = store_for_table(
             Path(folder) / "annotations.csv", Path(folder), StoreSettings(1.25), num_workers=0
         ).store
-        patches = LesionPatches(store, preprocessing.patch_size_zyx, per_lesion=0)
+        patches = LesionPatches(store, preprocessing.patch_size_zyx, negatives_per_lesion=0)
         num = min(command.lesions, len(patches))
         figure = Figure(figsize=(NUM_VIEWS + 1.3, 1.03 * num * len(RECIPES) + 0.3), facecolor="white", dpi=80)
         grid = figure.add_gridspec(

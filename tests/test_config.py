@@ -117,6 +117,7 @@ REFUSED = [
     (["data.cache_scans=3"], ["data.cache_scans is gone", "Leave it out"]),
     (["callbacks.guards.keep=1"], ["callbacks.guards is now called callbacks.non_finite"]),
     (["~callbacks.signals"], ["callbacks.signals is now called callbacks.collapse_monitor"]),
+    (["data.per_lesion=3"], ["data.per_lesion is now called data.negatives_per_lesion"]),
     # Contradictions.
     (["trainer.max_epochs=-1"], ["never end", "trainer.max_steps"]),
     (["trainer.max_epochs=null"], ["never end", "trainer.max_epochs"]),
@@ -253,7 +254,7 @@ def test_an_experiment_composes_with_an_option_of_the_users(
     experiment: str, own_configs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--config-dir", str(own_configs), f"+experiment={experiment}", "loss=mine", "loss.sharpness=4"]
-    arguments += ["data.per_lesion=1"]  # without mined negatives only a loss that says it wants none is taken
+    arguments += ["data.negatives_per_lesion=1"]  # without mined negatives only a loss that says it wants none is taken
     with pytest.raises(SystemExit):
         check(*arguments, "--cfg", "job", "-p", "loss")
     assert yaml.safe_load(capsys.readouterr().out) == {"_target_": "my_package.MyLoss", "sharpness": 4}

@@ -143,7 +143,7 @@ class ViewPairDataset(Dataset[dict[str, Any]]):
     def make_views(self, batch: dict[str, Any]) -> ViewPairs:
         """Make the views of a collated batch, on the device it is on."""
         positive, negative, seeds = batch["positive"], batch["negative"], torch.as_tensor(batch["view_seeds"])
-        several = negative.ndim == 6  # (batch, per_lesion, 1, z, y, x)
+        several = negative.ndim == 6  # (batch, negatives_per_lesion, 1, z, y, x)
         patches = torch.cat([positive, negative.flatten(0, 1) if several else negative])
         # Columns: both views of the lesion, then both of its first negative, ... All go in one call, for a GPU's sake.
         by_view = [torch.cat([seeds[:, view], seeds[:, 2 + view :: 2].flatten()]) for view in (0, 1)]

@@ -242,26 +242,26 @@ class NegativeMiner:
     Attributes:
         strategy: where in a scan.
         num_scans: scans that may be drawn from.
-        per_lesion: negatives of one lesion, all from one scan.
+        negatives_per_lesion: negatives of one lesion, all from one scan.
         seed: not negative.
     """
 
     strategy: MiningStrategy
     num_scans: int
-    per_lesion: int = 1
+    negatives_per_lesion: int = 1
     seed: int = 0
     _without_place: npt.NDArray[np.bool_] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.per_lesion < 0:
-            raise ValueError(f"per_lesion={self.per_lesion} must not be negative")
+        if self.negatives_per_lesion < 0:
+            raise ValueError(f"negatives_per_lesion={self.negatives_per_lesion} must not be negative")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must not be negative")
         self._without_place = np.zeros(self.num_scans, dtype=bool)
 
     def draw(
         self, key: SampleKey, own_scan: int, query: Callable[[int], NegativeQuery | None]
-    ) -> tuple[int, Int[np.ndarray, "per_lesion 3"]] | None:
+    ) -> tuple[int, Int[np.ndarray, "negatives_per_lesion 3"]] | None:
         """The scan to cut from and the centres in it; None where no scan has a legal place.
 
         Args:
@@ -269,13 +269,13 @@ class NegativeMiner:
             own_scan: number of the lesion's scan.
             query: asks a scan, by its number; None for one that cannot be used.
         """
-        if self.per_lesion == 0:
+        if self.negatives_per_lesion == 0:
             return own_scan, np.empty((0, 3), dtype=np.int64)
         for scan in self._scans_to_try(key, own_scan):
             # Begun anew for each scan, so that it does not matter which ones were left out because they are known.
             stream = np.random.default_rng([self.seed, key.epoch, key.index, 1])
             asked = query(scan)
-            centers = None if asked is None else self.strategy.draw(asked, self.per_lesion, stream)
+            centers = None if asked is None else self.strategy.draw(asked, self.negatives_per_lesion, stream)
             if centers is not None:
                 return scan, centers
             # Of the lesion's own scan it may be true for this lesion only.
@@ -306,6 +306,6 @@ def no_place(patch_extent_mm_zyx: Sequence[float]) -> str:
     extent = " x ".join(f"{edge:g}" for edge in patch_extent_mm_zyx)
     return (
         f"no scan has room for a negative: a patch of {extent} mm (z, y, x) that is at least half body and overlaps no "
-        "annotated lesion. Take a smaller patch (patch_size, spacing_mm), add scans, or mine none (per_lesion=0) and "
-        "contrast lesions with each other (loss.negatives=lesions)"
+        "annotated lesion. Take a smaller patch (patch_size, spacing_mm), add scans, or mine none "
+        "(negatives_per_lesion=0) and contrast lesions with each other (loss.negatives=lesions)"
     )

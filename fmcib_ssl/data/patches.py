@@ -25,7 +25,7 @@ class LesionPatches(Dataset[PatchPair]):
     `dataset[SampleKey(epoch, index)]` is a function of `(seed, epoch, index)` and of the store, of nothing else: not of
     the worker, nor of what was asked before. `dataset[index]` is epoch 0. `positive` is `(1, z, y, x)`, with the voxel
     that holds the lesion's point at `size // 2` of each axis; the point is at most half a voxel from that voxel's
-    centre. `negative` has the same shape; with `per_lesion=K`, K other than 1, it is `(K, 1, z, y, x)`.
+    centre. `negative` has the same shape; with `negatives_per_lesion=K`, K other than 1, it is `(K, 1, z, y, x)`.
 
     Where a lesion's scan has no place for negatives, another scan gives them, and `negative_from_other_scan` says so.
 
@@ -36,7 +36,7 @@ class LesionPatches(Dataset[PatchPair]):
         patch_size: voxels along z, y, x.
         seed: not negative.
         mining: `"background"`, `"near"`, `"hard"` or `"uniform"`, or a strategy of `fmcib_ssl.data.mining`.
-        per_lesion: negatives of each lesion. 0 for none: `negative` is then `(0, 1, z, y, x)`.
+        negatives_per_lesion: negatives of each lesion. 0 for none: `negative` is then `(0, 1, z, y, x)`.
         select: places in, or a Boolean mask over, `store.lesions`: the lesions to serve, in that order. What is
             annotated in their scans stays forbidden to negatives all the same.
         padding_hu: what stands outside a scan, if `padding` is "constant".
@@ -59,7 +59,7 @@ class LesionPatches(Dataset[PatchPair]):
         *,
         seed: int = 0,
         mining: str | MiningStrategy = "background",
-        per_lesion: int = 1,
+        negatives_per_lesion: int = 1,
         select: npt.ArrayLike | None = None,
         padding_hu: int = PADDING_HU,
         padding: Padding = "constant",
@@ -93,7 +93,7 @@ class LesionPatches(Dataset[PatchPair]):
         self._annotated_zyx = centers[by_scan].astype(np.int64)
         self._first_of_scan = np.searchsorted(scans[by_scan], np.arange(len(scan_ids) + 1))
         self._scans, self._centers_zyx = scans[kept], centers[kept].astype(np.int64)
-        self._miner = NegativeMiner(mining_strategy(mining), len(scan_ids), per_lesion, seed)
+        self._miner = NegativeMiner(mining_strategy(mining), len(scan_ids), negatives_per_lesion, seed)
 
     def __len__(self) -> int:
         return len(self._scans)
@@ -121,7 +121,7 @@ class LesionPatches(Dataset[PatchPair]):
         negatives = [self.patch_at(scan, center) for center in centers]
         return PatchPair(
             positive=self.positive(lesion),
-            negative=negatives[0] if self._miner.per_lesion == 1 else self._stacked(negatives),
+            negative=negatives[0] if self._miner.negatives_per_lesion == 1 else self._stacked(negatives),
             lesion=lesion,
             negative_from_other_scan=scan != own,
         )
@@ -169,7 +169,7 @@ class LesionPatches(Dataset[PatchPair]):
             raise IndexError(f"lesion {index} of {len(self)}")
         return int(self._scans[index])
 
-    def _stacked(self, patches: list[Tensor]) -> Int16[Tensor, "per_lesion 1 z y x"]:
+    def _stacked(self, patches: list[Tensor]) -> Int16[Tensor, "negatives_per_lesion 1 z y x"]:
         if patches:
             return torch.stack(patches)
         return torch.empty((0, 1, *self.patch_size.tolist()), dtype=torch.int16)

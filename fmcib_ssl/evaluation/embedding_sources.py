@@ -121,7 +121,12 @@ def open_patches(source: Mapping[str, Any], preprocessing: Preprocessing | None 
     if not keep.any():
         raise FeatureTableError(f"no row of {store.path} has select={source.get('select')}")
     patches = LesionPatches(  # no negative is asked for
-        store, wanted.patch_size_zyx, per_lesion=0, select=keep, padding_hu=wanted.padding_hu, padding=wanted.padding
+        store,
+        wanted.patch_size_zyx,
+        negatives_per_lesion=0,
+        select=keep,
+        padding_hu=wanted.padding_hu,
+        padding=wanted.padding,
     )
     lesions = patches.lesions.rename(columns={FEATURES_COLUMN: f"table_{FEATURES_COLUMN}"})
     lesions = lesions.assign(**{ID_COLUMN: text_of(lesions[ID_COLUMN])})

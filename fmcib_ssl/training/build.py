@@ -262,7 +262,7 @@ def _flops_per_lesion(module: Pretraining, settings: Settings) -> int | None:
         return flops_of_lesion(
             module,
             settings.data.patch_size,
-            num_views=module.trained_views(settings.data.per_lesion),
+            num_views=module.trained_views(settings.data.negatives_per_lesion),
             num_watched=module.watched_views,
         )
     except Exception as error:  # an encoder of the user's may do what only numbers can; then there is no such figure
@@ -299,7 +299,8 @@ def _check_method(method: type[Pretraining], settings: Settings, batch_size: int
             f"{method.__name__} compares the lesions of a batch with each other, and one lesion on each device leaves "
             "none: set data.batch_size to 2 or more"
         )
-    if settings.data.per_lesion and not method.takes_negatives:
+    if settings.data.negatives_per_lesion and not method.takes_negatives:
         logger.info(
-            "%s does not look at mined negatives: data.per_lesion=0 saves the time of making them", method.__name__
+            "%s does not look at mined negatives: data.negatives_per_lesion=0 saves the time of making them",
+            method.__name__,
         )

@@ -73,7 +73,7 @@ def open_lesions(settings: Settings, *, main_process: bool) -> LesionSource:
         data.patch_size,
         seed=settings.seed,
         mining=data.mining,
-        per_lesion=data.per_lesion,
+        negatives_per_lesion=data.negatives_per_lesion,
         select=keep,
         padding_hu=store.settings.padding_hu,
         padding=data.padding,

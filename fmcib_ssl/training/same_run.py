@@ -49,6 +49,9 @@ LENGTHS = ("trainer.max_epochs", "trainer.max_steps")
 #: Files and folders: the same however they are typed.
 PLACES = ("data.store", "data.annotations", "finetune.weights")
 
+#: Settings that earlier versions had under another name, by which they called the folders of their runs.
+RENAMED = {"data.per_lesion": "data.negatives_per_lesion"}
+
 _NUM_DIGITS = 8
 _MOST_SHOWN = 3
 
@@ -64,6 +67,7 @@ def settings_digest(settings: Mapping[str, Any], keyed: Collection[str] = ()) ->
     counted = (key in (*PLACES, *keyed) or not (_is_free(key) or key in LENGTHS) for key in sorted(flat))
     fixed = {key: _plain(flat[key]) for key, counts in zip(sorted(flat), counted, strict=True) if counts}
     # A run of an earlier version is in a folder that is called after what parts had as names then.
+    fixed |= {old: fixed.pop(new) for old, new in RENAMED.items() if new in fixed}
     fixed |= {key: value for key, value in GONE.items() if value is not None}
     fixed |= {key: first_target(value) for key, value in fixed.items() if key.endswith("_target_")}
     if fixed.get("method._target_") == "fmcib_ssl.methods.MinedContrast":
@@ -137,7 +141,7 @@ def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
     """Values by dotted key, without `run`, which says which folder and not what is in it."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        name = f"{prefix}{key}"
+        name = RENAMED.get(f"{prefix}{key}", f"{prefix}{key}")
         if isinstance(value, Mapping) and value:
             flat.update(flat_settings(value, f"{name}."))
         elif name != "run" and name not in GONE and (name, value) not in EARLIER.items():

@@ -22,6 +22,7 @@ Component = dict[str, Any]
 FORMER_KEYS = {
     "callbacks.guards": "is now called callbacks.non_finite",
     "callbacks.signals": "is now called callbacks.collapse_monitor",
+    "data.per_lesion": "is now called data.negatives_per_lesion",
     "data.check": "is gone: preparing the table's store reads every scan. Leave it out",
     "data.allow_short_scans": "is gone: scans shorter than a patch are padded. Leave it out",
     "data.cache_scans": "is gone: patches are read from the table's store. Leave it out",
@@ -60,7 +61,7 @@ class Data(_Section):
     spacing_mm: PositiveFloat | None
     padding: Padding
     mining: Literal["background", "near", "hard", "uniform"]
-    per_lesion: int = Field(ge=0)
+    negatives_per_lesion: int = Field(ge=0)
     batch_size: PositiveInt | Literal["auto"]
     max_batch_size: PositiveInt
     phantom: Phantom | None
@@ -180,10 +181,10 @@ class Settings(_Section):
             raise ValueError("hardware.auto_batch is for pretraining: set it to false")
         # Only this method is known to take the loss; others may bring their own.
         contrasts = self.method.get("_target_") == "fmcib_ssl.models.MinedContrast"
-        if contrasts and self.data.per_lesion == 0 and self.loss.get("negatives") != "lesions":
+        if contrasts and self.data.negatives_per_lesion == 0 and self.loss.get("negatives") != "lesions":
             raise ValueError(
-                "data.per_lesion=0 mines no negatives, and the loss wants some: set loss.negatives=lesions, or "
-                "data.per_lesion=1"
+                "data.negatives_per_lesion=0 mines no negatives, and the loss wants some: set loss.negatives=lesions, "
+                "or data.negatives_per_lesion=1"
             )
         if contrasts and self.loss.get("negatives") == "lesions" and self.data.batch_size == 1 and self.world_size == 1:
             raise ValueError(

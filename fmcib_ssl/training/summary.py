@@ -52,7 +52,9 @@ def summary(settings: Settings, source: LesionSource, batch_size: int, module: P
     rows = {
         "run": f"{settings.name}, fmcib_ssl {fmcib_ssl.__version__}, in {settings.paths.run}",
         "lesions": f"{len(source.patches)} in {source.num_scans} scans, from {source.origin}",
-        "negatives": f"{data.per_lesion} a lesion, {data.mining}" if data.per_lesion else "none mined",
+        "negatives": f"{data.negatives_per_lesion} a lesion, {data.mining}"
+        if data.negatives_per_lesion
+        else "none mined",
         "patch": f"{' x '.join(map(str, data.patch_size))} voxels (z, y, x) of {source.preprocessing.spacing_mm:g} mm",
         "batch": f"{batch_size} lesions on each of {settings.world_size} {hardware.accelerator} devices"
         f"{chunks}{accumulated}",

@@ -168,7 +168,9 @@ def test_pretraining_sees_only_what_it_is_given_and_is_repeatable() -> None:
 
 def test_negatives_of_a_nodule_follow_from_seed_epoch_and_index() -> None:
     pool = torch.arange(50, dtype=torch.int16).view(50, 1, 1, 1, 1)
-    patches = lidc_data.TrainingPatches(torch.zeros(8, 1, 1, 1, 1, dtype=torch.int16), pool, seed=1, per_lesion=1)
+    patches = lidc_data.TrainingPatches(
+        torch.zeros(8, 1, 1, 1, 1, dtype=torch.int16), pool, seed=1, negatives_per_lesion=1
+    )
     drawn = [int(patches[SampleKey(epoch, index)]["negative"]) for epoch in range(20) for index in range(8)]
     assert drawn == [int(patches[SampleKey(epoch, index)]["negative"]) for epoch in range(20) for index in range(8)]
     assert len(set(drawn)) > 40

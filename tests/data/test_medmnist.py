@@ -38,7 +38,7 @@ def test_from_the_file_to_the_patches(dataset: str, tmp_path: Path) -> None:
     file = write_npz(tmp_path, dataset)
     table = import_medmnist(file, tmp_path / "out", edge_mm=28)
     summary = store_for_table(tmp_path / "out" / "lesions.csv", tmp_path / "stores", StoreSettings())
-    patches = LesionPatches(summary.store, (28, 28, 28), per_lesion=0)
+    patches = LesionPatches(summary.store, (28, 28, 28), negatives_per_lesion=0)
     assert patches.lesions["volume"].tolist() == table["volume"].tolist()
     assert patches.lesions["volume"].iloc[NUM["train"]] == f"{dataset}_28/val/0000"
     with np.load(file) as arrays:
@@ -57,7 +57,7 @@ def test_a_volume_fills_the_patch_that_is_named(tmp_path: Path) -> None:
     """28 voxels on an edge of 50 mm, in voxels of 1 mm: linear between the centres, which `np.interp` gives too."""
     import_medmnist(write_npz(tmp_path), tmp_path / "out", window_hu=(-510, 510))
     summary = store_for_table(tmp_path / "out" / "lesions.csv", tmp_path / "stores", StoreSettings())
-    patch = LesionPatches(summary.store, per_lesion=0).positive(0)[0].numpy()
+    patch = LesionPatches(summary.store, negatives_per_lesion=0).positive(0)[0].numpy()
     with np.load(tmp_path / "nodulemnist3d.npz") as arrays:
         expected = arrays["train_images"][0] * 4.0 - 510
     for axis in range(3):

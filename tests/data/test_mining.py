@@ -208,8 +208,8 @@ def test_a_miner_turns_to_other_scans_and_is_a_function_of_the_key() -> None:
     assert set(asked) == {0, 3, 5, 6}  # those known to have no place are not asked again
 
     assert NegativeMiner(Background(), 2).draw(SampleKey(0, 0), 0, lambda _: ask(0)) is None
-    assert NegativeMiner(Background(), 2, per_lesion=0).draw(SampleKey(0, 0), 1, ask)[1].shape == (0, 3)
-    several = NegativeMiner(Background(), 7, per_lesion=4).draw(SampleKey(0, 5), 5, ask)[1]
+    assert NegativeMiner(Background(), 2, negatives_per_lesion=0).draw(SampleKey(0, 0), 1, ask)[1].shape == (0, 3)
+    several = NegativeMiner(Background(), 7, negatives_per_lesion=4).draw(SampleKey(0, 5), 5, ask)[1]
     assert len({tuple(center) for center in several.tolist()}) == 4
 
 
@@ -222,8 +222,8 @@ def test_names_and_numbers() -> None:
         Near(50, 50)
     with pytest.raises(ValueError, match="num_candidates=0"):
         Hard(0)
-    with pytest.raises(ValueError, match="per_lesion=-1"):
-        NegativeMiner(Background(), 1, per_lesion=-1)
+    with pytest.raises(ValueError, match="negatives_per_lesion=-1"):
+        NegativeMiner(Background(), 1, negatives_per_lesion=-1)
     with pytest.raises(ValueError, match="seed=-1"):
         NegativeMiner(Background(), 1, seed=-1)
 

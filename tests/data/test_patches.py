@@ -126,10 +126,10 @@ def test_workers_give_the_same_samples(store: Store, context: str) -> None:
 
 
 def test_several_negatives_and_none(store: Store) -> None:
-    three = LesionPatches(store, SIZE, per_lesion=3)[0]["negative"]
+    three = LesionPatches(store, SIZE, negatives_per_lesion=3)[0]["negative"]
     assert three.shape == (3, 1, *SIZE)
     assert len({find(SCANS["a"], patch[0].numpy())[0] for patch in three}) == 3
-    none = LesionPatches(store, SIZE, per_lesion=0)[0]["negative"]
+    none = LesionPatches(store, SIZE, negatives_per_lesion=0)[0]["negative"]
     assert none.shape == (0, 1, *SIZE)
     assert none.dtype == torch.int16
 
@@ -147,7 +147,7 @@ def test_a_scan_without_room_borrows_from_another_and_says_so(tmp_path: Path) ->
     near = LesionPatches(store, SIZE, mining=Near(1, 30))  # in the other scan there is nothing to be near to
     far = [find(SCANS["a"], near[SampleKey(epoch, 0)]["negative"][0].numpy())[0] for epoch in range(8)]
     assert max(np.linalg.norm(np.subtract(voxel, (8, 12, 12))) for voxel in far) > 50
-    with pytest.raises(StoreError, match=r"no scan has room.*16 x 18 x 20 mm.*smaller patch.*per_lesion=0"):
+    with pytest.raises(StoreError, match=r"no scan has room.*16 x 18 x 20 mm.*smaller patch.*negatives_per_lesion=0"):
         LesionPatches(make_store(tmp_path / "full", {"crop": scans["crop"]}, lesions[:1]), SIZE)[0]
 
 

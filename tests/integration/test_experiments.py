@@ -64,7 +64,7 @@ def test_two_steps(experiment: str, phantom_table: Path, tmp_path: Path) -> None
     shares = {"train/negative_share"}
     shares |= {"train/mined_share"} if negatives != "lesions" else set()
     shares |= {"train/lesion_share"} if negatives != "mined" else set()
-    of_mined = set() if settings.data.per_lesion else {"train/negative_cosine"}
+    of_mined = set() if settings.data.negatives_per_lesion else {"train/negative_cosine"}
     assert set(metrics) == (COLUMNS | shares) - of_mined
     assert metrics["step"].tolist() == [0, 1]
     assert np.isfinite(metrics.to_numpy()).all()

@@ -18,7 +18,7 @@ from fmcib_ssl.training.build import refuse_unused
 from fmcib_ssl.training.settings import ConfigError
 
 BASELINES = ["simclr", "nnclr", "swav", "byol", "vicreg", "denoising"]
-OPTIONS = ["+experiment=phantom_ntxent_mined", "data.per_lesion=0", "optimizer.base_lr=0.1"]
+OPTIONS = ["+experiment=phantom_ntxent_mined", "data.negatives_per_lesion=0", "optimizer.base_lr=0.1"]
 
 
 def run_method(name: str, table: Path, run: Path, *overrides: str) -> Path:
@@ -67,8 +67,8 @@ def test_mined_negatives_that_nobody_looks_at_are_mentioned(
     phantom_table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        run_method("vicreg", phantom_table, tmp_path, "trainer.max_steps=1", "data.per_lesion=1")
-    assert "VICReg does not look at mined negatives: data.per_lesion=0" in caplog.text
+        run_method("vicreg", phantom_table, tmp_path, "trainer.max_steps=1", "data.negatives_per_lesion=1")
+    assert "VICReg does not look at mined negatives: data.negatives_per_lesion=0" in caplog.text
     assert "VICReg does not use the sections loss, head" in caplog.text
 
 

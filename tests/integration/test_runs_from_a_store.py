@@ -24,11 +24,21 @@ def store(phantom_table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-@pytest.mark.parametrize(("per_lesion", "mining"), [(1, "background"), (3, "near"), (2, "hard")])
+@pytest.mark.parametrize(("negatives_per_lesion", "mining"), [(1, "background"), (3, "near"), (2, "hard")])
 def test_a_run_from_a_store(
-    store: Path, phantom_table: Path, tmp_path: Path, per_lesion: int, mining: str, caplog: pytest.LogCaptureFixture
+    store: Path,
+    phantom_table: Path,
+    tmp_path: Path,
+    negatives_per_lesion: int,
+    mining: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    choices = [f"data.store={store}", "data.spacing_mm=null", f"data.per_lesion={per_lesion}", f"data.mining={mining}"]
+    choices = [
+        f"data.store={store}",
+        "data.spacing_mm=null",
+        f"data.negatives_per_lesion={negatives_per_lesion}",
+        f"data.mining={mining}",
+    ]
     overrides = ["+experiment=phantom_ntxent_mined", *choices, "trainer.max_steps=2", "contact_sheet_rows=2"]
     with caplog.at_level("INFO", logger="fmcib_ssl"):
         pretrain(tiny_settings(phantom_table, tmp_path, *overrides))
@@ -39,11 +49,11 @@ def test_a_run_from_a_store(
 
 
 def test_no_negatives_are_mined_for_plain_simclr(store: Path, phantom_table: Path, tmp_path: Path) -> None:
-    choices = [f"data.store={store}", "data.spacing_mm=null", "data.per_lesion=0"]
+    choices = [f"data.store={store}", "data.spacing_mm=null", "data.negatives_per_lesion=0"]
     overrides = ["+experiment=phantom_ntxent_mined", *choices, "trainer.max_steps=1"]
     pretrain(tiny_settings(phantom_table, tmp_path, *overrides, "loss.negatives=lesions", "contact_sheet_rows=1"))
     assert "train/negative_cosine" not in metrics_of(tmp_path)
-    with pytest.raises(ConfigError, match=r"data\.per_lesion=0 mines no negatives.*loss\.negatives=lesions"):
+    with pytest.raises(ConfigError, match=r"data\.negatives_per_lesion=0 mines no negatives.*loss\.negatives=lesions"):
         tiny_settings(phantom_table, tmp_path, *overrides)
 
 

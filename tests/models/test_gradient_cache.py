@@ -61,11 +61,11 @@ def test_every_gradient_is_that_of_the_direct_step(loss: str, norm: str, forward
         assert_same_gradients(gradients, expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("per_lesion", [0, 3])
-def test_several_negatives_a_lesion_or_none(per_lesion: int) -> None:
+@pytest.mark.parametrize("negatives_per_lesion", [0, 3])
+def test_several_negatives_a_lesion_or_none(negatives_per_lesion: int) -> None:
     batch = double(a_batch(5))
-    batch["negative"] = tuple(torch.randn(5, per_lesion, 1, 6, 6, 6).double() for _ in range(2))  # type: ignore[typeddict-item]
-    loss = partial(NTXentNegativeMinedLoss, negatives="mined_and_lesions" if per_lesion else "lesions")
+    batch["negative"] = tuple(torch.randn(5, negatives_per_lesion, 1, 6, 6, 6).double() for _ in range(2))  # type: ignore[typeddict-item]
+    loss = partial(NTXentNegativeMinedLoss, negatives="mined_and_lesions" if negatives_per_lesion else "lesions")
     expected_loss, expected = step(make_module(loss()).double(), batch)
     value, gradients = step(make_module(loss(), chunk_size=2).double(), batch)
     torch.testing.assert_close(value, expected_loss, rtol=1e-12, atol=0)
