@@ -155,7 +155,7 @@ class Contender:
             batch_size=per_pass,
             num_workers=settings.hardware.num_workers if case.gpu else 0,
             pin_memory=case.gpu,
-            views_on="workers" if getattr(view_transform, "patch_by_patch", False) else "device",
+            augment_on="workers" if getattr(view_transform, "patch_by_patch", False) else "device",
         )
         self.loader = self.data.train_dataloader()
 

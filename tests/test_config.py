@@ -115,6 +115,7 @@ REFUSED = [
     (["name=${nosuch}"], ["nosuch"]),
     (["data.image_root"], ["data.image_root"]),
     (["data.cache_scans=3"], ["data.cache_scans is gone", "Leave it out"]),
+    (["hardware.views_on=device"], ["hardware.views_on is now called hardware.augment_on"]),
     (["callbacks.guards.keep=1"], ["callbacks.guards is now called callbacks.non_finite"]),
     (["~callbacks.signals"], ["callbacks.signals is now called callbacks.collapse_monitor"]),
     (["data.per_lesion=3"], ["data.per_lesion is now called data.negatives_per_lesion"]),

@@ -206,12 +206,12 @@ class LesionDataModule(LightningDataModule):
         num_workers: processes that cut and augment; 0 does it in the training process.
         seed: non-negative; with the epoch it decides order and views.
         pin_memory: for a CUDA device.
-        views_on: where a batch is when its views are made: `"workers"`; `"device"`, where it is to be trained on, for
+        augment_on: where a batch is when its views are made: `"workers"`; `"device"`, where it is to be trained on, for
             which the workers send int16 patches; or `"auto"`, on the device unless that is a CPU or the transform
             takes patch by patch. The views are the same to rounding.
 
     Raises:
-        ValueError: `views_on` is something else.
+        ValueError: `augment_on` is something else.
     """
 
     def __init__(
@@ -225,18 +225,18 @@ class LesionDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         pin_memory: bool = False,
-        views_on: Literal["auto", "workers", "device"] = "auto",
+        augment_on: Literal["auto", "workers", "device"] = "auto",
     ) -> None:
         super().__init__()
-        if views_on not in ("auto", "workers", "device"):
-            raise ValueError(f"views_on is {views_on!r}; it must be 'auto', 'workers' or 'device'.")
+        if augment_on not in ("auto", "workers", "device"):
+            raise ValueError(f"augment_on is {augment_on!r}; it must be 'auto', 'workers' or 'device'.")
         self.dataset = ViewPairDataset(patches, view_transform, seed, preprocessing)
         self.num_workers = num_workers
         self.seed = seed
         self.pin_memory = pin_memory
         self.batch_size = batch_size
         self._max_batch_size = max_batch_size
-        self._views_on = views_on
+        self._augment_on = augment_on
         self._patch_by_patch = getattr(view_transform, "patch_by_patch", False)
 
     def batch_size_per_device(self, world_size: int) -> int:
@@ -281,7 +281,7 @@ class LesionDataModule(LightningDataModule):
             lesions,
             self._num_trained,
             dataset=self.dataset,
-            collate_fn=None if self._views_on_device() else self.dataset.collate,
+            collate_fn=None if self._augments_on_device() else self.dataset.collate,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             title=self.dataset.patches.title,
@@ -302,11 +302,11 @@ class LesionDataModule(LightningDataModule):
         # A trainer whose precision is half throughout has cast the batch before there were views in it.
         return self.trainer.precision_plugin.convert_input(views) if self.trainer else views
 
-    def _views_on_device(self) -> bool:
-        if self._views_on == "auto":
+    def _augments_on_device(self) -> bool:
+        if self._augment_on == "auto":
             on_accelerator = self.trainer is not None and self.trainer.strategy.root_device.type != "cpu"
             return on_accelerator and not self._patch_by_patch
-        return self._views_on == "device"
+        return self._augment_on == "device"
 
     def _num_trained(self) -> int:
         """Batches of this epoch whose optimizer step is done; that of one which an error interrupts is not."""

@@ -113,7 +113,7 @@ def build_data(
             num_workers=hardware.num_workers,
             seed=settings.seed,
             pin_memory=hardware.pin_memory,
-            views_on=hardware.views_on,
+            augment_on=hardware.augment_on,
         )
 
 

@@ -26,6 +26,7 @@ FORMER_KEYS = {
     "data.check": "is gone: preparing the table's store reads every scan. Leave it out",
     "data.allow_short_scans": "is gone: scans shorter than a patch are padded. Leave it out",
     "data.cache_scans": "is gone: patches are read from the table's store. Leave it out",
+    "hardware.views_on": "is now called hardware.augment_on",
     "method.gather": "is gone: loss.gather_distributed=true (default) gathers negatives of all devices. Leave it out",
 }
 
@@ -91,7 +92,7 @@ class Hardware(_Section):
     sync_batchnorm: bool
     num_workers: int = Field(ge=0)
     num_threads: PositiveInt | None
-    views_on: Literal["auto", "workers", "device"]
+    augment_on: Literal["auto", "workers", "device"]
     pin_memory: bool
     collective_timeout_s: PositiveInt
     auto_batch: bool

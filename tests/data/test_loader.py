@@ -138,7 +138,7 @@ def test_views_of_every_kind_are_normalised_as_the_preprocessing_says(transform:
         found = {"positive": [labelled[index]["view"] for index in range(3)]}
     else:
         data = LesionDataModule(
-            Noise(3), transform, preprocessing=lung, batch_size=3, views_on=place  # type: ignore[arg-type]
+            Noise(3), transform, preprocessing=lung, batch_size=3, augment_on=place  # type: ignore[arg-type]
         )  # fmt: skip
         batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
         found = {kind: list(batch[kind][1]) for kind in expected}
@@ -278,7 +278,7 @@ def test_blocks_of_ranks_make_the_batch_of_one_process() -> None:
     alone = batches(datamodule(batch_size=6))
     ranks = []
     for rank in range(3):
-        module = datamodule(batch_size=2, views_on="workers")
+        module = datamodule(batch_size=2, augment_on="workers")
         module.trainer = SimpleNamespace(global_rank=rank, world_size=3)  # type: ignore[assignment]
         ranks.append(batches(module))
     assert len(alone) == len(ranks[0]) == 4
@@ -290,15 +290,15 @@ def test_blocks_of_ranks_make_the_batch_of_one_process() -> None:
 
 @pytest.mark.parametrize(("world_size", "expected"), [(1, 10), (2, 6), (3, 4), (13, 1)])
 def test_automatic_batch_size(world_size: int, expected: int) -> None:
-    module = datamodule(batch_size="auto", max_batch_size=10, views_on="workers")
+    module = datamodule(batch_size="auto", max_batch_size=10, augment_on="workers")
     assert module.batch_size_per_device(world_size) == expected
     module.trainer = SimpleNamespace(global_rank=0, world_size=world_size)  # type: ignore[assignment]
     assert len(batches(module)[0]["lesion"]) == expected
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match="views_on is 'gpu'"):
-        datamodule(views_on="gpu")
+    with pytest.raises(ValueError, match="augment_on is 'gpu'"):
+        datamodule(augment_on="gpu")
     with pytest.raises(ValueError, match="13 lesions for 14 devices"):
         datamodule(batch_size="auto").batch_size_per_device(14)
     with pytest.raises(ValueError, match="13 lesions do not fill one batch of 14"):
@@ -340,10 +340,10 @@ def fit(module: LesionDataModule, *callbacks: L.Callback, checkpoint: Path | Non
 def test_views_are_the_same_wherever_they_are_made(num_workers: int) -> None:
     for transform in (BatchedPublishedViews(SIZE), PublishedViews(SIZE)):
         expected = batches(datamodule(transform), epochs=(0, 1, 2))
-        for views_on in ("auto", "workers", "device"):
-            module = datamodule(transform, num_workers=num_workers, views_on=views_on)
+        for augment_on in ("auto", "workers", "device"):
+            module = datamodule(transform, num_workers=num_workers, augment_on=augment_on)
             # On a CPU `auto` is the workers: what the device sends on is made where the batch is collated.
-            assert ("view_seeds" in next(iter(module.train_dataloader()))) == (views_on == "device")
+            assert ("view_seeds" in next(iter(module.train_dataloader()))) == (augment_on == "device")
             recorder = fit(module)
             assert len(recorder.batches) == len(expected) == 9
             for here, there in zip(recorder.batches, expected, strict=True):
@@ -364,7 +364,7 @@ def test_any_view_can_be_made_again_from_its_lesion_and_epoch() -> None:
 
 
 def test_half_precision_throughout_reaches_views_made_on_the_device() -> None:
-    recorder = fit(datamodule(BatchedPublishedViews(SIZE), views_on="device"), precision="bf16-true", max_steps=1)
+    recorder = fit(datamodule(BatchedPublishedViews(SIZE), augment_on="device"), precision="bf16-true", max_steps=1)
     assert {view.dtype for view in tensors(recorder.batches[0])[:4]} == {torch.bfloat16}
     assert recorder.batches[0]["lesion"].dtype == torch.int64
 
@@ -406,11 +406,11 @@ class Stopper(L.Callback):
         *((2, place, steps) for place, steps in (("after a batch", 4), ("in a step", 5), ("after an epoch", 6))),
     ],
 )
-@pytest.mark.parametrize("views_on", ["workers", "device"])
+@pytest.mark.parametrize("augment_on", ["workers", "device"])
 def test_an_interrupted_run_resumes_with_the_next_batch(
-    num_workers: int, place: str, steps: int, views_on: str, tmp_path: Path
+    num_workers: int, place: str, steps: int, augment_on: str, tmp_path: Path
 ) -> None:
-    module = datamodule(BatchedPublishedViews(SIZE), num_workers=num_workers, views_on=views_on)
+    module = datamodule(BatchedPublishedViews(SIZE), num_workers=num_workers, augment_on=augment_on)
     whole, stopper = fit(datamodule(BatchedPublishedViews(SIZE))), Stopper(place, steps, tmp_path)
     assert len(whole.seen) == 9  # three epochs of three batches
     assert [epoch for epoch, _ in whole.seen] == [0, 0, 0, 1, 1, 1, 2, 2, 2]

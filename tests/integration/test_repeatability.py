@@ -46,7 +46,7 @@ def test_workers_make_no_difference(reference: Path, phantom_table: Path, tmp_pa
 def test_the_place_where_views_are_made_makes_no_difference(phantom_table: Path, tmp_path: Path) -> None:
     losses = []
     for place, num_workers in (("device", 0), ("workers", 2)):
-        where = [f"hardware.views_on={place}", f"hardware.num_workers={num_workers}"]
+        where = [f"hardware.augment_on={place}", f"hardware.num_workers={num_workers}"]
         losses.append(losses_of(run_for(1, phantom_table, tmp_path / place, "augment=ct_strong", *where)))
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-4)  # later steps make rounding larger
 
