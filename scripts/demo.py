@@ -32,23 +32,15 @@ def main(overrides: list[str]) -> None:
     began = time.monotonic()
     run = Path("runs") / "demo" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     table, store = ARCHIVE / "annotations.csv", ARCHIVE / "store"
-    encoder, features, evaluation = run / "encoder.safetensors", run / "pretrained.parquet", run / "evaluation"
-    page = run / "report.html"
+    encoder, features, results = run / "encoder.safetensors", run / "pretrained.parquet", run / "evaluation"
+    title, page = "What the encoder learned from synthetic scans", run / "report.html"
     show_and_run("scripts/phantom.py", f"folder={ARCHIVE}", f"num_scans={NUM_SCANS}")
     show_and_run("scripts/prepare.py", f"annotations={table}", f"store={store}", f"spacing_mm={SPACING_MM}")
     show_and_run("train.py", f"+experiment={EXPERIMENT}", f"data.store={store}", f"hydra.run.dir={run}", *overrides)
     show_and_run("scripts/embed.py", f"checkpoint={encoder}", f"store={store}", f"output={features}")
-    show_and_run("scripts/evaluate.py", f"features={features}", "label=label", "split=split", f"output={evaluation}")
-    show_and_run(
-        "scripts/report.py",
-        f"run={run}",
-        f"features={features}",
-        f"results={evaluation}",
-        "label=label",
-        "title=What the encoder learned from synthetic scans",
-        f"about={ABOUT}",
-        f"out={page}",
-    )
+    show_and_run("scripts/evaluate.py", f"features={features}", "label=label", "split=split", f"output={results}")
+    given = (f"run={run}", f"features={features}", f"results={results}", "label=label")
+    show_and_run("scripts/report.py", *given, f"title={title}", f"about={ABOUT}", f"out={page}")
     print(f"encoder   {encoder}   (fmcib_ssl.load_encoder reads it)")
     print(f"took      {time.monotonic() - began:.0f} s")
 

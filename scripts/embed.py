@@ -18,7 +18,7 @@ from fmcib_ssl.io import Command, num_cores, parse_command
 from fmcib_ssl.types import UserError
 
 if TYPE_CHECKING:
-    from fmcib_ssl.evaluation.embedding import Outcome, Share
+    from fmcib_ssl.evaluation.embedding import Outcome
     from fmcib_ssl.evaluation.embedding_sources import FrozenEncoder, Inference
 
 #: Other names that keys may be given by.
@@ -111,18 +111,16 @@ def start_processes(number: int, arguments: list[str]) -> int:
             continue
 
 
-def process(command: Embed) -> tuple[Share, int]:
-    """Which share of the work this process has, and its number on this machine."""
-    from fmcib_ssl.evaluation.embedding import Share  # noqa: PLC0415
-
+def process(command: Embed) -> tuple[tuple[int, int], int]:
+    """Number of this process and of all, and its number on this machine."""
     if command.shard:
         number, total = map(int, command.shard.split("/"))
-        return Share(number - 1, total), 0
+        return (number - 1, total), 0
     for names in PROCESS_VARIABLES:
         if all(name in os.environ for name in names):
             rank, total, local = (int(os.environ[name]) for name in names)
-            return Share(rank, total), local
-    return Share(), 0
+            return (rank, total), local
+    return (0, 1), 0
 
 
 def source_of(command: Embed) -> dict[str, Any]:

@@ -359,28 +359,28 @@ class _Group(NamedTuple):
 
 
 def _groups(values: pd.Series[Any]) -> list[_Group]:
-    """Classes with a colour of their own, all or of too many the most frequent; then the others, then what is missing.
+    """What is missing; then classes with a colour of their own, all or of too many the most frequent; then the others.
 
     Of a measurement, which has a scale of its own, only what is missing.
     """
     known = values.notna().to_numpy()
-    groups = []
+    groups = [] if known.all() else [_Group("missing", _MISSING, ".", ~known)]
     if not is_measurement(values):
         texts = values.map(_plain, na_action="ignore")
         counts = texts[known].value_counts()
         shown = sorted(counts.index[: len(COLORS) - (len(counts) > len(COLORS))])
         styles = zip(shown, COLORS, _MARKERS, strict=False)
-        groups = [_Group(kind, color, marker, (texts == kind).to_numpy(bool)) for kind, color, marker in styles]
+        groups += [_Group(kind, color, marker, (texts == kind).to_numpy(bool)) for kind, color, marker in styles]
         if rest := len(counts) - len(shown):
             rows = known & ~texts.isin(shown).to_numpy()
             groups.append(_Group(f"{rest} others", COLORS[-1], _MARKERS[-1], rows))
-    return groups if known.all() else [*groups, _Group("missing", _MISSING, ".", ~known)]
+    return groups
 
 
 def _scatter(figure: Figure, axes: Axes, where: Array, values: pd.Series[Any]) -> None:
     size = float(np.clip(3000 / len(where), 6, 26))
     style: dict[str, Any] = {"s": size, "alpha": 0.8, "linewidths": 0.3, "edgecolors": "white"}
-    for name, color, marker, rows in reversed(_groups(values)):  # classes above what is missing
+    for name, color, marker, rows in _groups(values):
         x, y = where[rows].T
         axes.scatter(x, y, **style, color=color, marker=marker, label=f"{name} ({rows.sum()})")
     if is_measurement(values):
@@ -395,7 +395,7 @@ def _scatter(figure: Figure, axes: Axes, where: Array, values: pd.Series[Any]) -
         return
     axes.legend(
         frameon=False, fontsize=8, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2,
-        handletextpad=0.2, columnspacing=0.8, reverse=True,
+        handletextpad=0.2, columnspacing=0.8,
     )  # fmt: skip
 
 
@@ -405,7 +405,7 @@ def point_colors(values: pd.Series[Any]) -> tuple[list[str], list[tuple[str, str
     groups = _groups(values)
     for group in groups:
         colors[group.rows] = group.color
-    legend = [(group.name, group.color) for group in groups]
+    legend = [(group.name, group.color) for group in sorted(groups, key=lambda group: group.color == _MISSING)]
     if is_measurement(values):
         known, scale = values.notna().to_numpy(), colormaps["viridis"]
         low, high = np.percentile(values[known], [2, 98])

@@ -13,7 +13,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -105,26 +105,27 @@ def _embed(
         with no_worker_left():
             results = iter(loader)
             for number, shard in shards.items():
-                part = _Part([], np.empty((0, 1), np.float32), {})
-                features = []
+                names: list[str] = []
+                features: list[npt.NDArray[np.float32]] = []
+                failures: dict[str, str] = {}
                 for _ in range(0, len(shard), size):
                     read = next(results)
-                    part.failures.update({ids[place]: reason for place, reason in read if isinstance(reason, str)})
-                    there = [(ids[place], patch) for place, patch in read if isinstance(patch, Tensor)]
-                    if there:
-                        batch = torch.stack([patch for _, patch in there]).to(device, non_blocking=True)
+                    failures |= {ids[place]: reason for place, reason in read if isinstance(reason, str)}
+                    loaded = [(ids[place], patch) for place, patch in read if isinstance(patch, Tensor)]
+                    if loaded:
+                        batch = torch.stack([patch for _, patch in loaded]).to(device, non_blocking=True)
                         options: Any = {"precision": inference.precision, "views": inference.views}
                         values = encode(module, batch, patches.preprocessing, **options).cpu().numpy()
                         finite = np.isfinite(values).all(axis=1)
                         features.append(values[finite])
-                        for (name, _), is_finite in zip(there, finite, strict=True):
+                        for (name, _), is_finite in zip(loaded, finite, strict=True):
                             if is_finite:
-                                part.ids.append(name)
+                                names.append(name)
                             else:
-                                reason = f"the encoder gives NaN or infinity in precision {inference.precision}"
-                                part.failures[name] = reason
+                                failures[name] = f"the encoder gives NaN or infinity in precision {inference.precision}"
                     advance(len(read))
-                yield number, part._replace(features=np.concatenate(features)) if part.ids else part
+                joined = np.concatenate(features) if names else np.empty((0, 1), np.float32)
+                yield number, _Part(names, joined, failures)
     finally:
         module.train(was_training)
 
@@ -235,18 +236,6 @@ def baseline_tables(
 
 
 @dataclass(frozen=True)
-class Share:
-    """Which part of the work is this process's: every `total`-th shard, from `number`, which counts from 0."""
-
-    number: int = 0
-    total: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.number < self.total:
-            raise FeatureTableError(f"process {self.number} of {self.total}: they are counted from 0")
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What `embed_to_file` did.
 
@@ -283,7 +272,7 @@ def embed_to_file(
     output: Path | str,
     inference: Inference,
     *,
-    share: Share | None = None,
+    share: tuple[int, int] = (0, 1),
     restart: bool = False,
     shard_size: int = _SHARD_SIZE,
     progress: bool = True,
@@ -298,7 +287,7 @@ def embed_to_file(
         source: where the lesions are; see `embedding_sources`.
         output: of the table, ending in `.parquet`.
         inference: how.
-        share: of this process; by default everything.
+        share: number of this process, from 0, and of all: it embeds every `total`-th shard.
         restart: replace a finished table, and parts of another request.
         shard_size: lesions in a part; the same in all processes.
         progress: show it.
@@ -309,7 +298,9 @@ def embed_to_file(
         fmcib_ssl.data.store.StoreError: as `open_patches`.
         fmcib_ssl.data.tables.AnnotationsError: as `open_patches`.
     """
-    output, share = Path(output), share or Share()
+    output, (rank, total) = Path(output), share
+    if not 0 <= rank < total:
+        raise FeatureTableError(f"process {rank} of {total}: they are counted from 0")
     if output.suffix != ".parquet":
         raise FeatureTableError(f"{output}: call the table of features NAME.parquet")
     patches = open_patches(source, encoder.preprocessing)
@@ -317,63 +308,70 @@ def embed_to_file(
     provenance = _provenance(encoder, source, patches, inference)
     request = {**_decisive(provenance), "shard_size": shard_size}
     if output.exists() and not restart:
-        try:
-            existing = FeatureTable.read(output).provenance
-        except FeatureTableError as error:
-            raise FeatureTableError(
-                f"{output} exists, and is no table of features: choose another output=FILE.parquet, or restart=true"
-            ) from error
-        _check_same_request(output, _decisive(existing), _decisive(provenance))
+        _check_finished(output, provenance)
         return Outcome(output, len(lesions))
-    if not restart and (begun := next(filter(None, map(_read_part, sorted(folder.glob("*.parquet")))), None)):
-        _check_same_request(folder, begun.provenance["request"], request)
     places = _reading_order(lesions)
     shards = dict(enumerate(np.split(places, range(shard_size, len(places), shard_size))))
-
-    def finished(number: int) -> _Part | None:
-        """A part, if it is there, whole, and of this request."""
-        table = _read_part(folder / f"{number:06d}.parquet")
-        if table is None or table.provenance["request"] != request:
-            return None
-        part = _Part(table.lesions[ID_COLUMN].tolist(), table.features, table.provenance["failures"])
-        expected = set(lesions[ID_COLUMN].iloc[shards[number]])
-        return part if {*part.ids, *part.failures} == expected else None
-
-    own = [number for number in shards if number % share.total == share.number]
-    to_do = {number: shards[number].tolist() for number in own if finished(number) is None}
+    ids = {number: lesions[ID_COLUMN].iloc[shard].tolist() for number, shard in shards.items()}
+    parts = _Parts(folder, request, ids)
+    if not restart:
+        parts.check_request()
+    own = [number for number in shards if number % total == rank]
+    to_do = {number: shards[number].tolist() for number in own if parts.read(number) is None}
     num_own, num_to_do = (sum(len(shards[number]) for number in numbers) for numbers in (own, to_do))
     began = time.monotonic()
-    with tqdm(
-        total=num_own,
-        initial=num_own - num_to_do,
-        desc="Embedding" if share.total == 1 else f"Embedding (process {share.number + 1} of {share.total})",
-        unit="lesion",
-        disable=not progress,
-        mininterval=0.5 if sys.stderr.isatty() else 30,  # in a log a line now and then
-    ) as bar:
+    with _bar(num_own, num_own - num_to_do, share, disable=not progress) as bar:
         for number, part in _embed(encoder, patches, to_do, inference, bar.update):
-            own_provenance = {"request": request, "failures": part.failures}
-            ids = pd.DataFrame({ID_COLUMN: part.ids}, dtype="str")
-            FeatureTable(ids, part.features, own_provenance).write(folder / f"{number:06d}.parquet")
+            parts.write(number, part)
     seconds = time.monotonic() - began
 
-    parts = {number: finished(number) for number in shards}
-    if missing := sum(len(shards[number]) for number, part in parts.items() if part is None):
+    done = {number: whole for number in shards if (whole := parts.read(number)) is not None}
+    if missing := len(lesions) - sum(len(ids[number]) for number in done):
         # Another process is at them, or has just put all together and removed them.
         is_whole = output.exists() and not folder.exists()
         return Outcome(output, len(lesions), num_to_do, 0 if is_whole else missing, None, seconds)
-    done = [part for part in parts.values() if part is not None]
-    rejected = _rejected(patches, {lesion: reason for part in done for lesion, reason in part.failures.items()})
-    rejected_file(output).unlink(missing_ok=True)
-    if len(rejected):
-        rejected.to_csv(rejected_file(output), index=False)
+    num_rejected = _write_rejected(patches, done.values(), rejected_file(output))
     try:
-        _joined(done, lesions, provenance).write(output, half=inference.precision != "32")
+        _joined(list(done.values()), lesions, provenance).write(output, half=inference.precision != "32")
     except FeatureTableError as error:
         raise FeatureTableError(f"{error}; see {rejected_file(output)}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return Outcome(output, len(lesions), num_to_do, 0, len(rejected), seconds)
+    return Outcome(output, len(lesions), num_to_do, 0, num_rejected, seconds)
+
+
+def _bar(total: int, done: int, share: tuple[int, int], *, disable: bool) -> tqdm[Any]:
+    name = "Embedding" if share[1] == 1 else f"Embedding (process {share[0] + 1} of {share[1]})"
+    every_s = 0.5 if sys.stderr.isatty() else 30  # in a log a line now and then
+    return tqdm(total=total, initial=done, desc=name, unit="lesion", disable=disable, mininterval=every_s)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Parts on the disk, each a table of features of its own that names its request; `ids` are those of each shard."""
+
+    folder: Path
+    request: Mapping[str, Any]
+    ids: Mapping[int, list[str]]
+
+    def check_request(self) -> None:
+        """Refuse a folder of another request."""
+        begun = next(filter(None, map(_read_part, sorted(self.folder.glob("*.parquet")))), None)
+        if begun is not None:
+            _check_same_request(self.folder, begun.provenance["request"], self.request)
+
+    def read(self, number: int) -> _Part | None:
+        """A part, if it is there, whole, and of this request."""
+        table = _read_part(self.folder / f"{number:06d}.parquet")
+        if table is None or table.provenance["request"] != self.request:
+            return None
+        part = _Part(table.lesions[ID_COLUMN].tolist(), table.features, table.provenance["failures"])
+        return part if {*part.ids, *part.failures} == set(self.ids[number]) else None
+
+    def write(self, number: int, part: _Part) -> None:
+        provenance = {"request": self.request, "failures": part.failures}
+        ids = pd.DataFrame({ID_COLUMN: part.ids}, dtype="str")
+        FeatureTable(ids, part.features, provenance).write(self.folder / f"{number:06d}.parquet")
 
 
 def _read_part(file: Path) -> FeatureTable | None:
@@ -384,15 +382,17 @@ def _read_part(file: Path) -> FeatureTable | None:
         return None
 
 
-def _rejected(patches: SourcePatches, failures: Mapping[str, str]) -> pd.DataFrame:
-    """Rows of the table that have no features: `REJECTED_COLUMNS`, and `lesion_id` where it has one."""
+def _write_rejected(patches: SourcePatches, parts: Iterable[_Part], file: Path) -> int:
+    """List the rows that have no features: `REJECTED_COLUMNS`, and `lesion_id` where it has one; how many there are."""
+    failures = {lesion: reason for part in parts for lesion, reason in part.failures.items()}
     failed = patches.lesions.set_index(ID_COLUMN, drop=False).loc[list(failures)]
     failed = failed.reindex(columns=[ID_COLUMN, "row", "image_path"])
     remedy = "repair the scan or its file in the store, then embed again"
     failed = failed.assign(value="", reason=list(failures.values()), remedy=remedy)
-    tables = [table for table in (patches.rejected, failed) if len(table)]
-    columns = [*REJECTED_COLUMNS, ID_COLUMN]
-    return pd.concat(tables).reindex(columns=columns) if tables else pd.DataFrame(columns=columns)
+    file.unlink(missing_ok=True)
+    if tables := [table for table in (patches.rejected, failed) if len(table)]:
+        pd.concat(tables).reindex(columns=[*REJECTED_COLUMNS, ID_COLUMN]).to_csv(file, index=False)
+    return sum(map(len, tables))
 
 
 def _decisive(provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -400,6 +400,16 @@ def _decisive(provenance: Mapping[str, Any]) -> dict[str, Any]:
     values = {key: provenance.get(key) for key in _DECISIVE}
     values["lesions"] = (provenance.get("source") or {}).get("fingerprint")
     return dict(json.loads(json.dumps(values)))
+
+
+def _check_finished(output: Path, provenance: Mapping[str, Any]) -> None:
+    try:
+        existing = FeatureTable.read(output).provenance
+    except FeatureTableError as error:
+        raise FeatureTableError(
+            f"{output} exists, and is no table of features: choose another output=FILE.parquet, or restart=true"
+        ) from error
+    _check_same_request(output, _decisive(existing), _decisive(provenance))
 
 
 def _check_same_request(where: Path, existing: Mapping[str, Any], request: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from fmcib_ssl.evaluation.feature_table import ID_COLUMN, FeatureTable
-from fmcib_ssl.evaluation.labels import EvaluationError, shared_patients, without_shared
+from fmcib_ssl.evaluation.labels import EvaluationError, Labels, shared_patients, without_shared
 from fmcib_ssl.evaluation.leakage import Finding, check_duplicates, check_extent, check_patch_borders, check_patients
 from fmcib_ssl.evaluation.metrics import ERRORS, METRICS, interval, risk_halves
 from fmcib_ssl.evaluation.probes import LINEAR_PROBE, PROBES, Inputs, Protocol, SplitScores, resampled, score
@@ -236,17 +236,12 @@ def evaluate(
             evaluation.missing.append({"features": title, "reason": str(error)})
             continue
         about = {"features": inputs.name, "probe": name, "fraction": fraction, "split": protocol.name}
-        sizes = {
-            "num_train": round(float(np.mean([one.num_train for one in results]))),
-            "num_test": len(np.unique(np.concatenate([one.rows for one in results]))),
-            "settings": [one.setting for one in results],
-        }
         values = {
             title: resampled(metric, labels.values, results, weights[protocol.name])
             for title, metric in metrics.items()
         }
         evaluation.rows += [
-            {"task": labels.name, **about, "metric": metric, **_interval(value), **sizes}
+            {"task": labels.name, **about, "metric": metric, **_interval(value), **_sizes(results)}
             for metric, value in values.items()
         ]
         drawn[protocol.name, inputs.name, name, fraction] = values
@@ -255,21 +250,31 @@ def evaluate(
             rows = np.concatenate([one.rows for one in results])
             is_high = np.concatenate([one.scores > np.median(one.scores) for one in results])
             evaluation.survival.append({**about, **risk_halves(labels.values[rows], is_high)})
+    evaluation.differences = _differences(drawn, candidates, labels)
+    if predictions:
+        evaluation.predictions = pd.concat(predictions, ignore_index=True)
+    return evaluation
+
+
+def _differences(
+    drawn: Mapping[tuple[str, str, str, float], Mapping[str, Array]], candidates: Candidates, labels: Labels
+) -> list[dict[str, Any]]:
+    """How far features are ahead of what they are compared with; the size alone has only its linear probe."""
+    differences = []
     for (split, features, name, fraction), values in drawn.items():
         for ours, against in candidates.compared:
-            other = drawn.get((split, against, name, fraction), drawn.get((split, against, linear, fraction)))
+            linear = split, against, LINEAR_PROBE[labels.kind], fraction
+            other = drawn.get((split, against, name, fraction), drawn.get(linear))
             if features != ours or other is None:
                 continue
             about = {"features": ours, "against": against, "split": split, "fraction": fraction}
-            evaluation.differences += [
+            differences += [
                 {**about, "task": labels.name, "probe": name, "metric": metric}
                 # Positive is ahead, so of an error the sign is turned.
                 | _interval(other[metric] - value if metric in ERRORS else value - other[metric])
                 for metric, value in values.items()
             ]
-    if predictions:
-        evaluation.predictions = pd.concat(predictions, ignore_index=True)
-    return evaluation
+    return differences
 
 
 def _check_options(kind: str, probes: Sequence[str], fractions: Collection[float]) -> None:
@@ -281,6 +286,14 @@ def _check_options(kind: str, probes: Sequence[str], fractions: Collection[float
             raise EvaluationError(f"probe={name} cannot learn {kind} labels; {fitting} can")
     if wrong := [value for value in fractions if not 0 < value <= 1]:
         raise EvaluationError(f"fractions={wrong[0]:g}: a share of the training patients is above 0 and at most 1")
+
+
+def _sizes(results: Sequence[SplitScores]) -> dict[str, Any]:
+    return {
+        "num_train": round(float(np.mean([one.num_train for one in results]))),
+        "num_test": len(np.unique(np.concatenate([one.rows for one in results]))),
+        "settings": [one.setting for one in results],
+    }
 
 
 def _interval(drawn: Array) -> dict[str, float | None]:

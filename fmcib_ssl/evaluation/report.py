@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -141,6 +141,15 @@ def rejected_section(title: str, rejected: pd.DataFrame, identifiers: Identifier
     return Section(title, text, table=shown.to_dict("records"))  # type: ignore[arg-type]
 
 
+def _learned(run: Path | None, evaluations: Sequence[Mapping[str, Any]]) -> Section | None:
+    """The answer of the evaluations, then what the run saw."""
+    section = None if run is None else learning_section(run)
+    if answers := "\n\n".join(filter(None, map(answer, evaluations))):
+        section = section or Section("Did it learn?")
+        section = replace(section, text=f"{answers}\n\n{section.text}")
+    return section
+
+
 def report_all(
     out: Path | str,
     *,
@@ -177,15 +186,11 @@ def report_all(
         folders.insert(0, folder)
     evaluations = [read_results(place) for place in folders]
     sections: list[Section | None] = [Section("About", introduction)] if introduction else []
-    learned = None if folder is None else learning_section(folder)
-    if answers := "\n\n".join(filter(None, map(answer, evaluations))):
-        learned = learned or Section("Did it learn?")
-        learned = replace(learned, text=f"{answers}\n\n{learned.text}")
-    sections.append(learned)
+    sections.append(_learned(folder, evaluations))
     for place, evaluation in zip(folders, evaluations, strict=True):
         logger.info("results of %s", place)
         sections += result_sections(evaluation, place, pictures / place.name, palette, options.identifiers)
-    labels = [found.get("provenance", {}).get("arguments", {}).get("label") for found in evaluations]
+    labels = [results.get("provenance", {}).get("arguments", {}).get("label") for results in evaluations]
     for given in features:
         table = given if isinstance(given, FeatureTable) else FeatureTable.read(given)
         logger.info("features %s: maps, neighbours, saliency", table.provenance.get("name"))
@@ -204,8 +209,9 @@ def report_all(
         raise ValueError(
             "nothing to report on: give run=FOLDER with metrics.csv, features=TABLE.parquet or results=FOLDER"
         )
-    config = {} if folder is None else read_config(folder)
-    name = title or (f"Report of {config.get('name') or folder.name}" if folder is not None else "Report")
-    whose = "" if folder is None else f"{folder.name if options.identifiers == 'hash' else folder}, "
+    name, whose = "Report", ""
+    if folder is not None:
+        name = f"Report of {read_config(folder).get('name') or folder.name}"
+        whose = f"{folder.name if options.identifiers == 'hash' else folder}, "
     subtitle = f"{whose}fmcib_ssl {fmcib_ssl.__version__}, {datetime.now():%Y-%m-%d %H:%M}"
-    return write_report(out, name, shown, subtitle)
+    return write_report(out, title or name, shown, subtitle)

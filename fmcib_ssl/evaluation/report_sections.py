@@ -156,15 +156,16 @@ def provenance_section(run: Path, identifiers: Identifiers = "show") -> Section 
     file = run / "environment.json"
     if is_own_file(file):
         try:
-            found = parse_json(file.read_bytes())
+            environment = parse_json(file.read_bytes())
         except ValueError as error:
             raise ValueError(f"{file} is damaged: {error}") from error
-        git, packages = found.get("git") or {}, {"python": found.get("python"), **(found.get("packages") or {})}
+        git = environment.get("git") or {}
+        packages = {"python": environment.get("python"), **(environment.get("packages") or {})}
         if identifiers != "hash":
-            values["command"] = " ".join(map(str, found.get("command") or []))
+            values["command"] = " ".join(map(str, environment.get("command") or []))
         values["commit"] = f"{git.get('commit') or 'unknown'}{' with changes' if git.get('uncommitted') else ''}"
         values["versions"] = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
-        values["machine"] = ", ".join([str(found.get("platform")), *(found.get("gpus") or [])])
+        values["machine"] = ", ".join([str(environment.get("platform")), *(environment.get("gpus") or [])])
     rows = [{"": name, "value": value} for name, value in values.items()]
     return Section("How it was made", table=rows) if rows else None
 
@@ -194,33 +195,33 @@ def read_results(folder: Path) -> dict[str, Any]:
     if not is_own_file(file):
         raise FileNotFoundError(f"{folder} has no {RESULTS_FILE}: scripts/evaluate.py output={folder} makes it")
     try:
-        found = parse_json(file.read_bytes())
-        rows = found["rows"]
+        results = parse_json(file.read_bytes())
+        rows = results["rows"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
-    if "train" in found:
-        found["rows"] = rows = [{**_fine_tuned(found), "task": found["label"], **row} for row in rows]
+    if "train" in results:
+        results["rows"] = rows = [{**_fine_tuned(results), "task": results["label"], **row} for row in rows]
     needed = {"features", "task", "probe", "metric", "value", "low", "high"}
     if not rows or (missing := needed.difference(*rows)):
         raise ValueError(f"{file}: its rows have no {', '.join(sorted(missing))}" if rows else f"{file} has no rows")
-    return dict(found)
+    return dict(results)
 
 
-def _fine_tuned(found: Mapping[str, Any]) -> dict[str, str]:
+def _fine_tuned(results: Mapping[str, Any]) -> dict[str, str]:
     """What a fine-tuning began with, and what it trained."""
-    start = "random weights" if found.get("weights") is None else "pretrained weights"
-    return {"features": start, "probe": f"fine-tuned, {found['train']}"}
+    start = "random weights" if results.get("weights") is None else "pretrained weights"
+    return {"features": start, "probe": f"fine-tuned, {results['train']}"}
 
 
-def answer(found: Mapping[str, Any]) -> str:
+def answer(results: Mapping[str, Any]) -> str:
     """Whether pretraining helped, in a sentence; empty where nothing was compared with random weights."""
-    provenances = found.get("provenance", {}).get("features") or {}
+    provenances = results.get("provenance", {}).get("features") or {}
     untrained = {name for name, value in provenances.items() if (value or {}).get("kind") == "random_weights"}
-    differences = _complete(pd.DataFrame(found.get("differences") or []))
+    differences = _complete(pd.DataFrame(results.get("differences") or []))
     if not len(differences):
         return ""
     sentences = []
-    first = differences["metric"] == found["rows"][0]["metric"]
+    first = differences["metric"] == results["rows"][0]["metric"]
     whole = differences["fraction"] == differences["fraction"].max()
     for row in differences[first & whole].to_dict("records"):
         if row["against"] not in untrained and not str(row["against"]).startswith("random weights"):
@@ -237,12 +238,12 @@ def answer(found: Mapping[str, Any]) -> str:
 
 
 def result_sections(
-    found: Mapping[str, Any], folder: Path, pictures: Path, palette: Palette, identifiers: Identifiers = "show"
+    results: Mapping[str, Any], folder: Path, pictures: Path, palette: Palette, identifiers: Identifiers = "show"
 ) -> list[Section]:
     """Tables with intervals, differences, ROC and calibration curves.
 
     Args:
-        found: what `read_results` gives of the folder.
+        results: what `read_results` gives of the folder.
         folder: of an evaluation, or of a fine-tuning.
         pictures: folder for PNGs.
         palette: colours of the features.
@@ -251,7 +252,7 @@ def result_sections(
     Raises:
         ValueError: no row has a value.
     """
-    rows, differences = (_complete(pd.DataFrame(found.get(name) or [])) for name in ("rows", "differences"))
+    rows, differences = (_complete(pd.DataFrame(results.get(name) or [])) for name in ("rows", "differences"))
     sections: list[Section] = []
     for (task, split), part in rows.groupby(["task", "split"], sort=False):
         title = f"Results: {task}" + (f", {split}" if rows["split"].nunique() > 1 else "")
@@ -261,16 +262,20 @@ def result_sections(
         sections.append(_task(part, own, title, pictures / safe_name(f"{folder.name}_{len(sections)}"), palette))
     if is_own_file(file := folder / PREDICTIONS_FILE):
         predictions = pd.read_parquet(file)
-        if "train" in found:  # the validation lesions chose when to stop
-            predictions = predictions[predictions["split"] == "test"].drop(columns="split").assign(**_fine_tuned(found))
+        if "train" in results:  # the validation lesions chose when to stop
+            predictions = (
+                predictions[predictions["split"] == "test"].drop(columns="split").assign(**_fine_tuned(results))
+            )
         sections += _curves(predictions, folder.name, pictures, palette)
-    sections += _survival(found.get("survival") or [], folder.name, pictures)
+    sections += _survival(results.get("survival") or [], folder.name, pictures)
     if not sections:
         raise ValueError(f"{folder / RESULTS_FILE}: no row has a value")
     named = identifiers == "show"
-    if reasons := [item["features"] + (f": {item['reason']}" if named else "") for item in found.get("missing") or []]:
+    if reasons := [
+        item["features"] + (f": {item['reason']}" if named else "") for item in results.get("missing") or []
+    ]:
         sections[0] = replace(sections[0], text=sections[0].text + "\n\nNot computed: " + "; ".join(reasons))
-    fired = [finding for finding in found.get("leakage") or [] if finding.get("found", True)]
+    fired = [finding for finding in results.get("leakage") or [] if finding.get("found", True)]
     if problems := [finding["message" if named else "check"] for finding in fired]:
         text = "Checks that fired; what they name may make results optimistic.\n\n" + "\n\n".join(problems)
         sections.append(Section(f"Leakage checks, {folder.name}", text))

@@ -80,6 +80,7 @@ def test_folds_follow_from_the_patients_not_from_the_order_of_rows() -> None:
     assert np.ptp(np.bincount(lidc_data.folds_of(np.unique(patients)))) <= 1
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_and_what_is_kept_is_not_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +121,7 @@ def test_a_stopped_run_goes_on_and_what_is_kept_is_not_made_again(
     assert {(row["against"], row["task"]) for row in results["differences"]} >= {("diameter", "margin")}
 
 
+@pytest.mark.slow
 def test_an_auc_is_the_mean_over_folds_of_scikit_learns(tmp_path: Path) -> None:
     nodules = made_up_nodules()
     benchmark = lidc.Benchmark(command(tmp_path, methods="raw_voxels"), nodules)
@@ -151,6 +153,7 @@ def test_features_that_are_kept_are_told_apart_by_their_configuration() -> None:
     assert recipe.key(None) == replace(recipe).key(None)
 
 
+@pytest.mark.slow
 def test_pretraining_sees_only_what_it_is_given_and_is_repeatable() -> None:
     nodules = made_up_nodules()
     rows = lidc.pretraining_rows(nodules.patients, Split("x", np.arange(0), np.arange(100)))[:64]

@@ -204,7 +204,7 @@ def test_classes_measurements_and_what_is_missing(drawn: list[Figure], tmp_path:
     assert [axes.get_title(loc="left") for axes in panels][::4] == ["PCA, by texture", "UMAP, by texture"]
     for offset in (0, 4):
         texture, diameter, site, margin = panels[offset : offset + 4]
-        for axes, kind in zip(texture.collections, (4, 3, 2, 1), strict=True):
+        for axes, kind in zip(texture.collections, (1, 2, 3, 4), strict=True):
             np.testing.assert_allclose(axes.get_offsets(), where[table["texture"] == kind])
         assert texture.get_legend().get_texts()[0].get_text() == f"1 ({(table.texture == 1).sum()})"
         np.testing.assert_allclose(diameter.collections[0].get_array(), table["diameter_mm"])

@@ -25,7 +25,6 @@ from fmcib_ssl.data.patches import LesionPatches
 from fmcib_ssl.data.store import Store
 from fmcib_ssl.evaluation.embedding import (
     Outcome,
-    Share,
     baseline_tables,
     embed_source,
     embed_to_file,
@@ -306,7 +305,7 @@ def test_several_processes_give_the_bytes_of_one(
 ) -> None:
     """More processes than shards, too; the order in which they come to an end does not matter."""
     output = tmp_path / "features.parquet"
-    outcomes = [run(output, share=Share(k, num_processes)) for k in reversed(range(num_processes))]
+    outcomes = [run(output, share=(k, num_processes)) for k in reversed(range(num_processes))]
     assert counted.num_patches == len(LESIONS)  # each lesion once
     assert [outcome.num_missing > 0 for outcome in outcomes] == [True] * (num_processes - 1) + [False]
     assert output.read_bytes() == whole.read_bytes()
@@ -319,10 +318,10 @@ def test_a_finished_table_is_not_made_again(run: Run, counted: Counted, whole: P
 
 def test_a_damaged_part_is_made_again(run: Run, whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "features.parquet"
-    run(output, share=Share(0, 2))
+    run(output, share=(0, 2))
     part = sorted(parts_folder(output).glob("0*.parquet"))[0]
     part.write_bytes(part.read_bytes()[:-10])
-    run(output, share=Share(1, 2))
+    run(output, share=(1, 2))
     assert not output.exists()
     assert run(output).num_embedded == 3
     assert output.read_bytes() == whole.read_bytes()
@@ -341,7 +340,7 @@ def test_another_request_is_refused_unless_told(
     run: Run, archive: Archive, encoder: FrozenEncoder, tmp_path: Path, change: dict[str, Any], message: str, state: str
 ) -> None:
     output = tmp_path / "features.parquet"
-    run(output, share=Share() if state == "finished" else Share(0, 2))
+    run(output, share=(0, 1) if state == "finished" else (0, 2))
     if "source" in change:
         change = {"source": {**archive.store_source, **change["source"]}}
     if "encoder" in change:
@@ -388,8 +387,8 @@ def test_patches_that_cannot_be_read_are_listed(run: Run, whole: Path, tmp_path:
     (damaged,) = archive.store.glob("scans/scan1-*.b2nd")
     damaged.write_bytes(damaged.read_bytes()[:100])
     output = tmp_path / "features.parquet"
-    assert run(output, source=archive.store_source, share=Share(0, 2)).num_embedded == 4
-    assert run(output, source=archive.store_source, share=Share(1, 2)).num_rejected == 3
+    assert run(output, source=archive.store_source, share=(0, 2)).num_embedded == 4
+    assert run(output, source=archive.store_source, share=(1, 2)).num_rejected == 3
     rejected = pd.read_csv(rejected_file(output))
     index = pd.read_parquet(archive.store / "lesions.parquet").set_index("lesion_id")
     assert sorted(rejected["row"]) == [1, 4, 7]

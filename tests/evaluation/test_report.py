@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.image import imread, imsave
+from pages import parse
 
 from fmcib_ssl.evaluation.metrics import Estimate
 from fmcib_ssl.evaluation.report import results_table, write_report
@@ -23,43 +23,11 @@ ROWS = [
 ]
 
 
-class Page(HTMLParser):
-    """Collects cells, text and addresses, and checks that tags are closed in order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.cells: list[str] = []
-        self.text: list[str] = []
-        self.addresses: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-        if self.open and self.open[-1] in ("td", "th"):
-            self.cells.append(data)
-
-
 @pytest.fixture
 def picture(tmp_path: Path) -> Path:
     path = tmp_path / "picture.png"
     imsave(path, np.linspace(0, 1, 12).reshape(3, 4))
     return path
-
-
-def parse(path: Path) -> Page:
-    page = Page()
-    page.feed(path.read_text(encoding="utf-8"))
-    page.close()
-    assert page.open == []
-    return page
 
 
 def test_the_page_holds_everything_it_shows(picture: Path, tmp_path: Path) -> None:
