@@ -1,4 +1,4 @@
-"""From patches to batches of views: the order of lesions, the seeds of their views, and a trainer's loader.
+"""From patches to batches of views, with labels or without: the order, the seeds, and a trainer's loader.
 
 All that is random follows from the run's seed, the epoch and the lesion. So batches are the same for any number of
 workers and devices, wherever the views are made, and after a restart.
@@ -7,11 +7,13 @@ workers and devices, wherever the views are made, and after a restart.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from jaxtyping import Int16
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
@@ -161,6 +163,53 @@ class ViewPairDataset(Dataset[dict[str, Any]]):
     def collate(self, pairs: list[dict[str, Any]]) -> ViewPairs:
         """Turn lesions into a batch of views."""
         return self.make_views(default_collate(pairs))
+
+
+class LabelledPatches(Dataset[dict[str, Any]]):
+    """The patch of each lesion with its label: `view` float32 `(1, z, y, x)`, `label` int64 or float32, `row`.
+
+    With a transform, item `SampleKey(epoch, i)` is a view that (seed, epoch, row) decide; without, the patch as it is.
+
+    Args:
+        read: gives a lesion's patch by its row, int16 HU `(1, z, y, x)`.
+        rows: of the lesions to serve.
+        labels: of all rows: class numbers or values.
+        preprocessing: how patches and views are scaled.
+        view_transform: makes the views of a batch of patches, in HU.
+        seed: non-negative.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], Int16[Tensor, "1 z y x"]],
+        rows: Sequence[int] | npt.NDArray[np.intp],
+        labels: npt.NDArray[Any],
+        preprocessing: Preprocessing,
+        *,
+        view_transform: ViewTransform | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.read = read
+        self.rows = np.asarray(rows)
+        self.labels = labels
+        self.preprocessing = preprocessing
+        self.view_transform = view_transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        """Number of lesions served."""
+        return len(self.rows)
+
+    def __getitem__(self, key: SampleKey | int) -> dict[str, Any]:
+        """One lesion; a plain number means epoch 0."""
+        epoch, place = key if isinstance(key, SampleKey) else (0, key)
+        row = int(self.rows[place])
+        view_hu = self.read(row)
+        if self.view_transform is not None:
+            seed = np.random.SeedSequence(self.seed, spawn_key=(epoch, row)).generate_state(1)[0]
+            view_hu = self.view_transform(view_hu[None], torch.tensor([int(seed)]))[0]
+        view = self.preprocessing.normalize(view_hu)
+        return {"view": view, "label": torch.as_tensor(self.labels[row]), "row": row}
 
 
 class ResumableLoader(WatchedLoader):

@@ -19,8 +19,7 @@ from lightning.pytorch.loggers import CSVLogger
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
-from fmcib_ssl.data.labelled import LabelledPatches
-from fmcib_ssl.data.loader import EpochSampler
+from fmcib_ssl.data.loader import EpochSampler, LabelledPatches
 from fmcib_ssl.data.store import Store
 from fmcib_ssl.data.workers import WatchedLoader
 from fmcib_ssl.evaluation.embedding_sources import SourcePatches, open_patches

@@ -193,26 +193,6 @@ def test_each_scan_is_opened_once(archive: Path, monkeypatch: pytest.MonkeyPatch
     assert sorted(opened) == [archive / "a.nii.gz", archive / "sub folder" / "b.nrrd"]
 
 
-@pytest.mark.parametrize(
-    ("name", "num_rows"),
-    [("deeplesion/pretrain.csv", 11467), ("lung1/annotations.csv", None), ("luna16/task2_test.csv", 170)],
-)
-def test_published_tables(real_data: Path, name: str, num_rows: int | None) -> None:
-    path = real_data / "annotations" / name
-    lesions = read_annotations(path, image_root="/archive", path_prefix="/mnt/data1")
-    plain = pd.read_csv(path)
-    assert len(lesions) == (num_rows or len(plain))
-    expected = plain[["coordX", "coordY", "coordZ"]].to_numpy(float)
-    np.testing.assert_array_equal(lesions.centers_lps_mm, expected)
-    assert all(str(scan.path).startswith("/archive/") for scan in lesions.scans if scan is not None)
-
-
-def test_real_annotations(real_data: Path) -> None:
-    lesions = read_annotations(real_data / "ct" / "annotations.csv", image_root=real_data)
-    usable, rejected = check_annotations(lesions, check="full")
-    assert (len(usable), len(rejected)) == (2, 0)
-
-
 def test_voxel_indices(archive: Path) -> None:
     """Against SimpleITK's own way from an index to a point, on a flipped and turned scan."""
     image = sitk.ReadImage(str(archive / "a.nii.gz"))

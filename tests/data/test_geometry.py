@@ -36,7 +36,7 @@ def as_image(geometry: ScanGeometry) -> sitk.Image:
     return image
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(8))
 def test_index_and_lps_agree_with_simpleitk(seed: int) -> None:
     rng = np.random.default_rng(seed)
     geometry = random_geometry(rng, oblique=seed % 2 == 0)
@@ -48,7 +48,7 @@ def test_index_and_lps_agree_with_simpleitk(seed: int) -> None:
     np.testing.assert_allclose(geometry.to_lps_mm(index[0]), points[0], atol=1e-9)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(8))
 def test_contains_bounds_and_distance(seed: int) -> None:
     rng = np.random.default_rng(seed)
     geometry = random_geometry(rng, oblique=True)

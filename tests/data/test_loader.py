@@ -23,8 +23,7 @@ from fmcib_ssl.augment import (
     RandomGamma,
     RandomNoise,
 )
-from fmcib_ssl.data.labelled import LabelledPatches
-from fmcib_ssl.data.loader import EpochSampler, LesionDataModule, ViewPairDataset, view_seeds
+from fmcib_ssl.data.loader import EpochSampler, LabelledPatches, LesionDataModule, ViewPairDataset, view_seeds
 from fmcib_ssl.types import PatchPair, Preprocessing, SampleKey, ViewTransform
 
 SIZE = (8, 8, 8)

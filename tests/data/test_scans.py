@@ -92,7 +92,7 @@ def test_where_the_grids_coincide_a_patch_is_the_array(orientation: int) -> None
         np.testing.assert_array_equal(patch, upright[z : z + 12, y : y + 12, x : x + 12])
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", range(8))
 def test_oblique_scans_against_an_independent_sampler(seed: int) -> None:
     rng = np.random.default_rng(seed)
     spacing = tuple(rng.uniform(0.5, 5, 3).tolist())
@@ -105,7 +105,7 @@ def test_oblique_scans_against_an_independent_sampler(seed: int) -> None:
     np.testing.assert_array_equal(crop_patch(scan, far), np.full(grid.size_zyx, -1024))
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(8))
 def test_padding_and_tissue_never_mix(seed: int) -> None:
     rng = np.random.default_rng(seed)
     direction = Rotation.random(random_state=rng).as_matrix() if seed % 2 else AXIS_ORIENTATIONS[rng.integers(48)]
@@ -311,17 +311,3 @@ def test_real_tumours_are_in_the_centre(real_data: Path) -> None:
         patch = crop_patch(scan, grid)
         assert patch[mask_patch >= 50].mean() > patch[mask_patch < 50].mean() + 100  # tumour in lung
         assert_same_patch(patch, scan.hu, affine_lps(scan.geometry), grid)
-
-
-@pytest.mark.parametrize("name", ["example_ct.nii.gz", "example_ct_sm.nii.gz"])
-def test_real_flipped_abdomen_against_nibabel(real_data: Path, name: str) -> None:
-    path = real_data / "ct" / "abdomen_flipped" / name
-    nifti = nibabel.load(path)
-    lps = np.diag([-1, -1, 1, 1]) @ nifti.affine
-    voxels = np.maximum(np.asarray(nifti.dataobj), -1024)
-    scan = read_scan(path)
-    rng = np.random.default_rng(0)
-    for _ in range(5):
-        center = (lps @ [*(rng.uniform(0, 1, 3) * voxels.shape), 1])[:3]
-        grid = PatchGrid(tuple(center.tolist()), (30, 30, 30), 1.3)
-        assert_same_patch(crop_patch(scan, grid), voxels.transpose(2, 1, 0), lps, grid)

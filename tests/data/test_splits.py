@@ -34,7 +34,7 @@ def random_table(seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1))
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(8))
 def test_what_must_always_hold(seed: int) -> None:
     rows = random_table(seed)
     rng = np.random.default_rng(seed)
@@ -111,8 +111,8 @@ def test_what_cannot_be_split() -> None:
 
 
 def test_an_empty_label_is_a_class_of_its_own() -> None:
-    names = [f"P{i}" for i in range(40)]
-    label = [None if i % 4 == 0 else "a" for i in range(40)]
+    names = [f"P{i}" for i in range(8)]
+    label = [None if i % 4 == 0 else "a" for i in range(8)]
     rows = pd.DataFrame({"image_path": names, "PatientID": names, "label": label})
     folds = assign_folds(rows, 2, labels=["label"])
     assert folds[rows["label"].isna()].value_counts().to_dict() == {0: 5, 1: 5}
