@@ -51,13 +51,13 @@ LADDER: dict[str, list[str]] = {
     "published": [
         "method.forwards=separate",
         "hardware.precision=32-true",
-        "hardware.trim=false",
+        "hardware.skip_padded_kernels=false",
         "augment=published",
         "hardware.num_workers=3",
     ],
     "method.forwards=joint": ["method.forwards=joint"],
     "hardware.channels_last=true": ["hardware.channels_last=true"],
-    "hardware.trim=true": ["hardware.trim=true"],
+    "hardware.skip_padded_kernels=true": ["hardware.skip_padded_kernels=true"],
     "hardware.precision=auto": ["hardware.precision=auto"],  # on a CPU float32, as above
     "augment=batched_published": ["augment=batched_published", "hardware.num_workers=8"],
 }

@@ -36,13 +36,13 @@ SETTINGS = {
     "plain": [
         "hardware.precision=32-true",
         "hardware.channels_last=false",
-        "hardware.trim=false",
+        "hardware.skip_padded_kernels=false",
         "hardware.compile=false",
     ],
     "fast": [
         "hardware.precision=auto",
         "hardware.channels_last=true",
-        "hardware.trim=true",
+        "hardware.skip_padded_kernels=true",
         "hardware.compile=true",
     ],
 }

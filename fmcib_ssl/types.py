@@ -52,6 +52,8 @@ RENAMED_TARGETS = {
     "fmcib_ssl.methods.simclr.SimCLR": "fmcib_ssl.models.SimCLR",
     "fmcib_ssl.methods.swav.SwAV": "fmcib_ssl.models.SwAV",
     "fmcib_ssl.methods.vicreg.VICReg": "fmcib_ssl.models.VICReg",
+    "fmcib_ssl.models.concentric.ConcentricResNet": "fmcib_ssl.models.encoders.CenterPooledResNet",
+    "fmcib_ssl.models.heads.ProjectionHead": "fmcib_ssl.models.encoders.ProjectionHead",
     "fmcib_ssl.training.guards.NonFiniteGuard": "fmcib_ssl.training.non_finite.NonFiniteGuard",
     "fmcib_ssl.training.learning_signals.LearningSignals": "fmcib_ssl.training.collapse_monitor.CollapseMonitor",
     "fmcib_ssl.training.progress.Progress": "fmcib_ssl.training.throughput.Progress",

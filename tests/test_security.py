@@ -93,7 +93,7 @@ TRUSTED = [
     "fmcib_ssl.models.MinedContrast",
     "fmcib_ssl.losses.InfoNCELoss.from_temperature",
     "fmcib_ssl.models.encoders.small_resnet",
-    "fmcib_ssl.models.heads.ProjectionHead",
+    "fmcib_ssl.models.encoders.ProjectionHead",
     "fmcib_ssl.training.optimizers.adamw",
     "fmcib_ssl.training.optimizers.warmup_cosine",
     "torch.nn.Linear",

@@ -3,10 +3,15 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fmcib_ssl.models.concentric import ConcentricResNet
-from fmcib_ssl.models.encoders import feature_dim, monai_resnet, small_resnet, video_resnet
+from fmcib_ssl.models.encoders import (
+    CenterPooledResNet,
+    ProjectionHead,
+    feature_dim,
+    monai_resnet,
+    small_resnet,
+    video_resnet,
+)
 from fmcib_ssl.models.export import EncoderFileError, encoder_metadata, export_encoder, load_encoder
-from fmcib_ssl.models.heads import ProjectionHead
 
 if TYPE_CHECKING:
     from fmcib_ssl.models.denoising import DenoisingAutoencoder
@@ -18,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BYOL",
     "NNCLR",
-    "ConcentricResNet",
+    "CenterPooledResNet",
     "DenoisingAutoencoder",
     "EncoderFileError",
     "MinedContrast",

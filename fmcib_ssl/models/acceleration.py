@@ -47,7 +47,7 @@ def lay_out_channels_last(network: nn.Module) -> None:
             weight.data = weight.data.to(memory_format=torch.channels_last_3d)
 
 
-def trim(network: nn.Module) -> None:
+def skip_padded_kernels(network: nn.Module) -> None:
     """Leave out work that changes no value and no gradient.
 
     Of the kernels of 3D convolutions what meets nothing but zero padding: on a grid of one voxel, where small patches
@@ -68,7 +68,7 @@ def _convolved(layer: nn.Conv3d, inputs: Tensor) -> Tensor:
     if inputs.ndim != 5:  # one patch without its batch, or what torch refuses
         return type(layer).forward(layer, inputs)
     weight, paddings = layer.weight, []
-    padded = cast(tuple[int, ...], layer.padding)  # no word: `trim` leaves those layers alone
+    padded = cast(tuple[int, ...], layer.padding)  # no word: `skip_padded_kernels` leaves those layers alone
     axes = zip(inputs.shape[2:], layer.kernel_size, padded, layer.stride, layer.dilation, strict=True)
     for axis, (size, kernel_size, padding, stride, dilation) in enumerate(axes, start=2):
         first, count, still_padded = met_part(size, kernel_size, padding, stride, dilation)

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 import fmcib_ssl
 from fmcib_ssl.io import parse_json, write_atomically
 from fmcib_ssl.models import encoders
-from fmcib_ssl.models.concentric import ConcentricResNet
 from fmcib_ssl.models.trusted import is_trusted, trusted_callable
 from fmcib_ssl.types import Padding, Preprocessing, UserError, current_target
 
@@ -45,7 +44,7 @@ _LARGEST_PATCH = 4096
 #: What a file may name without being trusted.
 OWN_TARGETS: dict[str, Callable[..., nn.Module]] = {
     f"{build.__module__}.{build.__name__}": build
-    for build in (encoders.monai_resnet, encoders.small_resnet, encoders.video_resnet, ConcentricResNet)
+    for build in (encoders.monai_resnet, encoders.small_resnet, encoders.video_resnet, encoders.CenterPooledResNet)
 }
 
 

@@ -17,11 +17,9 @@ from fmcib_ssl.types import UserError, current_target
 OWN_PARTS = (
     "fmcib_ssl.augment",
     "fmcib_ssl.losses",
-    "fmcib_ssl.models.concentric",
     "fmcib_ssl.models.denoising",
     "fmcib_ssl.models.encoders",
     "fmcib_ssl.models.finetune",
-    "fmcib_ssl.models.heads",
     "fmcib_ssl.models.mined_contrast",
     "fmcib_ssl.models.queues",
     "fmcib_ssl.models.two_views",

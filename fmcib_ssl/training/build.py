@@ -24,7 +24,7 @@ from fmcib_ssl.models.acceleration import (
     lay_out_channels_last,
     recompute_blocks,
     resolve_precision,
-    trim,
+    skip_padded_kernels,
 )
 from fmcib_ssl.models.encoders import feature_dim
 from fmcib_ssl.models.export import encoder_metadata
@@ -248,8 +248,8 @@ def accelerate(module: L.LightningModule, encoder: nn.Module, hardware: Hardware
     """Lay out and compute a module and its encoder as `hardware` asks; what they compute and are called stays."""
     if hardware.channels_last:
         lay_out_channels_last(module)
-    if hardware.trim:
-        trim(module)
+    if hardware.skip_padded_kernels:
+        skip_padded_kernels(module)
     if hardware.gradient_checkpointing:
         with config_errors_in("hardware"):
             recompute_blocks(encoder)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fmcib_ssl.models.pretraining import row_is_due
-from fmcib_ssl.representation import contrast_figures, effective_rank, negative_shares, unit_vectors
+from fmcib_ssl.models.representation import contrast_figures, effective_rank, negative_shares, unit_vectors
 
 logger = logging.getLogger(__name__)
 

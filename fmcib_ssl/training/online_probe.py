@@ -18,7 +18,8 @@ from fmcib_ssl.data.patches import LesionPatches
 from fmcib_ssl.data.store import Store
 from fmcib_ssl.data.tables import selected, text_of
 from fmcib_ssl.evaluation.probes import knn_scores, linear_scores, macro_auc
-from fmcib_ssl.representation import class_spread, effective_rank, mean_cosine_within, uniformity, unit_vectors
+from fmcib_ssl.models.encoders import evaluation_mode
+from fmcib_ssl.models.representation import class_spread, effective_rank, mean_cosine_within, uniformity, unit_vectors
 from fmcib_ssl.types import Padding, Preprocessing
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class OnlineProbe(L.Callback):
 
     Logs `online/knn_auc` and `online/linear_auc` (mean over classes against the rest), and of the features
     `online/rank`, `online/lesion_cosine`, `online/uniformity`, and `online/spread_CLASS` beside `online/spread_all`
-    (`fmcib_ssl.representation`).
+    (`fmcib_ssl.models.representation`).
 
     Args:
         store: folder of the store that holds the lesions.
@@ -187,15 +188,11 @@ class OnlineProbe(L.Callback):
             self._read = torch.stack([self.patches.positive(i % num_lesions) for i in own])
         encoder = cast(nn.Module, pl_module.encoder)
         dtype = next(encoder.parameters()).dtype
-        modes = [(part, part.training) for part in encoder.modules()]  # they may differ, where a part is frozen
-        encoder.eval()
         parts = []
-        with trainer.precision_plugin.forward_context():
+        with evaluation_mode(encoder), trainer.precision_plugin.forward_context():
             for patches in torch.split(self._read, self.batch_size):
                 views = self.preprocessing.normalize(patches.to(pl_module.device)).to(dtype)
                 parts.append(encoder(views).float())
-        for part, mode in modes:
-            part.training = mode
         features = torch.cat(parts)
         if world_size > 1:
             gathered = cast(Tensor, pl_module.all_gather(features))  # (world_size, own, features)

@@ -26,6 +26,7 @@ FORMER_KEYS = {
     "data.check": "is gone: preparing the table's store reads every scan. Leave it out",
     "data.allow_short_scans": "is gone: scans shorter than a patch are padded. Leave it out",
     "data.cache_scans": "is gone: patches are read from the table's store. Leave it out",
+    "hardware.trim": "is now called hardware.skip_padded_kernels",
     "hardware.views_on": "is now called hardware.augment_on",
     "method.gather": "is gone: loss.gather_distributed=true (default) gathers negatives of all devices. Leave it out",
 }
@@ -86,7 +87,7 @@ class Hardware(_Section):
     strategy: str
     precision: str
     channels_last: bool
-    trim: bool
+    skip_padded_kernels: bool
     compile: bool
     gradient_checkpointing: bool
     sync_batchnorm: bool

@@ -47,7 +47,7 @@ def summary(settings: Settings, source: LesionSource, batch_size: int, module: P
     times = f" x {trainer.accumulate_grad_batches}" if accumulated else ""
     flops = module.flops_per_lesion
     work = "not counted" if flops is None else f"{flops / 1e9:.3g} GFLOP a lesion, forward and back"
-    switches = ("channels_last", "trim", "compile", "gradient_checkpointing")
+    switches = ("channels_last", "skip_padded_kernels", "compile", "gradient_checkpointing")
     switched_on = [name for name in switches if getattr(hardware, name)]
     rows = {
         "run": f"{settings.name}, fmcib_ssl {fmcib_ssl.__version__}, in {settings.paths.run}",

@@ -34,7 +34,10 @@ def test_rows_are_what_they_are_called(case: step_benchmark.Case) -> None:
     assert isinstance(published.data.dataset.view_transform, PublishedViews)
     weights = [row.module.encoder.layer2[0].conv1.weight for row in (joint, last)]
     assert [w.is_contiguous(memory_format=torch.channels_last_3d) for w in weights] == [False, True]
-    trimmed = ["forward" in vars(row.module.encoder.layer2[0].conv1) for row in (last, rows["hardware.trim=true"])]
+    trimmed = [
+        "forward" in vars(row.module.encoder.layer2[0].conv1)
+        for row in (last, rows["hardware.skip_padded_kernels=true"])
+    ]
     assert trimmed == [False, True]
     assert isinstance(joint.autocast, type(published.autocast))
     ours = rows["augment=batched_published"]

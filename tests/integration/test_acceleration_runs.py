@@ -18,8 +18,8 @@ import fmcib_ssl
 from fmcib_ssl.run import pretrain
 
 OPTIONS = ["+experiment=ct_infonce", "encoder=small", "schedule=constant", "schedule.warmup=0", "optimizer.base_lr=0.1"]
-SWITCHES = [f"hardware.{name}=true" for name in ("channels_last", "trim", "gradient_checkpointing")]
-PLAIN = ["hardware.precision=32-true", "hardware.trim=false"]
+SWITCHES = [f"hardware.{name}=true" for name in ("channels_last", "skip_padded_kernels", "gradient_checkpointing")]
+PLAIN = ["hardware.precision=32-true", "hardware.skip_padded_kernels=false"]
 
 
 def run_for(epochs: int, table: Path, run: Path, *overrides: str) -> Path:
@@ -43,7 +43,7 @@ def test_resume_is_exact_with_the_switches_on(
     switches = ["hardware.precision=auto", *SWITCHES]
     with caplog.at_level(logging.INFO):
         whole = run_for(2, phantom_table, tmp_path / "whole", *switches)
-    assert "32-true, channels_last, trim, gradient_checkpointing" in caplog.text
+    assert "32-true, channels_last, skip_padded_kernels, gradient_checkpointing" in caplog.text
     parts = tmp_path / "parts"
     for epochs in (1, 2):
         run_for(epochs, phantom_table, parts, *switches)

@@ -22,9 +22,9 @@ from fmcib_ssl.models.acceleration import (
     lay_out_channels_last,
     recompute_blocks,
     resolve_precision,
-    trim,
+    skip_padded_kernels,
 )
-from fmcib_ssl.models.concentric import ConcentricResNet
+from fmcib_ssl.models.encoders import CenterPooledResNet
 from fmcib_ssl.models.export import export_encoder, load_encoder
 from fmcib_ssl.types import Preprocessing, ViewPairs
 
@@ -131,7 +131,7 @@ def saved_bytes(network: nn.Module) -> int:
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("build", [encoder, ConcentricResNet])
+@pytest.mark.parametrize("build", [encoder, CenterPooledResNet])
 def test_recomputed_blocks_keep_less(build: Callable[[], nn.Module]) -> None:
     network = build()
     plain = saved_bytes(network)
@@ -204,7 +204,7 @@ def compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterW
 
 def test_only_training_passes_are_compiled_once_for_each_shape(compiled_graphs: CompileCounterWithBackend) -> None:
     network, expected = encoder(), a_step(encoder())
-    trim(network)
+    skip_padded_kernels(network)
     compile_training(network)
     assert network.state_dict().keys() == encoder().state_dict().keys()
     assert_close(a_step(network), expected, rtol=1e-5)
@@ -233,7 +233,7 @@ def made(switches: bool, **options: Any) -> MinedContrast:
     network = encoder()
     if switches:
         lay_out_channels_last(network)
-        trim(network)
+        skip_padded_kernels(network)
         recompute_blocks(network)
         compile_training(network)
     torch.manual_seed(1)

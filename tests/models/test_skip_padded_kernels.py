@@ -1,4 +1,4 @@
-"""Work that `hardware.trim` leaves out changes no value and no gradient."""
+"""Work that `hardware.skip_padded_kernels` leaves out changes no value and no gradient."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from one_step import REPO, a_step, assert_close, encoder, encoder_of
 from torch import Tensor, nn
 
-from fmcib_ssl.models.acceleration import met_part, trim
+from fmcib_ssl.models.acceleration import met_part
 from fmcib_ssl.models.encoders import small_resnet
 from fmcib_ssl.training.throughput import count_flops
 
@@ -49,7 +49,7 @@ def test_a_trimmed_encoder_gives_the_same(name: str, size: tuple[int, int, int])
     # In double precision, in which what ought to be zero is nearly so.
     network = encoder_of(REPO / "configs" / "encoder" / f"{name}.yaml").double()
     trimmed = copy.deepcopy(network)
-    trim(trimmed)
+    skip_padded_kernels(trimmed)
     patches = torch.randn(4, 1, *size, dtype=torch.float64)
     found, expected = (a_step(net, lambda _, net=net: net(patches)) for net in (trimmed, network))  # type: ignore[misc]
     assert found.keys() == expected.keys()
@@ -62,7 +62,7 @@ def test_a_trimmed_network_computes_less() -> None:
     """The last stage of `small` has one voxel left of 16: a 27th of two convolutions remains, an eighth of another."""
     network = encoder()
     before = count_flops(network, (2, 1, 16, 16, 16))[0]
-    trim(network)
+    skip_padded_kernels(network)
     less = before - count_flops(network, (2, 1, 16, 16, 16))[0]
     assert less >= 2 * 2 * 8 * 8 * ((27 - 8) + (27 - 1))  # two patches, multiply and add, 8 channels to 8
 
@@ -73,7 +73,7 @@ def test_a_relu_after_the_pooling_gives_the_same_bits(name: str) -> None:
     torch.manual_seed(0)
     network = encoder_of(REPO / "configs" / "encoder" / f"{name}.yaml")
     trimmed = copy.deepcopy(network)
-    trim(trimmed)
+    skip_padded_kernels(trimmed)
     sizes: list[int] = []
     relu: Any = trimmed.maxpool[1]  # type: ignore[index]
     relu.register_forward_hook(lambda _, inputs, __: sizes.append(inputs[0].shape[2]))
@@ -87,7 +87,7 @@ def test_a_relu_after_the_pooling_gives_the_same_bits(name: str) -> None:
 def test_without_pooling_nothing_is_moved() -> None:
     network = small_resnet([2, 2, 2, 2], no_max_pool=True)
     trimmed = copy.deepcopy(network)
-    trim(trimmed)
+    skip_padded_kernels(trimmed)
     assert_close(a_step(trimmed), a_step(network), rtol=1e-3)
 
 
@@ -101,13 +101,13 @@ class Standardized(nn.Conv3d):
 def test_layers_with_a_way_of_their_own_keep_it() -> None:
     layer, patches = Standardized(1, 2, 3, padding=1), torch.randn(1, 1, 1, 1, 1)
     expected = layer(patches)
-    trim(layer)
+    skip_padded_kernels(layer)
     assert torch.equal(layer(patches), expected)
 
 
 def test_a_patch_without_a_batch() -> None:
     layer = nn.Conv3d(1, 2, 3, padding=1)
-    trim(layer)
+    skip_padded_kernels(layer)
     patches = torch.randn(1, 1, 2, 3)
     torch.testing.assert_close(layer(patches), layer(patches[None])[0])
 
@@ -116,5 +116,5 @@ def test_what_pads_otherwise_is_left_whole() -> None:
     network = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1, padding_mode="replicate"), nn.Conv3d(2, 2, 3, padding="same"))
     patches = torch.randn(1, 1, 1, 1, 1)
     expected = network(patches)
-    trim(network)
+    skip_padded_kernels(network)
     assert torch.equal(network(patches), expected)

@@ -13,13 +13,13 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
-from fmcib_ssl.models import ConcentricResNet, export_encoder, feature_dim, load_encoder
+from fmcib_ssl.models import CenterPooledResNet, export_encoder, feature_dim, load_encoder
 from fmcib_ssl.types import Preprocessing
 
 SIZE = (8, 24, 24)
 
 
-def stages(encoder: ConcentricResNet, patches: torch.Tensor) -> list[torch.Tensor]:
+def stages(encoder: CenterPooledResNet, patches: torch.Tensor) -> list[torch.Tensor]:
     """What each stage gives, caught on its way."""
     caught: list[torch.Tensor] = []
     hooks = [
@@ -33,7 +33,7 @@ def stages(encoder: ConcentricResNet, patches: torch.Tensor) -> list[torch.Tenso
 
 
 def test_features_are_maxima_and_gaussian_means_round_the_point() -> None:
-    encoder = ConcentricResNet((4, 8), sigmas=(2.0, 6.0)).eval()
+    encoder = CenterPooledResNet((4, 8), sigmas=(2.0, 6.0)).eval()
     patches = torch.rand(2, 1, 8, 10, 12)
     with torch.no_grad():
         features = encoder(patches)
@@ -54,7 +54,7 @@ def test_features_are_maxima_and_gaussian_means_round_the_point() -> None:
 
 def test_what_is_far_from_the_point_is_seen_less_than_what_is_near() -> None:
     torch.manual_seed(0)
-    encoder = ConcentricResNet(sigmas=(1.5,)).eval()
+    encoder = CenterPooledResNet(sigmas=(1.5,)).eval()
     patches = torch.full((3, 1, *SIZE), 0.1)
     patches[1, :, 3:6, 11:14, 11:14] = 0.4  # at the point
     patches[2, :, 3:6, 1:4, 1:4] = 0.4  # the same cube in a corner
@@ -66,7 +66,7 @@ def test_what_is_far_from_the_point_is_seen_less_than_what_is_near() -> None:
 
 
 def test_intensities_outside_every_window_are_clamped() -> None:
-    encoder = ConcentricResNet((4,)).eval()
+    encoder = CenterPooledResNet((4,)).eval()
     hu = torch.tensor([-3000.0, -1000.0, 1500.0, 3000.0]).view(4, 1, 1, 1, 1).expand(4, 1, *SIZE)
     normalized = (hu + 1024) / 3072
     with torch.no_grad():
@@ -78,14 +78,14 @@ def test_intensities_outside_every_window_are_clamped() -> None:
 
 @pytest.mark.parametrize("size", [SIZE, (50, 50, 50), (7, 9, 11)])
 def test_any_patch_size_gives_features_and_every_weight_learns(size: tuple[int, int, int]) -> None:
-    encoder = ConcentricResNet()
+    encoder = CenterPooledResNet()
     assert feature_dim(encoder, size) == (16 + 32 + 64) * 4
     encoder(torch.rand(4, 1, *size)).square().mean().backward()
     assert not [n for n, p in encoder.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
 
 
 def test_a_sigma_far_below_the_stride_gives_no_nan() -> None:
-    encoder = ConcentricResNet((4, 4, 4, 4), sigmas=(0.05,)).eval()
+    encoder = CenterPooledResNet((4, 4, 4, 4), sigmas=(0.05,)).eval()
     assert encoder(torch.rand(2, 1, 8, 20, 20)).isfinite().all()
 
 
@@ -93,7 +93,7 @@ def test_config_and_export_give_the_same_encoder_again(tmp_path: Path) -> None:
     path = Path(__file__).parents[2] / "configs" / "encoder" / "concentric.yaml"
     config = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     encoder: nn.Module = instantiate(config, _convert_="object").eval()
-    assert isinstance(encoder, ConcentricResNet)
+    assert isinstance(encoder, CenterPooledResNet)
     export_encoder(encoder, config, Preprocessing(patch_size_zyx=SIZE), tmp_path / "encoder.safetensors")
     again = load_encoder(tmp_path / "encoder.safetensors")
     patches = torch.rand(2, 1, *SIZE)
@@ -113,4 +113,4 @@ def test_config_and_export_give_the_same_encoder_again(tmp_path: Path) -> None:
 )
 def test_senseless_arguments_are_refused(wrong: dict[str, object], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        ConcentricResNet(**wrong)  # type: ignore[arg-type]
+        CenterPooledResNet(**wrong)  # type: ignore[arg-type]

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fmcib_ssl import representation
 from fmcib_ssl.losses import InfoNCELoss, NTXentNegativeMinedLoss
+from fmcib_ssl.models import representation
 
 
 def unit(seed: int, *shape: int) -> torch.Tensor:
