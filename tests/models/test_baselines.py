@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_methods import METHODS, a_batch, fitted, make_method
+from tiny import a_batch, fitted, make_method
 from torch import Tensor
 
 from fmcib_ssl.models.denoising import Decoder
@@ -195,38 +194,3 @@ def test_corruption_that_makes_no_sense_is_refused(options: dict[str, Any]) -> N
 def test_a_momentum_above_one_is_refused() -> None:
     with pytest.raises(ValueError, match=r"momentum=1\.1"):
         make_method("byol", momentum=1.1)
-
-
-# What all of them promise.
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_a_step_gives_loss_and_embeddings_and_trains_everything(name: str, tmp_path: Path) -> None:
-    module = make_method(name)
-    outputs: list[Any] = []
-    step = module.training_step
-    module.training_step = lambda batch, batch_idx: outputs.append(step(batch, batch_idx)) or outputs[-1]
-    recorder = fitted(module, tmp_path, max_steps=1)
-    z0, z1 = outputs[0]["embeddings"]
-    assert z0.shape == z1.shape == (4, z0.shape[1])
-    assert not z0.requires_grad
-    assert {"train/loss", "train/grad_norm", "lr"} <= set(recorder.metrics[0])
-    for parameter_name, parameter in module.named_parameters():
-        is_target = parameter_name.startswith("target_")
-        assert parameter.requires_grad != is_target, parameter_name
-        assert (parameter.grad is None) == is_target, parameter_name
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_half_precision_is_only_for_the_networks(name: str, tmp_path: Path) -> None:
-    half = first_loss(make_method(name), tmp_path), fitted(make_method(name), tmp_path, precision="bf16-mixed")
-    assert half[1].metrics[0]["train/loss"] == pytest.approx(half[0], rel=0.1)
-
-
-@pytest.mark.parametrize("name", ["simclr", "nnclr", "swav", "byol", "vicreg"])
-def test_without_lightly_it_is_said_how_to_get_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in [module for module in sys.modules if module.partition(".")[0] == "lightly"]:
-        monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, "lightly", None)
-    with pytest.raises(ImportError, match=r"pip install 'fmcib_ssl\[baselines\]'"):
-        make_method(name)

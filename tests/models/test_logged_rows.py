@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 import pytest
-from tiny_methods import FixedViews, make_method, make_trainer
+from tiny import FixedViews, make_method, make_trainer
 from torch.utils.data import DataLoader
 
 from fmcib_ssl.training.loggers import MetricsFile, read_metrics

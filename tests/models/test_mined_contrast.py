@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from tiny_contrast import FixedViews, a_batch, make_module, make_trainer
+from tiny import FixedViews, Recorder, a_batch, make_module, make_trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -20,8 +20,7 @@ from fmcib_ssl.types import ViewPairs
 
 @pytest.mark.parametrize("forwards", ["joint", "separate"])
 def test_forwards_agree_without_batch_norm(forwards: Any) -> None:
-    module = make_module(NTXentNegativeMinedLoss(), forwards=forwards)
-    batch = a_batch()
+    module, batch = make_module(NTXentNegativeMinedLoss(), forwards=forwards), a_batch(3)
     out = module.embed(batch)
     for key in ("positive", "negative"):
         for view, embedding in zip(batch[key], out[key], strict=True):  # type: ignore[literal-required]
@@ -47,14 +46,6 @@ def test_unknown_forwards_is_refused() -> None:
 def test_a_chunk_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"at least 1 lesion, or null .* got 0"):
         make_module(NTXentNegativeMinedLoss(), chunk_size=0)
-
-
-class Recorder(L.Callback):
-    def __init__(self) -> None:
-        self.metrics: list[dict[str, float]] = []
-
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
 def test_every_step_is_logged_with_the_true_gradient_norm(tmp_path: Path) -> None:

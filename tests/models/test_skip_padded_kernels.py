@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from one_step import REPO, a_step, assert_close, encoder, encoder_of
 from torch import Tensor, nn
 
-from fmcib_ssl.models.acceleration import met_part
+from fmcib_ssl.models.acceleration import met_part, skip_padded_kernels
 from fmcib_ssl.models.encoders import small_resnet
 from fmcib_ssl.training.throughput import count_flops
 
