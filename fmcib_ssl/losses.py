@@ -43,7 +43,48 @@ _SAFE_EXPONENT = 60.0
 _LOG2_E = math.log2(math.e)
 
 
-class NTXentNegativeMinedLoss(nn.Module):
+class _ContrastiveLoss(nn.Module):
+    """What both losses share; the arguments are explained there."""
+
+    temperature: float | Tensor
+    margin = 0.0
+    reduction: Literal["mean", "sum"] = "mean"
+
+    def __init__(self, negatives: Any, gather_distributed: Any, kernel: Any) -> None:
+        super().__init__()
+        if negatives not in get_args(Negatives):
+            raise ValueError(f"negatives must be one of {', '.join(get_args(Negatives))}; got {negatives!r}")
+        if not isinstance(gather_distributed, bool):
+            removed = ", which was removed: True gathers at once" if gather_distributed == "ring" else ""
+            raise ValueError(f"gather_distributed must be True or False; got {gather_distributed!r}{removed}")
+        if kernel not in get_args(Kernel):
+            removed = ", which was removed: auto streams large batches" if kernel == "triton" else ""
+            raise ValueError(f"kernel must be one of {', '.join(get_args(Kernel))}; got {kernel!r}{removed}")
+        self.negatives: Negatives = negatives
+        self.gather_distributed: bool = gather_distributed
+        self.kernel: Kernel = kernel
+
+    def forward(self, out: ViewPairs) -> Float[Tensor, ""]:
+        """Mean or sum over the `2 * batch` anchors; arguments and errors as in `contrast`."""
+        loss = contrast(
+            out,
+            temperature=self.temperature,
+            margin=self.margin,
+            negatives=self.negatives,
+            gather_distributed=self.gather_distributed,
+            kernel=self.kernel,
+        )
+        return loss / (2 * len(out["positive"][0])) if self.reduction == "mean" else loss
+
+    def extra_repr(self) -> str:
+        """What `print(loss)` shows."""
+        return (
+            f"temperature={torch.as_tensor(self.temperature).item():.6g}, negatives={self.negatives!r}, "
+            f"gather_distributed={self.gather_distributed}, kernel={self.kernel!r}"
+        )
+
+
+class NTXentNegativeMinedLoss(_ContrastiveLoss):
     """NT-Xent with explicitly mined negatives: the mean of `loss(a)` without a margin.
 
     Args:
@@ -66,9 +107,8 @@ class NTXentNegativeMinedLoss(nn.Module):
         negatives: Negatives = "mined",
         kernel: Kernel = "auto",
     ) -> None:
-        super().__init__()
         _check_temperature(temperature)
-        _check_choices(negatives, gather_distributed, kernel)
+        super().__init__(negatives, gather_distributed, kernel)
         if temperature < 0:
             warnings.warn(
                 f"temperature {temperature} is negative: the loss then rewards similarity to the negatives "
@@ -76,30 +116,9 @@ class NTXentNegativeMinedLoss(nn.Module):
                 stacklevel=2,
             )
         self.temperature = temperature
-        self.gather_distributed = gather_distributed
-        self.negatives: Negatives = negatives
-        self.kernel: Kernel = kernel
-
-    def forward(self, out: ViewPairs) -> Float[Tensor, ""]:
-        """Mean over the `2 * batch` anchors; arguments and errors as in `contrast`."""
-        loss = contrast(
-            out,
-            temperature=self.temperature,
-            negatives=self.negatives,
-            gather_distributed=self.gather_distributed,
-            kernel=self.kernel,
-        )
-        return loss / (2 * len(out["positive"][0]))
-
-    def extra_repr(self) -> str:
-        """What `print(loss)` shows."""
-        return (
-            f"temperature={self.temperature}, gather_distributed={self.gather_distributed}, "
-            f"negatives={self.negatives!r}, kernel={self.kernel!r}"
-        )
 
 
-class InfoNCELoss(nn.Module):
+class InfoNCELoss(_ContrastiveLoss):
     """InfoNCE with an additive margin, on embeddings (`forward`) and, as PyKEEN's class of the same name, on scores.
 
     Args:
@@ -133,7 +152,7 @@ class InfoNCELoss(nn.Module):
         gather_distributed: bool = False,
         kernel: Kernel = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(negatives, gather_distributed, kernel)
         if margin < 0:
             raise ValueError(f"Cannot have a negative margin: {margin}; 0 turns it off, 0.01 to 0.1 is usual")
         if not math.isfinite(margin):
@@ -143,12 +162,8 @@ class InfoNCELoss(nn.Module):
         if log_adversarial_temperature > 700:  # where exp() overflows
             raise ValueError(f"log_adversarial_temperature must be a logarithm, got {log_adversarial_temperature}")
         _check_temperature(math.exp(log_adversarial_temperature))
-        _check_choices(negatives, gather_distributed, kernel)
         self.margin = margin
         self.reduction = reduction
-        self.negatives: Negatives = negatives
-        self.gather_distributed = gather_distributed
-        self.kernel: Kernel = kernel
         self.log_temperature: float | nn.Parameter = log_adversarial_temperature
         if trainable_temperature:
             self.log_temperature = nn.Parameter(torch.tensor(float(log_adversarial_temperature)))
@@ -164,7 +179,7 @@ class InfoNCELoss(nn.Module):
         return cls(margin, math.log(temperature), reduction, **options)
 
     @property
-    def temperature(self) -> float | Float[Tensor, ""]:
+    def temperature(self) -> float | Float[Tensor, ""]:  # type: ignore[override]
         """What scores are divided by; a tensor with a gradient when it is trained."""
         if isinstance(self.log_temperature, Tensor):
             return self.log_temperature.exp()
@@ -174,18 +189,6 @@ class InfoNCELoss(nn.Module):
     def inverse_softmax_temperature(self) -> float | Float[Tensor, ""]:
         """`temperature`, by the name it has in PyKEEN."""
         return self.temperature
-
-    def forward(self, out: ViewPairs) -> Float[Tensor, ""]:
-        """Mean or sum over the `2 * batch` anchors with cosines as scores; arguments and errors as in `contrast`."""
-        loss = contrast(
-            out,
-            temperature=self.temperature,
-            margin=self.margin,
-            negatives=self.negatives,
-            gather_distributed=self.gather_distributed,
-            kernel=self.kernel,
-        )
-        return loss / (2 * len(out["positive"][0])) if self.reduction == "mean" else loss
 
     def process_lcwa_scores(
         self,
@@ -260,11 +263,10 @@ class InfoNCELoss(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(loss)` shows."""
+        is_trained = isinstance(self.log_temperature, Tensor)
         return (
-            f"margin={self.margin}, temperature={torch.as_tensor(self.temperature).item():.6g}, "
-            f"trainable_temperature={isinstance(self.log_temperature, Tensor)}, "
-            f"reduction={self.reduction!r}, negatives={self.negatives!r}, "
-            f"gather_distributed={self.gather_distributed}, kernel={self.kernel!r}"
+            f"margin={self.margin}, reduction={self.reduction!r}, trainable_temperature={is_trained}, "
+            f"{super().extra_repr()}"
         )
 
 
@@ -509,17 +511,6 @@ def _check_rows(num_anchors: int, num_mined: int, num_lesions: int, negatives: N
             'negatives="lesions" needs at least 2 lesions in all, got 1: '
             "use a larger batch, and drop the last one if it is incomplete"
         )
-
-
-def _check_choices(negatives: str, gather_distributed: object, kernel: str) -> None:
-    if negatives not in get_args(Negatives):
-        raise ValueError(f"negatives must be one of {', '.join(get_args(Negatives))}; got {negatives!r}")
-    if not isinstance(gather_distributed, bool):
-        removed = ", which was removed: True gathers at once" if gather_distributed == "ring" else ""
-        raise ValueError(f"gather_distributed must be True or False; got {gather_distributed!r}{removed}")
-    if kernel not in get_args(Kernel):
-        removed = ", which was removed: auto streams large batches" if kernel == "triton" else ""
-        raise ValueError(f"kernel must be one of {', '.join(get_args(Kernel))}; got {kernel!r}{removed}")
 
 
 def _check_temperature(temperature: float) -> None:

@@ -52,19 +52,6 @@ def test_features_are_maxima_and_gaussian_means_round_the_point() -> None:
     np.testing.assert_allclose(features.numpy(), np.array(expected), rtol=1e-3, atol=1e-5)
 
 
-def test_what_is_far_from_the_point_is_seen_less_than_what_is_near() -> None:
-    torch.manual_seed(0)
-    encoder = CenterPooledResNet(sigmas=(1.5,)).eval()
-    patches = torch.full((3, 1, *SIZE), 0.1)
-    patches[1, :, 3:6, 11:14, 11:14] = 0.4  # at the point
-    patches[2, :, 3:6, 1:4, 1:4] = 0.4  # the same cube in a corner
-    width, num_means = 16, 2
-    with torch.no_grad():
-        near_point = encoder(patches)[:, width : width * (1 + num_means) : num_means]  # of the first stage
-    change = (near_point[1:] - near_point[0]).abs().mean(dim=1)
-    assert change[1] < change[0] / 100
-
-
 def test_intensities_outside_every_window_are_clamped() -> None:
     encoder = CenterPooledResNet((4,)).eval()
     hu = torch.tensor([-3000.0, -1000.0, 1500.0, 3000.0]).view(4, 1, 1, 1, 1).expand(4, 1, *SIZE)
@@ -82,11 +69,6 @@ def test_any_patch_size_gives_features_and_every_weight_learns(size: tuple[int, 
     assert feature_dim(encoder, size) == (16 + 32 + 64) * 4
     encoder(torch.rand(4, 1, *size)).square().mean().backward()
     assert not [n for n, p in encoder.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
-
-
-def test_a_sigma_far_below_the_stride_gives_no_nan() -> None:
-    encoder = CenterPooledResNet((4, 4, 4, 4), sigmas=(0.05,)).eval()
-    assert encoder(torch.rand(2, 1, 8, 20, 20)).isfinite().all()
 
 
 def test_config_and_export_give_the_same_encoder_again(tmp_path: Path) -> None:
