@@ -251,7 +251,7 @@ class RunCheckpoints(Checkpoint):
         self._saved_at = time.monotonic()
         if trainer.is_global_zero and path.is_file():
             _link(path, self.dirpath / LAST)
-            for old in [old for old in _newest_first(self.dirpath) if not _is_kept(old)][self.save_top_k :]:
+            for old in [old for old in _newest_first(self.dirpath) if "-epoch-" not in old.name][self.save_top_k :]:
                 trainer.strategy.remove_checkpoint(old)
 
     def _stop(self, trainer: L.Trainer, received: int) -> None:
@@ -370,13 +370,8 @@ def _metrics_files(trainer: L.Trainer) -> list[MetricsFile]:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(
-        (path for path in folder.glob("step-*.ckpt") if CHECKPOINT_NAME.fullmatch(path.name)), key=step_of, reverse=True
-    )
-
-
-def _is_kept(path: Path) -> bool:
-    return "-epoch-" in path.name
+    paths = (path for path in folder.glob("step-*.ckpt") if CHECKPOINT_NAME.fullmatch(path.name))
+    return sorted(paths, key=step_of, reverse=True)
 
 
 def _link(path: Path, link: Path) -> None:

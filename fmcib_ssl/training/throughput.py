@@ -7,8 +7,8 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
@@ -159,7 +159,8 @@ class Progress(ProgressBar):
                 tqdm(total=total, initial=trainer.global_step, unit="step", file=sys.stdout, dynamic_ncols=True)
             )
             self._open.enter_context(logging_redirect_tqdm())
-            self._open.enter_context(_warnings_in_the_log())
+            logging.captureWarnings(True)
+            self._open.callback(logging.captureWarnings, False)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -202,15 +203,6 @@ def _shown(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
             shown.append(f"{pace['perf/samples_per_s']:.3g} lesions/s")
             shown.append(f"{pace['perf/data_wait_share']:.0%} waiting")
     return shown
-
-
-@contextmanager
-def _warnings_in_the_log() -> Iterator[None]:
-    logging.captureWarnings(True)
-    try:
-        yield
-    finally:
-        logging.captureWarnings(False)
 
 
 def duration(seconds: float) -> str:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
-from starts import NUM_STEPS, end, start, steps_logged, wait_for
 from tiny_runs import tiny_settings
 from wandb_server import TrackingServer
 
@@ -57,54 +54,6 @@ def log(tracker: Any, steps: range, folder: Path) -> None:
 def assert_each_step_once(history: list[dict[str, Any]], num_steps: int) -> None:
     assert [row["_step"] for row in history] == list(range(num_steps))
     assert [row["trainer/global_step"] for row in history] == list(range(num_steps))
-
-
-@pytest.mark.slow
-def test_one_page_through_a_dead_server_a_kill_and_a_stop(
-    server: TrackingServer, phantom_table: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    options = ("logger=wandb", f"logger.wandb.timeout_s={TIMEOUT_S}", "contact_sheet_rows=1")
-
-    def again() -> Any:
-        return start(phantom_table, run, *options, environ=server.environ)
-
-    server.behaviour = "hangs"
-    process = again()
-    wait_for(lambda: steps_logged(run) >= 3, process, NEVER_S)
-    process.terminate()
-    assert end(process) == 128 + signal.SIGTERM
-    assert not server.pages and "tracking offline" in run.with_suffix(".out").read_text()
-    server.behaviour = "serves"
-    process = again()
-    wait_for(lambda: steps_logged(run) >= 6, process)
-    process.kill()
-    assert end(process) == -signal.SIGKILL
-    process = again()
-    wait_for(lambda: steps_logged(run) >= 9, process)
-    process.terminate()
-    assert end(process) == 128 + signal.SIGTERM
-    assert end(again()) == 0
-
-    state = json.loads((run / "run.json").read_text())
-    assert len(state["starts"]) == 4 and list(server.pages) == [state["run_id"]]
-    assert server.opened == [state["run_id"]] * 3
-    page = server.pages[state["run_id"]]
-    assert_each_step_once(page.history, NUM_STEPS)
-    metrics = pd.read_csv(run / "metrics.csv")
-    assert [row["train/loss"] for row in page.history] == metrics["train/loss"].tolist()
-    assert set(metrics.columns) - {"step"} <= set().union(*page.history)
-
-    config = {key: value["value"] for key, value in page.config.items()}
-    assert config["optimizer"]["base_lr"] == 0.1 and config["seed"] == 0
-    assert config["environment"]["git"] == json.loads((run / "environment.json").read_text())["git"]
-    assert config["environment"]["packages"]["torch"]
-    assert config["data_checksum"] == state["data_checksum"]
-    picture = page.files[page.summary["curves"]["path"]]
-    assert picture == (run / "curves.png").read_bytes()
-    named = (run / "contact_sheet.png").read_bytes()  # by scan; what is sent is not
-    assert page.files[page.summary["contact_sheet"]["path"]] not in (b"", named)
-    assert page.complete
 
 
 def test_nothing_is_sent_but_what_the_docs_list(
