@@ -111,8 +111,8 @@ def test_what_cannot_be_split() -> None:
 
 
 def test_an_empty_label_is_a_class_of_its_own() -> None:
-    names = [f"P{i}" for i in range(8)]
-    label = [None if i % 4 == 0 else "a" for i in range(8)]
+    names = [f"P{i}" for i in range(40)]
+    label = [None if i % 4 == 0 else "a" for i in range(40)]
     rows = pd.DataFrame({"image_path": names, "PatientID": names, "label": label})
     folds = assign_folds(rows, 2, labels=["label"])
     assert folds[rows["label"].isna()].value_counts().to_dict() == {0: 5, 1: 5}
