@@ -37,7 +37,7 @@ _PLACES = ("center_", "coord", "table_")
 _ID = re.compile(r"(^|_)(id|uid|number)$|(ID|UID|uid)$|path$")
 
 #: Panels of the training curves: title, unit of the vertical axis, and the columns drawn with their labels.
-PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
+_PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Loss", "loss", {"train/loss": "training", "val/loss": "validation"}),
     ("Validation", "score", {"val/score": "validation"}),
     ("Cosine similarity", "mean cosine", {
@@ -84,7 +84,7 @@ def training_curves(metrics_csv: Path | str, path: Path | str) -> Path:
     Faint: each step. Strong: the running mean over a twentieth of the run.
 
     Args:
-        metrics_csv: a column `step` and any of those in `PANELS`; empty cells are skipped.
+        metrics_csv: a column `step` and any of those of the panels; empty cells are skipped.
         path: of the PNG.
 
     Raises:
@@ -92,9 +92,9 @@ def training_curves(metrics_csv: Path | str, path: Path | str) -> Path:
     """
     table = read_metrics(metrics_csv)
     filled = {name for name in table.select_dtypes("number") if table[name].notna().any()}
-    panels = [panel for panel in PANELS if filled & panel[2].keys()]
+    panels = [panel for panel in _PANELS if filled & panel[2].keys()]
     if not panels:
-        wanted = ", ".join(name for _, _, columns in PANELS for name in columns)
+        wanted = ", ".join(name for _, _, columns in _PANELS for name in columns)
         raise ValueError(f"{metrics_csv} holds no numbers to draw; wanted any of {wanted}")
     across = min(len(panels), 3)
     down = -(-len(panels) // across)

@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float, Int16
 from torch import Tensor, nn
 
-from fmcib_ssl.data.tables import REJECTED_COLUMNS, SelectionError, selected, text_of
+from fmcib_ssl.data.tables import REJECTED_COLUMNS, selected, text_of
 from fmcib_ssl.evaluation.feature_table import FEATURES_COLUMN, ID_COLUMN, FeatureTableError
 from fmcib_ssl.io import checksum_of, digest_of
 from fmcib_ssl.models.export import find_builder, load_encoder
@@ -39,7 +39,7 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 #: Patches are read in the order of this column, those of one scan beside each other.
 SCAN_COLUMN = "scan_id"
 #: Where a table gets its store unless the source says otherwise.
-STORES = Path("data") / "stores"
+_STORES = Path("data") / "stores"
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def open_patches(source: Mapping[str, Any], preprocessing: Preprocessing | None 
     Raises:
         FeatureTableError: a source that is none, a selection that leaves nothing, or a store whose voxels are not
             those of `preprocessing`.
+        fmcib_ssl.data.tables.SelectionError: a selection by a column that is missing.
         fmcib_ssl.data.store.StoreError: no store that can be read or made.
         fmcib_ssl.data.tables.AnnotationsError: no table that can be read, or no row that can be used.
     """
@@ -101,7 +102,7 @@ def open_patches(source: Mapping[str, Any], preprocessing: Preprocessing | None 
             options["image_root"] = Path(source["image_root"])
         table, wanted = Path(source["annotations"]), preprocessing or Preprocessing()
         settings = StoreSettings(spacing_mm=wanted.spacing_mm, padding_hu=wanted.padding_hu)
-        summary = store_for_table(table, Path(source.get("stores") or STORES), settings, **options)
+        summary = store_for_table(table, Path(source.get("stores") or _STORES), settings, **options)
         # The fingerprint is of what was asked for, not of what can be read of it: a scan may come back before a resume.
         store, rejected, contents = Store(summary.store), summary.rejected, [table]
     else:
@@ -114,10 +115,7 @@ def open_patches(source: Mapping[str, Any], preprocessing: Preprocessing | None 
             f"encoder was trained on {wanted.spacing_mm:g} mm and {wanted.padding_hu} HU: prepare a store with "
             f"spacing_mm={wanted.spacing_mm:g}, or give the table (annotations=TABLE.csv)"
         )
-    try:
-        keep = selected(store.lesions, source.get("select"), key="select", where=store.path)
-    except SelectionError as error:
-        raise FeatureTableError(str(error)) from error
+    keep = selected(store.lesions, source.get("select"), key="select", where=store.path)
     if not keep.any():
         raise FeatureTableError(f"no row of {store.path} has select={source.get('select')}")
     patches = LesionPatches(  # no negative is asked for

@@ -20,7 +20,7 @@ from fmcib_ssl.evaluation.metrics import ERRORS, METRICS, interval, risk_halves
 from fmcib_ssl.evaluation.probes import LINEAR_PROBE, PROBES, Inputs, Protocol, SplitScores, resampled, score
 from fmcib_ssl.types import Array, Preprocessing
 
-MakeBaselines = Callable[[FeatureTable], Mapping[str, FeatureTable]]
+_MakeBaselines = Callable[[FeatureTable], Mapping[str, FeatureTable]]
 
 #: Components to which raw voxels are reduced before a probe.
 NUM_COMPONENTS = 64
@@ -48,7 +48,7 @@ def gather(
     tables: Mapping[str, FeatureTable],
     lesions: pd.DataFrame,
     size: Sequence[str] = (),
-    make_baselines: MakeBaselines | None = None,
+    make_baselines: _MakeBaselines | None = None,
 ) -> Candidates:
     """The user's tables, their baselines, the size alone, and each table together with the size.
 
@@ -87,7 +87,7 @@ def gather(
 
 
 def _baselines_of(
-    table: FeatureTable, wanted: Sequence[str], make_baselines: MakeBaselines
+    table: FeatureTable, wanted: Sequence[str], make_baselines: _MakeBaselines
 ) -> tuple[dict[str, FeatureTable], str]:
     """Those that could be made, and why another could not."""
     reason = "the table does not say what builds its encoder"

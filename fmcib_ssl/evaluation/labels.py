@@ -19,7 +19,7 @@ from fmcib_ssl.evaluation.metrics import Kind
 from fmcib_ssl.types import Array, UserError
 
 #: More different values than this are no classes.
-MAX_CLASSES = 50
+_MAX_CLASSES = 50
 #: Classes into which values are cut to be stratified.
 _NUM_STRATA = 5
 _COMPARISONS = {
@@ -102,7 +102,7 @@ def read_labels(
                 f"{label!r} has {len(names)} different values, {_some(names)}; binary labels have two: give "
                 "threshold=, such as threshold='>3', or task=multiclass"
             )
-        if len(names) > MAX_CLASSES:
+        if len(names) > _MAX_CLASSES:
             raise EvaluationError(f"{label!r} has {len(names)} different values; is it task=continuous?")
         return _checked(Labels(label, kind, values, rows, tuple(map(str, names))))
     numbers = _numbers(lesions, label)

@@ -45,7 +45,8 @@ def average_precision(labels: Array, scores: Array, weights: Array) -> Array:
         return _over_classes(average_precision, labels, scores, weights)
     ones, zeros = (side[:, ::-1] for side in _by_level(labels, scores, weights))
     hits = np.cumsum(ones, 1)
-    precision = np.nan_to_num(_ratio(hits, hits + np.cumsum(zeros, 1)))
+    total = hits + np.cumsum(zeros, 1)
+    precision = np.divide(hits, total, out=np.zeros_like(hits), where=total > 0)
     return np.where(zeros.sum(1) > 0, _ratio((ones * precision).sum(1), ones.sum(1)), np.nan)
 
 

@@ -315,7 +315,7 @@ def _no_saliency(subject: _Subject) -> str:
         return "no column has two classes to tell apart; name one with label=."
     if (num := subject.table.lesions[subject.label].nunique()) != 2:
         return f"it needs a label of two classes, and {subject.label} has {num}."
-    return "" if has_captum() else "it needs captum: pip install 'fmcib_ssl[report]'."
+    return "" if _has_captum() else "it needs captum: pip install 'fmcib_ssl[report]'."
 
 
 def _surest(logits: Array, labels: Array, shown: Array, number: int) -> list[int]:
@@ -330,7 +330,7 @@ def _surest(logits: Array, labels: Array, shown: Array, number: int) -> list[int
     return line[:number]
 
 
-def has_captum() -> bool:
+def _has_captum() -> bool:
     """Whether captum is installed."""
     return importlib.util.find_spec("captum") is not None
 

@@ -25,7 +25,7 @@ _POINT = ["coordX", "coordY", "coordZ"]
 _ENDINGS = (".nii.gz", ".nii", ".mhd", ".mha", ".nrrd")
 
 
-class PublishedFigure(BaseModel):
+class _PublishedFigure(BaseModel):
     """A figure as published, with where it is from."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -33,8 +33,6 @@ class PublishedFigure(BaseModel):
     method: str
     metric: str
     value: float
-    low: float | None = None
-    high: float | None = None
     source: str
 
 
@@ -55,7 +53,7 @@ class PublishedTask(BaseModel):
     classes: dict[str, str] = Field(default={}, description="what a class number means")
     allow_leakage: tuple[str, ...] = Field(default=(), description="known leaks of the split: warned of, not refused")
     note: str = ""
-    published: tuple[PublishedFigure, ...] = ()
+    published: tuple[_PublishedFigure, ...] = ()
 
     @property
     def has_split(self) -> bool:

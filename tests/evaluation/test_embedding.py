@@ -34,7 +34,7 @@ from fmcib_ssl.evaluation.embedding import (
 from fmcib_ssl.evaluation.embedding_sources import FrozenEncoder, Inference, encode, open_patches, random_encoder
 from fmcib_ssl.evaluation.feature_table import FeatureTable, FeatureTableError
 from fmcib_ssl.models import small_resnet
-from fmcib_ssl.types import Preprocessing
+from fmcib_ssl.types import Preprocessing, UserError
 
 CPU = Inference(batch_size=2, device="cpu")
 Run = Callable[..., Outcome]
@@ -198,7 +198,7 @@ def test_sources_that_cannot_be(archive: Archive, encoder: FrozenEncoder) -> Non
         embed_source(coarse, archive.store_source)
     with pytest.raises(FeatureTableError, match="not 'folder'"):
         open_patches({"kind": "folder"})
-    with pytest.raises(FeatureTableError, match="select names the column 'lable'"):
+    with pytest.raises(UserError, match="select names the column 'lable'"):
         open_patches({**archive.store_source, "select": {"lable": 1}})
 
 
