@@ -1,8 +1,14 @@
 """Views of patches: random transforms of whole batches, on any device; MONAI's are applied patch by patch."""
 
-from fmcib_ssl.augment.context import RandomContextRemoval
 from fmcib_ssl.augment.geometry import RandomGeometry
-from fmcib_ssl.augment.intensity import RandomCutout, RandomGamma, RandomHistogramShift, RandomNoise, RandomScaleShift
+from fmcib_ssl.augment.intensity import (
+    RandomContextRemoval,
+    RandomCutout,
+    RandomGamma,
+    RandomHistogramShift,
+    RandomNoise,
+    RandomScaleShift,
+)
 from fmcib_ssl.augment.recipes import BatchedPublishedViews, MonaiViews, PublishedViews, RandResizedCrop
 from fmcib_ssl.augment.resolution import RandomGaussianSmooth, RandomLowResolution, RandomSliceThickness
 from fmcib_ssl.augment.views import BatchedTransform, BatchedViews, VoxelTransform
