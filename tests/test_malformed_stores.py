@@ -26,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent / "integration"))
 from stores import as_before_check_sums, body, make_store, reseal
 from tiny_runs import TINY, composed
 
+#: Beyond eight of a kind only in `make test-slow`.
+SEEDS = [*range(8), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(8, 24))]
 LONGEST_S = 30.0  # of this process's computing, however busy the machine is
 
 
@@ -59,7 +61,7 @@ FILES = ["store.json", "lesions.parquet", "scans.parquet", "scans/a.b2nd", "scan
 
 
 @pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("seed", range(14))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_damaged_files(file: str, seed: int, whole: Path, tmp_path: Path) -> None:
     folder = copied(whole, tmp_path)
     (folder / file).write_bytes(damaged((folder / file).read_bytes(), seed))
@@ -76,7 +78,7 @@ def test_other_files(file: str, content: bytes, whole: Path, tmp_path: Path) -> 
         [patches[lesion] for lesion in range(len(patches))]
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_other_settings_of_a_store(seed: int, whole: Path, tmp_path: Path) -> None:
     folder = copied(whole, tmp_path)
     values = json.loads((folder / "store.json").read_text())

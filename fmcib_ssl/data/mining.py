@@ -10,7 +10,7 @@ Coordinates are voxels z, y, x of the grid that the map was made from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -206,9 +206,9 @@ class Hard(Background):
 
     def preferred(self, query: NegativeQuery, cells: Cells) -> Cells:
         """The most similar first."""
-        found = query.coarse.cells[tuple(cells.T)]
+        tissue = query.coarse.cells[tuple(cells.T)]
         mean, spread = query.tissue_hu
-        distance = np.hypot(found["mean_hu"] - mean, found["spread_hu"] - spread)
+        distance = np.hypot(tissue["mean_hu"] - mean, tissue["spread_hu"] - spread)
         return cells[np.argsort(distance, kind="stable")]
 
 
@@ -260,52 +260,28 @@ class NegativeMiner:
         self._without_place = np.zeros(self.num_scans, dtype=bool)
 
     def draw(
-        self, key: SampleKey, own_scan: int, query: Callable[[int], NegativeQuery | None]
+        self, key: SampleKey, own_scan: int, query: Callable[[int], NegativeQuery]
     ) -> tuple[int, Int[np.ndarray, "negatives_per_lesion 3"]] | None:
         """The scan to cut from and the centres in it; None where no scan has a legal place.
 
         Args:
             key: names the draw.
             own_scan: number of the lesion's scan.
-            query: asks a scan, by its number; None for one that cannot be used.
+            query: of a scan, by its number.
         """
         if self.negatives_per_lesion == 0:
             return own_scan, np.empty((0, 3), dtype=np.int64)
         for scan in self._scans_to_try(key, own_scan):
             # Begun anew for each scan, so that it does not matter which ones were left out because they are known.
             stream = np.random.default_rng([self.seed, key.epoch, key.index, 1])
-            asked = query(scan)
-            centers = None if asked is None else self.strategy.draw(asked, self.negatives_per_lesion, stream)
+            centers = self.strategy.draw(query(scan), self.negatives_per_lesion, stream)
             if centers is not None:
                 return scan, centers
             # Of the lesion's own scan it may be true for this lesion only.
-            self._without_place[scan] |= scan != own_scan and asked is not None
+            self._without_place[scan] |= scan != own_scan
         return None
 
     def _scans_to_try(self, key: SampleKey, own_scan: int) -> Iterator[int]:
         yield own_scan
         order = np.random.default_rng([self.seed, key.epoch, key.index, 2]).permutation(self.num_scans)
         yield from (scan for scan in order.tolist() if scan != own_scan and not self._without_place[scan])
-
-
-def stand_ins(key: SampleKey, num_lesions: int, seed: int) -> Iterator[int]:
-    """The lesion itself; then, should its scan fail, others in an order that the seed and the key alone decide.
-
-    Raises:
-        IndexError: there is no such lesion.
-    """
-    if not 0 <= key.index < num_lesions:
-        raise IndexError(f"lesion {key.index} of {num_lesions}")
-    yield key.index
-    order = np.random.default_rng([seed, *key]).permutation(num_lesions)
-    yield from (int(i) for i in order if i != key.index)
-
-
-def no_place(patch_extent_mm_zyx: Sequence[float]) -> str:
-    """What to tell a user none of whose scans can give a negative."""
-    extent = " x ".join(f"{edge:g}" for edge in patch_extent_mm_zyx)
-    return (
-        f"no scan has room for a negative: a patch of {extent} mm (z, y, x) that is at least half body and overlaps no "
-        "annotated lesion. Take a smaller patch (patch_size, spacing_mm), add scans, or mine none "
-        "(negatives_per_lesion=0) and contrast lesions with each other (loss.negatives=lesions)"
-    )

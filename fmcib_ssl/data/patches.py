@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from jaxtyping import Int16
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fmcib_ssl.data.mining import MiningStrategy, NegativeMiner, NegativeQuery, mining_strategy, no_place, stand_ins
+from fmcib_ssl.data.mining import MiningStrategy, NegativeMiner, NegativeQuery, mining_strategy
 from fmcib_ssl.data.store import DamagedStoreError, Store, StoreError
 from fmcib_ssl.data.tables import OnBadRow
 from fmcib_ssl.types import PADDING_HU, Padding, PatchPair, SampleKey
@@ -100,7 +100,7 @@ class LesionPatches(Dataset[PatchPair]):
 
     def __getitem__(self, key: SampleKey | int) -> PatchPair:
         key = key if isinstance(key, SampleKey) else SampleKey(0, key)
-        for lesion in stand_ins(key, len(self), self._miner.seed):
+        for lesion in self._lesions_to_try(key):
             try:
                 return self._pair(key, lesion)
             except DamagedStoreError as error:
@@ -111,17 +111,29 @@ class LesionPatches(Dataset[PatchPair]):
                     warnings.warn(f"Skipping lesions of a damaged scan: {error}", stacklevel=2)
         raise StoreError(f"{self.store.path}: every one of its scans is damaged; run scripts/prepare.py again")
 
+    def _lesions_to_try(self, key: SampleKey) -> Iterator[int]:
+        """The lesion itself; then, should its scan fail, others in an order that the seed and the key alone decide."""
+        self._scan_of(key.index)  # refuses a number that is none
+        yield key.index
+        order = np.random.default_rng([self._miner.seed, *key]).permutation(len(self))
+        yield from (int(i) for i in order if i != key.index)
+
     def _pair(self, key: SampleKey, lesion: int) -> PatchPair:
         own = self._scan_of(lesion)
         drawn = self._miner.draw(key, own, lambda scan: self.negative_query(scan, lesion))
         if drawn is None:
-            extent = (self.patch_size * self.store.settings.spacing_mm).tolist()
-            raise StoreError(f"{self.store.path}: {no_place(extent)}")
+            extent = " x ".join(f"{edge:g}" for edge in self.patch_size * self.store.settings.spacing_mm)
+            raise StoreError(
+                f"{self.store.path}: no scan has room for a negative: a patch of {extent} mm (z, y, x) that is at "
+                "least half body and overlaps no annotated lesion. Take a smaller patch (patch_size, spacing_mm), add "
+                "scans, or mine none (negatives_per_lesion=0) and contrast lesions with each other "
+                "(loss.negatives=lesions)"
+            )
         scan, centers = drawn
         negatives = [self.patch_at(scan, center) for center in centers]
         return PatchPair(
             positive=self.positive(lesion),
-            negative=negatives[0] if self._miner.negatives_per_lesion == 1 else self._stacked(negatives),
+            negative=negatives[0] if len(negatives) == 1 else self._stacked(negatives),
             lesion=lesion,
             negative_from_other_scan=scan != own,
         )

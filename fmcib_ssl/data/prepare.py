@@ -259,7 +259,7 @@ def _announce(
     size = f"{num_bytes / 1e9:.1f} GB" if num_bytes > 1e8 else f"{num_bytes / 1e6:.1f} MB"
     time_ = f"about {minutes:.0f} minutes" if minutes > 1.5 else "a minute or less"
     logger.info(
-        "preparing %d scans: about %s in %s, %s on %d cores if the disk keeps up",
+        "preparing %d scans: about %s in %s, %s in %d processes if the disk keeps up",
         len(geometries), size, folder, time_, max(num_workers, 1),
     )  # fmt: skip
     if (free := shutil.disk_usage(folder).free) < num_bytes:

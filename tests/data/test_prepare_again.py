@@ -27,7 +27,8 @@ from prepared import (
 from fmcib_ssl.data import prepare_plan, prepare_scan, store_files
 from fmcib_ssl.data.annotations import BadRowsError, read_annotations
 from fmcib_ssl.data.scans import read_scan
-from fmcib_ssl.data.store import Store, StoreError, StoreSettings
+from fmcib_ssl.data.store import Store, StoreError, StoreSettings, read_settings_file
+from fmcib_ssl.data.store_files import claim_store
 
 
 def test_names_outlive_a_move_of_the_archive(tmp_path: Path) -> None:
@@ -159,6 +160,14 @@ def test_two_runs_on_one_store_are_refused(tmp_path: Path, monkeypatch: pytest.M
             run(table, store, merge=True)
         run(table, store, shard=(2, 2))
     run(table, store)
+
+
+def test_another_shard_is_just_writing_the_settings(tmp_path: Path) -> None:
+    """Shards of a job array start at the same moment; the file is renamed when it is whole."""
+    (tmp_path / ".store.json.7958.tmp").write_text('{"sett')
+    with claim_store(tmp_path, StoreSettings(), (1, 3)):
+        found = read_settings_file(tmp_path)
+    assert found is not None and not found["complete"]
 
 
 def test_bad_rows_may_refuse_the_whole_table(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def test_once_and_found_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     with caplog.at_level(logging.INFO):
         first = store_for_table(table, tmp_path / "stores", StoreSettings())
     assert first.num_made == 3 and first.store.parent == tmp_path / "stores" and first.store.name.startswith("lesions-")
-    assert f"preparing 3 scans: about 0.1 MB in {first.store}, a minute or less on 1 cores" in caplog.text
+    assert f"preparing 3 scans: about 0.1 MB in {first.store}, a minute or less in 1 processes" in caplog.text
     again = store_for_table(table, tmp_path / "stores", StoreSettings())
     assert (again.store, again.num_made, again.num_lesions) == (first.store, 0, 4)
     assert store_for_table(table, tmp_path / "stores", StoreSettings(2.0)).store != first.store
