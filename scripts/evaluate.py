@@ -75,7 +75,6 @@ def main(arguments: list[str]) -> None:
 
 def run(command: Evaluate) -> None:
     """Read, check for leakage, evaluate, write."""
-    from fmcib_ssl.evaluation.embedding import baseline_tables  # noqa: PLC0415  # the help is quick
     from fmcib_ssl.evaluation.evaluate import evaluate, find_leakage, gather, without_shared_patients  # noqa: PLC0415
     from fmcib_ssl.evaluation.feature_table import FeatureTable  # noqa: PLC0415
     from fmcib_ssl.evaluation.probes import LINEAR_PROBE  # noqa: PLC0415
@@ -87,7 +86,11 @@ def run(command: Evaluate) -> None:
     }
     protocol, lesions, published, notes = protocol_of(command, tables)
     print(*(f"note      {note}" for note in notes), sep="\n")
-    make = partial(baseline_tables, seed=command.seed, device=command.device) if command.baselines else None
+    make = None
+    if command.baselines:
+        from fmcib_ssl.evaluation.embedding import baseline_tables  # noqa: PLC0415  # torch and MONAI take seconds
+
+        make = partial(baseline_tables, seed=command.seed, device=command.device)
     candidates = gather(tables, lesions, command.size or [], make)
     allowed = {*command.allow_leakage, *(published.allow_leakage if published else ())}
     findings = find_leakage(protocol, lesions, candidates, command.extent)
