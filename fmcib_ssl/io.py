@@ -505,10 +505,10 @@ def _nested(value: Any, annotation: Any) -> Any:
         raise ValueError(f"{value!r} is not of the form {{key: [value, value]}} or [value, value]") from error
 
 
-CommandT = TypeVar("CommandT", bound=Command)
+_CommandT = TypeVar("_CommandT", bound=Command)
 
 
-def parse_command(command: type[CommandT], arguments: Sequence[str]) -> CommandT:
+def parse_command(command: type[_CommandT], arguments: Sequence[str]) -> _CommandT:
     """The settings that a command line `key=value ...` gives; for `--help` the help, and the end of the program.
 
     A value is taken as text and turned into the type of its field; `null` is None.

@@ -51,7 +51,7 @@ from fmcib_ssl.training.finetuning import (
 from fmcib_ssl.training.lesions import open_lesions
 from fmcib_ssl.training.loggers import MetricsFile, RunLogger, Start, WeightsAndBiases, read_metrics
 from fmcib_ssl.training.memory import settings_that_fit
-from fmcib_ssl.training.provenance import RanksAgree, environment, facts_of_rank
+from fmcib_ssl.training.provenance import check_ranks_agree, environment, facts_of_rank
 from fmcib_ssl.training.run_folder import ANEW, RunFolder, RunFolderError, saved_settings
 from fmcib_ssl.training.same_run import check_same_run, unlike_the_last
 from fmcib_ssl.training.settings import ConfigError, FineTune, Settings
@@ -117,7 +117,8 @@ def _pretrain(settings: Settings, folder: RunFolder) -> float:
 
     callbacks = build_parts("callbacks", settings.callbacks)
     if settings.world_size > 1:
-        callbacks.append(RanksAgree(facts_of_rank(_shown(settings), source.patches)))
+        facts = facts_of_rank(_shown(settings), source.patches)
+        callbacks.append(LambdaCallback(setup=lambda *_: check_ranks_agree(facts)))
     # Once all others were set up: they may refuse, and what an earlier start has left must not be touched then.
     callbacks.append(LambdaCallback(on_train_batch_start=lambda *_: begin()))
     trainer = build_trainer(

@@ -14,7 +14,7 @@ from typing import Any
 from fmcib_ssl.types import UserError, current_target
 
 #: Where a run's own parts are defined: everything in these modules may be built.
-OWN_PARTS = (
+_OWN_PARTS = (
     "fmcib_ssl.augment",
     "fmcib_ssl.losses",
     "fmcib_ssl.models.denoising",
@@ -26,11 +26,11 @@ OWN_PARTS = (
     "fmcib_ssl.training.optimizers",
 )
 #: Modules of torch whose public classes may be built; none of them opens a file.
-TORCH_PARTS = ("torch.nn.modules", "torch.optim")
+_TORCH_PARTS = ("torch.nn.modules", "torch.optim")
 #: What may be built of other packages, by name: networks and losses that read and fetch nothing when they are asked
 #: for no weights. Not whole packages: `torch.hub.load`, `timm.models.load_state_dict` or `monai.bundle` run what they
 #: are given.
-OTHER_PARTS: Mapping[str, tuple[str, ...]] = {
+_OTHER_PARTS: Mapping[str, tuple[str, ...]] = {
     "monai.networks.nets": (
         "ResNet", "resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet200",
         "DenseNet", "DenseNet121", "DenseNet169", "DenseNet201", "DenseNet264", "EfficientNetBN",
@@ -116,17 +116,17 @@ def is_trusted(name: str, trusted: Collection[str]) -> bool:
 
 def _is_own_part(target: str) -> bool:
     """Whether a name is a part of ours or a public class of torch's, by how it is written and where it is defined."""
-    found = _find(target, (*OWN_PARTS, *TORCH_PARTS))
+    found = _find(target, (*_OWN_PARTS, *_TORCH_PARTS))
     if not callable(found):
         return False
     defined = _defined_as(found)
-    return is_trusted(defined, OWN_PARTS) or (isinstance(found, type) and is_trusted(defined, TORCH_PARTS))
+    return is_trusted(defined, _OWN_PARTS) or (isinstance(found, type) and is_trusted(defined, _TORCH_PARTS))
 
 
 def _is_other_part(target: str) -> str | None:
     """The name, if it is a network or loss of another package that is known to be harmless without weights."""
     module, _, name = target.rpartition(".")
-    if name in OTHER_PARTS.get(module, ()):
+    if name in _OTHER_PARTS.get(module, ()):
         return target
     if module.startswith("timm.models.") and name.isidentifier():
         registry = importlib.import_module("timm.models")

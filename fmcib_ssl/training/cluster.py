@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 #: Names of Slurm jobs that Lightning takes for a shell at work, in which it starts the processes itself.
 _INTERACTIVE_NAMES = ("bash", "interactive")
 #: A job that was put back so often in a row, and has saved nothing new since, is not put back again.
-MOST_IDLE_STARTS = 3
+_MOST_IDLE_STARTS = 3
 #: What it exits with then: `EX_CONFIG`, and more than 75, because srun exits with the highest code of its processes.
 EXIT_TOO_SHORT = 78
 
@@ -215,11 +215,11 @@ def requeue(signum: signal.Signals, run: Path, *, ask: bool = True) -> int:
         return EXIT_CODES[signum]
     if signum == signal.SIGTERM and not _is_preempted(job):
         return EXIT_CODES[signum]
-    if _num_idle_starts(run, job) >= MOST_IDLE_STARTS and not _is_preempted(job):
+    if _num_idle_starts(run, job) >= _MOST_IDLE_STARTS and not _is_preempted(job):
         logger.error(
             "job %s is not queued again: it was %d times in a row, and nothing was saved in between. Its time is too "
             "short to start and to take a step before the signal: raise --time, or lower SECONDS in "
-            "--signal=USR1@SECONDS, and submit it once more; the run folder is kept", job, MOST_IDLE_STARTS,
+            "--signal=USR1@SECONDS, and submit it once more; the run folder is kept", job, _MOST_IDLE_STARTS,
         )  # fmt: skip
         return EXIT_TOO_SHORT
     if ask:

@@ -88,7 +88,7 @@ def check_command_line(arguments: Sequence[str], config_dir: Path) -> list[str]:
     """
     options, unknown = _hydra_options().parse_known_intermixed_args(list(arguments))
     _refuse_options(unknown, options.overrides)
-    parsed = parse_overrides(options.overrides)
+    parsed = _parse_overrides(options.overrides)
     flags = list(arguments)
     for override in options.overrides:
         flags.remove(override)
@@ -163,7 +163,9 @@ def _show(config: DictConfig, package: str | None, *, resolve: bool) -> None:
         OmegaConf.resolve(config)
     part = config if package in (None, "_global_") else OmegaConf.select(config, str(package))
     if part is None:
-        raise ConfigError(f"--package {package}: there is no such section.{nearest_key(str(package), keys_of(config))}")
+        raise ConfigError(
+            f"--package {package}: there is no such section.{_nearest_key(str(package), keys_of(config))}"
+        )
     print(OmegaConf.to_yaml(part) if OmegaConf.is_config(part) else part, end="")
 
 
@@ -215,7 +217,7 @@ def _single_runs(overrides: Sequence[Override]) -> Iterator[list[str]]:
             yield [*first[:position], line, *first[position + 1 :]]
 
 
-def parse_overrides(overrides: Iterable[str]) -> list[Override]:
+def _parse_overrides(overrides: Iterable[str]) -> list[Override]:
     """Read overrides by Hydra's grammar; text that it has no rule for, such as a path with `=` in it, is put in quotes.
 
     Raises:
@@ -267,7 +269,7 @@ def compose_run(config_name: str, overrides: Sequence[str]) -> Composed:
     Raises:
         ConfigError: a name that does not exist, or a value of another kind than the option's own.
     """
-    parsed = parse_overrides(overrides)
+    parsed = _parse_overrides(overrides)
     hydras = [o for o in parsed if str(o.key_or_group).startswith("hydra")]
     choices = {str(o.key_or_group): o for o in parsed if _chooses_option(o)}
     by_key = [o for o in parsed if o not in hydras and o not in choices.values()]
@@ -373,7 +375,7 @@ def _check_keys_of_experiment(config: DictConfig, declared: DictConfig, experime
         section = key.split(".")[0]
         own_object = _target(config, section) != _target(declared, section)
         if key not in known and not own_object and not key.startswith(_FREE_SECTIONS):
-            raise ConfigError(f"experiment {experiment} sets {key}: there is no such key.{nearest_key(key, known)}")
+            raise ConfigError(f"experiment {experiment} sets {key}: there is no such key.{_nearest_key(key, known)}")
 
 
 def _target(config: DictConfig, section: str) -> object:
@@ -396,7 +398,7 @@ def _check_key(override: Override, config: DictConfig) -> None:
         for former, change in FORMER_KEYS.items():
             if name == former or name.startswith(f"{former}."):
                 raise ConfigError(f"{former} {change}")
-        raise ConfigError(f"{name}: there is no such key.{nearest_key(name, known)}{hint}")
+        raise ConfigError(f"{name}: there is no such key.{_nearest_key(name, known)}{hint}")
     if isinstance(value, dict) and "_target_" in value:
         raise ConfigError(
             f"{name}={{_target_: ...}} would be mixed with the arguments of the option it replaces; take that out: "
@@ -424,7 +426,7 @@ def keys_of(config: DictConfig, prefix: str = "") -> list[str]:
     return keys
 
 
-def nearest_key(name: str, keys: Sequence[str]) -> str:
+def _nearest_key(name: str, keys: Sequence[str]) -> str:
     """For a message: the nearest key, also if only its last part was typed (`temperature`), or the siblings."""
     parents = {key.rpartition(".")[0] for key in keys}
     if suggestion := _did_you_mean(name, [key for key in keys if key not in parents or "." not in name]):

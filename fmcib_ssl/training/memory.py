@@ -71,7 +71,7 @@ def settings_that_fit(
 
             def step(size: int) -> None:
                 batch_size = size if what == "batch_size" else max_
-                _take_steps(with_size(settings, what, size), parts, batch_size, device)
+                _take_steps(_with_size(settings, what, size), parts, batch_size, device)
 
             size = largest_that_fits(step, max_)
             if not size:
@@ -83,10 +83,10 @@ def settings_that_fit(
             folder.note(auto_batch={what: size})
         else:
             size = _found_by_first_process(folder, what, settings.hardware.collective_timeout_s)
-    return with_size(settings, what, min(size, max_))
+    return _with_size(settings, what, min(size, max_))
 
 
-def with_size(settings: Settings, what: str, size: int) -> Settings:
+def _with_size(settings: Settings, what: str, size: int) -> Settings:
     """The settings with another `data.batch_size`, or `method.chunk_size`."""
     if what == "chunk_size":
         return settings.model_copy(update={"method": {**settings.method, what: size}})

@@ -15,19 +15,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pandas as pd
 import torch
 import torch.distributed as dist
 
 from fmcib_ssl.io import redacted
-from fmcib_ssl.training.non_finite import TrainingFaultError
 from fmcib_ssl.training.same_run import DATA_ACCESS, flat_settings
+from fmcib_ssl.training.settings import ConfigError
 
 #: Packages that can change a result.
 PACKAGES = ("fmcib_ssl", "torch", "torchvision", "lightning", "monai", "SimpleITK", "numpy", "scipy", "timm")
 #: Settings that each machine may have its own of: where data lie, and how they are read.
-FREE_ON_EACH_RANK = (
+_FREE_ON_EACH_RANK = (
     "name",
     "contact_sheet_rows",
     "identifiers",
@@ -38,7 +37,7 @@ FREE_ON_EACH_RANK = (
     "hardware.pin_memory",
     *DATA_ACCESS,
 )
-_MOST_SHOWN = 12
+_MAX_SHOWN = 12
 
 
 def environment() -> dict[str, Any]:
@@ -75,33 +74,21 @@ def _version(package: str) -> str | None:
         return None
 
 
-class RanksAgree(L.Callback):
-    """Compares on all ranks, before the first step, what a run follows from.
+def check_ranks_agree(facts: Mapping[str, Any]) -> None:
+    """Compare, on all ranks, what a run follows from: plain values by what they are called.
 
-    Args:
-        facts: plain values by what they are called.
+    Raises:
+        ConfigError: on all ranks, naming what differs, and where.
     """
-
-    def __init__(self, facts: Mapping[str, Any]) -> None:
-        self.facts = dict(facts)
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Compare.
-
-        Raises:
-            TrainingFaultError: on all ranks, naming what differs, and where.
-        """
-        if trainer.world_size == 1:
-            return
-        facts: list[Any] = [None] * trainer.world_size
-        dist.all_gather_object(facts, self.facts)
-        if lines := differences(facts):
-            more = [f"and {len(lines) - _MOST_SHOWN} more"] if len(lines) > _MOST_SHOWN else []
-            raise TrainingFaultError(
-                "the ranks were not given the same run, and nothing was trained:\n"
-                + "\n".join(f"  {line}" for line in [*lines[:_MOST_SHOWN], *more])
-                + "\nStart all of them with the same command, code and lesions"
-            )
+    of_all: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_all, dict(facts))
+    if lines := differences(of_all):
+        more = [f"and {len(lines) - _MAX_SHOWN} more"] if len(lines) > _MAX_SHOWN else []
+        raise ConfigError(
+            "the ranks were not given the same run, and nothing was trained:\n"
+            + "\n".join(f"  {line}" for line in [*lines[:_MAX_SHOWN], *more])
+            + "\nStart all of them with the same command, code and lesions"
+        )
 
 
 def facts_of_rank(settings: Mapping[str, Any], patches: Any) -> dict[str, Any]:
@@ -109,17 +96,16 @@ def facts_of_rank(settings: Mapping[str, Any], patches: Any) -> dict[str, Any]:
 
     Args:
         settings: of the run, plain values.
-        patches: its lesions; a table `lesions`, or `table.rows`, is compared without the place of the scans.
+        patches: whose table `lesions` is compared without the place of the scans.
     """
     run = str(settings["paths"]["run"])
-    flat = {key: value for key, value in flat_settings(settings).items() if not key.startswith(FREE_ON_EACH_RANK)}
+    flat = {key: value for key, value in flat_settings(settings).items() if not key.startswith(_FREE_ON_EACH_RANK)}
     facts = {key: value.replace(run, "RUN") if isinstance(value, str) else value for key, value in flat.items()}
-    table = patches.lesions if hasattr(patches, "lesions") else patches.table.rows
+    table = patches.lesions
     rows = pd.util.hash_pandas_object(table.drop(columns="image_path", errors="ignore"))
     digest = hashlib.sha256(rows.to_numpy().tobytes()).hexdigest()
     facts["lesions, in their order"] = f"{len(table)} with digest {digest[:8]}"
-    versions = environment()
-    facts |= {f"version of {name}": version for name, version in versions["packages"].items()}
+    facts |= {f"version of {name}": _version(name) for name in PACKAGES}
     package = Path(__file__).parents[1]
     for file in sorted(package.rglob("*.py")):
         facts[f"code of {file.relative_to(package.parent)}"] = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
@@ -132,7 +118,7 @@ def differences(facts: Sequence[Mapping[str, Any]]) -> list[str]:
     for key in dict.fromkeys(key for own in facts for key in own):
         ranks: dict[str, list[str]] = {}
         for rank, own in enumerate(facts):
-            ranks.setdefault(str(own.get(key, "not there")), []).append(str(rank))
+            ranks.setdefault(str(own.get(key, "missing")), []).append(str(rank))
         if len(ranks) > 1:
             values = (f"{value} on rank{'s' * (len(own) > 1)} {', '.join(own)}" for value, own in ranks.items())
             lines.append(f"{key}: {'; '.join(values)}")

@@ -23,7 +23,7 @@ from fmcib_ssl.io import Held, Lock, read_json, read_yaml, remove_leftovers, wri
 from fmcib_ssl.training.settings import upgraded
 from fmcib_ssl.types import UserError
 
-STATE_FILE, CONFIG_FILE, ENVIRONMENT_FILE = "run.json", "config.yaml", "environment.json"
+STATE_FILE, _CONFIG_FILE, _ENVIRONMENT_FILE = "run.json", "config.yaml", "environment.json"
 _LOCK_FILE = ".lock"
 #: A run that is killed may take a moment to let go.
 LOCK_PATIENCE_S = 10.0
@@ -114,8 +114,8 @@ class RunFolder:
         self.state["starts"].append({"time": _now(), "host": socket.gethostname(), **start})
         self.state["finished"] = None
         self._write()
-        self._write_file(CONFIG_FILE, yaml.safe_dump(dict(settings), sort_keys=False))
-        self._write_file(ENVIRONMENT_FILE, json.dumps(environment, indent=2, default=str) + "\n")
+        self._write_file(_CONFIG_FILE, yaml.safe_dump(dict(settings), sort_keys=False))
+        self._write_file(_ENVIRONMENT_FILE, json.dumps(environment, indent=2, default=str) + "\n")
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take what a checkpoint has kept of a state that is lost."""
@@ -220,7 +220,7 @@ def refuse_foreign(folder: Path) -> None:
     """
     if not folder.is_dir() or (folder / STATE_FILE).exists() or any(folder.glob("checkpoints/step-*.ckpt")):
         return
-    if (folder / CONFIG_FILE).is_file() and (folder / ENVIRONMENT_FILE).is_file():
+    if (folder / _CONFIG_FILE).is_file() and (folder / _ENVIRONMENT_FILE).is_file():
         return  # a fine-tuning whose state is lost
     foreign = sorted(path.name for path in folder.iterdir() if not _BEFORE_THE_START.fullmatch(path.name))
     if foreign:
@@ -237,7 +237,7 @@ def saved_settings(folder: Path) -> dict[str, Any] | None:
     Raises:
         RunFolderError: it is damaged.
     """
-    file = folder / CONFIG_FILE
+    file = folder / _CONFIG_FILE
     try:
         settings: Any = read_yaml(file)
         if not isinstance(settings, dict):

@@ -27,7 +27,7 @@ DATA_ACCESS = (
     "data.phantom.folder",
 )
 #: Settings that a run may be resumed with changed: where and how fast it runs, where its data lie, what is watched.
-FREE_SETTINGS = (
+_FREE_SETTINGS = (
     "name",
     "contact_sheet_rows",
     "identifiers",
@@ -41,16 +41,16 @@ FREE_SETTINGS = (
     *DATA_ACCESS,
 )
 #: Settings that earlier versions had not, with what they did: a run of theirs is the same run.
-EARLIER = {"data.padding": "constant", "identifiers": "show", "loss.gather_distributed": True}
+_EARLIER = {"data.padding": "constant", "identifiers": "show", "loss.gather_distributed": True}
 #: Settings that earlier versions had, with their defaults where folders of runs were called after them.
-GONE = {"data.check": "headers", "data.allow_short_scans": False, "data.cache_scans": None}
+_GONE = {"data.check": "headers", "data.allow_short_scans": False, "data.cache_scans": None}
 #: These may only grow.
 LENGTHS = ("trainer.max_epochs", "trainer.max_steps")
 #: Files and folders: the same however they are typed.
-PLACES = ("data.store", "data.annotations", "finetune.weights")
+_PLACES = ("data.store", "data.annotations", "finetune.weights")
 
 #: Settings that earlier versions had under another name, by which they called the folders of their runs.
-RENAMED = {"data.per_lesion": "data.negatives_per_lesion"}
+_RENAMED = {"data.per_lesion": "data.negatives_per_lesion"}
 
 _NUM_DIGITS = 8
 _MOST_SHOWN = 3
@@ -64,11 +64,11 @@ def settings_digest(settings: Mapping[str, Any], keyed: Collection[str] = ()) ->
         keyed: settings that count besides, such as lengths that a sweep compares.
     """
     flat = flat_settings(settings)
-    counted = (key in (*PLACES, *keyed) or not (_is_free(key) or key in LENGTHS) for key in sorted(flat))
+    counted = (key in (*_PLACES, *keyed) or not (_is_free(key) or key in LENGTHS) for key in sorted(flat))
     fixed = {key: _plain(flat[key]) for key, counts in zip(sorted(flat), counted, strict=True) if counts}
     # A run of an earlier version is in a folder that is called after what parts had as names then.
-    fixed |= {old: fixed.pop(new) for old, new in RENAMED.items() if new in fixed}
-    fixed |= {key: value for key, value in GONE.items() if value is not None}
+    fixed |= {old: fixed.pop(new) for old, new in _RENAMED.items() if new in fixed}
+    fixed |= {key: value for key, value in _GONE.items() if value is not None}
     fixed |= {key: first_target(value) for key, value in fixed.items() if key.endswith("_target_")}
     if fixed.get("method._target_") == "fmcib_ssl.methods.MinedContrast":
         fixed["method.gather"] = "all"  # a key that it had
@@ -134,18 +134,18 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[lis
 
 
 def _is_free(key: str) -> bool:
-    return key.startswith(FREE_SETTINGS)
+    return key.startswith(_FREE_SETTINGS)
 
 
 def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Values by dotted key, without `run`, which says which folder and not what is in it."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        name = RENAMED.get(f"{prefix}{key}", f"{prefix}{key}")
+        name = _RENAMED.get(f"{prefix}{key}", f"{prefix}{key}")
         if isinstance(value, Mapping) and value:
             flat.update(flat_settings(value, f"{name}."))
-        elif name != "run" and name not in GONE and (name, value) not in EARLIER.items():
-            flat[name] = str(Path(value).resolve()) if name in PLACES and isinstance(value, str) else value
+        elif name != "run" and name not in _GONE and (name, value) not in _EARLIER.items():
+            flat[name] = str(Path(value).resolve()) if name in _PLACES and isinstance(value, str) else value
     return flat
 
 
