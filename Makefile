@@ -12,7 +12,7 @@ CONTAINERS_ARE_THERE := { docker info || { command -v dockerd && command -v debo
 CLUSTER_TESTS ?= cluster
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-cluster slurm test-container containers lint check clean
+.PHONY: help demo test test-slow test-attacks test-cluster slurm test-container containers lint check clean
 
 help:            ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 18
@@ -25,6 +25,9 @@ test: $(VENV)/.dev     ## run the tests, on all cores
 
 test-slow: $(VENV)/.dev     ## run the tests that take long
 	$(BIN)/python -m pytest -m "slow and not cluster and not container"
+
+test-attacks: $(VENV)/.dev     ## run the tests that kill, damage or mislead what they test, on all cores
+	$(BIN)/python -m pytest -n auto -m "attack and not cluster and not container"
 
 test-cluster: slurm $(VENV)/.dev     ## start Slurm on this machine (root, Debian) and run the tests that need it; about 10 minutes
 	$(BIN)/python -m pytest tests/cluster -m "$(CLUSTER_TESTS)"

@@ -14,16 +14,18 @@ import hydra  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
-from fmcib_ssl.data.processes import end_with_parent  # noqa: E402
+from fmcib_ssl.data import end_with_parent  # noqa: E402
 from fmcib_ssl.io import exit_without_teardown, no_world_write  # noqa: E402
-from fmcib_ssl.training.cluster import check_machine, requeue  # noqa: E402
-from fmcib_ssl.training.config import (  # noqa: E402
+from fmcib_ssl.training import (  # noqa: E402  # noqa: E402  # noqa: E402
     CONFIG_NAME,
+    ConfigError,
+    Settings,
     check_command_line,
+    check_machine,
     compose_run,
     read_settings,
+    requeue,
 )
-from fmcib_ssl.training.settings import ConfigError, Settings  # noqa: E402
 
 CONFIG_DIR = Path(__file__).resolve().parent / "configs"
 

@@ -44,10 +44,7 @@ from monai.transforms import (
 )
 from scipy import ndimage
 
-from fmcib_ssl.data.annotations import read_annotations
-from fmcib_ssl.data.patches import LesionPatches
-from fmcib_ssl.data.prepare import prepare
-from fmcib_ssl.data.store import Store, StoreSettings
+from fmcib_ssl.data import LesionPatches, Store, StoreSettings, prepare, read_annotations
 from fmcib_ssl.types import SampleKey
 
 RESULTS = Path(__file__).parent / "results" / "data.json"

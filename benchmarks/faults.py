@@ -25,7 +25,7 @@ from faults_runs import Started, start, start_ranks
 from pydantic import Field, NonNegativeInt, PositiveInt
 from tqdm import tqdm
 
-from fmcib_ssl.data.phantom import make_archive
+from fmcib_ssl.data import make_archive
 from fmcib_ssl.io import Command, parse_command, write_atomically
 
 RESULTS = Path(__file__).parent / "results" / "faults.json"

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from faults_runs import NUM_STEPS
 
-from fmcib_ssl.data.store import Store
+from fmcib_ssl.data import Store
 
 #: Figures that a clock has made.
 TIMED = re.compile("perf/.*")

@@ -27,8 +27,7 @@ import torch
 from torch import nn
 
 from fmcib_ssl.losses import NTXentNegativeMinedLoss
-from fmcib_ssl.models import MinedContrast, Parts
-from fmcib_ssl.models.encoders import feature_dim, small_resnet
+from fmcib_ssl.models import MinedContrast, Parts, feature_dim, small_resnet
 from fmcib_ssl.types import ViewPairs
 
 

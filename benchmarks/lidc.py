@@ -36,10 +36,17 @@ from pydantic import Field
 from tqdm import tqdm
 
 import fmcib_ssl
-from fmcib_ssl.evaluation.evaluate import NUM_COMPONENTS, compact
-from fmcib_ssl.evaluation.labels import Split, without_shared
-from fmcib_ssl.evaluation.leakage import check_duplicates, check_patch_borders, check_patients
-from fmcib_ssl.evaluation.probes import Inputs, SplitScores
+from fmcib_ssl.evaluation import (
+    NUM_COMPONENTS,
+    Inputs,
+    Split,
+    SplitScores,
+    check_duplicates,
+    check_patch_borders,
+    check_patients,
+    compact,
+    without_shared,
+)
 from fmcib_ssl.io import Command, atomic_write, parse_command
 
 Array = npt.NDArray[Any]

@@ -14,11 +14,7 @@ import torch
 from scipy.ndimage import gaussian_gradient_magnitude, gaussian_laplace
 from torch import Tensor
 
-from fmcib_ssl.data.annotations import read_annotations
-from fmcib_ssl.data.importers import lidc_crops
-from fmcib_ssl.data.patches import LesionPatches
-from fmcib_ssl.data.prepare import prepare
-from fmcib_ssl.data.store import Store
+from fmcib_ssl.data import LesionPatches, Store, lidc_crops, prepare, read_annotations
 from fmcib_ssl.types import PatchPair, Preprocessing, SampleKey
 
 Array = npt.NDArray[Any]

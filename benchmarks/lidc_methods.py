@@ -20,11 +20,9 @@ from hydra import compose, initialize_config_dir
 from lidc_data import PREPROCESSING, TrainingPatches
 from torch import Tensor, nn
 
-from fmcib_ssl.data.loader import LesionDataModule
-from fmcib_ssl.evaluation.embedding_sources import encode
-from fmcib_ssl.training.build import build, build_module, build_views
-from fmcib_ssl.training.config import read_settings
-from fmcib_ssl.training.settings import Settings
+from fmcib_ssl.data import LesionDataModule
+from fmcib_ssl.evaluation import encode
+from fmcib_ssl.training import Settings, build, build_module, build_views, read_settings
 
 Array = npt.NDArray[Any]
 

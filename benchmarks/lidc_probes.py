@@ -10,9 +10,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fmcib_ssl.evaluation.labels import Labels, Split
-from fmcib_ssl.evaluation.metrics import Estimate, auc, interval
-from fmcib_ssl.evaluation.probes import PROBES, Inputs, Protocol, SplitScores, resampled, score
+from fmcib_ssl.evaluation import (
+    PROBES,
+    Estimate,
+    Inputs,
+    Labels,
+    Protocol,
+    Split,
+    SplitScores,
+    auc,
+    interval,
+    resampled,
+    score,
+)
 from fmcib_ssl.io import atomic_write
 
 Array = npt.NDArray[Any]

@@ -19,11 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from fmcib_ssl.data.annotations import read_annotations
-from fmcib_ssl.data.mining import STRATEGIES
-from fmcib_ssl.data.patches import LesionPatches
-from fmcib_ssl.data.prepare import prepare
-from fmcib_ssl.data.store import Store
+from fmcib_ssl.data import STRATEGIES, LesionPatches, Store, prepare, read_annotations
 from fmcib_ssl.types import SampleKey
 
 NUM_CENTERS, NUM_NEGATIVES, SIZE = 400, 6, 50

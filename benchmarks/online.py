@@ -21,9 +21,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from fmcib_ssl.run import pretrain
-from fmcib_ssl.training.collapse_monitor import CollapseMonitor
-from fmcib_ssl.training.config import CONFIG_NAME, read_settings
-from fmcib_ssl.training.online_probe import OnlineProbe
+from fmcib_ssl.training import CONFIG_NAME, CollapseMonitor, OnlineProbe, read_settings
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 HOOKS = ("on_train_start", "on_train_batch_end", "on_train_epoch_end")

@@ -33,14 +33,18 @@ from large_batches import peak_mib
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from fmcib_ssl.data.loader import LesionDataModule
+from fmcib_ssl.data import LesionDataModule
 from fmcib_ssl.io import Command, parse_command
-from fmcib_ssl.models import MinedContrast
-from fmcib_ssl.models.acceleration import resolve_precision
-from fmcib_ssl.training.build import accelerate, build_module, build_views
-from fmcib_ssl.training.config import CONFIG_NAME, read_settings
-from fmcib_ssl.training.settings import Settings
-from fmcib_ssl.training.throughput import flops_of_lesion
+from fmcib_ssl.models import MinedContrast, resolve_precision
+from fmcib_ssl.training import (
+    CONFIG_NAME,
+    Settings,
+    accelerate,
+    build_module,
+    build_views,
+    flops_of_lesion,
+    read_settings,
+)
 from fmcib_ssl.types import PatchPair, Preprocessing, SampleKey
 
 REPO = Path(__file__).resolve().parents[1]

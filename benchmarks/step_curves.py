@@ -26,7 +26,7 @@ from pydantic import Field, PositiveInt
 
 from fmcib_ssl.io import Command, parse_command
 from fmcib_ssl.run import pretrain
-from fmcib_ssl.training.config import CONFIG_NAME, read_settings
+from fmcib_ssl.training import CONFIG_NAME, read_settings
 
 REPO = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "step_curves.json"

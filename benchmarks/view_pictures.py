@@ -21,10 +21,7 @@ from PIL import Image
 from pydantic import Field, PositiveInt
 from views import RECIPES, REPO, shipped
 
-from fmcib_ssl.data.patches import LesionPatches
-from fmcib_ssl.data.phantom import make_archive
-from fmcib_ssl.data.prepare import store_for_table
-from fmcib_ssl.data.store import StoreSettings
+from fmcib_ssl.data import LesionPatches, StoreSettings, make_archive, store_for_table
 from fmcib_ssl.io import Command, parse_command
 from fmcib_ssl.types import Preprocessing
 

@@ -8,13 +8,13 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load_encoder"]
 
 if TYPE_CHECKING:
-    from fmcib_ssl.models.export import load_encoder
+    from fmcib_ssl.models import load_encoder
 
 
 def __getattr__(name: str) -> Any:
     # torch takes seconds to import; `import fmcib_ssl` must not pay for it (`train.py --help` does that).
     if name == "load_encoder":
-        from fmcib_ssl.models.export import load_encoder  # noqa: PLC0415
+        from fmcib_ssl.models import load_encoder  # noqa: PLC0415
 
         return load_encoder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

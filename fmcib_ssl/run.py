@@ -22,12 +22,22 @@ import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import rank_zero_only
 
-from fmcib_ssl.data.loader import LesionDataModule
-from fmcib_ssl.data.workers import no_worker_left
+from fmcib_ssl.data import LesionDataModule, no_worker_left
 from fmcib_ssl.io import checksum_of, redacted, without_names, write_json
-from fmcib_ssl.models.pretraining import Pretraining
-from fmcib_ssl.training import signals
-from fmcib_ssl.training.build import (
+from fmcib_ssl.models import Pretraining
+from fmcib_ssl.training import (
+    ANEW,
+    ConfigError,
+    FineTune,
+    MetricsFile,
+    RunCheckpoints,
+    RunFolder,
+    RunFolderError,
+    RunLogger,
+    Settings,
+    Start,
+    WeightsAndBiases,
+    WholeFileIO,
     accelerate,
     batch_size_of,
     build_data,
@@ -35,27 +45,33 @@ from fmcib_ssl.training.build import (
     build_parts,
     build_trainer,
     build_views,
-    num_steps,
-    refuse_unused,
-)
-from fmcib_ssl.training.checkpoints import RunCheckpoints, WholeFileIO, find_checkpoint, restored_state, step_of
-from fmcib_ssl.training.cluster import check_disk
-from fmcib_ssl.training.finetuning import (
+    check_disk,
+    check_ranks_agree,
+    check_same_run,
+    draw_contact_sheet,
+    environment,
+    facts_of_rank,
+    find_checkpoint,
     labelled_task,
+    num_steps,
+    open_lesions,
+    outcome,
+    read_metrics,
+    refuse_unused,
+    restored_state,
     results_of,
+    saved_settings,
+    settings_that_fit,
+    signals,
     starting_encoder,
+    step_of,
+    summary,
     task_checksum,
     task_summary,
     train_split,
+    unlike_the_last,
+    write_results,
 )
-from fmcib_ssl.training.lesions import open_lesions
-from fmcib_ssl.training.loggers import MetricsFile, RunLogger, Start, WeightsAndBiases, read_metrics
-from fmcib_ssl.training.memory import settings_that_fit
-from fmcib_ssl.training.provenance import check_ranks_agree, environment, facts_of_rank
-from fmcib_ssl.training.run_folder import ANEW, RunFolder, RunFolderError, saved_settings
-from fmcib_ssl.training.same_run import check_same_run, unlike_the_last
-from fmcib_ssl.training.settings import ConfigError, FineTune, Settings
-from fmcib_ssl.training.summary import draw_contact_sheet, outcome, summary, write_results
 from fmcib_ssl.types import UserError
 
 logger = logging.getLogger(__name__)

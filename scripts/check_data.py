@@ -17,8 +17,8 @@ from fmcib_ssl.io import Command, Identifiers, identifier, parse_command
 if TYPE_CHECKING:
     import pandas as pd
 
-    from fmcib_ssl.data.annotations import LesionTable
-    from fmcib_ssl.evaluation.figures import SheetLesion
+    from fmcib_ssl.data import LesionTable
+    from fmcib_ssl.evaluation import SheetLesion
 
 #: Width of what the contact sheet shows of each lesion.
 SHEET_MM = 64
@@ -46,8 +46,11 @@ def main(arguments: list[str]) -> None:
     """Check, print a summary, draw the contact sheet."""
     command = parse_command(CheckData, arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    from fmcib_ssl.data.annotations import check_annotations, read_annotations  # noqa: PLC0415  # the help is quick
-    from fmcib_ssl.data.tables import AnnotationsError  # noqa: PLC0415
+    from fmcib_ssl.data import (  # noqa: PLC0415  # the help is quick
+        AnnotationsError,
+        check_annotations,
+        read_annotations,
+    )
 
     command.output.mkdir(parents=True, exist_ok=True)
     try:
@@ -79,9 +82,13 @@ def main(arguments: list[str]) -> None:
     if command.check == "full":
         print(f"values    {peaks_summary(scans)}: {command.output / 'scans.csv'}")
     if command.sheet_lesions:
-        from fmcib_ssl.evaluation.figures import lesion_sheet  # noqa: PLC0415
-        from fmcib_ssl.evaluation.report import rejected_section, write_report  # noqa: PLC0415
-        from fmcib_ssl.evaluation.report_sections import ReportFigure, Section  # noqa: PLC0415
+        from fmcib_ssl.evaluation import (  # noqa: PLC0415  # noqa: PLC0415
+            ReportFigure,
+            Section,
+            lesion_sheet,
+            rejected_section,
+            write_report,
+        )
 
         lesions = sample(usable, command.sheet_lesions, command.spacing_mm, command.identifiers)
         picture = lesion_sheet(lesions, command.output / "contact_sheet.png", command.spacing_mm)
@@ -130,8 +137,11 @@ def round_trips(table: LesionTable, spacing_mm: float) -> pd.DataFrame:
     import numpy as np  # noqa: PLC0415
     import pandas as pd  # noqa: PLC0415
 
-    from fmcib_ssl.data.annotations import PATH_COLUMN, places_by_scan  # noqa: PLC0415
-    from fmcib_ssl.data.store import StoreGrid  # noqa: PLC0415
+    from fmcib_ssl.data import (  # noqa: PLC0415
+        PATH_COLUMN,
+        StoreGrid,
+        places_by_scan,
+    )
 
     points = table.centers_lps_mm
     ijk, zyx, back, voxel = (np.empty_like(points) for _ in range(4))
@@ -156,10 +166,13 @@ def sample(table: LesionTable, num_lesions: int, spacing_mm: float, identifiers:
     """Lesions spread over the table, cut from their scans."""
     import numpy as np  # noqa: PLC0415
 
-    from fmcib_ssl.data.annotations import PATH_COLUMN  # noqa: PLC0415
-    from fmcib_ssl.data.geometry import PatchGrid  # noqa: PLC0415
-    from fmcib_ssl.data.scans import crop_patch, read_scan  # noqa: PLC0415
-    from fmcib_ssl.evaluation.figures import SheetLesion  # noqa: PLC0415
+    from fmcib_ssl.data import (  # noqa: PLC0415
+        PATH_COLUMN,
+        PatchGrid,
+        crop_patch,
+        read_scan,
+    )
+    from fmcib_ssl.evaluation import SheetLesion  # noqa: PLC0415
 
     size = (max(2, round(SHEET_MM / spacing_mm)),) * 3
     lesions = []

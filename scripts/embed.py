@@ -18,8 +18,7 @@ from fmcib_ssl.io import Command, num_cores, parse_command
 from fmcib_ssl.types import UserError
 
 if TYPE_CHECKING:
-    from fmcib_ssl.evaluation.embedding import Outcome
-    from fmcib_ssl.evaluation.embedding_sources import FrozenEncoder, Inference
+    from fmcib_ssl.evaluation import FrozenEncoder, Inference, Outcome
 
 #: Other names that keys may be given by.
 OTHER_NAMES = {"weights": "checkpoint", "out": "output"}
@@ -79,7 +78,7 @@ def main(arguments: list[str]) -> None:
     if command.devices > 1 and command.shard is None and "RANK" not in os.environ:
         sys.exit(start_processes(command.devices, renamed))
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    from fmcib_ssl.evaluation.embedding import embed_to_file  # noqa: PLC0415  # the help is quick
+    from fmcib_ssl.evaluation import embed_to_file  # noqa: PLC0415  # the help is quick
 
     try:
         share, local = process(command)
@@ -135,12 +134,12 @@ def source_of(command: Embed) -> dict[str, Any]:
 
 def encoder_of(command: Embed) -> FrozenEncoder:
     """The encoder that is asked for, of a file or, for a folder, of the run in it."""
-    from fmcib_ssl.evaluation.embedding_sources import random_encoder, raw_voxels, trained_encoder  # noqa: PLC0415
+    from fmcib_ssl.evaluation import random_encoder, raw_voxels, trained_encoder  # noqa: PLC0415
 
     file = command.like if command.checkpoint in ("random", "raw_voxels") else Path(command.checkpoint)
     assert file is not None
     if file.is_dir():
-        from fmcib_ssl.training.checkpoints import weights_of_run  # noqa: PLC0415  (Lightning, which a file does without)
+        from fmcib_ssl.training import weights_of_run  # noqa: PLC0415  (Lightning, which a file does without)
 
         file = weights_of_run(file)
     encoder = trained_encoder(file, trusted_targets=command.trusted_targets)
@@ -156,7 +155,7 @@ def inference_of(command: Embed, local: int) -> Inference:
     """How patches go through the encoder on this machine."""
     import torch  # noqa: PLC0415
 
-    from fmcib_ssl.evaluation.embedding_sources import Inference  # noqa: PLC0415
+    from fmcib_ssl.evaluation import Inference  # noqa: PLC0415
 
     device = command.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda":
@@ -169,7 +168,7 @@ def inference_of(command: Embed, local: int) -> Inference:
 
 def report(outcome: Outcome) -> None:
     """Say what was done."""
-    from fmcib_ssl.evaluation.embedding import rejected_file  # noqa: PLC0415
+    from fmcib_ssl.evaluation import rejected_file  # noqa: PLC0415
 
     if outcome.num_missing:
         print(f"this share is done; {outcome.num_missing} of {outcome.num_lesions} lesions are with other processes,")

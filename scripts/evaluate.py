@@ -17,8 +17,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from fmcib_ssl.io import Command, parse_command, write_json
 
 if TYPE_CHECKING:
-    from fmcib_ssl.evaluation.evaluate import Evaluation
-    from fmcib_ssl.evaluation.feature_table import FeatureTable
+    from fmcib_ssl.evaluation import Evaluation, FeatureTable
 
 TASKS = Path(__file__).resolve().parent / "tasks"
 #: Other spellings that are taken.
@@ -75,10 +74,15 @@ def main(arguments: list[str]) -> None:
 
 def run(command: Evaluate) -> None:
     """Read, check for leakage, evaluate, write."""
-    from fmcib_ssl.evaluation.evaluate import evaluate, find_leakage, gather, without_shared_patients  # noqa: PLC0415
-    from fmcib_ssl.evaluation.feature_table import FeatureTable  # noqa: PLC0415
-    from fmcib_ssl.evaluation.probes import LINEAR_PROBE  # noqa: PLC0415
-    from fmcib_ssl.training.provenance import environment  # noqa: PLC0415
+    from fmcib_ssl.evaluation import (  # noqa: PLC0415
+        LINEAR_PROBE,
+        FeatureTable,
+        evaluate,
+        find_leakage,
+        gather,
+        without_shared_patients,
+    )
+    from fmcib_ssl.training import environment  # noqa: PLC0415
 
     stems = [path.stem for path in command.features]
     tables = {
@@ -88,7 +92,7 @@ def run(command: Evaluate) -> None:
     print(*(f"note      {note}" for note in notes), sep="\n")
     make = None
     if command.baselines:
-        from fmcib_ssl.evaluation.embedding import baseline_tables  # noqa: PLC0415  # torch and MONAI take seconds
+        from fmcib_ssl.evaluation import baseline_tables  # noqa: PLC0415  # torch and MONAI take seconds
 
         make = partial(baseline_tables, seed=command.seed, device=command.device)
     candidates = gather(tables, lesions, command.size or [], make)
@@ -138,10 +142,13 @@ def protocol_of(command: Evaluate, tables: dict[str, FeatureTable]) -> tuple[Any
     """Who is labelled how, trained on and tested; the rows of the lesions, the published task, and notes on them."""
     import numpy as np  # noqa: PLC0415
 
+    from fmcib_ssl.evaluation import (  # noqa: PLC0415
+        Kind,
+        Protocol,
+        join_task,
+        load_task,
+    )
     from fmcib_ssl.evaluation import labels as of  # noqa: PLC0415
-    from fmcib_ssl.evaluation.metrics import Kind  # noqa: PLC0415
-    from fmcib_ssl.evaluation.probes import Protocol  # noqa: PLC0415
-    from fmcib_ssl.evaluation.tasks import join_task, load_task  # noqa: PLC0415
 
     shared = set.intersection(*(set(table.lesions["lesion_id"]) for table in tables.values()))
     lesions = next(iter(tables.values())).lesions
@@ -181,7 +188,7 @@ def protocol_of(command: Evaluate, tables: dict[str, FeatureTable]) -> tuple[Any
 
 def show(result: Evaluation) -> None:
     """Print the tables: what was reached, and who is ahead of whom."""
-    from fmcib_ssl.evaluation.report import results_table  # noqa: PLC0415
+    from fmcib_ssl.evaluation import results_table  # noqa: PLC0415
 
     metrics = list(dict.fromkeys(row["metric"] for row in result.rows))
     several = len({row["split"] for row in result.rows}) > 1

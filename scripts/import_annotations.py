@@ -45,14 +45,13 @@ def main(arguments: list[str]) -> None:
     """Read the source, write the table, say what is in it."""
     command = parse_command(ImportAnnotations, arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    from fmcib_ssl.data import importers  # noqa: PLC0415  # the help waits for no library
-    from fmcib_ssl.data.tables import AnnotationsError  # noqa: PLC0415
+    from fmcib_ssl.data import AnnotationsError, importers  # noqa: PLC0415  (the help waits for no library)
 
     if command.output.exists():
         sys.exit(f"{command.output} exists; take another name")
     try:
         if command.source == "masks":
-            from fmcib_ssl.data.masks import lesions_from_masks  # noqa: PLC0415
+            from fmcib_ssl.data import lesions_from_masks  # noqa: PLC0415
 
             rows = lesions_from_masks(
                 command.table,

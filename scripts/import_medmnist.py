@@ -37,8 +37,11 @@ class ImportMedMNIST(Command):
 def main(arguments: list[str]) -> None:
     """Import, say what to do next."""
     command = parse_command(ImportMedMNIST, arguments)
-    from fmcib_ssl.data.medmnist import DATASETS, import_medmnist  # noqa: PLC0415  # the help waits for no library
-    from fmcib_ssl.data.tables import AnnotationsError  # noqa: PLC0415
+    from fmcib_ssl.data import (  # noqa: PLC0415  # the help waits for no library
+        DATASETS,
+        AnnotationsError,
+        import_medmnist,
+    )
 
     try:
         table = import_medmnist(command.file, command.output, window_hu=command.window_hu, edge_mm=command.edge_mm)

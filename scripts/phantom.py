@@ -28,7 +28,7 @@ class Phantom(Command):
 def main(arguments: list[str]) -> None:
     """Make the archive and name its table."""
     command = parse_command(Phantom, arguments)
-    from fmcib_ssl.data.phantom import make_archive  # noqa: PLC0415  (--help needs no SimpleITK)
+    from fmcib_ssl.data import make_archive  # noqa: PLC0415  (--help needs no SimpleITK)
 
     try:
         table = make_archive(

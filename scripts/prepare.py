@@ -15,7 +15,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 from fmcib_ssl.io import Command, Identifiers, identifier, parse_command
 
 if TYPE_CHECKING:
-    from fmcib_ssl.data.prepare import Summary
+    from fmcib_ssl.data import Summary
 
 #: Width of what the contact sheet shows of each lesion.
 SHEET_MM = 64
@@ -66,10 +66,14 @@ def main(arguments: list[str]) -> None:
     """Prepare, print a summary, draw the contact sheet."""
     command = parse_command(Prepare, arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    from fmcib_ssl.data.annotations import AnnotationsError, read_annotations  # noqa: PLC0415  # the help is quick
-    from fmcib_ssl.data.prepare import prepare  # noqa: PLC0415
-    from fmcib_ssl.data.store import StoreError, StoreSettings  # noqa: PLC0415
-    from fmcib_ssl.data.store_files import verify  # noqa: PLC0415
+    from fmcib_ssl.data import (  # noqa: PLC0415  # the help is quick  # noqa: PLC0415
+        AnnotationsError,
+        StoreError,
+        StoreSettings,
+        prepare,
+        read_annotations,
+        verify,
+    )
 
     if command.verify is not None:
         try:
@@ -108,10 +112,8 @@ def write_page(summary: Summary, num_lesions: int, identifiers: Identifiers) -> 
     """Draw a sample of the lesions, spread over the table, and put it on a page with what was rejected."""
     import numpy as np  # noqa: PLC0415  # and torch, which the workers would import with this file
 
-    from fmcib_ssl.data.store import Store, patch_start  # noqa: PLC0415
-    from fmcib_ssl.evaluation.figures import SheetLesion, lesion_sheet  # noqa: PLC0415
-    from fmcib_ssl.evaluation.report import rejected_section, write_report  # noqa: PLC0415
-    from fmcib_ssl.evaluation.report_sections import ReportFigure, Section  # noqa: PLC0415
+    from fmcib_ssl.data import Store, patch_start  # noqa: PLC0415
+    from fmcib_ssl.evaluation import ReportFigure, Section, SheetLesion, lesion_sheet, rejected_section, write_report  # noqa: PLC0415  # noqa: PLC0415  # noqa: PLC0415
 
     store = Store(summary.store)
     spacing_mm = store.settings.spacing_mm

@@ -49,7 +49,7 @@ def replay(
     """
     import torch  # noqa: PLC0415  (the help is quick)
 
-    from fmcib_ssl.training.checkpoints import set_random_state  # noqa: PLC0415
+    from fmcib_ssl.training import set_random_state  # noqa: PLC0415
 
     fault = read_fault(run, step, rank)
     module = build(run, fault, trusted).to(device)
@@ -89,8 +89,8 @@ def replay(
 
 def read_fault(run: Path, step: int | None, rank: int | None) -> dict[str, Any]:
     """What one rank kept of a step."""
-    from fmcib_ssl.models.export import read_archive  # noqa: PLC0415
-    from fmcib_ssl.training.non_finite import FAULT_FORMAT  # noqa: PLC0415
+    from fmcib_ssl.models import read_archive  # noqa: PLC0415
+    from fmcib_ssl.training import FAULT_FORMAT  # noqa: PLC0415
 
     folders = sorted(run.glob("faults/step-*" if step is None else f"faults/step-{step:08d}"))
     files = sorted(folders[-1].glob("rank-*.pt" if rank is None else f"rank-{rank}.pt")) if folders else []
@@ -105,9 +105,8 @@ def build(run: Path, fault: dict[str, Any], trusted: Collection[str]) -> Any:
     import lightning as L  # noqa: PLC0415
 
     from fmcib_ssl.io import read_yaml  # noqa: PLC0415
-    from fmcib_ssl.models.trusted import check_targets  # noqa: PLC0415
-    from fmcib_ssl.training.build import build_module  # noqa: PLC0415
-    from fmcib_ssl.training.settings import settings_of  # noqa: PLC0415
+    from fmcib_ssl.models import check_targets  # noqa: PLC0415
+    from fmcib_ssl.training import build_module, settings_of  # noqa: PLC0415
     from fmcib_ssl.types import Preprocessing, with_current_targets  # noqa: PLC0415
 
     config = run / "config.yaml"

@@ -43,8 +43,7 @@ def main(arguments: list[str]) -> None:
     """Write the page."""
     command = parse_command(Report, arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from fmcib_ssl.evaluation.report import report_all  # noqa: PLC0415  # the help is quick
-    from fmcib_ssl.evaluation.report_features import FeatureOptions  # noqa: PLC0415
+    from fmcib_ssl.evaluation import FeatureOptions, report_all  # noqa: PLC0415  (the help is quick)
 
     values = dict(command)
     given = {key: values.pop(key) for key in ("out", "run", "features", "results", "title")}

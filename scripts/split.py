@@ -52,8 +52,14 @@ def main(arguments: list[str]) -> None:
     command = parse_command(Split, arguments)
     import pandas as pd  # noqa: PLC0415  # the help waits for no library
 
-    from fmcib_ssl.data.splits import assign_folds, assign_splits, describe_splits  # noqa: PLC0415
-    from fmcib_ssl.data.tables import AnnotationsError, read_table, require_columns  # noqa: PLC0415
+    from fmcib_ssl.data import (  # noqa: PLC0415  # noqa: PLC0415
+        AnnotationsError,
+        assign_folds,
+        assign_splits,
+        describe_splits,
+        read_table,
+        require_columns,
+    )
 
     column = command.column or ("fold" if command.folds else "split")
     labels = [name.strip() for name in (command.labels or "").split(",") if name.strip()]

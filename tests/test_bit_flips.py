@@ -25,6 +25,8 @@ from fmcib_ssl.types import Preprocessing
 sys.path.insert(0, str(Path(__file__).parent / "data"))
 from stores import body, make_store
 
+pytestmark = pytest.mark.attack
+
 NUM_FLIPS = 12
 NUM_FLIPS_SLOW = 1000
 SPEC = {"_target_": "fmcib_ssl.models.encoders.small_resnet", "widths": [2, 2, 2, 2]}

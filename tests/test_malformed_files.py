@@ -22,6 +22,8 @@ from fmcib_ssl.models import EncoderFileError, encoder_metadata, encoders, expor
 from fmcib_ssl.training.checkpoints import checkpoint_problem
 from fmcib_ssl.types import Preprocessing
 
+pytestmark = pytest.mark.attack
+
 SPEC = {"_target_": "fmcib_ssl.models.encoders.small_resnet", "widths": [2, 2, 2, 2]}
 PATCHES = Preprocessing((16, 16, 16))
 MOST_MEMORY = 2_000_000_000

@@ -26,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent / "integration"))
 from stores import as_before_check_sums, body, make_store, reseal
 from tiny_runs import TINY, composed
 
+pytestmark = pytest.mark.attack
+
 #: Beyond eight of a kind only in `make test-slow`.
 SEEDS = [*range(8), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(8, 24))]
 LONGEST_S = 30.0  # of this process's computing, however busy the machine is

@@ -16,6 +16,8 @@ import pytest
 from fmcib_ssl.io import HIDDEN, no_world_write, read_json, read_yaml, redacted
 from fmcib_ssl.models.trusted import UntrustedTargetError, check_targets, is_trusted
 
+pytestmark = pytest.mark.attack
+
 REPO = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*REPO.glob("fmcib_ssl/**/*.py"), *REPO.glob("scripts/**/*.py"), REPO / "train.py"])
 
@@ -46,7 +48,7 @@ def problems(file: Path) -> list[str]:
             found.append(f"{where} with allow_pickle")
         if name.startswith("subprocess.") and given.get("shell", "False") != "False":
             found.append(f"{where} with a shell")
-        if name in ("os.chmod", "os.umask") and file.name != "safety.py":
+        if name in ("os.chmod", "os.umask") and file.name != "io.py":
             found.append(where)
     return found
 

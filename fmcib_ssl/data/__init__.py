@@ -1,17 +1,8 @@
-"""From a table of lesions to batches of views. Import from the modules: some need SimpleITK, some not even torch."""
+"""From a table of lesions to batches of patches; readers of scans are imported only by what reads scans.
 
-from typing import TYPE_CHECKING, Any
+What other rooms take is listed in `__init__.pyi`; the module of a name is imported when it is asked for.
+"""
 
-if TYPE_CHECKING:
-    from fmcib_ssl.data.patches import LesionPatches
+import lazy_loader
 
-__all__ = ["LesionPatches"]
-
-
-def __getattr__(name: str) -> Any:
-    """Import `LesionPatches` when it is asked for: `data.geometry` and its like need no torch."""
-    if name in __all__:
-        from fmcib_ssl.data.patches import LesionPatches  # noqa: PLC0415
-
-        return LesionPatches
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,6 +1,6 @@
 """Whether anything was learned: encoder -> features -> numbers with intervals -> a page.
 
-What other rooms and notebooks take is listed in `__init__.pyi`; a name's module is imported when it is asked for.
+What other rooms take is listed in `__init__.pyi`; the module of a name is imported when it is asked for.
 """
 
 import lazy_loader

@@ -28,9 +28,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import fmcib_ssl
-from fmcib_ssl.data.store import StoreError
-from fmcib_ssl.data.tables import REJECTED_COLUMNS
-from fmcib_ssl.data.workers import WatchedLoader, no_worker_left
+from fmcib_ssl.data import REJECTED_COLUMNS, StoreError, WatchedLoader, no_worker_left
 from fmcib_ssl.evaluation.embedding_sources import (
     SCAN_COLUMN,
     FrozenEncoder,

@@ -26,10 +26,10 @@ import torch
 from jaxtyping import Float, Int16
 from torch import Tensor, nn
 
-from fmcib_ssl.data.tables import REJECTED_COLUMNS, selected, text_of
+from fmcib_ssl.data import REJECTED_COLUMNS, selected, text_of
 from fmcib_ssl.evaluation.feature_table import FEATURES_COLUMN, ID_COLUMN, FeatureTableError
 from fmcib_ssl.io import checksum_of, digest_of
-from fmcib_ssl.models.export import find_builder, load_encoder
+from fmcib_ssl.models import find_builder, load_encoder
 from fmcib_ssl.types import Preprocessing
 
 Precision = Literal["32", "bf16", "fp16"]
@@ -86,15 +86,20 @@ def open_patches(source: Mapping[str, Any], preprocessing: Preprocessing | None 
     """
     if preprocessing is None and source.get("preprocessing"):
         preprocessing = Preprocessing.from_dict(source["preprocessing"])
-    from fmcib_ssl.data.patches import LesionPatches  # noqa: PLC0415  # a table of features is read without Blosc2
-    from fmcib_ssl.data.store import LESIONS_INDEX, SCANS_INDEX, Store, StoreSettings  # noqa: PLC0415
+    from fmcib_ssl.data import (  # noqa: PLC0415
+        LESIONS_INDEX,
+        SCANS_INDEX,
+        LesionPatches,  # a table of features is read without Blosc2
+        Store,
+        StoreSettings,
+    )
 
     rejected, how = pd.DataFrame(columns=[*REJECTED_COLUMNS]), {}
     if source.get("kind") == "store":
         store = Store(source["path"])
         contents = [store.path / LESIONS_INDEX, store.path / SCANS_INDEX]
     elif source.get("kind") == "scans":
-        from fmcib_ssl.data.prepare import store_for_table  # noqa: PLC0415  # needs SimpleITK
+        from fmcib_ssl.data import store_for_table  # noqa: PLC0415  # needs SimpleITK
 
         how = {key: source[key] for key in ("path_prefix", "coordinates") if source.get(key) is not None}
         options = {**how, "on_bad_row": source.get("on_bad_row", "skip")}

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold
 
-from fmcib_ssl.data.tables import read_table, text_of
+from fmcib_ssl.data import read_table, text_of
 from fmcib_ssl.evaluation.feature_table import ID_COLUMN
 from fmcib_ssl.evaluation.metrics import Kind
 from fmcib_ssl.types import Array, UserError

@@ -27,8 +27,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from fmcib_ssl.data.store import StoreError
-from fmcib_ssl.data.tables import AnnotationsError, text_of
+from fmcib_ssl.data import AnnotationsError, StoreError, text_of
 from fmcib_ssl.evaluation import charts
 from fmcib_ssl.evaluation.embedding_sources import open_patches
 from fmcib_ssl.evaluation.feature_table import ID_COLUMN, FeatureTable, FeatureTableError
@@ -36,7 +35,7 @@ from fmcib_ssl.evaluation.figures import WINDOWS_HU, SalientLesion, retrieval_sh
 from fmcib_ssl.evaluation.probes import Neighbors, nearest_lesions
 from fmcib_ssl.evaluation.report_sections import ReportFigure, Section, safe_name
 from fmcib_ssl.io import Identifiers, identifier
-from fmcib_ssl.models.export import EncoderFileError, load_encoder
+from fmcib_ssl.models import EncoderFileError, load_encoder
 from fmcib_ssl.types import Array, Preprocessing
 
 #: Patches that the map can show, of lesions spread over the table, about 1 KB each.

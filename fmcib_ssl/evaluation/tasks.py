@@ -13,8 +13,7 @@ import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fmcib_ssl.data.importers import IMPORTERS
-from fmcib_ssl.data.tables import AnnotationsError, text_of
+from fmcib_ssl.data import IMPORTERS, AnnotationsError, text_of
 from fmcib_ssl.evaluation.feature_table import ID_COLUMN
 from fmcib_ssl.evaluation.labels import EvaluationError
 from fmcib_ssl.evaluation.metrics import Kind

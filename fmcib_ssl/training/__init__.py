@@ -1,1 +1,8 @@
-"""What surrounds the method in training: optimizers, schedules, measurements, provenance."""
+"""What surrounds the method in training: settings, the trainer and its parts, the run folder, callbacks.
+
+What other rooms take is listed in `__init__.pyi`; the module of a name is imported when it is asked for.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

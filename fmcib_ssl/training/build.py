@@ -18,17 +18,18 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
-from fmcib_ssl.data.loader import LesionDataModule
-from fmcib_ssl.models.acceleration import (
+from fmcib_ssl.data import LesionDataModule
+from fmcib_ssl.models import (
+    Parts,
+    Pretraining,
     compile_training,
+    encoder_metadata,
+    feature_dim,
     lay_out_channels_last,
     recompute_blocks,
     resolve_precision,
     skip_padded_kernels,
 )
-from fmcib_ssl.models.encoders import feature_dim
-from fmcib_ssl.models.export import encoder_metadata
-from fmcib_ssl.models.pretraining import Parts, Pretraining
 from fmcib_ssl.training.optimizers import scaled_learning_rate
 from fmcib_ssl.training.settings import Component, ConfigError, Hardware, Settings
 from fmcib_ssl.training.throughput import flops_of_lesion

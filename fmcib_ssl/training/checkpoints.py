@@ -27,9 +27,9 @@ import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
-from fmcib_ssl.data.processes import held
+from fmcib_ssl.data import held
 from fmcib_ssl.io import atomic_write
-from fmcib_ssl.models.export import FORMAT_VERSION, read_archive
+from fmcib_ssl.models import FORMAT_VERSION, read_archive
 from fmcib_ssl.training import signals
 from fmcib_ssl.training.cluster import requeue
 from fmcib_ssl.training.loggers import MetricsFile

@@ -10,8 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from fmcib_ssl.models.pretraining import row_is_due
-from fmcib_ssl.models.representation import contrast_figures, effective_rank, negative_shares, unit_vectors
+from fmcib_ssl.models import contrast_figures, effective_rank, negative_shares, row_is_due, unit_vectors
 
 logger = logging.getLogger(__name__)
 

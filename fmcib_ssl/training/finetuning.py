@@ -19,28 +19,27 @@ from lightning.pytorch.loggers import CSVLogger
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
-from fmcib_ssl.data.loader import EpochSampler, LabelledPatches
-from fmcib_ssl.data.store import Store
-from fmcib_ssl.data.workers import WatchedLoader
-from fmcib_ssl.evaluation.embedding_sources import SourcePatches, open_patches
-from fmcib_ssl.evaluation.feature_table import ID_COLUMN
-from fmcib_ssl.evaluation.labels import (
+from fmcib_ssl.data import EpochSampler, LabelledPatches, Store, WatchedLoader
+from fmcib_ssl.evaluation import (
+    ID_COLUMN,
+    METRICS,
     Labels,
+    SourcePatches,
     Split,
+    SplitScores,
     column_text,
     cross_validation,
+    estimate,
     given_split,
     grouped_folds,
+    open_patches,
+    patient_weights,
     read_labels,
     shared_patients,
     strata,
 )
-from fmcib_ssl.evaluation.metrics import METRICS, patient_weights
-from fmcib_ssl.evaluation.probes import SplitScores, estimate
 from fmcib_ssl.io import atomic_write, checksum_of, digest_of
-from fmcib_ssl.models.encoders import feature_dim
-from fmcib_ssl.models.export import EncoderFileError, encoder_metadata, export_encoder, load_encoder
-from fmcib_ssl.models.finetune import FineTuning
+from fmcib_ssl.models import EncoderFileError, FineTuning, encoder_metadata, export_encoder, feature_dim, load_encoder
 from fmcib_ssl.training.build import accelerate, build, build_optimizer, build_trainer, build_views, config_errors_in
 from fmcib_ssl.training.lesions import store_of
 from fmcib_ssl.training.settings import Component, ConfigError, FineTune, Settings

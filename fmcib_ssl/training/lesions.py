@@ -13,9 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from fmcib_ssl.data.patches import LesionPatches
-from fmcib_ssl.data.store import Store, StoreSettings
-from fmcib_ssl.data.tables import BadRowsError, SelectionError, selected
+from fmcib_ssl.data import BadRowsError, LesionPatches, SelectionError, Store, StoreSettings, selected
 from fmcib_ssl.io import digest_of
 from fmcib_ssl.training.settings import ConfigError, Settings
 from fmcib_ssl.types import Preprocessing
@@ -101,8 +99,7 @@ def store_of(settings: Settings, *, main_process: bool = True, spacing_mm: float
     data, rejected_csv = settings.data, settings.paths.run / "rejected.csv"
     if data.store is not None:
         return data.store
-    from fmcib_ssl.data.phantom import make_archive  # noqa: PLC0415
-    from fmcib_ssl.data.prepare import store_for_table  # noqa: PLC0415
+    from fmcib_ssl.data import make_archive, store_for_table  # noqa: PLC0415  (they need SimpleITK, and a store does not)
 
     assert data.annotations is not None
     if (phantom := data.phantom) is not None:

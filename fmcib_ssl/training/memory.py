@@ -21,8 +21,8 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.utilities.memory import is_oom_error
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from fmcib_ssl.data.loader import LesionDataModule
-from fmcib_ssl.models.acceleration import resolve_precision
+from fmcib_ssl.data import LesionDataModule
+from fmcib_ssl.models import resolve_precision
 from fmcib_ssl.training.run_folder import RunFolder, read_state
 from fmcib_ssl.training.settings import ConfigError, Settings
 

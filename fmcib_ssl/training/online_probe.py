@@ -14,12 +14,9 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from fmcib_ssl.data.patches import LesionPatches
-from fmcib_ssl.data.store import Store
-from fmcib_ssl.data.tables import selected, text_of
-from fmcib_ssl.evaluation.probes import knn_scores, linear_scores, macro_auc
-from fmcib_ssl.models.encoders import evaluation_mode
-from fmcib_ssl.models.representation import class_spread, effective_rank, mean_cosine_within, uniformity, unit_vectors
+from fmcib_ssl.data import LesionPatches, Store, selected, text_of
+from fmcib_ssl.evaluation import knn_scores, linear_scores, macro_auc
+from fmcib_ssl.models import class_spread, effective_rank, evaluation_mode, mean_cosine_within, uniformity, unit_vectors
 from fmcib_ssl.types import Padding, Preprocessing
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from fmcib_ssl.data.processes import STOP_SIGNALS
+from fmcib_ssl.data import STOP_SIGNALS
 
 #: What the process exits with when it was stopped: 128 + the signal's number, as a shell would say; but 75
 #: (`EX_TEMPFAIL`, "try again later") for the signals by which a scheduler announces the end of a job's time.

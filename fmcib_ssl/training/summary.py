@@ -10,13 +10,10 @@ import lightning as L
 from torch import Tensor
 
 import fmcib_ssl
-from fmcib_ssl.data.loader import LesionDataModule
-from fmcib_ssl.evaluation.charts import training_curves
-from fmcib_ssl.evaluation.figures import ContactRow, contact_sheet
+from fmcib_ssl.data import LesionDataModule
+from fmcib_ssl.evaluation import ContactRow, contact_sheet, training_curves
 from fmcib_ssl.io import Identifiers, identifier
-from fmcib_ssl.models.acceleration import resolve_precision
-from fmcib_ssl.models.export import export_encoder
-from fmcib_ssl.models.pretraining import Pretraining
+from fmcib_ssl.models import Pretraining, export_encoder, resolve_precision
 from fmcib_ssl.training.build import learning_rate, num_steps
 from fmcib_ssl.training.lesions import LesionSource
 from fmcib_ssl.training.loggers import RunLogger

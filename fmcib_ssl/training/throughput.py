@@ -21,7 +21,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fmcib_ssl.io import num_cores
-from fmcib_ssl.models.pretraining import row_is_due
+from fmcib_ssl.models import row_is_due
 
 logger = logging.getLogger(__name__)
 

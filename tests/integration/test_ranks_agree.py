@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 from starts import end, start, steps_logged
 
+pytestmark = pytest.mark.attack
+
 OPTIONS = ["hardware.devices=2", "data.batch_size=1", "head.batch_norm=false"]
 
 

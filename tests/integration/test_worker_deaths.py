@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from starts import assert_same_runs, end, start
 
+pytestmark = pytest.mark.attack
+
 OPTIONS = ["hardware.num_workers=2", "augment._target_=dying_workers.DyingViews"]
 
 
