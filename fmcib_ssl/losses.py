@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -33,6 +33,8 @@ __all__ = ["InfoNCELoss", "Kernel", "NTXentNegativeMinedLoss", "Negatives", "con
 Negatives = Literal["mined", "mined_and_lesions", "lesions"]
 #: How the sum over negatives is computed: with the matrix of similarities, without, or as the size suggests.
 Kernel = Literal["auto", "plain", "streamed"]
+#: Rows `(views, n, dim)` of a rank to those of all, `(views, ranks * n, dim)`, rank after rank, with gradients.
+Gather = Callable[[Tensor], Tensor]
 
 #: From this many logits on, streaming is faster than the matrix (docs/contrast_kernel.md has the measurement).
 _WORTH_STREAMING = 2**19
@@ -64,7 +66,7 @@ class _ContrastiveLoss(nn.Module):
         self.gather_distributed: bool = gather_distributed
         self.kernel: Kernel = kernel
 
-    def forward(self, out: ViewPairs) -> Float[Tensor, ""]:
+    def forward(self, out: ViewPairs, gather: Gather | None = None) -> Float[Tensor, ""]:
         """Mean or sum over the `2 * batch` anchors; arguments and errors as in `contrast`."""
         loss = contrast(
             out,
@@ -73,6 +75,7 @@ class _ContrastiveLoss(nn.Module):
             negatives=self.negatives,
             gather_distributed=self.gather_distributed,
             kernel=self.kernel,
+            gather=gather,
         )
         return loss / (2 * len(out["positive"][0])) if self.reduction == "mean" else loss
 
@@ -278,6 +281,7 @@ def contrast(
     negatives: Negatives = "mined",
     gather_distributed: bool = False,
     kernel: Kernel = "auto",
+    gather: Gather | None = None,
 ) -> Float[Tensor, ""]:
     """The sum of `loss(a)` over this rank's `2 * batch` anchors, in float32 (float64 if an input is).
 
@@ -288,6 +292,7 @@ def contrast(
         negatives: what an anchor is contrasted with.
         gather_distributed: whether the negatives are those of all ranks.
         kernel: how the sum over negatives is computed.
+        gather: what gathers; by default `gather_rows`. `MinedContrast` gives Lightning's `all_gather`.
 
     Raises:
         AssertionError: a key is missing.
@@ -298,8 +303,9 @@ def contrast(
     lesions, first_lesion = positive, 0  # of all ranks, and the row where this rank's begin
     if gather_distributed and num_ranks() > 1:
         _check_sizes_across_ranks(positive, mined)  # before anything that may fail on one rank only
-        mined = gather_rows(mined) if negatives != "lesions" else mined
-        lesions = gather_rows(positive) if negatives != "mined" else lesions
+        gather = gather or gather_rows
+        mined = gather(mined) if negatives != "lesions" else mined
+        lesions = gather(positive) if negatives != "mined" else lesions
         first_lesion = dist.get_rank() * positive.shape[1]
     mined = mined[:, :0] if negatives == "lesions" else mined
     lesions = lesions[:, :0] if negatives == "mined" else lesions

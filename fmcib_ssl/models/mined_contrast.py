@@ -1,8 +1,9 @@
 """Contrastive pretraining with explicitly mined negatives, and gradient caching for large batches.
 
 Differs from the published module in three ways: all views go through the encoder in one batch (`forwards="separate"`
-restores four passes, which batch norm can tell apart); on several devices the loss gathers only what it needs; and the
-schedule counts the steps it is stepped in. Large batches are explained in `docs/large_batches.md`.
+restores four passes, which batch norm can tell apart); on several devices the loss gathers only what it needs, with
+Lightning's `all_gather`; and the schedule counts the steps it is stepped in. Large batches are explained in
+`docs/large_batches.md`.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ class MinedContrast(Pretraining):
     def training_step(self, batch: ViewPairs, batch_idx: int) -> dict[str, Any]:
         """One step on one device's batch of views."""
         out = self.embed(batch)
-        loss = cast(Tensor, self.loss(out))
+        gathers = num_ranks() > 1 and getattr(self.loss, "gather_distributed", False)
+        loss = cast(Tensor, self.loss(out, gather=self._gather_rows) if gathers else self.loss(out))
         if getattr(self.loss, "reduction", "mean") == "sum":
             # DDP averages the gradients over devices: right for a mean, but a sum over devices has to be made up for.
             loss = loss * num_ranks()
@@ -79,6 +81,11 @@ class MinedContrast(Pretraining):
             figures["train/temperature"] = temperature.detach()
         self.log_dict(figures, batch_size=num_lesions)
         return {"loss": loss, "embeddings": detached(*out["positive"]), "negatives": detached(*out["negative"])}
+
+    def _gather_rows(self, rows: Tensor) -> Tensor:
+        """Rows `(views, n, dim)` of this device to those of all, `(views, devices * n, dim)`, with gradients."""
+        gathered = cast(Tensor, self.all_gather(rows, sync_grads=True))
+        return gathered.transpose(0, 1).flatten(1, 2)
 
     def embed(self, batch: ViewPairs) -> ViewPairs:
         """Embed the four sets of views of a batch; the same keys, each `(batch, dim)`.

@@ -103,9 +103,9 @@ class UnequalViews(IterableDataset[dict[str, Tensor]]):
 class WritesItsError(NTXentNegativeMinedLoss):
     folder: Path
 
-    def forward(self, out: ViewPairs) -> Tensor:
+    def forward(self, out: ViewPairs, gather: Any = None) -> Tensor:
         try:
-            return super().forward(out)
+            return super().forward(out, gather)
         except ValueError as error:
             (self.folder / f"rank{torch.distributed.get_rank()}").write_text(str(error))
             raise
@@ -120,6 +120,20 @@ def test_unequal_batches_are_an_error_on_every_process(chunk_size: int | None, t
         trainer.fit(make_module(loss, chunk_size=chunk_size), DataLoader(UnequalViews(), batch_size=3))
     for rank in range(2):
         assert "rank 0: 3 lesions, 3 mined, dim 8; rank 1: 2 lesions" in (tmp_path / f"rank{rank}").read_text()
+
+
+def test_the_loss_gathers_with_lightnings_all_gather(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two devices, the second of which holds what the first does, plus one."""
+    rows, gathered = torch.randn(2, 3, 8), []
+    loss = NTXentNegativeMinedLoss(gather_distributed=True)
+    monkeypatch.setattr(loss, "forward", lambda out, gather: gathered.append(gather(rows)) or torch.zeros(()))
+    module = make_module(loss)
+    monkeypatch.setattr("fmcib_ssl.models.mined_contrast.num_ranks", lambda: 2)
+    monkeypatch.setattr(module, "all_gather", lambda rows, *, sync_grads: torch.stack([rows, rows + sync_grads]))
+    monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
+    monkeypatch.setattr(module, "log_dict", lambda *args, **kwargs: None)
+    module.training_step(a_batch(3), 0)
+    assert torch.equal(gathered[0], torch.cat([rows, rows + 1], dim=1))
 
 
 def test_devices_that_share_no_negatives_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
