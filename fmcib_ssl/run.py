@@ -134,7 +134,7 @@ def _pretrain(settings: Settings, folder: RunFolder) -> float:
     callbacks = build_parts("callbacks", settings.callbacks)
     if settings.world_size > 1:
         facts = facts_of_rank(_shown(settings), source.patches)
-        callbacks.append(LambdaCallback(setup=lambda *_: check_ranks_agree(facts)))
+        callbacks.append(LambdaCallback(setup=lambda *_, **__: check_ranks_agree(facts)))
     # Once all others were set up: they may refuse, and what an earlier start has left must not be touched then.
     callbacks.append(LambdaCallback(on_train_batch_start=lambda *_: begin()))
     trainer = build_trainer(
