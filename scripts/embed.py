@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from fmcib_ssl.io import Command, num_cores, parse_command
+from fmcib_ssl.io import Command, exit_without_teardown, num_cores, parse_command
 from fmcib_ssl.types import UserError
 
 if TYPE_CHECKING:
@@ -184,4 +184,5 @@ def report(outcome: Outcome) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with exit_without_teardown():
+        main(sys.argv[1:])

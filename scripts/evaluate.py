@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from fmcib_ssl.io import Command, parse_command, write_json
+from fmcib_ssl.io import Command, exit_without_teardown, parse_command, write_json
 
 if TYPE_CHECKING:
     from fmcib_ssl.evaluation import Evaluation, FeatureTable
@@ -222,4 +222,5 @@ def interval(row: dict[str, Any], sign: str = "") -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with exit_without_teardown():
+        main(sys.argv[1:])
