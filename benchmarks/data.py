@@ -44,7 +44,7 @@ from monai.transforms import (
 )
 from scipy import ndimage
 
-from fmcib_ssl.data import LesionPatches, Store, StoreSettings, prepare, read_annotations
+from fmcib_ssl.data import LesionPatches, Store, StoreSettings, prepare_store, read_annotations
 from fmcib_ssl.types import SampleKey
 
 RESULTS = Path(__file__).parent / "results" / "data.json"
@@ -182,7 +182,7 @@ def one_shape(name: str, num_scans: int, rounds: int, folder: Path) -> dict[str,
     table.to_csv(folder / "lesions.csv", index=False)
     lesions = read_annotations(folder / "lesions.csv")
     watch = Stopwatch()
-    prepare(lesions, folder / "store", StoreSettings(), num_workers=0)
+    prepare_store(lesions, folder / "store", StoreSettings(), num_workers=0)
     prepare_s, prepare_wall_s = watch.cpu_s() / num_scans, watch.wall_s() / num_scans
 
     published = ReadEverySample(table, folder)

@@ -14,7 +14,7 @@ import torch
 from scipy.ndimage import gaussian_gradient_magnitude, gaussian_laplace
 from torch import Tensor
 
-from fmcib_ssl.data import LesionPatches, Store, lidc_crops, prepare, read_annotations
+from fmcib_ssl.data import LesionPatches, Store, lidc_crops, prepare_store, read_annotations
 from fmcib_ssl.types import PatchPair, Preprocessing, SampleKey
 
 Array = npt.NDArray[Any]
@@ -162,7 +162,7 @@ def _prepared(data: Path, workspace: Path) -> Store:
     csv = workspace / "lesions.csv"
     pd.concat([crops, chests], ignore_index=True).to_csv(csv, index=False)
     table = read_annotations(csv, image_root=data)
-    prepare(table, workspace / "store", image_root=data, num_workers=0, on_bad_row="refuse")
+    prepare_store(table, workspace / "store", image_root=data, num_workers=0, on_bad_row="refuse")
     return Store(workspace / "store")
 
 

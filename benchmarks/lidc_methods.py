@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fmcib_ssl.data import LesionDataModule
 from fmcib_ssl.evaluation import encode
-from fmcib_ssl.training import Settings, build, build_module, build_views, read_settings
+from fmcib_ssl.training import Settings, build_module, build_part, build_views, read_settings
 
 Array = npt.NDArray[Any]
 
@@ -116,7 +116,7 @@ def features(
     settings = contender.settings(seed, epochs)
     L.seed_everything(seed, verbose=False)
     if contender.kind == "random":
-        encoder: nn.Module = build("encoder", settings.encoder)
+        encoder: nn.Module = build_part("encoder", settings.encoder)
     else:
         encoder = pretrain(settings, positives[torch.from_numpy(train_rows)], pool, accelerator)
     encoder.cpu().eval()

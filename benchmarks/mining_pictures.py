@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from fmcib_ssl.data import STRATEGIES, LesionPatches, Store, prepare, read_annotations
+from fmcib_ssl.data import STRATEGIES, LesionPatches, Store, prepare_store, read_annotations
 from fmcib_ssl.types import SampleKey
 
 NUM_CENTERS, NUM_NEGATIVES, SIZE = 400, 6, 50
@@ -94,7 +94,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         table = read_annotations(arguments.annotations, arguments.image_root)
-        prepare(table, Path(folder) / "store", image_root=arguments.image_root, num_workers=0)
+        prepare_store(table, Path(folder) / "store", image_root=arguments.image_root, num_workers=0)
         store = Store(Path(folder) / "store")
         for index in range(len(store.lesions)):
             path = arguments.output / f"mining_{index + 1}.png"

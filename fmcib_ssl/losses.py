@@ -173,13 +173,29 @@ class InfoNCELoss(_ContrastiveLoss):
 
     @classmethod
     def from_temperature(
-        cls, temperature: float, margin: float = 0.02, reduction: Literal["mean", "sum"] = "mean", **options: Any
+        cls,
+        temperature: float,
+        margin: float = 0.02,
+        reduction: Literal["mean", "sum"] = "mean",
+        *,
+        negatives: Negatives = "mined",
+        trainable_temperature: bool = False,
+        gather_distributed: bool = False,
+        kernel: Kernel = "auto",
     ) -> InfoNCELoss:
-        """The loss with a temperature instead of its logarithm; `options` and errors as in the class."""
+        """The loss with a temperature instead of its logarithm; everything else, and errors, as in the class."""
         _check_temperature(temperature)
         if temperature < 0:
             raise ValueError(f"InfoNCE takes a positive temperature, got {temperature}; 0.05 to 0.5 is usual")
-        return cls(margin, math.log(temperature), reduction, **options)
+        return cls(
+            margin,
+            math.log(temperature),
+            reduction,
+            negatives=negatives,
+            trainable_temperature=trainable_temperature,
+            gather_distributed=gather_distributed,
+            kernel=kernel,
+        )
 
     @property
     def temperature(self) -> float | Float[Tensor, ""]:  # type: ignore[override]

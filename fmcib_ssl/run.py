@@ -60,12 +60,12 @@ from fmcib_ssl.training import (
     refuse_unused,
     restored_state,
     results_of,
+    run_summary,
     saved_settings,
     settings_that_fit,
     signals,
     starting_encoder,
     step_of,
-    summary,
     task_checksum,
     task_summary,
     train_split,
@@ -148,7 +148,7 @@ def _pretrain(settings: Settings, folder: RunFolder) -> float:
     if folder.main_process:
         check_disk(folder.path, 3 * sum(p.numel() * p.element_size() for p in module.parameters()))
         folder.note(data_checksum=source.checksum)
-        logger.info("%s", summary(fitted, source, batch_size_of(fitted, data), module, step))
+        logger.info("%s", run_summary(fitted, source, batch_size_of(fitted, data), module, step))
         draw = partial(draw_contact_sheet, data, source.preprocessing, num_rows=settings.contact_sheet_rows)
         _begin_tracking(trainer, settings, folder, step, draw)
 

@@ -77,7 +77,7 @@ def run(command: Evaluate) -> None:
     from fmcib_ssl.evaluation import (  # noqa: PLC0415
         LINEAR_PROBE,
         FeatureTable,
-        evaluate,
+        evaluate_features,
         find_leakage,
         gather,
         without_shared_patients,
@@ -108,7 +108,7 @@ def run(command: Evaluate) -> None:
             f"allow_leakage={','.join(refused)}"
         )
     apart = without_shared_patients(protocol)
-    result = evaluate(
+    result = evaluate_features(
         [protocol, *([apart] if apart else [])],
         lesions,
         candidates,

@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> None:
         AnnotationsError,
         StoreError,
         StoreSettings,
-        prepare,
+        prepare_store,
         read_annotations,
         verify,
     )
@@ -88,7 +88,7 @@ def main(arguments: list[str]) -> None:
         table = read_annotations(command.annotations, root, command.coordinates, command.path_prefix)
         settings = StoreSettings(command.spacing_mm, command.interpolation)
         number, _, total = (command.shard or "").partition("/")
-        summary = prepare(
+        summary = prepare_store(
             table,
             command.store,
             settings,

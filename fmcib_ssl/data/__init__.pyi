@@ -16,7 +16,7 @@ from .mining import STRATEGIES as STRATEGIES
 from .patches import LesionPatches as LesionPatches
 from .phantom import make_archive as make_archive
 from .prepare import Summary as Summary
-from .prepare import prepare as prepare
+from .prepare import prepare_store as prepare_store
 from .prepare import store_for_table as store_for_table
 from .processes import STOP_SIGNALS as STOP_SIGNALS
 from .processes import end_with_parent as end_with_parent

@@ -138,7 +138,7 @@ def store_for_table(
     places = [None if path is None else os.path.abspath(path) for path in (annotations, image_root)]  # noqa: PTH100
     key = digest_of(*places, path_prefix, coordinates, asdict(settings))[:10]
     folder = stores / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', annotations.stem)}-{key}"
-    summary = prepare(
+    summary = prepare_store(
         table,
         folder,
         settings,
@@ -153,7 +153,7 @@ def store_for_table(
     return summary
 
 
-def prepare(
+def prepare_store(
     table: LesionTable,
     folder: Path | str,
     settings: StoreSettings | None = None,

@@ -14,7 +14,7 @@ from .embedding_sources import trained_encoder as trained_encoder
 from .evaluate import NUM_COMPONENTS as NUM_COMPONENTS
 from .evaluate import Evaluation as Evaluation
 from .evaluate import compact as compact
-from .evaluate import evaluate as evaluate
+from .evaluate import evaluate_features as evaluate_features
 from .evaluate import find_leakage as find_leakage
 from .evaluate import gather as gather
 from .evaluate import without_shared_patients as without_shared_patients

@@ -190,7 +190,7 @@ class Evaluation:
     missing: list[dict[str, str]] = field(default_factory=list)
 
 
-def evaluate(
+def evaluate_features(
     protocols: Sequence[Protocol],
     lesions: pd.DataFrame,
     candidates: Candidates,

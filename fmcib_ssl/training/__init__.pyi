@@ -1,8 +1,8 @@
 from .build import accelerate as accelerate
 from .build import batch_size_of as batch_size_of
-from .build import build as build
 from .build import build_data as build_data
 from .build import build_module as build_module
+from .build import build_part as build_part
 from .build import build_parts as build_parts
 from .build import build_trainer as build_trainer
 from .build import build_views as build_views
@@ -53,6 +53,6 @@ from .settings import Settings as Settings
 from .settings import settings_of as settings_of
 from .summary import draw_contact_sheet as draw_contact_sheet
 from .summary import outcome as outcome
-from .summary import summary as summary
+from .summary import run_summary as run_summary
 from .summary import write_results as write_results
 from .throughput import flops_of_lesion as flops_of_lesion

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 _NOT_IN_HU = 20.0
 
 
-def build(section: str, component: Component, **arguments: Any) -> Any:
+def build_part(section: str, component: Component, **arguments: Any) -> Any:
     """Build what a section's `_target_` names, and say which section it was if that fails."""
     try:
         return instantiate(component, **arguments, _convert_="object")
@@ -70,7 +70,7 @@ def learning_rate(settings: Settings, batch_size: int) -> float:
 def build_optimizer(settings: Settings, batch_size: int) -> Any:
     """What makes the optimizer of named parameters, at the rate that the batch asks for."""
     arguments = {key: value for key, value in settings.optimizer.items() if key not in ("base_lr", "reference_batch")}
-    return build("optimizer", arguments, lr=learning_rate(settings, batch_size))
+    return build_part("optimizer", arguments, lr=learning_rate(settings, batch_size))
 
 
 def build_views(settings: Settings) -> ViewTransform:
@@ -79,7 +79,7 @@ def build_views(settings: Settings) -> ViewTransform:
     Raises:
         ConfigError: it cannot be built or fails, or it leaves HU, so that its views would be normalised twice.
     """
-    view_transform: ViewTransform = build("augment", settings.augment)
+    view_transform: ViewTransform = build_part("augment", settings.augment)
     if not callable(view_transform):
         raise ConfigError("section augment of the configuration makes no views: choose another")
     noise = np.random.default_rng(0).normal(-300, 400, (1, 1, *settings.data.patch_size)).clip(-1000, 1000)
@@ -96,7 +96,7 @@ def build_views(settings: Settings) -> ViewTransform:
 
 def build_parts(section: str, components: Mapping[str, Component] | None) -> list[Any]:
     """The objects of a section that has several, such as the callbacks."""
-    return [build(section, component) for component in (components or {}).values()]
+    return [build_part(section, component) for component in (components or {}).values()]
 
 
 def build_data(
@@ -178,13 +178,13 @@ def build_module(
     Raises:
         ConfigError: naming the section that cannot be used.
     """
-    encoder: nn.Module = build("encoder", settings.encoder)
+    encoder: nn.Module = build_part("encoder", settings.encoder)
     try:
         num_features = feature_dim(encoder, preprocessing.patch_size_zyx)
     except ValueError as error:
         raise ConfigError(f"encoder and data.patch_size do not fit: {error}") from error
     optimizer = build_optimizer(settings, batch_size)
-    schedule = None if settings.schedule is None else build("schedule", settings.schedule)
+    schedule = None if settings.schedule is None else build_part("schedule", settings.schedule)
     with config_errors_in("method"):
         method = get_class(settings.method["_target_"])
         if not issubclass(method, Pretraining):
@@ -193,15 +193,15 @@ def build_module(
             )
     sections: dict[str, nn.Module] = {}
     if "head" in method.sections:
-        sections["head"] = build("head", settings.head, in_dim=num_features)
+        sections["head"] = build_part("head", settings.head, in_dim=num_features)
     if "loss" in method.sections:
-        sections["loss"] = build("loss", settings.loss)
+        sections["loss"] = build_part("loss", settings.loss)
     refuse_unused({"loss", "head"} - sections.keys(), method.__name__, "method", settings.method)
     _check_method(method, settings, batch_size)
     extra = {"run": settings.name} if run_id is None else {"run": settings.name, "run_id": run_id}
     metadata = encoder_metadata(encoder, settings.encoder, preprocessing, extra=extra)
     # Handed over outside Hydra, which would build the encoder that the metadata describes.
-    make_module = build("method", {**settings.method, "_partial_": True})
+    make_module = build_part("method", {**settings.method, "_partial_": True})
     with config_errors_in("method"):
         module: Pretraining = make_module(
             Parts(encoder, optimizer, num_features, schedule, metadata=metadata, **sections)

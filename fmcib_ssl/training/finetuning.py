@@ -40,7 +40,14 @@ from fmcib_ssl.evaluation import (
 )
 from fmcib_ssl.io import atomic_write, checksum_of, digest_of
 from fmcib_ssl.models import EncoderFileError, FineTuning, encoder_metadata, export_encoder, feature_dim, load_encoder
-from fmcib_ssl.training.build import accelerate, build, build_optimizer, build_trainer, build_views, config_errors_in
+from fmcib_ssl.training.build import (
+    accelerate,
+    build_optimizer,
+    build_part,
+    build_trainer,
+    build_views,
+    config_errors_in,
+)
 from fmcib_ssl.training.lesions import store_of
 from fmcib_ssl.training.settings import Component, ConfigError, FineTune, Settings
 from fmcib_ssl.training.throughput import Progress
@@ -149,7 +156,7 @@ def starting_encoder(settings: Settings, options: FineTune) -> tuple[nn.Module, 
     """The encoder to begin with, and what builds it; the same at every call."""
     L.seed_everything(settings.seed, verbose=False)
     if options.weights is None:
-        return build("encoder", settings.encoder), settings.encoder
+        return build_part("encoder", settings.encoder), settings.encoder
     try:
         encoder: Any = load_encoder(options.weights)
     except (EncoderFileError, FileNotFoundError) as error:
@@ -267,7 +274,7 @@ def _build_module(
             encoder,
             feature_dim(encoder, task.preprocessing.patch_size_zyx),
             build_optimizer(settings, batch_size),
-            None if settings.schedule is None else build("schedule", settings.schedule),
+            None if settings.schedule is None else build_part("schedule", settings.schedule),
             num_classes=num_classes,
             class_weights=weights,
             center=0.0 if num_classes else float(values.mean()),

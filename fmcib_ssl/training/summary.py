@@ -25,7 +25,7 @@ from fmcib_ssl.types import Preprocessing, SampleKey
 logger = logging.getLogger(__name__)
 
 
-def summary(settings: Settings, source: LesionSource, batch_size: int, module: Pretraining, step: int) -> str:
+def run_summary(settings: Settings, source: LesionSource, batch_size: int, module: Pretraining, step: int) -> str:
     """A line for each part of a run of which `step` optimizer steps are done."""
     hardware, trainer, data = settings.hardware, settings.trainer, settings.data
     global_batch = batch_size * settings.world_size

@@ -12,7 +12,7 @@ from slurm_cluster import SlurmCluster
 
 from fmcib_ssl.data.annotations import read_annotations
 from fmcib_ssl.data.phantom import make_archive
-from fmcib_ssl.data.prepare import prepare
+from fmcib_ssl.data.prepare import prepare_store
 from fmcib_ssl.data.store import StoreSettings
 
 NUM_SCANS = 4
@@ -38,7 +38,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def store(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("store") / "store"
-    prepare(read_annotations(archive), folder, StoreSettings(spacing_mm=1.5), num_workers=0)
+    prepare_store(read_annotations(archive), folder, StoreSettings(spacing_mm=1.5), num_workers=0)
     return folder
 
 

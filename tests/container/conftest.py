@@ -16,7 +16,7 @@ from slurm_cluster import SlurmCluster
 
 from fmcib_ssl.data.annotations import read_annotations
 from fmcib_ssl.data.phantom import make_archive
-from fmcib_ssl.data.prepare import prepare
+from fmcib_ssl.data.prepare import prepare_store
 from fmcib_ssl.data.store import StoreSettings
 
 #: A UID and a GID without an entry in the image's /etc/passwd.
@@ -50,7 +50,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six lesions in four phantom scans."""
     folder = tmp_path_factory.mktemp("store") / "store"
     table = make_archive(folder.with_name("archive"), 4, num_workers=1, progress=False)
-    prepare(read_annotations(table), folder, StoreSettings(spacing_mm=1.5), num_workers=0)
+    prepare_store(read_annotations(table), folder, StoreSettings(spacing_mm=1.5), num_workers=0)
     return folder
 
 

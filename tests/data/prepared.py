@@ -15,7 +15,7 @@ import SimpleITK as sitk
 
 from fmcib_ssl.data.annotations import LesionTable, read_annotations
 from fmcib_ssl.data.geometry import PatchGrid
-from fmcib_ssl.data.prepare import Summary, prepare
+from fmcib_ssl.data.prepare import Summary, prepare_store
 from fmcib_ssl.data.scans import Scan, ScanSource, crop_patch, read_scan
 from fmcib_ssl.data.store import Store, patch_start
 
@@ -44,7 +44,7 @@ def three_scans(folder: Path) -> LesionTable:
 
 
 def run(table: LesionTable, store: Path, **options: Any) -> Summary:
-    return prepare(table, store, num_workers=0, **options)
+    return prepare_store(table, store, num_workers=0, **options)
 
 
 def centers(store: Store) -> np.ndarray:

@@ -11,7 +11,7 @@ import SimpleITK as sitk
 
 from fmcib_ssl.data import importers
 from fmcib_ssl.data.annotations import read_annotations
-from fmcib_ssl.data.prepare import prepare
+from fmcib_ssl.data.prepare import prepare_store
 from fmcib_ssl.data.store import Store
 
 COORDINATES = ["coordX", "coordY", "coordZ"]
@@ -24,7 +24,7 @@ def test_crops_become_a_store(real_data: Path, tmp_path: Path, given: str, every
     rows = importers.lidc_crops(root / "voi_index.csv").iloc[::every]
     rows = rows if given == "point" else rows.drop(columns=COORDINATES)
     rows.to_csv(tmp_path / "lesions.csv", index=False)
-    prepare(read_annotations(tmp_path / "lesions.csv", root), tmp_path / "store", image_root=root, num_workers=0)
+    prepare_store(read_annotations(tmp_path / "lesions.csv", root), tmp_path / "store", image_root=root, num_workers=0)
     store = Store(tmp_path / "store")
     assert len(store.lesions) == len(store.scans) == len(rows) == -(-994 // every)
     assert sorted(store.lesions["image_path"]) == sorted(rows["image_path"])
@@ -53,7 +53,7 @@ def test_crops_and_whole_scans_in_one_table(real_data: Path, tmp_path: Path) -> 
     whole = pd.read_csv(real_data / "ct" / "annotations.csv").iloc[:1]
     pd.concat([crops, whole]).to_csv(tmp_path / "lesions.csv", index=False)
     table = read_annotations(tmp_path / "lesions.csv", real_data)
-    prepare(table, tmp_path / "store", image_root=real_data, num_workers=0)
+    prepare_store(table, tmp_path / "store", image_root=real_data, num_workers=0)
     patches = pytest.importorskip("fmcib_ssl.data.patches").LesionPatches(Store(tmp_path / "store"))
     from_other = [patches[i]["negative_from_other_scan"] for i in range(len(patches))]
     assert sorted(from_other) == [False, True, True, True]

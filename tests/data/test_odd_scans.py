@@ -18,7 +18,7 @@ from fmcib_ssl.data import scans
 from fmcib_ssl.data.annotations import AnnotationsError, check_annotations, read_annotations
 from fmcib_ssl.data.geometry import PatchGrid
 from fmcib_ssl.data.nifti import Affine
-from fmcib_ssl.data.prepare import prepare
+from fmcib_ssl.data.prepare import prepare_store
 from fmcib_ssl.data.scans import ScanSource, crop_patch, read_header, read_scan
 from fmcib_ssl.data.tables import BadRowsError
 from fmcib_ssl.types import ScanError
@@ -143,7 +143,9 @@ def test_names_that_lie_about_gzip(tmp_path: Path) -> None:
     for name in ("plain.nii.gz", "zipped.nii"):
         assert_at(tmp_path / name, AFFINE_RAS)
         (tmp_path / "a.csv").write_text(f"image_path,coordX,coordY,coordZ\n{name},{point}\n")
-        assert prepare(read_annotations(tmp_path / "a.csv"), tmp_path / f"{name} store", num_workers=0).num_made == 1
+        assert (
+            prepare_store(read_annotations(tmp_path / "a.csv"), tmp_path / f"{name} store", num_workers=0).num_made == 1
+        )
 
 
 def test_nifti_2_big_endian_and_pairs(tmp_path: Path) -> None:
@@ -294,7 +296,7 @@ def test_whatever_is_raised_rejects_that_scan_alone(
     usable, rejected = check_annotations(table, on_bad_row="skip", check="full")
     assert (usable.rows.index.tolist(), rejected["row"].tolist()) == ([1], [2])
     assert message in rejected["reason"].item()
-    summary = prepare(table, tmp_path / "store", num_workers=0)
+    summary = prepare_store(table, tmp_path / "store", num_workers=0)
     assert (summary.num_made, summary.num_rejected_scans) == (1, 1)
     assert message in summary.rejected["reason"].item()
 
@@ -321,7 +323,7 @@ def test_the_column_affine(tmp_path: Path) -> None:
     assert table.scans == (ScanSource(tmp_path / "a.nii.gz", affine="sform"),)
     usable, _ = check_annotations(table)
     assert len(usable) == 1
-    assert prepare(table, tmp_path / "store", num_workers=0).num_made == 1
+    assert prepare_store(table, tmp_path / "store", num_workers=0).num_made == 1
     (tmp_path / "a.csv").write_text(f"{header}a.nii.gz,{point},\na.nii.gz,{point},SFORM\n")
     assert len(set(read_annotations(tmp_path / "a.csv").scans)) == 1  # of one scan, whichever row says it
     (tmp_path / "a.csv").write_text(f"{header}a.nii.gz,{point},qform\na.nii.gz,{point},sform\n")

@@ -11,7 +11,7 @@ import SimpleITK as sitk
 import torch
 
 from fmcib_ssl.data.annotations import read_annotations
-from fmcib_ssl.data.prepare import prepare
+from fmcib_ssl.data.prepare import prepare_store
 from fmcib_ssl.evaluation.embedding_sources import FrozenEncoder, trained_encoder
 from fmcib_ssl.models import export_encoder, small_resnet
 from fmcib_ssl.types import Preprocessing
@@ -66,7 +66,7 @@ def make_archive(folder: Path) -> Archive:
     ]
     table = folder / "lesions.csv"
     pd.DataFrame(rows).to_csv(table, index=False)
-    prepare(read_annotations(table), folder / "store", num_workers=0)
+    prepare_store(read_annotations(table), folder / "store", num_workers=0)
     return Archive(table, folder / "store")
 
 

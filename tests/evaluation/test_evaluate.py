@@ -17,7 +17,7 @@ from fmcib_ssl.evaluation.evaluate import (
     Candidates,
     Evaluation,
     compact,
-    evaluate,
+    evaluate_features,
     find_leakage,
     gather,
     without_shared_patients,
@@ -76,7 +76,7 @@ BINARY = protocol_of(read_labels(LESIONS, "binary", label="y"))
 
 def run(protocol: Protocol, candidates: Candidates, **options: object) -> Evaluation:
     options = {"probes": ["logistic"], "num_bootstrap": 100, "progress": False, **options}
-    return evaluate([protocol], LESIONS, candidates, **options)  # type: ignore[arg-type]
+    return evaluate_features([protocol], LESIONS, candidates, **options)  # type: ignore[arg-type]
 
 
 def value(result: Evaluation, features: str, metric: str = "AUC", **where: object) -> float:
@@ -226,7 +226,9 @@ def test_shared_patients_are_also_left_out_of_training() -> None:
     candidates = gather({"ours": table(GOOD)}, LESIONS, [])
     (finding, *_) = find_leakage(shared, LESIONS, candidates)
     assert finding.found
-    result = evaluate([shared, apart], LESIONS, candidates, probes=["logistic"], num_bootstrap=50, progress=False)
+    result = evaluate_features(
+        [shared, apart], LESIONS, candidates, probes=["logistic"], num_bootstrap=50, progress=False
+    )
     told = {row["split"]: row["num_train"] for row in result.rows}
     assert told == {"3 folds": 101, "3 folds, without shared patients": 100}
 

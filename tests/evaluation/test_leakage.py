@@ -13,7 +13,6 @@ from fmcib_ssl.evaluation.leakage import (
     check_extent,
     check_patch_borders,
     check_patients,
-    refused,
     same_images,
 )
 from fmcib_ssl.evaluation.probes import Protocol
@@ -42,8 +41,7 @@ def test_patients() -> None:
     found = check_patients(SPLIT, patients)
     assert found.found
     assert "1 patients stand on two sides, such as same; 2 test lesions" in found.message
-    assert refused([clean, found], ()) == [found]
-    assert refused([found], {"patients"}) == []
+    assert found.refuses
     patients[[5, 95, 96]] = [*IDS[[5, 95]], "l70"]
     assert check_patients(SPLIT, patients).found  # validation and test
 

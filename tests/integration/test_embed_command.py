@@ -21,7 +21,7 @@ from tiny_runs import NUM_SCANS, REPO, tiny_settings
 import fmcib_ssl
 from fmcib_ssl.data import LesionPatches, importers
 from fmcib_ssl.data.annotations import read_annotations
-from fmcib_ssl.data.prepare import prepare
+from fmcib_ssl.data.prepare import prepare_store
 from fmcib_ssl.evaluation.feature_table import FeatureTable
 from fmcib_ssl.models import export_encoder, small_resnet
 from fmcib_ssl.run import pretrain
@@ -85,7 +85,7 @@ def embed_apart(folder: Path, *arguments: str, start: tuple[str, ...] = (str(SCR
 @pytest.fixture(scope="module")
 def store(phantom_table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("phantom") / "store"
-    prepare(read_annotations(phantom_table), folder, num_workers=0)
+    prepare_store(read_annotations(phantom_table), folder, num_workers=0)
     return folder
 
 
@@ -245,7 +245,7 @@ def test_real_nodules_as_a_user_would(embed: Embed, real_data: Path, weights: Pa
     """Two whole CTs, and nodules that come as a file each, from their table and from a store."""
     crops = real_data / "lidc_crops"
     importers.lidc_crops(crops / "voi_index.csv").iloc[:8].to_csv(tmp_path / "lidc.csv", index=False)
-    prepare(read_annotations(tmp_path / "lidc.csv", crops), tmp_path / "store", image_root=crops, num_workers=0)
+    prepare_store(read_annotations(tmp_path / "lidc.csv", crops), tmp_path / "store", image_root=crops, num_workers=0)
     sources = {
         "store": ("store=store",),
         "files": ("annotations=lidc.csv", f"image_root={crops}"),

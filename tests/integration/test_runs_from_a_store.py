@@ -11,7 +11,7 @@ from tiny_runs import REPO, metrics_of, tiny_settings
 
 import fmcib_ssl
 from fmcib_ssl.data.annotations import read_annotations
-from fmcib_ssl.data.prepare import prepare
+from fmcib_ssl.data.prepare import prepare_store
 from fmcib_ssl.data.store import StoreSettings
 from fmcib_ssl.run import pretrain
 from fmcib_ssl.training.settings import ConfigError
@@ -20,7 +20,7 @@ from fmcib_ssl.training.settings import ConfigError
 @pytest.fixture(scope="module")
 def store(phantom_table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("store")
-    prepare(read_annotations(phantom_table), folder, StoreSettings(spacing_mm=1.5), num_workers=0)
+    prepare_store(read_annotations(phantom_table), folder, StoreSettings(spacing_mm=1.5), num_workers=0)
     return folder
 
 

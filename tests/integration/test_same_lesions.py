@@ -11,7 +11,7 @@ import pytest
 from tiny_runs import tiny_settings
 
 from fmcib_ssl.data.annotations import read_annotations
-from fmcib_ssl.data.prepare import prepare
+from fmcib_ssl.data.prepare import prepare_store
 from fmcib_ssl.data.store import StoreSettings
 from fmcib_ssl.training.lesions import open_lesions
 
@@ -29,7 +29,7 @@ def of_table(table: Path, *overrides: str) -> str:
 
 def of_store(table: Path, *overrides: str, spacing_mm: float = 1.5) -> str:
     store = Path(f"store_{spacing_mm}")
-    prepare(read_annotations(table), store, StoreSettings(spacing_mm=spacing_mm), num_workers=0)
+    prepare_store(read_annotations(table), store, StoreSettings(spacing_mm=spacing_mm), num_workers=0)
     options = [f"data.store={store}", "data.annotations=null", "data.spacing_mm=null", *overrides]
     return open_lesions(tiny_settings(table, Path("run"), *options), main_process=True).checksum
 
