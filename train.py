@@ -16,7 +16,7 @@ from omegaconf import DictConfig  # noqa: E402
 
 from fmcib_ssl.data import end_with_parent  # noqa: E402
 from fmcib_ssl.io import exit_without_teardown, no_world_write  # noqa: E402
-from fmcib_ssl.training import (  # noqa: E402  # noqa: E402  # noqa: E402
+from fmcib_ssl.training import (  # noqa: E402
     CONFIG_NAME,
     ConfigError,
     Settings,
@@ -65,11 +65,8 @@ def stop_before_training(stopped: signals.Stopped, settings: Settings) -> int:
 
 def run(settings: Settings) -> float:
     """Do what is asked for; mistakes of the user end the process with a message."""
-    from fmcib_ssl.run import (  # noqa: PLC0415  (imports torch: all that can be is checked before)
-        USER_ERRORS,
-        finetune,
-        pretrain,
-    )
+    # Imports torch: all that can be is checked before.
+    from fmcib_ssl.run import USER_ERRORS, finetune, pretrain  # noqa: PLC0415
 
     train = pretrain if settings.finetune is None else finetune
     signals.listen()

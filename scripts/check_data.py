@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> None:
     if command.check == "full":
         print(f"values    {peaks_summary(scans)}: {command.output / 'scans.csv'}")
     if command.sheet_lesions:
-        from fmcib_ssl.evaluation import (  # noqa: PLC0415  # noqa: PLC0415
+        from fmcib_ssl.evaluation import (  # noqa: PLC0415
             ReportFigure,
             Section,
             lesion_sheet,

@@ -113,7 +113,14 @@ def write_page(summary: Summary, num_lesions: int, identifiers: Identifiers) -> 
     import numpy as np  # noqa: PLC0415  # and torch, which the workers would import with this file
 
     from fmcib_ssl.data import Store, patch_start  # noqa: PLC0415
-    from fmcib_ssl.evaluation import ReportFigure, Section, SheetLesion, lesion_sheet, rejected_section, write_report  # noqa: PLC0415  # noqa: PLC0415  # noqa: PLC0415
+    from fmcib_ssl.evaluation import (  # noqa: PLC0415
+        ReportFigure,
+        Section,
+        SheetLesion,
+        lesion_sheet,
+        rejected_section,
+        write_report,
+    )
 
     store = Store(summary.store)
     spacing_mm = store.settings.spacing_mm

@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
     command = parse_command(Split, arguments)
     import pandas as pd  # noqa: PLC0415  # the help waits for no library
 
-    from fmcib_ssl.data import (  # noqa: PLC0415  # noqa: PLC0415
+    from fmcib_ssl.data import (  # noqa: PLC0415
         AnnotationsError,
         assign_folds,
         assign_splits,
