@@ -77,7 +77,24 @@ def lightly_module(name: str) -> ModuleType:
         raise
 
 
-class SimCLR(TwoViews):
+class _ComparedByCriterion(TwoViews):
+    """Encoder and head, and a loss of lightly's that compares the two views' embeddings over all devices."""
+
+    head: nn.Module
+    criterion: nn.Module
+
+    def forward(self, views: Tensor) -> Tensor:
+        """Embed views: `(batch, 1, z, y, x)` to `(batch, dim)`."""
+        return cast(Tensor, self.head(self.encoder(views)))
+
+    def compare(self, view0: Tensor, view1: Tensor, batch_idx: int) -> Step:
+        """The criterion over all lesions of all devices."""
+        z0, z1 = self(torch.cat([view0, view1])).chunk(2)
+        with self.full_precision():
+            return Step(self.criterion(full(z0), full(z1)), (z0, z1))
+
+
+class SimCLR(_ComparedByCriterion):
     """A lesion's two views against both views of all other lesions, with lightly's NT-Xent loss.
 
     On `W` devices with `B` lesions each, loss and gradients are those of one device with `W * B`. The same function as
@@ -99,18 +116,8 @@ class SimCLR(TwoViews):
         # gather, and it looks by itself.
         self.criterion = lightly_module("loss").NTXentLoss(temperature=temperature, gather_distributed=True)
 
-    def forward(self, views: Tensor) -> Tensor:
-        """Embed views: `(batch, 1, z, y, x)` to `(batch, dim)`."""
-        return cast(Tensor, self.head(self.encoder(views)))
 
-    def compare(self, view0: Tensor, view1: Tensor, batch_idx: int) -> Step:
-        """NT-Xent over all lesions of all devices."""
-        z0, z1 = self(torch.cat([view0, view1])).chunk(2)
-        with self.full_precision():
-            return Step(self.criterion(full(z0), full(z1)), (z0, z1))
-
-
-class VICReg(TwoViews):
+class VICReg(_ComparedByCriterion):
     """Views agree, every dimension varies, and no two dimensions say the same; lightly's loss and head, no negatives.
 
     On several devices variance and covariance are those of all lesions together, and loss and gradients those of one
@@ -140,20 +147,10 @@ class VICReg(TwoViews):
     ) -> None:
         super().__init__(parts)
         heads = lightly_module("models.modules.heads")
-        self.head: nn.Module = heads.VICRegProjectionHead(parts.num_features, hidden_dim, out_dim)
+        self.head = heads.VICRegProjectionHead(parts.num_features, hidden_dim, out_dim)
         self.criterion = lightly_module("loss").VICRegLoss(
             lambda_param=invariance, mu_param=variance, nu_param=covariance, gather_distributed=True
         )
-
-    def forward(self, views: Tensor) -> Tensor:
-        """Embed views: `(batch, 1, z, y, x)` to `(batch, out_dim)`."""
-        return cast(Tensor, self.head(self.encoder(views)))
-
-    def compare(self, view0: Tensor, view1: Tensor, batch_idx: int) -> Step:
-        """The three terms over all lesions of all devices."""
-        z0, z1 = self(torch.cat([view0, view1])).chunk(2)
-        with self.full_precision():
-            return Step(self.criterion(full(z0), full(z1)), (z0, z1))
 
 
 class BYOL(TwoViews):

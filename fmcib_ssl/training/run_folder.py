@@ -6,12 +6,12 @@ The main process alone writes it, every file whole or not at all, and no start i
 from __future__ import annotations
 
 import itertools
-import json
 import re
 import secrets
 import socket
 import string
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fmcib_ssl.io import Held, Lock, read_json, read_yaml, remove_leftovers, write_atomically
+from fmcib_ssl.io import Held, Lock, read_json, read_yaml, remove_leftovers, write_atomically, write_json
 from fmcib_ssl.training.settings import upgraded
 from fmcib_ssl.types import UserError
 
@@ -114,8 +114,10 @@ class RunFolder:
         self.state["starts"].append({"time": _now(), "host": socket.gethostname(), **start})
         self.state["finished"] = None
         self._write()
-        self._write_file(_CONFIG_FILE, yaml.safe_dump(dict(settings), sort_keys=False))
-        self._write_file(_ENVIRONMENT_FILE, json.dumps(environment, indent=2, default=str) + "\n")
+        with self._writing(_CONFIG_FILE) as file:
+            write_atomically(file, yaml.safe_dump(dict(settings), sort_keys=False))
+        with self._writing(_ENVIRONMENT_FILE) as file:
+            write_json(environment, file)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take what a checkpoint has kept of a state that is lost."""
@@ -175,11 +177,13 @@ class RunFolder:
 
     def _write(self) -> None:
         if self.main_process and not self.is_lost:
-            self._write_file(STATE_FILE, json.dumps(self.state, indent=2, default=str) + "\n")
+            with self._writing(STATE_FILE) as file:
+                write_json(self.state, file)
 
-    def _write_file(self, name: str, text: str) -> None:
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[Path]:
         try:
-            write_atomically(self.path / name, text)
+            yield self.path / name
         except OSError as error:
             raise RunFolderError(f"{self.path / name} cannot be written: {error.strerror or error}") from error
 

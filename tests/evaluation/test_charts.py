@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +14,6 @@ from sklearn.manifold import trustworthiness
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
-from fmcib_ssl.evaluation import charts, figures
 from fmcib_ssl.evaluation.charts import (
     Palette,
     calibration_curves,
@@ -33,20 +31,6 @@ from fmcib_ssl.evaluation.charts import (
     umap_places,
 )
 from fmcib_ssl.evaluation.metrics import calibration
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that were saved, to look into their axes."""
-    saved: list[Figure] = []
-    save = figures.save_figure
-
-    def keep(figure: Figure, *args: Any, **kwargs: Any) -> Path:
-        saved.append(figure)
-        return save(figure, *args, **kwargs)
-
-    monkeypatch.setattr(charts, "save_figure", keep)
-    return saved
 
 
 def test_curves_draw_the_columns_that_hold_numbers(drawn: list[Figure], tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -12,7 +11,6 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from fmcib_ssl.evaluation import figures
 from fmcib_ssl.evaluation.figures import (
     WINDOWS_HU,
     ContactRow,
@@ -25,20 +23,6 @@ from fmcib_ssl.evaluation.figures import (
 )
 from fmcib_ssl.evaluation.probes import nearest_lesions
 from fmcib_ssl.types import Preprocessing
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that were saved, to look into their axes."""
-    saved: list[Figure] = []
-    save = figures.save_figure
-
-    def keep(figure: Figure, *args: Any, **kwargs: Any) -> Path:
-        saved.append(figure)
-        return save(figure, *args, **kwargs)
-
-    monkeypatch.setattr(figures, "save_figure", keep)
-    return saved
 
 
 def contact_row(size: tuple[int, int, int] = (8, 10, 12)) -> ContactRow:
