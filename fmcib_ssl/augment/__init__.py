@@ -11,6 +11,7 @@ from fmcib_ssl.augment.intensity import (
 )
 from fmcib_ssl.augment.recipes import BatchedPublishedViews, MonaiViews, PublishedViews, RandResizedCrop
 from fmcib_ssl.augment.resolution import RandomGaussianSmooth, RandomLowResolution, RandomSliceThickness
+from fmcib_ssl.augment.streams import uniforms
 from fmcib_ssl.augment.views import BatchedTransform, BatchedViews, VoxelTransform
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "RandomScaleShift",
     "RandomSliceThickness",
     "VoxelTransform",
+    "uniforms",
 ]
