@@ -15,7 +15,7 @@ from typing import Any
 from fmcib_ssl.io import digest_of, read_json
 from fmcib_ssl.training.cluster import started_by_slurm
 from fmcib_ssl.training.run_folder import ANEW, STATE_FILE, RunFolderError, saved_settings
-from fmcib_ssl.training.settings import ConfigError, Settings
+from fmcib_ssl.training.settings import RENAMED_KEYS, ConfigError, Settings
 from fmcib_ssl.types import first_target
 
 #: Where data lie on a machine, and how they are read.
@@ -49,9 +49,6 @@ LENGTHS = ("trainer.max_epochs", "trainer.max_steps")
 #: Files and folders: the same however they are typed.
 _PLACES = ("data.store", "data.annotations", "finetune.weights")
 
-#: Settings that earlier versions had under another name, by which they called the folders of their runs.
-_RENAMED = {"data.per_lesion": "data.negatives_per_lesion"}
-
 _NUM_DIGITS = 8
 _MOST_SHOWN = 3
 
@@ -67,7 +64,7 @@ def settings_digest(settings: Mapping[str, Any], keyed: Collection[str] = ()) ->
     counted = (key in (*_PLACES, *keyed) or not (_is_free(key) or key in LENGTHS) for key in sorted(flat))
     fixed = {key: _plain(flat[key]) for key, counts in zip(sorted(flat), counted, strict=True) if counts}
     # A run of an earlier version is in a folder that is called after what parts had as names then.
-    fixed |= {old: fixed.pop(new) for old, new in _RENAMED.items() if new in fixed}
+    fixed |= {old: fixed.pop(new) for old, new in RENAMED_KEYS.items() if new in fixed}
     fixed |= {key: value for key, value in _GONE.items() if value is not None}
     fixed |= {key: first_target(value) for key, value in fixed.items() if key.endswith("_target_")}
     if fixed.get("method._target_") == "fmcib_ssl.methods.MinedContrast":
@@ -141,7 +138,7 @@ def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
     """Values by dotted key, without `run`, which says which folder and not what is in it."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        name = _RENAMED.get(f"{prefix}{key}", f"{prefix}{key}")
+        name = RENAMED_KEYS.get(f"{prefix}{key}", f"{prefix}{key}")
         if isinstance(value, Mapping) and value:
             flat.update(flat_settings(value, f"{name}."))
         elif name != "run" and name not in _GONE and (name, value) not in _EARLIER.items():

@@ -18,17 +18,25 @@ from fmcib_ssl.types import Padding, UserError, with_current_targets
 Component = dict[str, Any]
 
 
-#: Keys of the last version, with what is to be said of them.
+#: Keys of earlier versions, with today's name of each.
+RENAMED_KEYS = {
+    "callbacks.guards": "callbacks.non_finite",
+    "callbacks.signals": "callbacks.collapse_monitor",
+    "data.per_lesion": "data.negatives_per_lesion",
+    "hardware.trim": "hardware.skip_padded_kernels",
+    "hardware.views_on": "hardware.augment_on",
+}
+#: Keys of earlier versions that are gone, with what does without them.
+_REMOVED_KEYS = {
+    "data.check": "preparing the table's store reads every scan",
+    "data.allow_short_scans": "scans shorter than a patch are padded",
+    "data.cache_scans": "patches are read from the table's store",
+    "method.gather": "loss.gather_distributed=true (default) gathers negatives of all devices",
+}
+#: Both, with what is said to who still uses them.
 FORMER_KEYS = {
-    "callbacks.guards": "is now called callbacks.non_finite",
-    "callbacks.signals": "is now called callbacks.collapse_monitor",
-    "data.per_lesion": "is now called data.negatives_per_lesion",
-    "data.check": "is gone: preparing the table's store reads every scan. Leave it out",
-    "data.allow_short_scans": "is gone: scans shorter than a patch are padded. Leave it out",
-    "data.cache_scans": "is gone: patches are read from the table's store. Leave it out",
-    "hardware.trim": "is now called hardware.skip_padded_kernels",
-    "hardware.views_on": "is now called hardware.augment_on",
-    "method.gather": "is gone: loss.gather_distributed=true (default) gathers negatives of all devices. Leave it out",
+    **{old: f"is now called {new}" for old, new in RENAMED_KEYS.items()},
+    **{key: f"is gone: {reason}. Leave it out" for key, reason in _REMOVED_KEYS.items()},
 }
 
 
@@ -204,12 +212,12 @@ class Settings(_Section):
 def upgraded(values: dict[str, Any]) -> dict[str, Any]:
     """Settings in a file of an earlier version, with today's names of keys and of parts."""
     values = with_current_targets(values)
-    for name, change in FORMER_KEYS.items():
+    for name in FORMER_KEYS:
         section, _, key = name.partition(".")
         if isinstance(part := values.get(section), dict) and key in part:
             value = part.pop(key)
-            if change.startswith("is now called "):
-                part[change.rpartition(".")[2]] = value
+            if name in RENAMED_KEYS:
+                part[RENAMED_KEYS[name].rpartition(".")[2]] = value
     return values
 
 
