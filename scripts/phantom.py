@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from fmcib_ssl.io import Command, parse_command
+from fmcib_ssl.io import Command, num_cores, parse_command
 
 
 class Phantom(Command):
@@ -22,7 +21,7 @@ class Phantom(Command):
     folder: Path = Field(description="where scans/ and annotations.csv go; made if it is not there")
     num_scans: PositiveInt = Field(default=140, description="one scan a patient, each with one to three lesions")
     seed: NonNegativeInt = Field(default=0, description="everything that is drawn follows from it")
-    num_workers: PositiveInt = Field(default=os.cpu_count() or 1, description="processes")
+    num_workers: PositiveInt = Field(default=num_cores(), description="processes")
 
 
 def main(arguments: list[str]) -> None:

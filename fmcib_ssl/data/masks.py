@@ -13,7 +13,6 @@ slice, the overlap is a hole, as DICOM has it for inner contours.
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Hashable
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +40,7 @@ from fmcib_ssl.data.geometry import FloatArray, ScanGeometry
 from fmcib_ssl.data.itk import header_fields
 from fmcib_ssl.data.scans import ScanSource, read_header, read_volume
 from fmcib_ssl.data.tables import REJECTED_COLUMNS, OnBadRow, read_table, refuse_or_skip, require_columns
+from fmcib_ssl.io import num_cores
 from fmcib_ssl.types import ScanError
 
 _logger = logging.getLogger(__name__)
@@ -295,7 +295,7 @@ def lesions_from_masks(
             return error
 
     records = rows.to_dict("records")
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
+    with ThreadPoolExecutor(min(num_cores(), 4)) as pool:
         results = list(tqdm(pool.map(of_row, records), "Reading masks", len(records), unit="mask", disable=None))
     lesions: list[dict[Hashable, Any]] = []
     problems = []

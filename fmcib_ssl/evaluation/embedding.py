@@ -41,6 +41,7 @@ from fmcib_ssl.evaluation.embedding_sources import (
     raw_voxels,
 )
 from fmcib_ssl.evaluation.feature_table import ID_COLUMN, FeatureTable, FeatureTableError
+from fmcib_ssl.models import evaluation_mode
 from fmcib_ssl.types import Preprocessing
 
 logger = logging.getLogger(__name__)
@@ -97,35 +98,30 @@ def _embed(
         generator=torch.Generator(),  # or it would draw from torch's own
     )
     module = encoder.module.to(device)
-    was_training = module.training
-    module.eval()
-    try:
-        with no_worker_left():
-            results = iter(loader)
-            for number, shard in shards.items():
-                names: list[str] = []
-                features: list[npt.NDArray[np.float32]] = []
-                failures: dict[str, str] = {}
-                for _ in range(0, len(shard), size):
-                    read = next(results)
-                    failures |= {ids[place]: reason for place, reason in read if isinstance(reason, str)}
-                    loaded = [(ids[place], patch) for place, patch in read if isinstance(patch, Tensor)]
-                    if loaded:
-                        batch = torch.stack([patch for _, patch in loaded]).to(device, non_blocking=True)
-                        options: Any = {"precision": inference.precision, "views": inference.views}
-                        values = encode(module, batch, patches.preprocessing, **options).cpu().numpy()
-                        finite = np.isfinite(values).all(axis=1)
-                        features.append(values[finite])
-                        for (name, _), is_finite in zip(loaded, finite, strict=True):
-                            if is_finite:
-                                names.append(name)
-                            else:
-                                failures[name] = f"the encoder gives NaN or infinity in precision {inference.precision}"
-                    advance(len(read))
-                joined = np.concatenate(features) if names else np.empty((0, 1), np.float32)
-                yield number, _Part(names, joined, failures)
-    finally:
-        module.train(was_training)
+    with evaluation_mode(module), no_worker_left():
+        results = iter(loader)
+        for number, shard in shards.items():
+            names: list[str] = []
+            features: list[npt.NDArray[np.float32]] = []
+            failures: dict[str, str] = {}
+            for _ in range(0, len(shard), size):
+                read = next(results)
+                failures |= {ids[place]: reason for place, reason in read if isinstance(reason, str)}
+                loaded = [(ids[place], patch) for place, patch in read if isinstance(patch, Tensor)]
+                if loaded:
+                    batch = torch.stack([patch for _, patch in loaded]).to(device, non_blocking=True)
+                    options: Any = {"precision": inference.precision, "views": inference.views}
+                    values = encode(module, batch, patches.preprocessing, **options).cpu().numpy()
+                    finite = np.isfinite(values).all(axis=1)
+                    features.append(values[finite])
+                    for (name, _), is_finite in zip(loaded, finite, strict=True):
+                        if is_finite:
+                            names.append(name)
+                        else:
+                            failures[name] = f"the encoder gives NaN or infinity in precision {inference.precision}"
+                advance(len(read))
+            joined = np.concatenate(features) if names else np.empty((0, 1), np.float32)
+            yield number, _Part(names, joined, failures)
 
 
 def _joined(parts: Sequence[_Part], lesions: pd.DataFrame, provenance: Mapping[str, Any]) -> FeatureTable:

@@ -86,10 +86,10 @@ def open_patches(source: Mapping[str, Any], preprocessing: Preprocessing | None 
     """
     if preprocessing is None and source.get("preprocessing"):
         preprocessing = Preprocessing.from_dict(source["preprocessing"])
-    from fmcib_ssl.data import (  # noqa: PLC0415
+    from fmcib_ssl.data import (  # noqa: PLC0415  (a table of features is read without Blosc2)
         LESIONS_INDEX,
         SCANS_INDEX,
-        LesionPatches,  # a table of features is read without Blosc2
+        LesionPatches,
         Store,
         StoreSettings,
     )

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import lightning as L
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -51,11 +50,9 @@ from fmcib_ssl.training.build import (
 from fmcib_ssl.training.lesions import store_of
 from fmcib_ssl.training.settings import Component, ConfigError, FineTune, Settings
 from fmcib_ssl.training.throughput import Progress
-from fmcib_ssl.types import Preprocessing
+from fmcib_ssl.types import Array, Preprocessing
 
 logger = logging.getLogger(__name__)
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
