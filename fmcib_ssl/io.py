@@ -90,7 +90,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
-def write_json(values: Mapping[str, Any], path: Path) -> None:
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write plain values where a person can read them."""
     write_atomically(path, json.dumps(values, indent=2, default=str) + "\n")
 

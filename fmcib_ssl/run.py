@@ -226,7 +226,7 @@ def _finetune(settings: Settings, options: FineTune, folder: RunFolder) -> float
     predictions.to_parquet(run / "predictions.parquet", index=False)
     rows = results_of(task, predictions, settings.seed, options.num_bootstrap)
     about = {"label": task.labels.name, "kind": task.labels.kind, "classes": list(task.labels.classes)}
-    write_json({"rows": rows, **about, "train": options.train, "weights": options.weights}, run / "results.json")
+    write_json(run / "results.json", {"rows": rows, **about, "train": options.train, "weights": options.weights})
     lines = [f"{row['metric']:<20} {row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})" for row in rows]
     logger.info("%s on held-out patients\n%s\nin %s", task.labels.name, "\n".join(lines), run / "results.json")
     if folder.finished is None:

@@ -131,7 +131,7 @@ def run(command: Evaluate) -> None:
             **environment(),
         },
     }
-    write_json(values, command.output / "results.json")
+    write_json(command.output / "results.json", values)
     show(result)
     for figure in published.published if published else ():
         print(f"published {figure.method}: {figure.metric} {figure.value:.3f}")

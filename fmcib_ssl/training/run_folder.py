@@ -117,7 +117,7 @@ class RunFolder:
         with self._writing(_CONFIG_FILE) as file:
             write_atomically(file, yaml.safe_dump(dict(settings), sort_keys=False))
         with self._writing(_ENVIRONMENT_FILE) as file:
-            write_json(environment, file)
+            write_json(file, environment)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take what a checkpoint has kept of a state that is lost."""
@@ -178,7 +178,7 @@ class RunFolder:
     def _write(self) -> None:
         if self.main_process and not self.is_lost:
             with self._writing(STATE_FILE) as file:
-                write_json(self.state, file)
+                write_json(file, self.state)
 
     @contextmanager
     def _writing(self, name: str) -> Iterator[Path]:

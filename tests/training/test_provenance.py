@@ -45,7 +45,7 @@ def test_outside_a_checkout_there_is_no_commit(tmp_path: Path, monkeypatch: pyte
 
 def test_the_environment_survives_a_file(tmp_path: Path) -> None:
     environment = provenance.environment()
-    write_json(environment, tmp_path / "environment.json")
+    write_json(tmp_path / "environment.json", environment)
     assert json.loads((tmp_path / "environment.json").read_text()) == environment
     assert environment["command"] == sys.argv
     assert environment["python"] == platform.python_version()
