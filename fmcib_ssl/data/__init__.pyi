@@ -4,14 +4,14 @@ from .annotations import check_annotations as check_annotations
 from .annotations import places_by_scan as places_by_scan
 from .annotations import read_annotations as read_annotations
 from .geometry import PatchGrid as PatchGrid
+from .importers import DATASETS as DATASETS
 from .importers import IMPORTERS as IMPORTERS
+from .importers import import_medmnist as import_medmnist
 from .importers import lidc_crops as lidc_crops
 from .loader import EpochSampler as EpochSampler
 from .loader import LabelledPatches as LabelledPatches
 from .loader import LesionDataModule as LesionDataModule
 from .masks import lesions_from_masks as lesions_from_masks
-from .medmnist import DATASETS as DATASETS
-from .medmnist import import_medmnist as import_medmnist
 from .mining import STRATEGIES as STRATEGIES
 from .patches import LesionPatches as LesionPatches
 from .phantom import make_archive as make_archive

@@ -20,7 +20,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.tag import Tag
 
 from fmcib_ssl.data.geometry import FloatArray
-from fmcib_ssl.data.itk import decoded
+from fmcib_ssl.data.image_files import decoded
 from fmcib_ssl.types import ScanError
 
 _SUFFIXES = (".dcm", ".dicom", ".ima")

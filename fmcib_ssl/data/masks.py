@@ -37,7 +37,7 @@ from fmcib_ssl.data.annotations import (
 )
 from fmcib_ssl.data.dicom_files import is_dicom, series_at
 from fmcib_ssl.data.geometry import FloatArray, ScanGeometry
-from fmcib_ssl.data.itk import header_fields
+from fmcib_ssl.data.image_files import header_fields
 from fmcib_ssl.data.scans import ScanSource, read_header, read_volume
 from fmcib_ssl.data.tables import REJECTED_COLUMNS, OnBadRow, read_table, refuse_or_skip, require_columns
 from fmcib_ssl.io import num_cores

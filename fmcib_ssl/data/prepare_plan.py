@@ -23,9 +23,8 @@ import numpy.typing as npt
 import pandas as pd
 from tqdm import tqdm
 
-from fmcib_ssl.data.annotations import LesionTable, check_annotations
+from fmcib_ssl.data.annotations import LesionTable, ScanReport, check_annotations
 from fmcib_ssl.data.geometry import ScanGeometry
-from fmcib_ssl.data.inspection import ScanReport
 from fmcib_ssl.data.prepare_scan import checksum, source_files, source_listing
 from fmcib_ssl.data.scans import ScanSource
 from fmcib_ssl.data.store import SCANS_FOLDER, STORE_VERSION, StoreSettings, sidecar_file

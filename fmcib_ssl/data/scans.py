@@ -21,8 +21,7 @@ from jaxtyping import Int16
 from fmcib_ssl.data.dicom import open_dicom
 from fmcib_ssl.data.dicom_files import is_dicom
 from fmcib_ssl.data.geometry import PatchGrid, ScanGeometry
-from fmcib_ssl.data.itk import open_itk, shortened
-from fmcib_ssl.data.nifti import Affine, is_nifti, open_nifti
+from fmcib_ssl.data.image_files import Affine, is_nifti, open_itk, open_nifti, shortened
 from fmcib_ssl.types import PADDING_HU, ScanError
 
 _Hu = npt.NDArray[np.int16] | npt.NDArray[np.float32]

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 
-from fmcib_ssl.data import inspection
+from fmcib_ssl.data import annotations
 from fmcib_ssl.data.annotations import (
     AnnotationsError,
     BadRowsError,
@@ -182,13 +182,13 @@ def test_no_row_left_is_an_error_even_when_skipping(archive: Path) -> None:
 
 def test_each_scan_is_opened_once(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Path] = []
-    original = inspection.read_header
+    original = annotations.read_header
 
     def counted(path: Path, *how: object) -> object:
         opened.append(path)
         return original(path, *how)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(inspection, "read_header", counted)
+    monkeypatch.setattr(annotations, "read_header", counted)
     check(archive, *(f"a.nii.gz,{-80 + i},220,30" for i in range(9)), "sub folder/b.nrrd,-80,220,30")
     assert sorted(opened) == [archive / "a.nii.gz", archive / "sub folder" / "b.nrrd"]
 

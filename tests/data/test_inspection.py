@@ -10,8 +10,8 @@ import pytest
 from odd_images import AFFINE_RAS as AFFINE
 from odd_images import chest, moved, write_nifti
 
-from fmcib_ssl.data import inspection
-from fmcib_ssl.data.inspection import ScanReport, inspect_scans
+from fmcib_ssl.data import annotations
+from fmcib_ssl.data.annotations import ScanReport, inspect_scans
 from fmcib_ssl.data.scans import ScanSource, read_scan
 from fmcib_ssl.types import ScanError
 
@@ -27,7 +27,7 @@ def sources(tmp_path: Path) -> list[ScanSource]:
     return [ScanSource(tmp_path / name) for name in names]
 
 
-def texts(results: dict[ScanSource, inspection.Result]) -> dict[str, str]:
+def texts(results: dict[ScanSource, annotations.Result]) -> dict[str, str]:
     return {scan.path.name: repr(result) for scan, result in results.items()}
 
 
@@ -44,21 +44,21 @@ def test_reports_and_errors(sources: list[ScanSource]) -> None:
 
 def test_processes_give_the_same(sources: list[ScanSource], monkeypatch: pytest.MonkeyPatch) -> None:
     alone = inspect_scans(sources, "full")
-    monkeypatch.setattr(inspection, "_ALONE_S", 0.0)
-    monkeypatch.setattr(inspection, "_CHUNK_SCANS", {"full": 2})
+    monkeypatch.setattr(annotations, "_ALONE_S", 0.0)
+    monkeypatch.setattr(annotations, "_CHUNK_SCANS", {"full": 2})
     assert texts(inspect_scans(sources, "full", num_workers=2)) == texts(alone)
 
 
-def killed_by_one(_: str, sources: list[ScanSource]) -> list[inspection.Result]:
+def killed_by_one(_: str, sources: list[ScanSource]) -> list[annotations.Result]:
     if any(source.path.name == "2.nii.gz" for source in sources):
         os.kill(os.getpid(), signal.SIGKILL)
     return [ScanReport(read_scan(*source).geometry) for source in sources]
 
 
 def test_a_scan_that_kills_its_process_is_one_scan(sources: list[ScanSource], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspection, "_ALONE_S", 0.0)
-    monkeypatch.setattr(inspection, "_inspect_chunk", killed_by_one)
-    results = dict(inspection._inspected("headers", [tuple(sources[1:3])], 2))
+    monkeypatch.setattr(annotations, "_ALONE_S", 0.0)
+    monkeypatch.setattr(annotations, "_inspect_chunk", killed_by_one)
+    results = dict(annotations._inspected("headers", [tuple(sources[1:3])], 2))
     failed = [source for source, result in results.items() if isinstance(result, ScanError)]
     assert (len(results), failed) == (2, [sources[2]])
 
@@ -75,8 +75,8 @@ def test_what_was_found_is_kept_and_read_again_only_if_changed(
             raise KeyboardInterrupt
         return read_scan(path, *how)
 
-    monkeypatch.setattr(inspection, "read_scan", reading)
-    monkeypatch.setattr(inspection, "_CHUNK_SCANS", {"full": 1})
+    monkeypatch.setattr(annotations, "read_scan", reading)
+    monkeypatch.setattr(annotations, "_CHUNK_SCANS", {"full": 1})
     stop_at = 3
     with pytest.raises(KeyboardInterrupt):
         inspect_scans(sources, "full", cache=cache)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fmcib_ssl.data.medmnist import DATASETS, SPLITS, import_medmnist
+from fmcib_ssl.data.importers import DATASETS, SPLITS, import_medmnist
 from fmcib_ssl.data.patches import LesionPatches
 from fmcib_ssl.data.prepare import store_for_table
 from fmcib_ssl.data.store import StoreSettings

@@ -17,7 +17,7 @@ from odd_images import AFFINE_RAS, MARK, MARK_HU, SIZE, chest, moved, write_mhd,
 from fmcib_ssl.data import scans
 from fmcib_ssl.data.annotations import AnnotationsError, check_annotations, read_annotations
 from fmcib_ssl.data.geometry import PatchGrid
-from fmcib_ssl.data.nifti import Affine
+from fmcib_ssl.data.image_files import Affine
 from fmcib_ssl.data.prepare import prepare_store
 from fmcib_ssl.data.scans import ScanSource, crop_patch, read_header, read_scan
 from fmcib_ssl.data.tables import BadRowsError
