@@ -26,8 +26,8 @@ from tqdm import tqdm
 from fmcib_ssl.data.dicom_files import is_dicom, series_at
 from fmcib_ssl.data.geometry import FloatArray, ScanGeometry, ras_to_lps
 from fmcib_ssl.data.image_files import Affine
-from fmcib_ssl.data.jobs import run_jobs
 from fmcib_ssl.data.prepare_scan import source_listing
+from fmcib_ssl.data.processes import run_jobs
 from fmcib_ssl.data.scans import HuSummary, ScanSource, read_header, read_scan
 from fmcib_ssl.data.tables import (
     REJECTED_COLUMNS,

@@ -27,7 +27,7 @@ import SimpleITK as sitk
 from scipy import ndimage
 from tqdm import tqdm
 
-from fmcib_ssl.data.jobs import run_jobs
+from fmcib_ssl.data.processes import run_jobs
 from fmcib_ssl.io import write_atomically
 
 _Array = npt.NDArray[np.float32]

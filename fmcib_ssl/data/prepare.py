@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from fmcib_ssl.data.annotations import PATH_COLUMN, Coordinates, LesionTable, check_annotations, read_annotations
 from fmcib_ssl.data.geometry import ScanGeometry
-from fmcib_ssl.data.jobs import run_jobs
 from fmcib_ssl.data.prepare_plan import (
     REJECTED_FILE,
     Record,
@@ -40,6 +39,7 @@ from fmcib_ssl.data.prepare_plan import (
     scans_of,
 )
 from fmcib_ssl.data.prepare_scan import ScanTask, prepare_scan
+from fmcib_ssl.data.processes import run_jobs
 from fmcib_ssl.data.store import StoreError, StoreGrid, StoreSettings, sidecar_file
 from fmcib_ssl.data.store_files import claim_store, write_index, write_settings_file
 from fmcib_ssl.data.tables import REJECTED_COLUMNS, BadRowsError, OnBadRow, refuse_or_skip

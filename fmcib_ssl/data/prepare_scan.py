@@ -14,9 +14,9 @@ import numpy.typing as npt
 import SimpleITK as sitk
 from jaxtyping import Int16
 
-from fmcib_ssl.data.coarse_map import build_coarse_map
 from fmcib_ssl.data.dicom_files import series_files
 from fmcib_ssl.data.image_files import header_and_voxels, is_nifti
+from fmcib_ssl.data.mining import build_coarse_map
 from fmcib_ssl.data.scans import Scan, ScanSource, read_scan
 from fmcib_ssl.data.store import STORE_VERSION, StoreError, StoreGrid, StoreSettings
 from fmcib_ssl.data.store_files import write_scan

@@ -1,14 +1,28 @@
-"""Processes that a run starts: signals are for the process that trains, and whatever ends that ends them.
+"""Processes that a run starts: work that is spread over them, signals that are not for them, and their end.
 
-Imports little, since `train.py` listens to signals before it imports anything slow.
+`train.py` listens to signals before it imports anything slow, so this imports little.
 """
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from typing import TypeVar
+
+logger = logging.getLogger(__name__)
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 #: What asks a run to stop. Windows has two of them.
 STOP_SIGNALS = tuple(
@@ -26,8 +40,6 @@ def held(signums: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    from multiprocessing import resource_tracker  # noqa: PLC0415
-
     resource_tracker.ensure_running()  # when it is started it lets signals in that were to wait
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signums)
     try:
@@ -54,17 +66,71 @@ def end_with_parent() -> None:
     torch's data workers go by the number of the process they were forked from; by a fork server that is not the parent.
     A rank that its launcher leaves behind would wait half an hour for the others.
     """
-    import multiprocessing  # noqa: PLC0415
-    import threading  # noqa: PLC0415
-    import time  # noqa: PLC0415
-
     parent, parent_pid = multiprocessing.parent_process(), os.getppid()
 
-    def wait() -> None:
+    def follow() -> None:
         if parent is not None:
             parent.join()
         while parent is None and os.getppid() == parent_pid:
             time.sleep(1)
         os._exit(1)
 
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def run_jobs(
+    work: Callable[[_Item], _Result], items: Iterable[_Item], num_workers: int, killed: Callable[[_Item], _Result]
+) -> Iterator[tuple[_Item, _Result]]:
+    """Yield each item with its result, in the order in which they are done.
+
+    If a worker is killed (the kernel does so when memory is short), its pool is lost. Every item that was in work then
+    is tried once more, alone; the one that kills its worker again is given up, and the others go on.
+
+    Args:
+        work: a function that can be pickled, as can items and results.
+        items: what to do.
+        num_workers: processes, each with one item at a time; 0 works in this one.
+        killed: makes the result of an item that was given up.
+
+    Raises:
+        Exception: what `work` raised; items that were in work then are finished first.
+        BrokenProcessPool: workers cannot even start.
+    """
+    if num_workers == 0:
+        yield from ((item, work(item)) for item in items)
+        return
+    waiting, suspects = deque(items), deque[_Item]()
+    while waiting or suspects:
+        alone = bool(suspects)
+        queue, width = (suspects, 1) if alone else (waiting, num_workers)
+        in_work: dict[Future[_Result], _Item] = {}
+        # Started afresh, not forked: threads of the libraries in use do not survive a fork.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(width, len(queue)), mp_context=context, initializer=_start_job_worker) as pool:
+            pool.submit(os.getpid).result()  # before blaming an item: can a worker start at all?
+            try:
+                while queue or in_work:
+                    while queue and len(in_work) < width:
+                        future = pool.submit(work, queue[0])
+                        in_work[future] = queue.popleft()
+                    for future in wait(in_work, return_when=FIRST_COMPLETED).done:
+                        result = future.result()
+                        yield in_work.pop(future), result
+            except BrokenProcessPool:
+                if not alone:
+                    logger.warning(
+                        "a worker was killed, most likely for want of memory (fewer of %d workers may help): "
+                        "trying what was in work again, one by one", num_workers,
+                    )  # fmt: skip
+                for future, item in in_work.items():
+                    if future.done() and future.exception() is None:
+                        yield item, future.result()
+                    elif alone:
+                        yield item, killed(item)
+                    else:
+                        suspects.append(item)
+
+
+def _start_job_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which lets us finish our item
+    end_with_parent()  # a pool's workers would otherwise wait for work for ever

@@ -34,8 +34,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int16
 
-from fmcib_ssl.data.coarse_map import CoarseMap
 from fmcib_ssl.data.geometry import ScanGeometry
+from fmcib_ssl.data.mining import CoarseMap
 from fmcib_ssl.data.scan_file import DamagedScanError, OpenScan, ScanSums, Triple
 from fmcib_ssl.io import read_regular, read_sealed_json
 from fmcib_ssl.types import PADDING_HU, UserError

@@ -22,7 +22,7 @@ import pandas as pd
 from jaxtyping import Int16
 from tqdm import tqdm
 
-from fmcib_ssl.data.coarse_map import CoarseMap
+from fmcib_ssl.data.mining import CoarseMap
 from fmcib_ssl.data.scan_file import DamagedScanError, OpenScan, ScanSums, encode_voxels
 from fmcib_ssl.data.store import (
     LESIONS_INDEX,

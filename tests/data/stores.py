@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from fmcib_ssl.data.coarse_map import build_coarse_map
+from fmcib_ssl.data.mining import build_coarse_map
 from fmcib_ssl.data.store import CHECKED, SCANS_FOLDER, Store, StoreSettings
 from fmcib_ssl.data.store_files import write_index, write_scan, write_settings_file
 from fmcib_ssl.io import read_sealed_json, write_sealed_json

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fmcib_ssl.data.coarse_map import CoarseMap, body_mask, build_coarse_map
+from fmcib_ssl.data.mining import CoarseMap, build_coarse_map
 
 
 def chest(shape_zyx: tuple[int, int, int] = (60, 70, 90)) -> tuple[np.ndarray, np.ndarray]:
@@ -26,11 +26,11 @@ def chest(shape_zyx: tuple[int, int, int] = (60, 70, 90)) -> tuple[np.ndarray, n
 
 def test_body_is_the_trunk_with_lungs_and_without_table() -> None:
     hu, trunk = chest()
-    body = body_mask(hu)
+    body = build_coarse_map(hu, 4.0).body  # a voxel is a cell
     union, common = (body | trunk).sum(), (body & trunk).sum()
     assert common / union > 0.97
     assert not body[:, -4:].any()
-    assert body_mask(np.full((4, 5, 6), -1000, np.int16)).sum() == 0
+    assert not build_coarse_map(np.full((4, 5, 6), -1000, np.int16), 4.0).body.any()
 
 
 @pytest.mark.parametrize(("spacing_mm", "edge"), [(1.0, 4), (0.7, 6), (1.5, 3), (2.0, 2), (3.0, 1), (10.0, 1)])

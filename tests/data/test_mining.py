@@ -10,16 +10,17 @@ import pytest
 from scipy.stats import chisquare
 
 from fmcib_ssl.data import mining
-from fmcib_ssl.data.coarse_map import CoarseMap, build_coarse_map
 from fmcib_ssl.data.geometry import PatchGrid
 from fmcib_ssl.data.mining import (
     Background,
+    CoarseMap,
     Hard,
     MiningStrategy,
     Near,
     NegativeMiner,
     NegativeQuery,
     Uniform,
+    build_coarse_map,
     mining_strategy,
 )
 from fmcib_ssl.data.scans import crop_patch, read_scan

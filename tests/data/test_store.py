@@ -17,8 +17,8 @@ import SimpleITK as sitk
 from scipy.spatial.transform import Rotation
 
 from fmcib_ssl.data import store_files
-from fmcib_ssl.data.coarse_map import build_coarse_map
 from fmcib_ssl.data.geometry import ScanGeometry
+from fmcib_ssl.data.mining import build_coarse_map
 from fmcib_ssl.data.store import (
     Store,
     StoreError,

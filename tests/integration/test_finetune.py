@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 from tiny_runs import assert_equal_weights, composed
 
 import fmcib_ssl
-from fmcib_ssl.data.coarse_map import build_coarse_map
+from fmcib_ssl.data.mining import build_coarse_map
 from fmcib_ssl.data.store import SCANS_FOLDER, StoreSettings
 from fmcib_ssl.data.store_files import write_index, write_scan, write_settings_file
 from fmcib_ssl.models.encoders import small_resnet

@@ -15,7 +15,7 @@ from tiny_trainer import tiny_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fmcib_ssl.data.coarse_map import build_coarse_map
+from fmcib_ssl.data.mining import build_coarse_map
 from fmcib_ssl.data.patches import LesionPatches
 from fmcib_ssl.data.store import SCANS_FOLDER, StoreSettings
 from fmcib_ssl.data.store_files import write_index, write_scan, write_settings_file
