@@ -8,20 +8,15 @@ what the training process does, and ends that process if it does not end by itse
 from __future__ import annotations
 
 import atexit
-import copy
 import logging
 import multiprocessing.connection
 import os
-import re
 import signal
 import threading
 import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,18 +28,21 @@ from fmcib_ssl.types import SampleKey, UserError
 logger = logging.getLogger(__name__)
 
 #: Seconds after a worker's death within which the run ends by itself, or else is ended.
-END_WITHIN_S = 8.0
+_END_WITHIN_S = 8.0
+#: Seconds in which the watching thread learns of a death that a broken connection has told already.
+_PATIENCE_S = 1.0
 
-_RESUME = "What was saved is kept, and the same command resumes from it. "
-_MORE_MEMORY = "Lower num_workers or batch_size, or ask for more memory (Slurm: --mem)"
-_SHARED_MEMORY = (
-    "workers hand over batches in shared memory, and /dev/shm may be full. Lower num_workers (0 needs none) or "
-    "batch_size, or in a container raise the limit: --shm-size 8g (docs/containers.md)"
-)
+_RESUME = "What was saved is kept, and the same command resumes from it."
+_REMEDIES: dict[int, str] = {
+    signal.SIGKILL: "Lower num_workers or batch_size, or ask for more memory (Slurm: --mem)",
+    signal.SIGBUS: "workers hand over batches in shared memory, and /dev/shm may be full. Lower num_workers (0 needs "
+    "none) or batch_size, or in a container raise the limit: --shm-size 8g (docs/containers.md)",
+    signal.SIGSEGV: "A library has crashed: if it is always over the same lesion, look at its scan with check_data.py",
+}
 
 
 class WorkerDiedError(UserError, RuntimeError):
-    """A data worker has died; the message says which one, why, and over which lesion."""
+    """A data worker has died; the message says why, and over which lesion."""
 
 
 class WatchedLoader(DataLoader[Any]):
@@ -55,7 +53,6 @@ class WatchedLoader(DataLoader[Any]):
         title: names a lesion by its number, for the message about a dead worker.
         rank: of this process among several, for the same message; None for one.
         num_workers: processes; 0 reads in this one, and there is nothing to watch.
-        multiprocessing_context: how they start, `"fork"`, `"forkserver"` or `"spawn"`; None is Python's own.
         arguments: of `DataLoader`.
 
     Attributes:
@@ -69,16 +66,15 @@ class WatchedLoader(DataLoader[Any]):
         title: Callable[[int], str] | None = None,
         rank: int | None = None,
         num_workers: int = 0,
-        multiprocessing_context: Any = None,
         **arguments: Any,
     ) -> None:
-        if isinstance(dataset, _Noted):  # a trainer makes the loaders that it predicts with anew
-            dataset, multiprocessing_context = dataset.dataset, multiprocessing_context.get_start_method()
-        self._crew = _Crew(num_workers, multiprocessing_context, title, rank) if num_workers else None
-        if self._crew is not None:
-            arguments |= {"multiprocessing_context": self._crew.context, "worker_init_fn": _start_worker}
-            dataset = _Noted(dataset, self._crew.lesions)
+        self.title, self.rank = title, rank  # by these names a trainer finds them that makes the loader anew
         self.is_reading = False
+        self._watch: _Watch | None = None
+        #: Of each worker its process and what it has last begun to read, in memory that is shared with it.
+        self._last_read = multiprocessing.RawArray("q", [-1, -1] * num_workers)
+        if num_workers:
+            dataset, arguments["worker_init_fn"] = _Noted(dataset, self._last_read), _start_worker
         super().__init__(dataset, num_workers=num_workers, **arguments)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names a class of its own
@@ -89,29 +85,44 @@ class WatchedLoader(DataLoader[Any]):
         Raises:
             WorkerDiedError: a worker has died.
         """
-        crew = self._crew
+        before = set(multiprocessing.active_children())
+        with held() if self.num_workers else nullcontext():
+            batches = super().__iter__()  # starts the workers
+        if started := set(multiprocessing.active_children()) - before:
+            self._watch = _Watch(started, self._cause_of_death)
         try:
-            with held() if crew else nullcontext():
-                batches = super().__iter__()  # starts the workers
-            if crew:
-                crew.watch()
             while True:
-                if crew:
-                    crew.check()
-                yield self._next(batches)
+                if self._watch:
+                    self._watch.raise_death()
+                self.is_reading = True
+                batch = next(batches)
+                self.is_reading = False
+                yield batch
         except StopIteration:
             return
         except (OSError, EOFError, RuntimeError) as error:
-            if crew:  # the end of a connection may be known before that of the process
-                crew.check(patience_s=1.0, cause=error)
+            if self._watch:
+                self._watch.raise_death(error, _PATIENCE_S)
             raise
-
-    def _next(self, batches: Iterator[Any]) -> Any:
-        self.is_reading = True
-        try:
-            return next(batches)
         finally:
             self.is_reading = False
+
+    def _cause_of_death(self, worker: BaseProcess) -> str:
+        code = worker.exitcode or 0
+        reason = f"ended by itself, code {code}"
+        if code < 0:
+            with suppress(ValueError):
+                reason = f"was killed by {signal.Signals(-code).name}"
+        if code == -signal.SIGKILL:
+            reason += ", likely out of memory, unless somebody did it"
+        lesion = dict(zip(self._last_read[::2], self._last_read[1::2], strict=True)).get(worker.pid or 0)
+        last = "none" if lesion is None else f"number {lesion}"
+        with suppress(Exception):  # a title must not hide what it is about
+            last += f" ({self.title(lesion)})" if self.title and lesion is not None else ""
+        whose = "" if self.rank is None else f" of rank {self.rank}"
+        message = f"data worker{whose} (process {worker.pid}) {reason}. Last lesion that it began to read: {last}."
+        remedy = _REMEDIES.get(signal.SIGSEGV if code == -signal.SIGABRT else -code, "")
+        return f"{message} {_RESUME} {remedy}".strip()
 
 
 @contextmanager
@@ -121,65 +132,46 @@ def no_worker_left() -> Iterator[None]:
     Raises:
         WorkerDiedError: in place of any other error, if one of them has died.
     """
-    before = set(_crews)
+    before = set(_watches)
     try:
         yield
     except Exception as error:
-        for crew in set(_crews) - before:
-            crew.check(cause=error)
+        for watch in _watches - before:
+            watch.raise_death(error)
         raise
     finally:
-        _end_workers(set(_crews) - before)
+        _end_workers(_watches - before)
 
 
-class _Crew:
-    """The workers of one loader, and the thread that waits for their end.
+class _Watch:
+    """Waits in a thread for the end of the workers of one loader; that of one that dies ends the run.
 
-    Attributes:
-        context: starts them; what it makes can be relied on when a worker is killed.
-        lesions: what each has last begun to read, shared with them; -1 for nothing.
+    Args:
+        workers: that were started.
+        cause_of_death: the message about a worker.
     """
 
-    def __init__(
-        self, num_workers: int, method: str | None, title: Callable[[int], str] | None, rank: int | None
-    ) -> None:
-        base: Any = torch.multiprocessing.get_context(method)
-        self.context = copy.copy(base)
-        self.context.Process = partial(self._hire, base)
-        self.context.Event = partial(_Flag, base)
-        self.lesions: Any = base.RawArray("q", [-1] * num_workers)
-        self._title, self._rank, self._pid = title, rank, os.getpid()
-        self._workers: list[BaseProcess] = []
-        self._num_watched = 0
-        self._closed = threading.Event()
-        self._kills = 0
+    def __init__(self, workers: Collection[BaseProcess], cause_of_death: Callable[[BaseProcess], str]) -> None:
+        self._workers, self._cause_of_death = workers, cause_of_death
         self._death: WorkerDiedError | None = None
+        self._is_over = threading.Event()
         self._is_known = False  # to the main thread
-        self._handler_before: Any = None
-
-    def watch(self) -> None:
-        """Watch the workers that were started since the last call."""
-        started = self._workers[self._num_watched :]
-        if not started:
-            return
-        self._num_watched = len(self._workers)
-        self._kills = _memory_kills()
-        _crews.add(self)
+        _watches.add(self)
         if threading.current_thread() is threading.main_thread():
-            # Not torch's, which may raise in the midst of a trainer's teardown; then Python waits for what is left.
-            self._handler_before = signal.signal(signal.SIGCHLD, _interrupt)
-        threading.Thread(target=self._wait, args=(started,), name="fmcib_ssl workers", daemon=True).start()
+            # In place of torch's, which may raise in the midst of a trainer's teardown.
+            signal.signal(signal.SIGCHLD, _interrupt)
+        threading.Thread(target=self._wait, name="fmcib_ssl workers", daemon=True).start()
 
-    def check(self, patience_s: float = 0.0, cause: BaseException | None = None) -> None:
-        """Raise once for a worker that has died.
+    def raise_death(self, cause: BaseException | None = None, patience_s: float = 0.0) -> None:
+        """Raise if a worker has died; not again over the error about it.
 
         Args:
-            patience_s: so long to wait for what the watching thread has to say.
             cause: an error that the death may have led to.
+            patience_s: so long to wait for what the watching thread has to say.
         """
         deadline = time.monotonic() + patience_s
         while self._death is None and time.monotonic() < deadline:
-            time.sleep(0.01)
+            time.sleep(0.01)  # and no lock: a signal's handler may come in between
         if self._death is not None and self._death is not cause:
             self._is_known = True
             raise self._death from cause
@@ -187,103 +179,55 @@ class _Crew:
     def interrupt(self) -> None:
         """In a signal's handler: raise, unless the error has been raised before."""
         if not self._is_known:
-            self.check()
+            self.raise_death()
 
-    def close(self) -> None:
+    def end(self) -> None:
         """End the workers that are left."""
-        self._closed.set()
-        if os.getpid() != self._pid:  # forked from the parent of the workers
-            return
-        in_main = threading.current_thread() is threading.main_thread()
-        if in_main:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self._is_over.set()
+        _watches.discard(self)
         for worker in self._workers:
             if worker.is_alive():
                 worker.kill()
                 worker.join(1)
-        if in_main:
-            signal.signal(signal.SIGCHLD, self._handler_before or signal.SIG_DFL)
 
-    def _hire(self, base: Any, **arguments: Any) -> BaseProcess:
-        worker: BaseProcess = base.Process(**arguments)
-        self._workers.append(worker)
-        return worker
-
-    def _wait(self, workers: list[BaseProcess]) -> None:
-        while not self._closed.is_set():
-            alive = [worker for worker in workers if worker.is_alive()]
-            if dead := [worker for worker in workers if worker.exitcode]:
-                return self._end_run(dead[0])
-            if not alive:
-                break
+    def _wait(self) -> None:
+        alive = list(self._workers)
+        while alive and not self._is_over.is_set():
             multiprocessing.connection.wait([worker.sentinel for worker in alive], timeout=0.5)
+            if dead := [worker for worker in self._workers if worker.exitcode]:
+                return self._end_run(dead[0])
+            alive = [worker for worker in alive if worker.is_alive()]
+        _watches.discard(self)
         return None
 
     def _end_run(self, worker: BaseProcess) -> None:
-        if self._closed.is_set():
+        if self._is_over.is_set():
             return
-        self._death = WorkerDiedError(self._obituary(self._workers.index(worker) % len(self.lesions), worker))
+        self._death = WorkerDiedError(self._cause_of_death(worker))
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGCHLD)  # whatever it waits for
-        if not self._closed.wait(END_WITHIN_S):
+        if not self._is_over.wait(_END_WITHIN_S):
             logger.critical("%s", self._death)
             logging.shutdown()
             os._exit(1)
-
-    def _obituary(self, number: int, worker: BaseProcess) -> str:
-        code = worker.exitcode or 0
-        reason, remedy = f"ended by itself, code {code}", ""
-        if code < 0:
-            with suppress(ValueError):
-                reason = f"was killed by {signal.Signals(-code).name}"
-        if code == -signal.SIGKILL:
-            known = _memory_kills() > self._kills
-            reason += ": out of memory, says the kernel" if known else ", likely out of memory, unless somebody did it"
-            remedy = _MORE_MEMORY
-        elif code == -signal.SIGBUS:
-            remedy = _SHARED_MEMORY
-        elif code in (-signal.SIGSEGV, -signal.SIGABRT):
-            remedy = "A library has crashed: if it is always over the same lesion, look at its scan with check_data.py"
-        lesion = self.lesions[number]
-        last = f"number {lesion}" if lesion >= 0 else "none"
-        with suppress(Exception):  # a title must not hide what it is about
-            last += f" ({self._title(lesion)})" if self._title and lesion >= 0 else ""
-        whose = "" if self._rank is None else f" of rank {self._rank}"
-        return (
-            f"data worker {number}{whose} (process {worker.pid}) {reason}. Last lesion that it began to read: {last}. "
-            f"{_RESUME}{remedy}"
-        ).strip()
-
-
-class _Flag:
-    """A `multiprocessing.Event` without a lock, which a worker that is killed could hold."""
-
-    def __init__(self, context: Any) -> None:
-        self._value = context.RawValue("b", 0)
-
-    def set(self) -> None:
-        self._value.value = 1
-
-    def is_set(self) -> bool:
-        return bool(self._value.value)
 
 
 class _Noted(Dataset[Any]):
     """Notes, where its parent sees it, which lesion a worker begins to read."""
 
-    def __init__(self, dataset: Any, lesions: Any) -> None:
-        self.dataset, self.lesions = dataset, lesions
+    def __init__(self, dataset: Any, last_read: Any) -> None:
+        self.dataset, self.last_read = dataset, last_read
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: Any) -> Any:
-        worker = get_worker_info()
-        if worker is not None:
-            self.lesions[worker.id] = key.index if isinstance(key, SampleKey) else key
+        if (worker := get_worker_info()) is not None:
+            lesion = key.index if isinstance(key, SampleKey) else key
+            self.last_read[2 * worker.id : 2 * worker.id + 2] = [os.getpid(), lesion]
         return self.dataset[key]
 
 
-_crews: weakref.WeakSet[_Crew] = weakref.WeakSet()
+_watches: set[_Watch] = set()
 
 
 def _start_worker(_worker: int) -> None:
@@ -293,24 +237,13 @@ def _start_worker(_worker: int) -> None:
 
 
 def _interrupt(_signum: int, _frame: object) -> None:
-    for crew in list(_crews):
-        crew.interrupt()
+    for watch in list(_watches):
+        watch.interrupt()
 
 
-def _end_workers(crews: Iterable[_Crew] = _crews) -> None:
-    for crew in set(crews):
-        crew.close()
-        _crews.discard(crew)
+def _end_workers(watches: Iterable[_Watch] = _watches) -> None:
+    for watch in list(watches):
+        watch.end()
 
 
 atexit.register(_end_workers)  # it comes before Python waits for its children, as that was registered first
-
-
-def _memory_kills(root: Path = Path("/")) -> int:
-    """Processes of this job that the kernel has killed for want of memory so far, as its cgroup (version 2) counts."""
-    kills = 0
-    with suppress(OSError):  # the machine's own group does not count
-        (group,) = re.findall(r"^0::/(.*)$", (root / "proc/self/cgroup").read_text(), re.MULTILINE) or [""]
-        events = (root / "sys/fs/cgroup" / group.lstrip("/") / "memory.events").read_text()
-        kills = sum(map(int, re.findall(r"^oom_kill (\d+)", events, re.MULTILINE)))
-    return kills
