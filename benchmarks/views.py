@@ -134,17 +134,17 @@ def largest_difference_hu(patches: Tensor, seeds: Tensor) -> float:
     geometry, histogram, smooth = params["geometry"], params["histogram_shift"], params["smooth"]
     expected = []
     for i, patch in enumerate(patches.float()):
-        ends = zip(geometry.box_start[i].tolist(), geometry.box_size[i].tolist(), strict=True)
+        ends = zip(geometry["box_start"][i].tolist(), geometry["box_size"][i].tolist(), strict=True)
         image = F.interpolate(patch[None, :, *(slice(s, s + n) for s, n in ends)], size=size, mode="trilinear")[0]
-        if geometry.flip[i].any():
-            image = mt.Flip(spatial_axis=geometry.flip[i].nonzero()[:, 0].tolist())(image)
-        if histogram.active[i]:
+        if geometry["flip"][i].any():
+            image = mt.Flip(spatial_axis=geometry["flip"][i].nonzero()[:, 0].tolist())(image)
+        if histogram["active"][i]:
             shift = mt.RandHistogramShift(prob=1.0)
             shift.randomize()
-            shift.floating_control_points = histogram.mapped[i].double().numpy()
+            shift.floating_control_points = histogram["mapped"][i].double().numpy()
             image = shift(image, randomize=False)
-        if smooth.active[i]:
-            image = mt.GaussianSmooth(smooth.sigma_zyx[i].tolist())(image)
+        if smooth["active"][i]:
+            image = mt.GaussianSmooth(smooth["sigma_zyx"][i].tolist())(image)
         expected.append(torch.as_tensor(image).as_subclass(Tensor))
     return float((views(patches, seeds) - torch.stack(expected)).abs().max())
 

@@ -1,36 +1,8 @@
-"""Views of patches: random transforms of whole batches, on any device; MONAI's are applied patch by patch."""
+"""Views of patches: random transforms of whole batches, on any device; MONAI's are applied patch by patch.
 
-from fmcib_ssl.augment.geometry import RandomGeometry
-from fmcib_ssl.augment.intensity import (
-    RandomContextRemoval,
-    RandomCutout,
-    RandomGamma,
-    RandomHistogramShift,
-    RandomNoise,
-    RandomScaleShift,
-)
-from fmcib_ssl.augment.recipes import BatchedPublishedViews, MonaiViews, PublishedViews, RandResizedCrop
-from fmcib_ssl.augment.resolution import RandomGaussianSmooth, RandomLowResolution, RandomSliceThickness
-from fmcib_ssl.augment.streams import uniforms
-from fmcib_ssl.augment.views import BatchedTransform, BatchedViews, VoxelTransform
+What other rooms take is listed in `__init__.pyi`; the module of a name is imported when it is asked for.
+"""
 
-__all__ = [
-    "BatchedPublishedViews",
-    "BatchedTransform",
-    "BatchedViews",
-    "MonaiViews",
-    "PublishedViews",
-    "RandResizedCrop",
-    "RandomContextRemoval",
-    "RandomCutout",
-    "RandomGamma",
-    "RandomGaussianSmooth",
-    "RandomGeometry",
-    "RandomHistogramShift",
-    "RandomLowResolution",
-    "RandomNoise",
-    "RandomScaleShift",
-    "RandomSliceThickness",
-    "VoxelTransform",
-    "uniforms",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

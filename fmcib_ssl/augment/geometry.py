@@ -6,46 +6,31 @@ import itertools
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from fmcib_ssl.augment.streams import derived_seeds, uniforms
-from fmcib_ssl.augment.views import BatchedTransform, Part, Size, chosen, in_range, interval, size_of, within
+from fmcib_ssl.augment.views import (
+    BatchedTransform,
+    Params,
+    Size,
+    derived_seeds,
+    in_range,
+    interval,
+    size_of,
+    uniforms,
+    within,
+)
 from fmcib_ssl.types import PADDING_HU
 
 #: Spans of the elastic field along each axis; a cubic B-spline has three more control points.
-ELASTIC_SPANS = 3
+_ELASTIC_SPANS = 3
 
 
-class GeometryParams(NamedTuple):
-    """Drawn by `RandomGeometry`.
-
-    First the patch is turned: its axis `a` is axis `axes[a]` of the given patch. All that follows is in the turned
-    patch. An output voxel `o`, in voxels from the middle of the view, negated along the axes in `flip`, displaced by
-    the elastic field, is read at `middle of the box + R @ diag(box / view size / zoom) @ o`.
-    """
-
-    active: Bool[Tensor, " n"]  # always: at least the size is brought about here
-    axes: Int64[Tensor, "n 3"]
-    flip: Bool[Tensor, "n 3"]
-    box_start: Int64[Tensor, "n 3"]
-    box_size: Int64[Tensor, "n 3"]
-    zoom: Float[Tensor, "n 3"]  # 1 where there is none
-    angle: Float[Tensor, "n 3"]  # radians round z, y, x
-    elastic: Float[Tensor, "n 3 c c c"]  # control points: displacement along z, y, x, output voxels
-    warped: Bool[Tensor, " n"]  # rotated by an angle or bent: not a map along the axes
-
-    @property
-    def zoomed(self) -> Tensor:
-        """Which views may read outside their box."""
-        return (self.zoom != 1).any(1)
-
-
-class RandomGeometry(BatchedTransform[GeometryParams]):
+class RandomGeometry(BatchedTransform):
     """Crop, resize, flips, rotations, zoom and elastic shift, read from the patch in one trilinear interpolation.
 
     Views that are only cropped, resized, zoomed, flipped or turned by right angles are made by matrices along the axes,
@@ -112,8 +97,19 @@ class RandomGeometry(BatchedTransform[GeometryParams]):
         """Voxels of a view."""
         return self.size_zyx or size_zyx
 
-    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> GeometryParams:
-        """Draw all parts; what a view has no part of is the identity."""
+    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> Params:
+        """Draw all parts; what a view has no part of is the identity.
+
+        First the patch is turned: its axis `a` is axis `axes[a]` of the given patch. All that follows is in the turned
+        patch. An output voxel `o`, in voxels from the middle of the view, negated along the axes in `flip`, displaced
+        by the elastic field, is read at `middle of the box + R @ diag(box / view size / zoom) @ o`.
+
+        Returns:
+            `active`, always true: at least the size is brought about here; `axes`, `flip`, `box_start`, `box_size`,
+            `zoom` (1 where there is none) and `angle` (radians round z, y, x), each `(n, 3)`; `elastic`, `(n, 3, c, c,
+            c)`, control points: displacement along z, y, x in output voxels; `warped`, `(n,)`: rotated by an angle or
+            bent, not a map along the axes.
+        """
         num = len(seeds)
         u = uniforms(seeds, 20)
 
@@ -128,7 +124,7 @@ class RandomGeometry(BatchedTransform[GeometryParams]):
             axis = (u[:, 5:6] * 3).long()
             flip = (u[:, 4:5] < self.flip_prob) & (torch.arange(3) == axis)
 
-        axes, signs = right_angles(size_zyx)
+        axes, signs = _right_angles(size_zyx)
         turn = 1 + (u[:, 8] * (len(axes) - 1)).long()
         turn *= (u[:, 7] < self.rotate90_prob) & (len(axes) > 1)  # the first one is the identity
 
@@ -140,82 +136,78 @@ class RandomGeometry(BatchedTransform[GeometryParams]):
         log_zoom = within(u[:, 14:17], (math.log(self.zoom[0]), math.log(self.zoom[1])))
 
         bent = u[:, 17] < self.elastic_prob
-        points = ELASTIC_SPANS + 3
+        points = _ELASTIC_SPANS + 3
         elastic = torch.zeros(num, 3, points, points, points)
         if bent.any():
             drawn = uniforms(derived_seeds(seeds[bent], "elastic"), 3 * points**3).view(-1, 3, points, points, points)
-            largest = self.elastic_strength * torch.tensor(self.size_after(size_zyx)) / ELASTIC_SPANS
+            largest = self.elastic_strength * torch.tensor(self.size_after(size_zyx)) / _ELASTIC_SPANS
             elastic[bent] = ((2 * drawn - 1) * largest.view(3, 1, 1, 1)).float()
-        return GeometryParams(
-            active=torch.ones(num, dtype=torch.bool),
-            axes=axes[turn],
-            flip=flip ^ signs[turn],
-            box_start=box_start,
-            box_size=box_size,
-            zoom=torch.where(zoomed[:, None], log_zoom.exp(), 1.0),
-            angle=angle,
-            elastic=elastic,
-            warped=rotated | bent,
+        return {
+            "active": torch.ones(num, dtype=torch.bool),
+            "axes": axes[turn],
+            "flip": flip ^ signs[turn],
+            "box_start": box_start,
+            "box_size": box_size,
+            "zoom": torch.where(zoomed[:, None], log_zoom.exp(), 1.0),
+            "angle": angle,
+            "elastic": elastic,
+            "warped": rotated | bent,
+        }
+
+    def prepare(self, own: Params, size_zyx: Size, device: torch.device) -> Params:
+        """What each voxel of a view reads along z, y, x of the turned patch, on the device; the rest on the CPU."""
+        result = dict(own)
+        on_device = super().prepare(
+            {name: own[name] for name in ("box_start", "box_size", "zoom", "flip")}, size_zyx, device
         )
-
-    def parts(self, params: GeometryParams, size_zyx: Size, device: torch.device) -> Sequence[Part]:
-        """Images that are mapped along their axes, and those that are warped."""
-        parts = []
-        rows = (~params.warped).nonzero()[:, 0]
-        if len(rows):
-            plain = chosen(params, rows)
-            matrices = self._matrices(chosen(plain, slice(None), device), size_zyx)
-
-            def mapped(images: Tensor, which: slice) -> Tensor:
-                return self._map(images, chosen(plain, which), [matrix[which] for matrix in matrices])
-
-            parts.append(Part(rows.tolist(), mapped))
-        rows = params.warped.nonzero()[:, 0]
-        if len(rows):
-            bent = chosen(params, rows)
-            affine = self._affine(bent, size_zyx)
-
-            def warped(images: Tensor, which: slice) -> Tensor:
-                matrix, middle, elastic = (values[which] for values in affine)
-                turned, size_out = _turned(images, bent.axes[which]), self.size_after(size_zyx)
-                return _warp(turned, matrix, middle, elastic, size_zyx=size_out, outside_hu=self.outside_hu)
-
-            parts.append(Part(rows.tolist(), warped))
-        return parts
-
-    def _matrices(self, own: GeometryParams, size_zyx: Size) -> list[Float[Tensor, "m out size"]]:
-        """What each voxel of a view reads along z, y, x of the turned patch."""
-        matrices = []
-        zoomed = own.zoomed[:, None]
+        zoomed = (on_device["zoom"] != 1).any(1, keepdim=True)
         for axis, (size, num_out) in enumerate(zip(size_zyx, self.size_after(size_zyx), strict=True)):
-            start, length, zoom = own.box_start[:, axis, None], own.box_size[:, axis, None], own.zoom[:, axis, None]
+            start, length, zoom, flip = (values[:, axis, None] for values in on_device.values())
             position = resize_positions(num_out, start[:, 0], length[:, 0])
             middle = start + (length - 1) / 2
             position = torch.where(zoom == 1, position, middle + (position - middle) / zoom)
-            position = torch.where(own.flip[:, axis, None], position.flip(1), position)
+            position = torch.where(flip, position.flip(1), position)
             in_box = torch.minimum(torch.maximum(position, start), start + length - 1)
             free = position if self.outside_hu is not None else position.clamp(0, size - 1)
-            matrices.append(reading_matrix(torch.where(zoomed, free, in_box), size))
-        return matrices
+            result["zyx"[axis]] = reading_matrix(torch.where(zoomed, free, in_box), size)
+        return result
 
-    def _map(self, images: Tensor, own: GeometryParams, matrices: Sequence[Tensor]) -> Tensor:
-        """Turn images and map them along their axes; what lies outside their boxes is not touched."""
-        images = _turned(images, own.axes)
-        middle, reach = own.box_start + (own.box_size - 1) / 2, own.box_size / 2 / own.zoom
+    def change(self, images: Tensor, own: Params) -> Tensor:
+        """Map along the axes what can be, and warp the others."""
+        images, warped = _turned(images, own["axes"]), own["warped"]
+        if not warped.any():
+            return self._mapped(images, own)
+        if warped.all():
+            return self._warped(images, own)
+        views = images.new_empty((len(images), 1, *self.size_after(size_of(images))))
+        for chosen, read in ((~warped, self._mapped), (warped, self._warped)):
+            rows = chosen.nonzero()[:, 0]
+            index = rows.to(images.device, non_blocking=True)
+            views[index] = read(images[index], {name: values[rows] for name, values in own.items()})
+        return views
+
+    def _mapped(self, images: Tensor, own: Params) -> Tensor:
+        """Turned images along their axes; what lies outside their boxes is not touched."""
+        middle, reach = own["box_start"] + (own["box_size"] - 1) / 2, own["box_size"] / 2 / own["zoom"]
         low = (middle - reach).floor().long().amin(0).clamp_min(0).tolist()
         high = ((middle + reach).floor().long().amax(0) + 2).tolist()  # a slice ends at the edge by itself
         z, y, x = (slice(*ends) for ends in zip(low, high, strict=True))
         images = images[:, :, z, y, x]
-        matrices = [matrix[:, :, part] for matrix, part in zip(matrices, (z, y, x), strict=True)]
-        if self.outside_hu is None or not own.zoomed.any():
+        matrices = [own[axis][:, :, part] for axis, part in zip("zyx", (z, y, x), strict=True)]
+        if self.outside_hu is None or (own["zoom"] == 1).all():
             return along_axes(images, matrices)
         return along_axes(images - self.outside_hu, matrices).add_(self.outside_hu)
 
-    def _affine(self, params: GeometryParams, size_zyx: Size) -> tuple[Tensor, Tensor, Tensor]:
-        """What `_warp` wants to know of turned images: matrix, middle, elastic field."""
-        step = params.box_size / torch.tensor(self.size_after(size_zyx)) / params.zoom * (1 - 2 * params.flip.float())
-        middle = params.box_start + (params.box_size - 1) / 2
-        return rotation_matrices(params.angle) * step[:, None], middle, params.elastic
+    def _warped(self, images: Tensor, own: Params) -> Tensor:
+        """Turned images, each output voxel `o` read at `middle + matrix @ (o - middle of the output + field at o)`."""
+        size_out = self.size_after(size_of(images))
+        step = own["box_size"] / torch.tensor(size_out) / own["zoom"] * (1 - 2 * own["flip"].float())
+        middle = own["box_start"] + (own["box_size"] - 1) / 2
+        if self.outside_hu is not None:
+            # One voxel of it on every side; what is read further out is the nearest voxel of that.
+            images, middle = F.pad(images, (1,) * 6, value=self.outside_hu), middle + 1
+        read = _by_grid_sample if images.is_cuda else _by_gathering
+        return read(images, _rotation_matrices(own["angle"]) * step[:, None], middle, own["elastic"], size_out)
 
 
 def _turned(images: Tensor, axes: Int64[Tensor, "m 3"]) -> Tensor:
@@ -230,7 +222,7 @@ def _turned(images: Tensor, axes: Int64[Tensor, "m 3"]) -> Tensor:
 
 
 @cache
-def right_angles(size_zyx: Size) -> tuple[Int64[Tensor, "turns 3"], Bool[Tensor, "turns 3"]]:
+def _right_angles(size_zyx: Size) -> tuple[Int64[Tensor, "turns 3"], Bool[Tensor, "turns 3"]]:
     """The rotations by right angles that leave an image's size as it is: 24 of a cube, 4 where all edges differ.
 
     Returns:
@@ -244,7 +236,7 @@ def right_angles(size_zyx: Size) -> tuple[Int64[Tensor, "turns 3"], Bool[Tensor,
     return axes[allowed], signs[allowed]
 
 
-def rotation_matrices(angle: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3 3"]:
+def _rotation_matrices(angle: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3 3"]:
     """Rotations round z, then y, then x, acting on columns (z, y, x); right-handed in (z, y, x)."""
     joined = torch.eye(3).repeat(len(angle), 1, 1)
     for axis, (a, b) in enumerate(((1, 2), (2, 0), (0, 1))):
@@ -256,34 +248,7 @@ def rotation_matrices(angle: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3 3"]:
     return joined
 
 
-def _warp(
-    images: Float[Tensor, "m 1 z y x"],
-    matrix: Float[Tensor, "m 3 3"],
-    middle: Float[Tensor, "m 3"],
-    elastic: Float[Tensor, "m 3 c c c"],
-    *,
-    size_zyx: Size,
-    outside_hu: float | None,
-) -> Float[Tensor, "m 1 z_out y_out x_out"]:
-    """Read output voxel `o` at `middle + matrix @ (o - middle of the output + elastic field at o)`.
-
-    Args:
-        images: HU.
-        matrix: output to input voxels; rows and columns are z, y, x. On the CPU, as `middle` and `elastic`.
-        middle: input voxel that the middle of the output is read at.
-        elastic: control points of a cubic B-spline over the output, shift along z, y, x in output voxels. The field
-            at a place is their mean, weighted with the B-spline.
-        size_zyx: voxels of the output.
-        outside_hu: what lies outside; None for the nearest voxel.
-    """
-    if outside_hu is not None:
-        # One voxel of it on every side; what is read further out is the nearest voxel of that.
-        images, middle = F.pad(images, (1,) * 6, value=outside_hu), middle + 1
-    read = by_grid_sample if images.is_cuda else by_gathering
-    return read(images, matrix, middle, elastic, size_zyx)
-
-
-def by_grid_sample(images: Tensor, matrix: Tensor, middle: Tensor, elastic: Tensor, size_zyx: Size) -> Tensor:
+def _by_grid_sample(images: Tensor, matrix: Tensor, middle: Tensor, elastic: Tensor, size_zyx: Size) -> Tensor:
     """Read with torch's own kernel: fast on a GPU, and not on a CPU, where it takes voxel after voxel."""
     # Its places: -1 to 1 over the image from edge to edge, in the order x, y, z.
     edges = torch.tensor(images.shape[-3:])
@@ -292,7 +257,7 @@ def by_grid_sample(images: Tensor, matrix: Tensor, middle: Tensor, elastic: Tens
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-def by_gathering(images: Tensor, matrix: Tensor, middle: Tensor, elastic: Tensor, size_zyx: Size) -> Tensor:
+def _by_gathering(images: Tensor, matrix: Tensor, middle: Tensor, elastic: Tensor, size_zyx: Size) -> Tensor:
     """Read the eight neighbours of all places, one neighbour after the other: the same to rounding."""
     size, num = size_of(images), len(images)
     position = _places(matrix, middle, elastic, size_zyx, images.device)

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from fmcib_ssl.augment.streams import derived_seeds, normals
-from fmcib_ssl.augment.views import Size, VoxelTransform, in_range, interval, within
+from fmcib_ssl.augment.views import (
+    BatchedTransform,
+    Params,
+    Size,
+    derived_seeds,
+    in_range,
+    interval,
+    normals,
+    within,
+)
 
 
-class HistogramShiftParams(NamedTuple):
-    """Drawn by `RandomHistogramShift`."""
-
-    active: Bool[Tensor, " n"]
-    mapped: Float[Tensor, "n points"]  # where evenly spaced points of a view's range go, 0 to 1, ascending
-
-
-class RandomHistogramShift(VoxelTransform[HistogramShiftParams]):
+class RandomHistogramShift(BatchedTransform):
     """A piecewise linear, rising map of a view's range of intensities onto itself, as MONAI's `RandHistogramShift`.
 
     Args:
@@ -37,7 +37,7 @@ class RandomHistogramShift(VoxelTransform[HistogramShiftParams]):
             raise ValueError(f"num_control_points is {num_control_points}; it must be 3 or more.")
         self.num_control_points = num_control_points
 
-    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> HistogramShiftParams:
+    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> Params:
         """Draw each point between the one before, which has moved, and the next one, which has not."""
         num = self.num_control_points
         active, drawn = self._draw(seeds, num)
@@ -45,16 +45,16 @@ class RandomHistogramShift(VoxelTransform[HistogramShiftParams]):
         mapped = even.repeat(len(seeds), 1)
         for point in range(1, num - 1):
             mapped[:, point] = mapped[:, point - 1].lerp(mapped[:, point + 1], drawn[:, point])
-        return HistogramShiftParams(active, mapped.float())
+        return {"active": active, "mapped": mapped.float()}
 
-    def change(self, images: Tensor, own: HistogramShiftParams) -> Tensor:
+    def change(self, images: Tensor, own: Params) -> Tensor:
         """Map each view's range piece by piece."""
         low, high = images.amin((1, 2, 3, 4)), images.amax((1, 2, 3, 4))
-        pieces = own.mapped.shape[1] - 1
+        pieces = own["mapped"].shape[1] - 1
         span = high - low
         even = torch.linspace(0, 1, pieces + 1, device=images.device)
         before = low[:, None] + even * span[:, None]
-        after = low[:, None] + own.mapped * span[:, None]
+        after = low[:, None] + own["mapped"] * span[:, None]
         # y = slope * x + offset in each piece; the highest intensity itself begins one more, equal to the last.
         slope = after.diff(dim=1) / before.diff(dim=1)
         flat = (span == 0)[:, None]  # a single intensity stays
@@ -73,14 +73,7 @@ class RandomHistogramShift(VoxelTransform[HistogramShiftParams]):
         return mapped.mul_(images).add_(offset.index_select(0, piece).view(images.shape))
 
 
-class GammaParams(NamedTuple):
-    """Drawn by `RandomGamma`."""
-
-    active: Bool[Tensor, " n"]
-    gamma: Float[Tensor, " n"]
-
-
-class RandomGamma(VoxelTransform[GammaParams]):
+class RandomGamma(BatchedTransform):
     """Contrast: a power of the intensity within a view's range, as MONAI's `AdjustContrast`.
 
     Args:
@@ -95,28 +88,20 @@ class RandomGamma(VoxelTransform[GammaParams]):
         super().__init__(prob)
         self.gamma = interval("gamma", gamma, 0.05, 20)
 
-    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> GammaParams:
+    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> Params:
         """Draw the exponent."""
         active, drawn = self._draw(seeds, 1)
-        return GammaParams(active, within(drawn[:, 0], self.gamma))
+        return {"active": active, "gamma": within(drawn[:, 0], self.gamma)}
 
-    def change(self, images: Tensor, own: GammaParams) -> Tensor:
+    def change(self, images: Tensor, own: Params) -> Tensor:
         """Raise to the power."""
         low, high = images.amin((1, 2, 3, 4), keepdim=True), images.amax((1, 2, 3, 4), keepdim=True)
         span = high - low
-        images.sub_(low).div_(span + 1e-7).pow_(own.gamma.view(-1, 1, 1, 1, 1))
+        images.sub_(low).div_(span + 1e-7).pow_(own["gamma"].view(-1, 1, 1, 1, 1))
         return images.mul_(span).add_(low)
 
 
-class ScaleShiftParams(NamedTuple):
-    """Drawn by `RandomScaleShift`."""
-
-    active: Bool[Tensor, " n"]
-    scale: Float[Tensor, " n"]
-    shift_hu: Float[Tensor, " n"]
-
-
-class RandomScaleShift(VoxelTransform[ScaleShiftParams]):
+class RandomScaleShift(BatchedTransform):
     """A scanner that is calibrated a little otherwise: `(hu - pivot_hu) * scale + pivot_hu + shift_hu`.
 
     Args:
@@ -141,26 +126,19 @@ class RandomScaleShift(VoxelTransform[ScaleShiftParams]):
         self.shift_hu = interval("shift_hu", shift_hu, -4096, 4096)
         self.pivot_hu = pivot_hu
 
-    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> ScaleShiftParams:
+    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> Params:
         """Draw factor and shift."""
         active, drawn = self._draw(seeds, 2)
-        return ScaleShiftParams(active, within(drawn[:, 0], self.scale), within(drawn[:, 1], self.shift_hu))
+        scale, shift_hu = within(drawn[:, 0], self.scale), within(drawn[:, 1], self.shift_hu)
+        return {"active": active, "scale": scale, "shift_hu": shift_hu}
 
-    def change(self, images: Tensor, own: ScaleShiftParams) -> Tensor:
+    def change(self, images: Tensor, own: Params) -> Tensor:
         """Scale and shift."""
-        offset = self.pivot_hu * (1 - own.scale) + own.shift_hu
-        return images.mul_(own.scale.view(-1, 1, 1, 1, 1)).add_(offset.view(-1, 1, 1, 1, 1))
+        offset = self.pivot_hu * (1 - own["scale"]) + own["shift_hu"]
+        return images.mul_(own["scale"].view(-1, 1, 1, 1, 1)).add_(offset.view(-1, 1, 1, 1, 1))
 
 
-class NoiseParams(NamedTuple):
-    """Drawn by `RandomNoise`."""
-
-    active: Bool[Tensor, " n"]
-    std_hu: Float[Tensor, " n"]
-    seed: Int64[Tensor, " n"]
-
-
-class RandomNoise(VoxelTransform[NoiseParams]):
+class RandomNoise(BatchedTransform):
     """White Gaussian noise, the same on every device.
 
     Args:
@@ -175,26 +153,19 @@ class RandomNoise(VoxelTransform[NoiseParams]):
         super().__init__(prob)
         self.std_hu = interval("std_hu", std_hu, 0)
 
-    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> NoiseParams:
+    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> Params:
         """Draw the standard deviation, and the seed of the voxels' noise."""
         active, drawn = self._draw(seeds, 1)
-        return NoiseParams(active, within(drawn[:, 0], self.std_hu), derived_seeds(seeds, "voxels"))
+        std_hu = within(drawn[:, 0], self.std_hu)
+        return {"active": active, "std_hu": std_hu, "seed": derived_seeds(seeds, "voxels")}
 
-    def change(self, images: Tensor, own: NoiseParams) -> Tensor:
+    def change(self, images: Tensor, own: Params) -> Tensor:
         """Add the noise that the seeds give."""
-        noise = normals(own.seed, images[0].numel()).mul_(own.std_hu[:, None])
+        noise = normals(own["seed"], images[0].numel()).mul_(own["std_hu"][:, None])
         return images.add_(noise.view(images.shape))
 
 
-class CutoutParams(NamedTuple):
-    """Drawn by `RandomCutout`."""
-
-    active: Bool[Tensor, " n"]
-    start: Int64[Tensor, "n holes 3"]
-    size: Int64[Tensor, "n holes 3"]  # 0 for a hole that a view does not have
-
-
-class RandomCutout(VoxelTransform[CutoutParams]):
+class RandomCutout(BatchedTransform):
     """Boxes of one intensity, at random places within the view.
 
     Args:
@@ -219,7 +190,7 @@ class RandomCutout(VoxelTransform[CutoutParams]):
         self.edge = interval("edge", edge, 0, 1)
         self.fill_hu = fill_hu
 
-    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> CutoutParams:
+    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> Params:
         """Draw how many boxes there are, and their places and edges."""
         low, high = (int(n) for n in self.num_holes)
         active, drawn = self._draw(seeds, 1 + 6 * high)
@@ -228,16 +199,16 @@ class RandomCutout(VoxelTransform[CutoutParams]):
         edges = torch.tensor(size_zyx)
         size = (within(edge, self.edge) * edges).round().clamp_min(1).long()
         start = (place * (edges - size + 1)).long()
-        return CutoutParams(active, start, size * (torch.arange(high) < num)[..., None])
+        return {"active": active, "start": start, "size": size * (torch.arange(high) < num)[..., None]}
 
-    def change(self, images: Tensor, own: CutoutParams) -> Tensor:
+    def change(self, images: Tensor, own: Params) -> Tensor:
         """Fill the boxes."""
         if self.fill_hu is None:
             fill = images.mean((1, 2, 3, 4), keepdim=True)
         else:
             fill = images.new_full((1, 1, 1, 1, 1), self.fill_hu)
         z, y, x = (
-            self._inside(own.start[..., axis, None], own.size[..., axis, None], size).float()
+            self._inside(own["start"][..., axis, None], own["size"][..., axis, None], size).float()
             for axis, size in enumerate(images.shape[2:])
         )
         # How many holes a voxel lies in: for each the product of three lines.
@@ -251,16 +222,7 @@ class RandomCutout(VoxelTransform[CutoutParams]):
         return (line >= start) & (line < start + length)
 
 
-class ContextRemovalParams(NamedTuple):
-    """Drawn by `RandomContextRemoval`."""
-
-    active: Bool[Tensor, " n"]
-    radius: Float[Tensor, " n"]  # voxels
-    fill_hu: Float[Tensor, " n"]
-    seed: Int64[Tensor, " n"]
-
-
-class RandomContextRemoval(VoxelTransform[ContextRemovalParams]):
+class RandomContextRemoval(BatchedTransform):
     """Replaces what is further from the view's centre than a random radius by noise about one random intensity.
 
     Two views of a lesion share its vessels, its pleura and its ribs, and those suffice to tell it from every other
@@ -299,18 +261,19 @@ class RandomContextRemoval(VoxelTransform[ContextRemovalParams]):
         self.tissue_hu = interval("tissue_hu", tissue_hu, -1024, 3071)
         self.noise_std_hu = in_range("noise_std_hu", noise_std_hu, 0, 1000)
 
-    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> ContextRemovalParams:
+    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> Params:
         """Draw the radius, the intensity, and the seed of the noise."""
         active, drawn = self._draw(seeds, 3)
         is_lung = drawn[:, 1] < self.lung_prob
         fill_hu = torch.where(is_lung, within(drawn[:, 2], self.lung_hu), within(drawn[:, 2], self.tissue_hu))
-        return ContextRemovalParams(active, within(drawn[:, 0], self.radius), fill_hu, derived_seeds(seeds, "voxels"))
+        radius, seed = within(drawn[:, 0], self.radius), derived_seeds(seeds, "voxels")
+        return {"active": active, "radius": radius, "fill_hu": fill_hu, "seed": seed}
 
-    def change(self, images: Tensor, own: ContextRemovalParams) -> Tensor:
+    def change(self, images: Tensor, own: Params) -> Tensor:
         """Blend into noise what is further from the centre than the radius."""
         z, y, x = ((torch.arange(size, device=images.device) - size // 2).float().square() for size in images.shape[2:])
         distance = (z[:, None, None] + y[:, None] + x).sqrt()
-        radius, fill_hu = (values.view(-1, 1, 1, 1, 1) for values in (own.radius, own.fill_hu))
+        radius, fill_hu = (values.view(-1, 1, 1, 1, 1) for values in (own["radius"], own["fill_hu"]))
         kept = torch.sigmoid((radius - distance) / self.softness)
-        noise = normals(own.seed, images[0].numel()).view(images.shape)
+        noise = normals(own["seed"], images[0].numel()).view(images.shape)
         return torch.lerp(noise.mul_(self.noise_std_hu).add_(fill_hu), images, kept)

@@ -5,26 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int64
+from jaxtyping import Int64
 from monai.data.meta_obj import get_track_meta, set_track_meta
-from monai.transforms import (
-    Compose,
-    RandAxisFlip,
-    RandGaussianSmooth,
-    RandHistogramShift,
-    Randomizable,
-    Transform,
-)
+from monai.transforms import Compose, RandAxisFlip, RandGaussianSmooth, RandHistogramShift, Randomizable, Transform
 from torch import Tensor
 
 from fmcib_ssl.augment.geometry import RandomGeometry
 from fmcib_ssl.augment.intensity import RandomHistogramShift
 from fmcib_ssl.augment.resolution import RandomGaussianSmooth
-from fmcib_ssl.augment.views import BatchedTransform, BatchedViews, Part, Size
+from fmcib_ssl.augment.views import BatchedTransform, BatchedViews, Params, Size
 
 
 @contextmanager
@@ -38,14 +30,7 @@ def _plain_tensors() -> Iterator[None]:
         set_track_meta(before)
 
 
-class MonaiParams(NamedTuple):
-    """Drawn by `MonaiViews`: all else is drawn by MONAI."""
-
-    active: Bool[Tensor, " n"]
-    seed: Int64[Tensor, " n"]
-
-
-class MonaiViews(BatchedTransform[MonaiParams]):
+class MonaiViews(BatchedTransform):
     """Makes views with a list of MONAI transforms, patch by patch.
 
     The transforms are built once and seeded again for each view. Random ones must draw from MONAI's own
@@ -68,23 +53,18 @@ class MonaiViews(BatchedTransform[MonaiParams]):
             raise ValueError("no transforms: the views of a patch would all be the same; give at least one.")
         self._compose = Compose(list(transforms))
 
-    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> MonaiParams:
-        """Hand on the seeds."""
-        return MonaiParams(torch.ones(len(seeds), dtype=torch.bool), seeds)
+    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> Params:
+        """Hand on the seeds: all else is drawn by MONAI."""
+        return {"active": torch.ones(len(seeds), dtype=torch.bool), "seed": seeds}
 
-    def parts(self, params: MonaiParams, size_zyx: Size, device: torch.device) -> Sequence[Part]:
-        """All images, one by one."""
-        seeds = params.seed.tolist()
-
-        def change(images: Tensor, which: slice) -> Tensor:
-            views = []
-            with _plain_tensors():
-                for image, seed in zip(images, seeds[which], strict=True):
-                    self._compose.set_random_state(seed=seed)
-                    views.append(self._compose(image).float())
-            return torch.stack(views)
-
-        return [Part(list(range(len(seeds))), change)]
+    def change(self, images: Tensor, own: Params) -> Tensor:
+        """Transform one by one."""
+        views = []
+        with _plain_tensors():
+            for image, seed in zip(images, own["seed"].tolist(), strict=True):
+                self._compose.set_random_state(seed=seed)
+                views.append(self._compose(image).float())
+        return torch.stack(views)
 
 
 class RandResizedCrop(Randomizable, Transform):  # type: ignore[misc]  # MONAI is not typed

@@ -4,48 +4,39 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from fmcib_ssl.augment.geometry import along_axes, reading_matrix, resize_positions
-from fmcib_ssl.augment.views import BatchedTransform, P, Part, Size, active_rows, interval, within
-
-Padding = Literal["border", "zeros"]
+from fmcib_ssl.augment.views import BatchedTransform, Params, Size, interval, within
 
 
-class AxisTransform(BatchedTransform[P]):
+class _AxisTransform(BatchedTransform):
     """A linear transform along the axes: a subclass says what is drawn, and the matrices that follow from it."""
 
-    def parts(self, params: P, size_zyx: Size, device: torch.device) -> Sequence[Part]:
-        """The images that are active; the matrices of all are made at once."""
-        own, rows = active_rows(params, device)
-        if not rows:
-            return []
-        matrices = self.matrices(own, size_zyx)
-        return [Part(rows, lambda images, which: along_axes(images, [m if m is None else m[which] for m in matrices]))]
+    def prepare(self, own: Params, size_zyx: Size, device: torch.device) -> Params:
+        """The matrices by the name of their axis."""
+        return self.matrices(super().prepare(own, size_zyx, device), size_zyx)
 
     @abstractmethod
-    def matrices(self, own: P, size_zyx: Size) -> Sequence[Float[Tensor, "m size size"] | None]:
-        """A matrix for each image along z, y, x; None leaves an axis as it is.
+    def matrices(self, own: Params, size_zyx: Size) -> dict[str, Float[Tensor, "m size size"]]:
+        """A matrix for each image along `"z"`, `"y"`, `"x"`; an axis without one stays as it is.
 
         Args:
             own: parameters of the images that are changed, on their device.
             size_zyx: voxels of the images.
         """
 
-
-class SmoothParams(NamedTuple):
-    """Drawn by `RandomGaussianSmooth`."""
-
-    active: Bool[Tensor, " n"]
-    sigma_zyx: Float[Tensor, "n 3"]  # voxels
+    def change(self, images: Tensor, own: Params) -> Tensor:
+        """Multiply along the axes."""
+        return along_axes(images, [own.get(axis) for axis in "zyx"])
 
 
-class RandomGaussianSmooth(AxisTransform[SmoothParams]):
+class RandomGaussianSmooth(_AxisTransform):
     """Gaussian smoothing with a width of its own for each axis.
 
     A voxel of the kernel holds the integral of the normal density over it, up to 4 sigma, as in MONAI.
@@ -60,21 +51,24 @@ class RandomGaussianSmooth(AxisTransform[SmoothParams]):
         ValueError: a number out of range, or another padding.
     """
 
-    def __init__(self, prob: float, sigma: Sequence[float] = (0.25, 1.5), padding: Padding = "border") -> None:
+    def __init__(
+        self, prob: float, sigma: Sequence[float] = (0.25, 1.5), padding: Literal["border", "zeros"] = "border"
+    ) -> None:
         super().__init__(prob)
         self.sigma = interval("sigma", sigma, 1e-3)
         if padding not in ("border", "zeros"):
             raise ValueError(f"padding is {padding!r}; it must be 'border' or 'zeros'.")
         self.padding = padding
 
-    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> SmoothParams:
+    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> Params:
         """Draw one width for each axis."""
         active, drawn = self._draw(seeds, 3)
-        return SmoothParams(active, within(drawn, self.sigma))
+        return {"active": active, "sigma_zyx": within(drawn, self.sigma)}
 
-    def matrices(self, own: SmoothParams, size_zyx: Size) -> Sequence[Tensor]:
+    def matrices(self, own: Params, size_zyx: Size) -> dict[str, Tensor]:
         """Rows of kernels."""
-        return [self._matrix(own.sigma_zyx[:, axis], size) for axis, size in enumerate(size_zyx)]
+        sigmas = own["sigma_zyx"].unbind(1)
+        return {axis: self._matrix(sigma, size) for axis, sigma, size in zip("zyx", sigmas, size_zyx, strict=True)}
 
     def _matrix(self, sigma: Tensor, size: int) -> Float[Tensor, "m size size"]:
         reach = int(max(4 * self.sigma[1], 0.5) + 0.5)  # of the widest kernel
@@ -95,14 +89,7 @@ class RandomGaussianSmooth(AxisTransform[SmoothParams]):
         return matrix.contiguous()
 
 
-class LowResolutionParams(NamedTuple):
-    """Drawn by `RandomLowResolution`."""
-
-    active: Bool[Tensor, " n"]
-    zoom: Float[Tensor, " n"]
-
-
-class RandomLowResolution(AxisTransform[LowResolutionParams]):
+class RandomLowResolution(_AxisTransform):
     """Lower resolution: nearest voxels of a coarser grid, resized back trilinearly, as in nnU-Net and MONAI.
 
     Args:
@@ -119,14 +106,14 @@ class RandomLowResolution(AxisTransform[LowResolutionParams]):
         super().__init__(prob)
         self.zoom = interval("zoom", zoom, 0.05, 1)
 
-    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> LowResolutionParams:
+    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> Params:
         """Draw one factor for all axes."""
         active, drawn = self._draw(seeds, 1)
-        return LowResolutionParams(active, within(drawn[:, 0], self.zoom))
+        return {"active": active, "zoom": within(drawn[:, 0], self.zoom)}
 
-    def matrices(self, own: LowResolutionParams, size_zyx: Size) -> Sequence[Tensor]:
+    def matrices(self, own: Params, size_zyx: Size) -> dict[str, Tensor]:
         """To the coarser grid and back."""
-        return [self._matrix(own.zoom, size) for size in size_zyx]
+        return {axis: self._matrix(own["zoom"], size) for axis, size in zip("zyx", size_zyx, strict=True)}
 
     @staticmethod
     def _matrix(zoom: Tensor, size: int) -> Float[Tensor, "m size size"]:
@@ -140,15 +127,7 @@ class RandomLowResolution(AxisTransform[LowResolutionParams]):
         return torch.bmm(up, F.one_hot(nearest.long(), size).float())
 
 
-class SliceThicknessParams(NamedTuple):
-    """Drawn by `RandomSliceThickness`."""
-
-    active: Bool[Tensor, " n"]
-    thickness: Float[Tensor, " n"]  # voxels
-    phase: Float[Tensor, " n"]  # of the first slice, 0 to 1
-
-
-class RandomSliceThickness(AxisTransform[SliceThicknessParams]):
+class RandomSliceThickness(_AxisTransform):
     """Thick slices along z: means over slabs next to each other, read linearly on the fine grid again.
 
     Where the slabs lie is drawn too. A slab that sticks out is the mean of its inside.
@@ -165,27 +144,26 @@ class RandomSliceThickness(AxisTransform[SliceThicknessParams]):
         super().__init__(prob)
         self.thickness = interval("thickness", thickness, 1)
 
-    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> SliceThicknessParams:
+    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> Params:
         """Draw thickness and phase."""
         active, drawn = self._draw(seeds, 2)
-        return SliceThicknessParams(active, within(drawn[:, 0], self.thickness), drawn[:, 1].float())
+        thickness = within(drawn[:, 0], self.thickness)
+        return {"active": active, "thickness": thickness, "phase": drawn[:, 1].float()}
 
-    def matrices(self, own: SliceThicknessParams, size_zyx: Size) -> Sequence[Tensor | None]:
+    def matrices(self, own: Params, size_zyx: Size) -> dict[str, Tensor]:
         """To slices and back, along z."""
-        size, device = size_zyx[0], own.thickness.device
-        thickness, phase = own.thickness[:, None], own.phase[:, None]
+        size, device = size_zyx[0], own["thickness"].device
+        thickness, phase = own["thickness"][:, None], own["phase"][:, None]
         # Slab k covers [(k - phase) * thickness, (k + 1 - phase) * thickness) of [0, size), whole or in part.
         num_slabs = int(size / self.thickness[0]) + 2
         low = (torch.arange(num_slabs, device=device) - phase) * thickness
         voxel = torch.arange(size, device=device)
-        covered = torch.minimum(low[..., None] + thickness[..., None], voxel + 1.0) - torch.maximum(
-            low[..., None], voxel.float()
-        )
-        covered = covered.clamp_min(0)
+        ends = torch.minimum(low[..., None] + thickness[..., None], voxel + 1.0)
+        covered = (ends - torch.maximum(low[..., None], voxel.float())).clamp_min(0)
         means = covered / covered.sum(2, keepdim=True).clamp_min(1e-6)
         # The centre of slab k is at position k; the last slab that has an inside ends the line.
         position = (voxel + 0.5) / thickness + phase - 0.5
         last = (covered.sum(2) > 1e-3).float().cumsum(1).argmax(1, keepdim=True)
         first = (covered.sum(2) <= 1e-3)[:, :1].long()
         position = torch.minimum(position.clamp_min(0), last.float()).maximum(first.float())
-        return [torch.bmm(reading_matrix(position, num_slabs), means), None, None]
+        return {"z": torch.bmm(reading_matrix(position, num_slabs), means)}

@@ -3,51 +3,45 @@
 A transform draws what is random in one step and changes images in another, so any view can be made again from its
 parameters and looked into. What is drawn for a view follows from its seed alone, whatever else is in the batch; on a
 CPU and a GPU the views are the same to rounding.
+
+A generator with a state would give other numbers on a GPU than on a CPU, and other ones again in another batch. Here a
+number is a hash of (seed, counter) in wrapping 32-bit arithmetic, which every device does alike: `uniforms`, `normals`.
+
+Source: counter-based generators as in Salmon et al. 2011, Parallel random numbers: as easy as 1, 2, 3; the mixing
+function is `lowbias32` of Wellons 2018, applied twice, with one half of a key before each; the key is the seed after
+three rounds of a Feistel network.
 """
 
 from __future__ import annotations
 
+import math
+import zlib
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from fmcib_ssl.augment.streams import derived_seeds, uniforms
-
 Size = tuple[int, int, int]
 
-#: Parameters of one transform for a batch: a NamedTuple of CPU tensors with one row a view. The first of them,
-#: `active`, says which views the transform changes.
-P = TypeVar("P", bound=tuple[Tensor, ...])
+#: What one transform has drawn for a batch: tensors by name, one row a view, on the CPU. `active` is among them, and
+#: says which views the transform changes.
+Params = dict[str, Tensor]
 
 #: Voxels that are worked on at a time: on a GPU so many that it is busy, and still a small part of its memory (some ten
 #: float32 numbers a voxel); on a CPU so many that calling torch costs little beside the work.
-CHUNK_VOXELS = {"cpu": 2**20, "other": 2**26}
+_CHUNK_VOXELS = {"cpu": 2**20, "other": 2**26}
 
 #: A view of more voxels than this has a CPU to itself: it stays in a core's own cache, and little is gained by calling
 #: torch less often.
-ALONE_ON_CPU_VOXELS = 2**15
+_ALONE_ON_CPU_VOXELS = 2**15
 
 
-class Part(NamedTuple):
-    """Some images of a batch and what is done with them.
-
-    Attributes:
-        rows: which images, in ascending order.
-        change: float32 images, and which of the rows they are, to new images; may write into what it gets.
-    """
-
-    rows: list[int]
-    change: Callable[[Tensor, slice], Tensor]
-
-
-class BatchedTransform(ABC, Generic[P]):
-    """A random transform of a batch of images in HU.
+class BatchedTransform(ABC):
+    """A random transform of a batch of images in HU: a subclass says what is drawn, and what is done with it.
 
     Args:
         prob: probability that an image is changed.
@@ -60,7 +54,7 @@ class BatchedTransform(ABC, Generic[P]):
         self.prob = in_range("prob", prob, 0, 1)
 
     @abstractmethod
-    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> P:
+    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> Params:
         """Draw everything that is random for `n` images.
 
         Args:
@@ -68,21 +62,24 @@ class BatchedTransform(ABC, Generic[P]):
             size_zyx: voxels of the images that will be transformed.
         """
 
+    def prepare(self, own: Params, size_zyx: Size, device: torch.device) -> Params:
+        """What `change` needs of all active images of a batch, one row each; by default what was drawn, on `device`."""
+        return {name: values.to(device, non_blocking=True) for name, values in own.items()}
+
     @abstractmethod
-    def parts(self, params: P, size_zyx: Size, device: torch.device) -> Sequence[Part]:
-        """Say what is to be done with which images, no image in two parts.
+    def change(self, images: Float[Tensor, "m 1 z y x"], own: Params) -> Float[Tensor, "m 1 z y x"]:
+        """Change images in HU.
 
         Args:
-            params: as drawn, on the CPU.
-            size_zyx: voxels of the images.
-            device: where the images are.
+            images: float32, only those that are active; may be written to.
+            own: their rows of what `prepare` gave.
         """
 
     def size_after(self, size_zyx: Size) -> Size:
-        """Voxels of what leaves the transform. Another size needs parts with all images in them."""
+        """Voxels of what leaves the transform. One that changes the size has to be active for all images."""
         return size_zyx
 
-    def apply(self, images: Float[Tensor, "n 1 z y x"], params: P) -> Float[Tensor, "n 1 z_out y_out x_out"]:
+    def apply(self, images: Float[Tensor, "n 1 z y x"], params: Params) -> Float[Tensor, "n 1 z_out y_out x_out"]:
         """Transform images in HU as the parameters say; the images are left as they are."""
         return _applied(images, [(self, params)])
 
@@ -96,24 +93,6 @@ class BatchedTransform(ABC, Generic[P]):
         return drawn[:, 0] < self.prob, drawn[:, 1:]
 
 
-class VoxelTransform(BatchedTransform[P]):
-    """A transform that sees the voxels of whole images: a subclass says what is drawn, and what is done with it."""
-
-    def parts(self, params: P, size_zyx: Size, device: torch.device) -> Sequence[Part]:
-        """The images that are active."""
-        own, rows = active_rows(params, device)
-        return [Part(rows, lambda images, which: self.change(images, chosen(own, which)))]
-
-    @abstractmethod
-    def change(self, images: Float[Tensor, "m 1 z y x"], own: P) -> Float[Tensor, "m 1 z y x"]:
-        """Change images in HU as their parameters say.
-
-        Args:
-            images: those that are changed; may be written to.
-            own: their parameters, on the same device.
-        """
-
-
 class BatchedViews:
     """Makes views of batches of patches: random transforms in HU, one after the other.
 
@@ -125,13 +104,13 @@ class BatchedViews:
         ValueError: `transforms` is empty.
     """
 
-    def __init__(self, transforms: Mapping[str, BatchedTransform[Any]]) -> None:
+    def __init__(self, transforms: Mapping[str, BatchedTransform]) -> None:
         if not transforms:
             raise ValueError("no transforms: the views of a patch would all be the same; give at least one.")
         self.transforms = dict(transforms)
         self.patch_by_patch = any(getattr(transform, "patch_by_patch", False) for transform in transforms.values())
 
-    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> dict[str, Any]:
+    def draw(self, seeds: Int64[Tensor, " n"], size_zyx: Size) -> dict[str, Params]:
         """Parameters of `n` views by the transform's name, on the CPU; `apply` makes the views again from them.
 
         Args:
@@ -145,7 +124,7 @@ class BatchedViews:
             size_zyx = transform.size_after(size_zyx)
         return params
 
-    def apply(self, patches: Tensor, params: Mapping[str, Any]) -> Float[Tensor, "n 1 z y x"]:
+    def apply(self, patches: Tensor, params: Mapping[str, Params]) -> Float[Tensor, "n 1 z y x"]:
         """Make the views that `params` describe, float32 HU on the device of the patches.
 
         Args:
@@ -165,45 +144,37 @@ class BatchedViews:
 
 
 @torch.no_grad()
-def _applied(patches: Tensor, drawn: Sequence[tuple[BatchedTransform[Any], Any]]) -> Tensor:
+def _applied(patches: Tensor, drawn: Sequence[tuple[BatchedTransform, Params]]) -> Tensor:
     """Apply transforms with their parameters one after the other, to as many patches at a time as is good."""
     device, size = patches.device, size_of(patches)
-    parts, voxels = [], size[0] * size[1] * size[2]
+    steps, voxels = [], math.prod(size)
     with torch.autocast(device.type, enabled=False), _full_precision():
         for transform, params in drawn:
-            parts.append(transform.parts(params, size, device))
+            active = params["active"].nonzero()[:, 0]
+            if len(active):
+                own = transform.prepare({name: values[active] for name, values in params.items()}, size, device)
+                steps.append((transform, active.tolist(), own))
             size = transform.size_after(size)
-            voxels = max(voxels, size[0] * size[1] * size[2])
-        at_a_time = max(1, CHUNK_VOXELS.get(device.type, CHUNK_VOXELS["other"]) // voxels)
-        if device.type == "cpu" and voxels > ALONE_ON_CPU_VOXELS:
+            voxels = max(voxels, math.prod(size))
+        at_a_time = max(1, _CHUNK_VOXELS.get(device.type, _CHUNK_VOXELS["other"]) // voxels)
+        if device.type == "cpu" and voxels > _ALONE_ON_CPU_VOXELS:
             at_a_time = 1
         views = torch.empty((len(patches), 1, *size), device=device)
         for first in range(0, len(patches), at_a_time):
             images = patches[first : first + at_a_time].to(torch.float32, copy=True)
-            for its_parts in parts:
-                images = _changed(images, its_parts, first)
+            for transform, rows, own in steps:
+                low, high = (bisect_left(rows, row) for row in (first, first + len(images)))
+                part = {name: values[low:high] for name, values in own.items()}
+                if high - low == len(images):
+                    images = transform.change(images, part)
+                elif high > low:
+                    # Built here and sent, not built there: that would wait for all that the device still has to do.
+                    index = torch.tensor(rows[low:high]).sub_(first).to(device, non_blocking=True)
+                    images.index_copy_(0, index, transform.change(images[index], part))
             if images.shape[1:] != views.shape[1:]:  # a list of MONAI's does not say before
                 views = views.new_empty((len(patches), *images.shape[1:]))
             views[first : first + at_a_time] = images
     return views
-
-
-def _changed(images: Tensor, parts: Sequence[Part], first: int) -> Tensor:
-    """Change those of the images `first`, `first + 1`, ... of a batch that are in one of the parts."""
-    changed = []
-    for rows, change in parts:
-        low, high = (bisect_left(rows, row) for row in (first, first + len(images)))
-        if high - low == len(images):
-            return change(images, slice(low, high))
-        if high > low:
-            # Built here and sent, not built there: that would wait for all that the device still has to do.
-            index = torch.tensor(rows[low:high]).sub_(first).to(images.device, non_blocking=True)
-            changed.append((index, change(images[index], slice(low, high))))
-    for index, some in changed:
-        if some.shape[1:] != images.shape[1:]:
-            images = images.new_empty((len(images), *some.shape[1:]))
-        images.index_copy_(0, index, some)
-    return images
 
 
 @contextmanager
@@ -215,19 +186,6 @@ def _full_precision() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def chosen(params: P, rows: Tensor | slice | list[int], device: torch.device | None = None) -> P:
-    """Parameters of some of the images, on a device."""
-    tensors: Any = params
-    rows_only = (tensor[rows] for tensor in tensors)
-    return type(params)(*(t if device is None else t.to(device, non_blocking=True) for t in rows_only))
-
-
-def active_rows(params: P, device: torch.device) -> tuple[P, list[int]]:
-    """Parameters of the images that a transform changes, on a device, and which images those are."""
-    rows = params[0].nonzero()[:, 0]
-    return chosen(params, rows, device), rows.tolist()
 
 
 def size_of(images: Tensor) -> Size:
@@ -263,3 +221,62 @@ def interval(name: str, values: Sequence[float], low: float, high: float = float
         bounds = f"{low:g} <= low <= high" + (f" <= {high:g}" if high < float("inf") else "")
         raise ValueError(f"{name} is {tuple(values)}; it must be (low, high) with {bounds}.")
     return values[0], values[1]
+
+
+def _signed(constant: int) -> int:
+    return constant - 2**32 if constant >= 2**31 else constant
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Scramble int32 numbers in place; one to one. The masks make the shifts logical."""
+    for shift, factor in ((16, _signed(0x7FEB352D)), (15, _signed(0x846CA68B)), (16, 1)):
+        high = x >> shift
+        high &= 2 ** (32 - shift) - 1
+        x ^= high
+        if factor != 1:
+            x *= factor
+    return x
+
+
+def _hash(seeds: Int64[Tensor, " n"], first: int, num: int) -> Tensor:
+    """int32 `(n, num)`: the numbers `first` to `first + num - 1` of each seed's sequence."""
+    # A view, not a cast: what a cast makes of numbers that do not fit differs between devices.
+    low, high = seeds.contiguous().view(torch.int32).view(-1, 2).unbind(1)
+    # Three rounds make two words for each seed in which similar seeds have nothing in common, and no two seeds have the
+    # same two. Without them the second number of seed 0 would be the first of seed 1.
+    weyl = _signed(0x9E3779B9)
+    high = high ^ _mix(low + weyl)
+    low = low ^ _mix(high + weyl)
+    high = high ^ _mix(low + weyl)
+    x = _mix(torch.arange(first, first + num, dtype=torch.int32, device=seeds.device) ^ low[:, None])
+    x += high[:, None]
+    return _mix(x)
+
+
+def derived_seeds(seeds: Int64[Tensor, " n"], name: str) -> Int64[Tensor, " n"]:
+    """Seeds for one purpose, independent of those for another name."""
+    words = _hash(seeds, _signed(zlib.crc32(name.encode())) // 2 * 2, 2).long()
+    return (words[:, 0] << 32) | (words[:, 1] & 0xFFFFFFFF)
+
+
+def uniforms(seeds: Int64[Tensor, " n"], num: int) -> Float[Tensor, "n num"]:
+    """Numbers within (0, 1), float64, `num` for each seed."""
+    return (_hash(seeds, 0, num).double() + (2**31 + 0.5)) / 2**32
+
+
+def normals(seeds: Int64[Tensor, " n"], num: int) -> Float[Tensor, "n num"]:
+    """Standard normal numbers, float32, `num` for each seed, on the seeds' device.
+
+    Box and Muller's transform of 24-bit uniform numbers, so none lies beyond 6 standard deviations.
+    """
+    half = (num + 1) // 2
+    words = _hash(seeds, 0, 2 * half)
+    words = (words >> 8).bitwise_and_(0xFFFFFF).float()
+    radius = words[:, :half].add_(0.5).mul_(2.0**-24).log_().mul_(-2).sqrt_()
+    angle = words[:, half:].mul_(2 * math.pi * 2.0**-24)
+    normal = torch.empty_like(words)
+    torch.cos(angle, out=normal[:, :half])
+    torch.sin(angle, out=normal[:, half:])
+    normal[:, :half] *= radius
+    normal[:, half:] *= radius
+    return normal[:, :num]

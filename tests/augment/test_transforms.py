@@ -22,7 +22,7 @@ from torch import Tensor
 
 import fmcib_ssl.augment.views as module
 from fmcib_ssl import augment
-from fmcib_ssl.augment import BatchedTransform, BatchedViews, RandomGeometry, RandomNoise
+from fmcib_ssl.augment import BatchedTransform, BatchedViews, RandomGeometry
 from fmcib_ssl.types import ViewTransform
 
 REPO = Path(__file__).resolve().parents[2]
@@ -30,7 +30,7 @@ SIZE = (10, 14, 12)
 MOVED = {"rotate90_prob": 0.5, "rotate_prob": 0.4, "zoom_prob": 0.5, "elastic_prob": 0.4, "flip": "each_axis"}
 
 #: With a probability of 0.5: each changes what `active` says, and nothing else.
-SINGLE: dict[str, BatchedTransform[Any]] = {
+SINGLE: dict[str, BatchedTransform] = {
     "histogram shift": augment.RandomHistogramShift(0.5),
     "gamma": augment.RandomGamma(0.5),
     "scale and shift": augment.RandomScaleShift(0.5),
@@ -42,7 +42,7 @@ SINGLE: dict[str, BatchedTransform[Any]] = {
     "low resolution": augment.RandomLowResolution(0.5, (0.3, 0.8)),
     "slice thickness": augment.RandomSliceThickness(0.5),
 }
-GEOMETRY: dict[str, BatchedTransform[Any]] = {
+GEOMETRY: dict[str, BatchedTransform] = {
     "geometry": RandomGeometry(**MOVED),  # type: ignore[arg-type]
     "geometry, another size": RandomGeometry((8, 9, 7), outside=-1024.0, **MOVED),  # type: ignore[arg-type]
     "monai": augment.MonaiViews([RandGaussianNoise(prob=0.5, std=30.0), RandFlip(prob=0.5)]),
@@ -79,7 +79,7 @@ def test_a_view_follows_from_its_patch_and_seed_alone(views: ViewTransform, monk
     for i in (0, 7, 29):
         close(views(patches[i : i + 1], seeds[i : i + 1])[0], together[i])
     for at_a_time in (1, 7):
-        monkeypatch.setitem(module.CHUNK_VOXELS, "cpu", at_a_time * 10 * 14 * 12)
+        monkeypatch.setitem(module._CHUNK_VOXELS, "cpu", at_a_time * 10 * 14 * 12)
         close(views(patches, seeds), together)
     same_patch = views(patches[:1].expand(30, -1, -1, -1, -1), seeds)
     assert len(same_patch.flatten(1).unique(dim=0)) > 5
@@ -137,11 +137,11 @@ def test_views_are_the_same_on_a_gpu(views: ViewTransform) -> None:
 
 
 @pytest.mark.parametrize("transform", SINGLE.values(), ids=SINGLE)
-def test_half_of_the_views_are_changed(transform: BatchedTransform[Any]) -> None:
+def test_half_of_the_views_are_changed(transform: BatchedTransform) -> None:
     images, seeds = patches_hu(400, (5, 6, 7)).float(), torch.arange(400)
     params = transform.draw(seeds, (5, 6, 7))
     changed = (transform(images, seeds) != images).flatten(1).any(1)
-    assert torch.equal(changed, params.active)
+    assert torch.equal(changed, params["active"])
     assert 0.375 < changed.float().mean() < 0.625  # five standard deviations
 
 
@@ -160,8 +160,8 @@ def test_a_transform_that_is_left_out_does_not_change_the_others() -> None:
     fewer = BatchedViews({name: views.transforms[name] for name in ("cutout", "geometry")})
     some, every = fewer.draw(torch.arange(20), SIZE), views.draw(torch.arange(20), SIZE)
     for name, params in some.items():
-        assert all(torch.equal(a, b) for a, b in zip(params, every[name], strict=True))
-    assert not torch.equal(every["noise"].active, every["smooth"].active)
+        assert all(torch.equal(values, every[name][key]) for key, values in params.items())
+    assert not torch.equal(every["noise"]["active"], every["smooth"]["active"])
 
 
 def test_a_recipe_with_monais_transforms_among_others_leaves_a_device_alone() -> None:
@@ -180,29 +180,26 @@ def test_the_strong_recipe_keeps_the_meaning_of_hu() -> None:
         assert (mean_hu - hu).abs().max() < 20 + 0.05 * (hu + 1000) + 30  # shift, scale, noise clamped at air
 
 
-def test_the_documented_transform_works_and_is_short() -> None:
+def test_the_documented_transform_is_short_and_works() -> None:
     """The one that docs/develop.md shows, taken from there."""
     page = (REPO / "docs" / "develop.md").read_text()
     (code,) = re.findall(r"```python\n# my_package/transforms\.py\n(.*?)```", page, re.DOTALL)
-    assert len(code[code.index("class ") :].strip().splitlines()) <= 21
+    assert len(code[code.index("class ") :].strip().splitlines()) <= 17
     names: dict[str, Any] = {"__name__": __name__}
     exec(code, names)  # our own page
-    saturation = names["RandomSaturation"](0.6, (100.0, 500.0))
     patches, seeds = patches_hu(40, (6, 7, 8)), torch.arange(40)
-    params = saturation.draw(seeds, (6, 7, 8))
-    assert 12 < params.active.sum() < 36 and 100 <= params.highest_hu.min() < params.highest_hu.max() <= 500
-    for patch, view, active, highest in zip(patches.float(), saturation.apply(patches, params), *params, strict=True):
-        assert torch.equal(view, patch.clamp_max(highest) if active else patch)
-    every = names["RandomSaturation"](1.0, (100.0, 500.0))
-    assert BatchedViews({"saturation": every, "noise": RandomNoise(0.0)})(patches, seeds).max() <= 500
+    for prob in (0.6, 1.0):
+        saturation = names["RandomSaturation"](prob, (100.0, 500.0))
+        active, highest = saturation.draw(seeds, (6, 7, 8)).values()
+        assert 12 < active.sum() <= 40 * prob + 12 and 100 <= highest.min() < highest.max() <= 500
+        expected = torch.where(active, highest, torch.inf).view(-1, 1, 1, 1, 1).minimum(patches)
+        assert torch.equal(saturation(patches, seeds), expected)
 
 
 @pytest.mark.parametrize(
     ("build", "named"),
     [
-        (lambda: RandomGeometry(crop_edge=(0.0, 1.0)), "crop_edge"),
         (lambda: RandomGeometry(crop_edge=(0.8, 0.5)), "crop_edge"),
-        (lambda: RandomGeometry(crop_edge=(0.5, 1.2)), "crop_edge"),
         (lambda: RandomGeometry(flip="both"), "flip is 'both'"),  # type: ignore[arg-type]
         (lambda: RandomGeometry(outside="zeros"), "outside is 'zeros'"),  # type: ignore[arg-type]
         (lambda: RandomGeometry(elastic_strength=0.5), "elastic_strength is 0.5; it must be within 0 to 0.4"),
@@ -216,11 +213,7 @@ def test_the_documented_transform_works_and_is_short() -> None:
         (lambda: augment.RandomNoise(-0.1), "prob is -0.1"),
         (lambda: augment.RandomNoise(0.5, (-3, 5)), "std_hu"),
         (lambda: augment.RandomCutout(0.5, (0, 2)), "num_holes"),
-        (lambda: augment.RandomCutout(0.5, edge=(0.1, 1.2)), "edge"),
-        (lambda: augment.RandomContextRemoval(0.5, radius=(5.0, 2.0)), "radius"),
         (lambda: augment.RandomContextRemoval(0.5, softness=0.0), "softness"),
-        (lambda: augment.RandomContextRemoval(0.5, lung_prob=1.5), "lung_prob"),
-        (lambda: augment.RandomGaussianSmooth(0.5, (0, 1)), "sigma"),
         (lambda: augment.RandomGaussianSmooth(0.5, padding="reflect"), "padding is 'reflect'"),  # type: ignore[arg-type]
         (lambda: augment.RandomLowResolution(0.5, (0.5, 2)), "zoom"),
         (lambda: augment.RandomSliceThickness(0.5, (0.5, 2)), "thickness"),
