@@ -5,8 +5,8 @@ scores, a temperature and a margin (0 in NT-Xent),
 
     loss(a) = -log( e^p' / (e^p' + sum_n e^(a.n / temperature)) ),    p' = (a.p - margin) / temperature
 
-Read from top to bottom: the two losses; `contrast`, which checks, gathers and sums loss(a); its sum over negatives in
-panels, for large batches; gathering; checks. `docs/losses.md` says what the choices do.
+Read from top to bottom: what both losses do, which is to check, gather and sum loss(a); the two losses; the sum over
+negatives in panels, for large batches; gathering; checks. `docs/losses.md` says what the choices do.
 
 Departs from the published class in this only: the positive logit is a row-wise product, not the diagonal of a matrix;
 what is gathered is what the choice of negatives needs; all is computed in float32, whatever autocast says.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -27,12 +27,21 @@ from torch import Tensor, nn
 
 from fmcib_ssl.types import ViewPairs
 
-__all__ = ["InfoNCELoss", "Kernel", "NTXentNegativeMinedLoss", "Negatives", "contrast", "gather_rows", "num_ranks"]
+__all__ = [
+    "InfoNCELoss",
+    "Kernel",
+    "NTXentNegativeMinedLoss",
+    "Negatives",
+    "at_least_float32",
+    "gather_rows",
+    "num_ranks",
+]
 
 #: What an anchor is pushed away from: the mined patches in its view, both views of the other lesions (SimCLR), or both.
 Negatives = Literal["mined", "mined_and_lesions", "lesions"]
 #: How the sum over negatives is computed: with the matrix of similarities, without, or as the size suggests.
 Kernel = Literal["auto", "plain", "streamed"]
+Reduction = Literal["mean", "sum"]
 #: Rows `(views, n, dim)` of a rank to those of all, `(views, ranks * n, dim)`, rank after rank, with gradients.
 Gather = Callable[[Tensor], Tensor]
 
@@ -46,43 +55,87 @@ _LOG2_E = math.log2(math.e)
 
 
 class _ContrastiveLoss(nn.Module):
-    """What both losses share; the arguments are explained there."""
+    """The sum of `loss(a)`; the arguments are explained in the two losses."""
 
     temperature: float | Tensor
     margin = 0.0
-    reduction: Literal["mean", "sum"] = "mean"
 
-    def __init__(self, negatives: Any, gather_distributed: Any, kernel: Any) -> None:
+    def __init__(
+        self, negatives: Negatives, gather_distributed: bool, kernel: Kernel, reduction: Reduction = "mean"
+    ) -> None:
         super().__init__()
-        if negatives not in get_args(Negatives):
-            raise ValueError(f"negatives must be one of {', '.join(get_args(Negatives))}; got {negatives!r}")
-        if not isinstance(gather_distributed, bool):
-            removed = ", which was removed: True gathers at once" if gather_distributed == "ring" else ""
-            raise ValueError(f"gather_distributed must be True or False; got {gather_distributed!r}{removed}")
-        if kernel not in get_args(Kernel):
-            removed = ", which was removed: auto streams large batches" if kernel == "triton" else ""
-            raise ValueError(f"kernel must be one of {', '.join(get_args(Kernel))}; got {kernel!r}{removed}")
+        for name, value, allowed in (
+            ("negatives", negatives, get_args(Negatives)),
+            ("gather_distributed", gather_distributed, (True, False)),
+            ("kernel", kernel, get_args(Kernel)),
+            ("reduction", reduction, get_args(Reduction)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
         self.negatives: Negatives = negatives
-        self.gather_distributed: bool = gather_distributed
+        self.gather_distributed = gather_distributed
         self.kernel: Kernel = kernel
+        self.reduction: Reduction = reduction
 
     def forward(self, out: ViewPairs, gather: Gather | None = None) -> Float[Tensor, ""]:
-        """Mean or sum over the `2 * batch` anchors; arguments and errors as in `contrast`."""
-        loss = contrast(
-            out,
-            temperature=self.temperature,
-            margin=self.margin,
-            negatives=self.negatives,
-            gather_distributed=self.gather_distributed,
-            kernel=self.kernel,
-            gather=gather,
-        )
+        """Mean or sum of `loss(a)` over this rank's `2 * batch` anchors, in float32 (float64 if an input is).
+
+        Args:
+            out: embeddings `(batch, dim)`, not normalized; `negative` may hold another number of rows.
+            gather: what gathers the negatives of all ranks, if `gather_distributed`; by default `gather_rows`.
+                `MinedContrast` gives Lightning's `all_gather`.
+
+        Raises:
+            AssertionError: a key is missing.
+            ValueError: embeddings are no pairs of float tensors, their shapes, devices, or sizes across ranks do not
+                fit, or an anchor has no negative.
+        """
+        loss = self._sum(*_stack_views(out), gather or gather_rows)
         return loss / (2 * len(out["positive"][0])) if self.reduction == "mean" else loss
+
+    def _sum(self, positive: Tensor, mined: Tensor, gather: Gather) -> Tensor:
+        """Of `loss(a)` over the anchors, both views of `positive`."""
+        lesions, first_lesion = positive, 0  # of all ranks, and the row where this rank's begin
+        if self.gather_distributed and num_ranks() > 1:
+            _check_sizes_across_ranks(positive, mined)  # before anything that may fail on one rank only
+            mined = gather(mined) if self.negatives != "lesions" else mined
+            lesions = gather(positive) if self.negatives != "mined" else lesions
+            first_lesion = dist.get_rank() * positive.shape[1]
+        mined = mined[:, :0] if self.negatives == "lesions" else mined
+        lesions = lesions[:, :0] if self.negatives == "mined" else lesions
+        (num_anchors, num_mined, num_lesions) = (views.shape[1] for views in (positive, mined, lesions))
+        _check_rows(num_anchors, num_mined, num_lesions, self.negatives)
+
+        # Both views of the lesions are negatives of both views; a mined negative of its own view only.
+        lesions_of_views = list(lesions) if num_lesions else []
+        with torch.autocast(positive.device.type, enabled=False):
+            unit = F.normalize(positive, dim=2)
+            temperature = self.temperature
+            anchors = unit / temperature
+            positive_logits = ((unit[0] * unit[1]).sum(dim=1) - self.margin) / temperature
+            if self.kernel == "streamed" or (
+                self.kernel == "auto" and 2 * num_anchors * (num_mined + 2 * num_lesions) >= _WORTH_STREAMING
+            ):
+                loss = positive_logits.new_zeros(())
+                own_keys = [num_mined + view * num_lesions + first_lesion for view in range(len(lesions_of_views))]
+                for view in (0, 1):
+                    keys = F.normalize(torch.cat([*([mined[view]] if num_mined else []), *lesions_of_views]))
+                    loss = loss + _Streamed.apply(anchors[view], positive_logits, keys, own_keys)
+                return loss
+            terms = []
+            for keys in map(F.normalize, lesions_of_views):
+                terms += [torch.stack([_logsumexp(queries, keys, first_lesion) for queries in anchors])]
+            if num_mined:
+                terms += [torch.stack([_logsumexp(anchors[view], F.normalize(mined[view])) for view in (0, 1)])]
+            negative_logits = torch.stack(terms).logsumexp(dim=0)
+            # -log(e^p / (e^p + e^n)), without cancellation where the pair is well separated already.
+            return -F.logsigmoid(positive_logits - negative_logits).sum()
 
     def extra_repr(self) -> str:
         """What `print(loss)` shows."""
         return (
-            f"temperature={torch.as_tensor(self.temperature).item():.6g}, negatives={self.negatives!r}, "
+            f"temperature={torch.as_tensor(self.temperature).item():.6g}, margin={self.margin}, "
+            f"negatives={self.negatives!r}, reduction={self.reduction!r}, "
             f"gather_distributed={self.gather_distributed}, kernel={self.kernel!r}"
         )
 
@@ -148,54 +201,33 @@ class InfoNCELoss(_ContrastiveLoss):
         self,
         margin: float = 0.02,
         log_adversarial_temperature: float = math.log(0.05),
-        reduction: Literal["mean", "sum"] = "mean",
+        reduction: Reduction = "mean",
         *,
         negatives: Negatives = "mined",
         trainable_temperature: bool = False,
         gather_distributed: bool = False,
         kernel: Kernel = "auto",
     ) -> None:
-        super().__init__(negatives, gather_distributed, kernel)
+        super().__init__(negatives, gather_distributed, kernel, reduction)
         if margin < 0:
             raise ValueError(f"Cannot have a negative margin: {margin}; 0 turns it off, 0.01 to 0.1 is usual")
         if not math.isfinite(margin):
             raise ValueError(f"margin must be finite, got {margin}; 0 turns it off, 0.01 to 0.1 is usual")
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction must be mean or sum, got {reduction!r}")
         if log_adversarial_temperature > 700:  # where exp() overflows
             raise ValueError(f"log_adversarial_temperature must be a logarithm, got {log_adversarial_temperature}")
         _check_temperature(math.exp(log_adversarial_temperature))
         self.margin = margin
-        self.reduction = reduction
         self.log_temperature: float | nn.Parameter = log_adversarial_temperature
         if trainable_temperature:
             self.log_temperature = nn.Parameter(torch.tensor(float(log_adversarial_temperature)))
 
     @classmethod
-    def from_temperature(
-        cls,
-        temperature: float,
-        margin: float = 0.02,
-        reduction: Literal["mean", "sum"] = "mean",
-        *,
-        negatives: Negatives = "mined",
-        trainable_temperature: bool = False,
-        gather_distributed: bool = False,
-        kernel: Kernel = "auto",
-    ) -> InfoNCELoss:
+    def from_temperature(cls, temperature: float, margin: float = 0.02, *args: Any, **options: Any) -> InfoNCELoss:
         """The loss with a temperature instead of its logarithm; everything else, and errors, as in the class."""
         _check_temperature(temperature)
         if temperature < 0:
             raise ValueError(f"InfoNCE takes a positive temperature, got {temperature}; 0.05 to 0.5 is usual")
-        return cls(
-            margin,
-            math.log(temperature),
-            reduction,
-            negatives=negatives,
-            trainable_temperature=trainable_temperature,
-            gather_distributed=gather_distributed,
-            kernel=kernel,
-        )
+        return cls(margin, math.log(temperature), *args, **options)
 
     @property
     def temperature(self) -> float | Float[Tensor, ""]:  # type: ignore[override]
@@ -232,7 +264,7 @@ class InfoNCELoss(_ContrastiveLoss):
                 "predictions and labels must both be (batch, candidates), "
                 f"got {tuple(predictions.shape)} and {tuple(labels.shape)}"
             )
-        scores = _at_least_float32(predictions)
+        scores = at_least_float32(predictions)
         logits = (scores - self.margin * (labels > 0.5)) / self.temperature
         target = F.normalize(labels.to(scores.dtype), p=1, dim=1)
         smoothing = _checked_smoothing(label_smoothing)
@@ -263,8 +295,8 @@ class InfoNCELoss(_ContrastiveLoss):
             ValueError: the shapes do not fit each other, or `label_smoothing` is not in 0 to 1.
         """
         smoothing = _checked_smoothing(label_smoothing)
-        positive = _at_least_float32(positive_scores)
-        negative = _dense_scores(_at_least_float32(negative_scores), batch_filter)
+        positive = at_least_float32(positive_scores)
+        negative = _dense_scores(at_least_float32(negative_scores), batch_filter)
         if positive.ndim == 1:
             positive = positive[:, None]
         if positive.shape != (negative.shape[0], 1):
@@ -280,79 +312,6 @@ class InfoNCELoss(_ContrastiveLoss):
         losses = -(1 - smoothing) * log_probability[:, 0] - smoothing * evenly
         return losses.mean() if self.reduction == "mean" else losses.sum()
 
-    def extra_repr(self) -> str:
-        """What `print(loss)` shows."""
-        is_trained = isinstance(self.log_temperature, Tensor)
-        return (
-            f"margin={self.margin}, reduction={self.reduction!r}, trainable_temperature={is_trained}, "
-            f"{super().extra_repr()}"
-        )
-
-
-def contrast(
-    out: ViewPairs,
-    *,
-    temperature: float | Tensor,
-    margin: float = 0.0,
-    negatives: Negatives = "mined",
-    gather_distributed: bool = False,
-    kernel: Kernel = "auto",
-    gather: Gather | None = None,
-) -> Float[Tensor, ""]:
-    """The sum of `loss(a)` over this rank's `2 * batch` anchors, in float32 (float64 if an input is).
-
-    Args:
-        out: embeddings `(batch, dim)`, not normalized; `negative` may hold another number of rows.
-        temperature: divides the cosines. A tensor receives a gradient.
-        margin: subtracted from the cosine of the positive pair.
-        negatives: what an anchor is contrasted with.
-        gather_distributed: whether the negatives are those of all ranks.
-        kernel: how the sum over negatives is computed.
-        gather: what gathers; by default `gather_rows`. `MinedContrast` gives Lightning's `all_gather`.
-
-    Raises:
-        AssertionError: a key is missing.
-        TypeError: an embedding is not a tensor of real floats.
-        ValueError: pairs, shapes, devices, or sizes across ranks do not fit, or an anchor has no negative.
-    """
-    positive, mined = _stack_views(out)
-    lesions, first_lesion = positive, 0  # of all ranks, and the row where this rank's begin
-    if gather_distributed and num_ranks() > 1:
-        _check_sizes_across_ranks(positive, mined)  # before anything that may fail on one rank only
-        gather = gather or gather_rows
-        mined = gather(mined) if negatives != "lesions" else mined
-        lesions = gather(positive) if negatives != "mined" else lesions
-        first_lesion = dist.get_rank() * positive.shape[1]
-    mined = mined[:, :0] if negatives == "lesions" else mined
-    lesions = lesions[:, :0] if negatives == "mined" else lesions
-    (num_anchors, num_mined, num_lesions) = (views.shape[1] for views in (positive, mined, lesions))
-    _check_rows(num_anchors, num_mined, num_lesions, negatives)
-
-    # Both views of the lesions are negatives of both views; a mined negative of its own view only.
-    lesions_of_views = list(lesions) if num_lesions else []
-    with torch.autocast(positive.device.type, enabled=False):
-        unit = F.normalize(positive, dim=2)
-        anchors = unit / temperature
-        positive_logits = ((unit[0] * unit[1]).sum(dim=1) - margin) / temperature
-        if kernel == "streamed" or (
-            kernel == "auto" and 2 * num_anchors * (num_mined + 2 * num_lesions) >= _WORTH_STREAMING
-        ):
-            loss = positive_logits.new_zeros(())
-            own_keys = [num_mined + view * num_lesions + first_lesion for view in range(len(lesions_of_views))]
-            for view in (0, 1):
-                keys = F.normalize(torch.cat([*([mined[view]] if num_mined else []), *lesions_of_views]))
-                loss = loss + _streamed(anchors[view], positive_logits, keys, own_keys)
-            return loss
-        terms = []
-        for keys in map(F.normalize, lesions_of_views):
-            terms += [torch.stack([_logsumexp(queries, keys, first_lesion) for queries in anchors])]
-        if num_mined:
-            terms += [torch.stack([_logsumexp(anchors[view], F.normalize(mined[view])) for view in (0, 1)])]
-        negative_logits = torch.stack(terms).logsumexp(dim=0)
-        # -log(e^p / (e^p + e^n)), without cancellation where the pair is well separated already.
-        cross_entropy: Tensor = -F.logsigmoid(positive_logits - negative_logits)
-        return cross_entropy.sum()
-
 
 def _logsumexp(queries: Tensor, keys: Tensor, own_key: int | None = None) -> Float[Tensor, " queries"]:
     """`log(sum_j exp(queries[i] . keys[j]))`; key `own_key + i` is left out of the sum of query `i`."""
@@ -364,31 +323,34 @@ def _logsumexp(queries: Tensor, keys: Tensor, own_key: int | None = None) -> Flo
     return similarity.logsumexp(dim=1)
 
 
-def _streamed(
-    queries: Float[Tensor, "n dim"],
-    positive_logits: Float[Tensor, " n"],
-    keys: Float[Tensor, "m dim"],
-    own_keys: Sequence[int],
-) -> Float[Tensor, ""]:
+class _Streamed(torch.autograd.Function):
     """`sum_i -log(e^p_i / (e^p_i + sum_j e^(queries[i] . keys[j])))`, in memory that grows with n + m, not with n * m.
 
     A panel is some queries against all keys. It sees all negatives of its anchors at once, so their share of the
     gradients is known while the panel is still in the cache: they are accumulated in the forward, and the backward only
     scales them. Query `i` does not see the keys `own_key + i`.
     """
-    loss: Tensor = _Streamed.apply(queries, positive_logits, keys, own_keys)
-    return loss
 
-
-class _Streamed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, positive_logits: Tensor, keys: Tensor, own_keys: Sequence[int]) -> Tensor:
+    def forward(
+        ctx: Any,
+        queries: Float[Tensor, "n dim"],
+        positive_logits: Float[Tensor, " n"],
+        keys: Float[Tensor, "m dim"],
+        own_keys: Sequence[int],
+    ) -> Float[Tensor, ""]:
         loss = positive_logits.new_zeros(())
         of_queries, of_positives = torch.zeros_like(queries), torch.zeros_like(positive_logits)
         of_keys = torch.zeros_like(keys) if ctx.needs_input_grad[2] else None
         # Whether no logit can be so large or small that its exponential needs a maximum subtracted. False for NaN.
         bounded = float(queries.norm(dim=1).max() * keys.norm(dim=1).max()) * _LOG2_E < _SAFE_EXPONENT
-        for rows, panel in _panels(queries, keys, own_keys):
+        num_rows = max(16, (_PANEL_CPU if queries.device.type == "cpu" else _PANEL_OTHER) // len(keys))
+        for start in range(0, len(queries), num_rows):
+            rows = slice(start, min(start + num_rows, len(queries)))
+            # To base 2: torch computes `exp2` more than twice as fast as `exp` on a CPU.
+            panel = (queries[rows] * _LOG2_E) @ keys.T
+            for own_key in own_keys:
+                panel[:, own_key + start :].diagonal().fill_(-math.inf)
             total, log_total = _exponentiate(panel, bounded)
             difference = positive_logits[rows] - log_total
             loss -= F.logsigmoid(difference).sum()
@@ -398,6 +360,7 @@ class _Streamed(torch.autograd.Function):
             torch.mul(panel @ keys, factor, out=of_queries[rows])
             if of_keys is not None:
                 of_keys.addmm_(panel.T, queries[rows] * factor)
+            del panel  # before the next one is made
         ctx.save_for_backward(of_queries, of_positives, of_keys)
         return loss
 
@@ -406,22 +369,6 @@ class _Streamed(torch.autograd.Function):
         if torch.is_grad_enabled():  # autograd would take the gradients for constants
             raise RuntimeError("the streamed loss has no second derivative (create_graph=True): kernel='plain' has one")
         return *(None if saved is None else grad * saved for saved in ctx.saved_tensors), None
-
-
-def _panels(queries: Tensor, keys: Tensor, own_keys: Sequence[int]) -> Iterator[tuple[slice, Float[Tensor, "rows m"]]]:
-    """Some rows at a time, and their logits with all keys; those of own keys are -inf.
-
-    Logarithms are to base 2 here: torch computes `exp2` more than twice as fast as `exp` on a CPU.
-    """
-    size = _PANEL_CPU if queries.device.type == "cpu" else _PANEL_OTHER
-    num_rows = max(16, size // len(keys))
-    for start in range(0, len(queries), num_rows):
-        rows = slice(start, min(start + num_rows, len(queries)))
-        panel = (queries[rows] * _LOG2_E) @ keys.T
-        for own_key in own_keys:
-            panel[:, own_key + start :].diagonal().fill_(-math.inf)
-        yield rows, panel
-        del panel  # before the next one is made
 
 
 def _exponentiate(panel: Tensor, bounded: bool) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
@@ -488,35 +435,25 @@ def _stack_views(out: ViewPairs) -> tuple[Float[Tensor, "2 n dim"], Float[Tensor
     for name in ("positive", "negative"):
         if name not in out:
             raise AssertionError(f"`{name}` key needs to be specified; got the keys {sorted(out)}")
-        pairs[name] = out[name]
-        _check_pair(name, pairs[name])
+        pair = pairs[name] = out[name]
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            got = f"{len(pair)} entries" if isinstance(pair, tuple | list) else type(pair).__name__
+            raise ValueError(f"`{name}` must be a pair (view 0, view 1) of embeddings, got {got}")
+        for view, embeddings in enumerate(pair):
+            is_tensor = isinstance(embeddings, Tensor)
+            if not is_tensor or not embeddings.is_floating_point() or embeddings.ndim != 2:
+                got = f"{embeddings.dtype} {tuple(embeddings.shape)}" if is_tensor else type(embeddings).__name__
+                raise ValueError(f"`{name}` view {view} must be a float tensor (batch, dim), one row each; got {got}")
+        if len(pair[0]) != len(pair[1]):
+            raise ValueError(f"the two views of `{name}` differ: {len(pair[0])} and {len(pair[1])} rows")
     views = [embeddings for pair in pairs.values() for embeddings in pair]
-    if len({embeddings.shape[1] for embeddings in views}) > 1:
-        dims = ", ".join(f"`{name}` {pair[0].shape[1]}" for name, pair in pairs.items())
-        raise ValueError(f"all embeddings must have the same dim, got {dims}")
-    if len({embeddings.device for embeddings in views}) > 1:
-        devices = ", ".join(f"`{name}` {pair[0].device} and {pair[1].device}" for name, pair in pairs.items())
-        raise ValueError(f"all embeddings must be on one device, got {devices}")
+    for what, values in (("dim", [view.shape[1] for view in views]), ("device", [view.device for view in views])):
+        if len(set(values)) > 1:
+            got = "`positive` {} and {}, `negative` {} and {}".format(*values)
+            raise ValueError(f"all embeddings must have the same {what}, got {got}")
     dtype = torch.float64 if any(embeddings.dtype == torch.float64 for embeddings in views) else torch.float32
     positive, mined = (torch.stack([view.to(dtype) for view in pair]) for pair in pairs.values())
     return positive, mined
-
-
-def _check_pair(name: str, pair: Any) -> None:
-    if not isinstance(pair, tuple | list) or len(pair) != 2:
-        got = f"{len(pair)} entries" if isinstance(pair, tuple | list) else type(pair).__name__
-        raise ValueError(f"`{name}` must be a pair (view 0, view 1) of embeddings, got {got}")
-    for view, embeddings in enumerate(pair):
-        expected = f"`{name}` view {view} must be a float tensor (batch, dim)"
-        if not isinstance(embeddings, Tensor):
-            raise TypeError(f"{expected}, got {type(embeddings).__name__}")
-        if not embeddings.is_floating_point():
-            raise TypeError(f"{expected}, got {embeddings.dtype}")
-        if embeddings.ndim != 2:
-            raise ValueError(f"{expected}, got shape {tuple(embeddings.shape)}; flatten embeddings to one row each")
-    if pair[0].shape != pair[1].shape:
-        shapes = f"{tuple(pair[0].shape)} and {tuple(pair[1].shape)}"
-        raise ValueError(f"the two views of `{name}` must have the same shape, got {shapes}")
 
 
 def _check_rows(num_anchors: int, num_mined: int, num_lesions: int, negatives: Negatives) -> None:
@@ -543,8 +480,9 @@ def _check_temperature(temperature: float) -> None:
         raise ValueError(f"Illegal temperature: abs({temperature}) < 1e-8; {advice}")
 
 
-def _at_least_float32(scores: Tensor) -> Tensor:
-    return scores if scores.dtype == torch.float64 else scores.float()
+def at_least_float32(values: Tensor) -> Tensor:
+    """In float32, or in float64 if they are."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def _checked_smoothing(label_smoothing: float | None) -> float:
