@@ -435,7 +435,8 @@ def _stack_views(out: ViewPairs) -> tuple[Float[Tensor, "2 n dim"], Float[Tensor
     for name in ("positive", "negative"):
         if name not in out:
             raise AssertionError(f"`{name}` key needs to be specified; got the keys {sorted(out)}")
-        pair = pairs[name] = out[name]
+        pair: Any = out[name]
+        pairs[name] = pair
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             got = f"{len(pair)} entries" if isinstance(pair, tuple | list) else type(pair).__name__
             raise ValueError(f"`{name}` must be a pair (view 0, view 1) of embeddings, got {got}")
