@@ -18,7 +18,7 @@ from pydantic import Field, NonNegativeInt
 from fmcib_ssl.io import Command, parse_command
 
 #: Sections that a step is computed with.
-SECTIONS = ("method", "encoder", "head", "loss", "optimizer", "schedule")
+_SECTIONS = ("method", "encoder", "head", "loss", "optimizer", "schedule")
 
 
 class Replay(Command):
@@ -26,21 +26,18 @@ class Replay(Command):
 
     python scripts/replay.py run=runs/pretrain/2026-01-01_12-00-00
 
-    Nothing is trained and nothing is written.
+    Of several ranks it takes the first whose loss was not finite. Nothing is trained and nothing is written.
     """
 
     run: Path = Field(description="folder of the run, with config.yaml and faults/")
     step: NonNegativeInt | None = Field(default=None, description="which of faults/step-N; null: the last one")
-    rank: NonNegativeInt | None = Field(default=None, description="whose batch; null: the first whose loss was bad")
     device: str = Field(default="cpu", description="cpu, cuda, mps")
     trusted_modules: str | None = Field(
         default=None, description="your own packages that the run is built from, commas between them"
     )
 
 
-def replay(
-    run: Path, step: int | None = None, rank: int | None = None, device: str = "cpu", trusted: Collection[str] = ()
-) -> Iterator[str]:
+def replay(run: Path, step: int | None = None, device: str = "cpu", trusted: Collection[str] = ()) -> Iterator[str]:
     """Lines that say what a step's pass forward and back shows, with torch's anomaly detection.
 
     Raises:
@@ -51,57 +48,54 @@ def replay(
 
     from fmcib_ssl.training import set_random_state  # noqa: PLC0415
 
-    fault = read_fault(run, step, rank)
+    fault = read_fault(run, step)
     module = build(run, fault, trusted).to(device)
     yield f"step {fault['step']}, epoch {fault['epoch']}, rank {fault['rank']}, trained with {fault['precision']}"
-    found: list[str] = []
+    culprits: list[str] = []
 
     def look(name: str, layer: torch.nn.Module, inputs: Any, output: Any) -> None:
-        if not found and isinstance(output, torch.Tensor) and not output.isfinite().all():
-            before = all(bool(x.isfinite().all()) for x in inputs if isinstance(x, torch.Tensor))
-            bad = (~output.detach().flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
-            found.append(
+        if not culprits and isinstance(output, torch.Tensor) and not output.isfinite().all():
+            finite_before = all(bool(x.isfinite().all()) for x in inputs if isinstance(x, torch.Tensor))
+            rows = (~output.detach().flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
+            culprits.append(
                 f"the first output that is not finite is that of {name} ({type(layer).__name__}), from "
-                f"{'finite' if before else 'already not finite'} input, in rows {', '.join(map(str, bad[:8]))} of "
-                f"{len(output)}"
+                f"{'finite' if finite_before else 'already not finite'} input, in rows {', '.join(map(str, rows[:8]))} "
+                f"of {len(output)}"
             )
 
     for name, layer in module.named_modules():
         if name:
-            layer.register_forward_hook(lambda *given, name=name: look(name, *given))
+            layer.register_forward_hook(lambda *arguments, name=name: look(name, *arguments))
     set_random_state(fault["random_state"])
     batch = module.transfer_batch_to_device(fault["batch"], torch.device(device), 0)
     with torch.autograd.set_detect_anomaly(True):
         loss = module.training_step(batch, fault["batch_idx"])["loss"]
-        if found or not math.isfinite(loss):
-            yield (found[0] if found else f"every layer is finite, and the loss is {float(loss):g}")
+        if culprits or not math.isfinite(loss):
+            yield culprits[0] if culprits else f"every layer is finite, and the loss is {float(loss):g}"
             return
         try:
             loss.backward()
         except RuntimeError as error:  # where it was called stands in torch's own warning
             yield f"the loss is {float(loss):g}; going back, {error}"
             return
-    yield "in float32 everything is finite" + (
-        "" if str(fault["precision"]).startswith("32") else f": {fault['precision']} is the cause; "
-        "set hardware.precision=32-true, or bf16-mixed if it was 16-mixed"
-    )  # fmt: skip
+    cause = f": {fault['precision']} is the cause; set hardware.precision=32-true, or bf16-mixed if it was 16-mixed"
+    yield "in float32 everything is finite" + ("" if str(fault["precision"]).startswith("32") else cause)
 
 
-def read_fault(run: Path, step: int | None, rank: int | None) -> dict[str, Any]:
-    """What one rank kept of a step."""
+def read_fault(run: Path, step: int | None) -> dict[str, Any]:
+    """What one rank kept of a step: the first whose loss was not finite."""
     from fmcib_ssl.models import read_archive  # noqa: PLC0415
     from fmcib_ssl.training import FAULT_FORMAT  # noqa: PLC0415
 
     folders = sorted(run.glob("faults/step-*" if step is None else f"faults/step-{step:08d}"))
-    files = sorted(folders[-1].glob("rank-*.pt" if rank is None else f"rank-{rank}.pt")) if folders else []
-    faults = [read_archive(file) for file in files]
+    faults = [read_archive(file) for folder in folders[-1:] for file in sorted(folder.glob("rank-*.pt"))]
     if not faults or any(fault.get("format") != FAULT_FORMAT for fault in faults):
-        raise ValueError(f"{run} has no faults/step-N/rank-R.pt of this step and rank: there is nothing to replay")
+        raise ValueError(f"{run} has no faults/step-N/rank-R.pt of this step: there is nothing to replay")
     return next((fault for fault in faults if not math.isfinite(fault["loss"])), faults[0])
 
 
 def build(run: Path, fault: dict[str, Any], trusted: Collection[str]) -> Any:
-    """The run's module with the weights that the step began with, at its place in the training."""
+    """The run's module with the weights that the step began with."""
     import lightning as L  # noqa: PLC0415
 
     from fmcib_ssl.io import read_yaml  # noqa: PLC0415
@@ -113,7 +107,7 @@ def build(run: Path, fault: dict[str, Any], trusted: Collection[str]) -> Any:
     values = with_current_targets(read_yaml(config))
     if not isinstance(values, dict):
         raise ValueError(f"{config} is not the configuration of a run")
-    check_targets({key: values.get(key) for key in SECTIONS}, config, trusted)
+    check_targets({key: values.get(key) for key in _SECTIONS}, config, trusted)
     settings = settings_of(values)
     preprocessing = Preprocessing(settings.data.patch_size, settings.data.spacing_mm or 1.0)
     module = build_module(settings, preprocessing, len(fault["batch"]["lesion"]), num_steps=1000)
@@ -128,7 +122,7 @@ def main(arguments: list[str]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     trusted = [name.strip() for name in (command.trusted_modules or "").strip("[]").split(",") if name.strip()]
     try:
-        for line in replay(command.run, command.step, command.rank, command.device, trusted):
+        for line in replay(command.run, command.step, command.device, trusted):
             print(line)
     except (ValueError, OSError) as error:  # errors for the user are ValueErrors
         sys.exit(f"error: {error}")

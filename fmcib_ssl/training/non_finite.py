@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 #: Of the files that keep a step.
 FAULT_FORMAT = 1
-#: A run that leaves out a larger share of its steps learns too little; judged from so many steps on, and at its end.
-_MAX_SHARE, _JUDGED_FROM = 0.5, 100
+#: The first so many steps of a run are kept for a replay, and the one that it stops at.
+_NUM_KEPT = 3
 #: Below this scale of the loss, half precision is not what makes a gradient infinite.
 _MIN_SCALE = 1.0
 _MAX_NAMED = 12
@@ -61,7 +61,6 @@ class NonFiniteGuard(L.Callback):
         folder: where steps are kept, one folder each.
         on_non_finite: `"stop"` or `"skip"`.
         stop_after: with `"stop"`, how many in a row are left out before the run stops.
-        keep: the first so many are kept for a replay, and the one that a run stops at.
 
     Attributes:
         num_skipped: steps left out in the whole run; logged as `train/non_finite_steps` once there is one.
@@ -71,24 +70,18 @@ class NonFiniteGuard(L.Callback):
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        *,
-        on_non_finite: Literal["stop", "skip"] = "stop",
-        stop_after: int = 3,
-        keep: int = 3,
+        self, folder: str | Path, *, on_non_finite: Literal["stop", "skip"] = "stop", stop_after: int = 3
     ) -> None:
-        if on_non_finite not in ("stop", "skip"):
-            raise ValueError(f"on_non_finite={on_non_finite!r}: must be 'stop' or 'skip'")
-        if stop_after < 1 or keep < 0:
-            raise ValueError(f"stop_after={stop_after} must be at least 1, and keep={keep} not negative")
+        if on_non_finite not in ("stop", "skip") or stop_after < 1:
+            raise ValueError(
+                f"on_non_finite={on_non_finite!r} must be 'stop' or 'skip', stop_after={stop_after} at least 1"
+            )
         self.folder = Path(folder)
         self.on_non_finite = on_non_finite
         self.stop_after = stop_after
-        self.keep = keep
         self.num_skipped = 0
         self.num_in_a_row = 0
-        self._buffers: list[Tensor] = []
+        self._buffers: dict[str, Tensor] = {}
         self._batch: dict[str, Any] = {}
         self._bad_batch: dict[str, Any] | None = None  # the first one since the optimizer's last step
         self._loss: Tensor | None = None
@@ -108,10 +101,7 @@ class NonFiniteGuard(L.Callback):
         """Note what the step begins with."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._bad_batch, self._skipped = None, False
-            buffers = list(pl_module.buffers())
-            if [b.shape for b in self._buffers] != [b.shape for b in buffers]:
-                self._buffers = [torch.empty_like(buffer) for buffer in buffers]
-            _copy(buffers, self._buffers)
+            self._buffers = {name: buffer.clone() for name, buffer in pl_module.named_buffers()}
         self._batch = {"batch": batch, "batch_idx": batch_idx, "random_state": random_state()}
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
@@ -147,11 +137,11 @@ class NonFiniteGuard(L.Callback):
         message = self._record(trainer, pl_module, stops)
         if stops:
             raise TrainingFaultError(message)
-        if trainer.global_step + 1 >= _JUDGED_FROM:
-            self._check_share(trainer, trainer.global_step + 1)
         _leave_out(optimizer, _scaler(trainer))
-        _copy(self._buffers, list(pl_module.buffers()))
-        if trainer.is_global_zero and (self.num_skipped <= self.keep or self.num_skipped % 100 == 0):
+        with torch.no_grad():
+            for name, buffer in pl_module.named_buffers():
+                buffer.copy_(self._buffers[name])
+        if trainer.is_global_zero and (self.num_skipped <= _NUM_KEPT or self.num_skipped % 100 == 0):
             logger.warning("%s", message)
 
     def on_train_batch_end(
@@ -166,21 +156,6 @@ class NonFiniteGuard(L.Callback):
         if self.num_skipped:
             pl_module.log("train/non_finite_steps", float(self.num_skipped), batch_size=1)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse a result of too few steps.
-
-        Raises:
-            TrainingFaultError: more than half of the run's steps were left out.
-        """
-        self._check_share(trainer, trainer.global_step)
-
-    def _check_share(self, trainer: L.Trainer, num_steps: int) -> None:
-        if self.num_skipped > _MAX_SHARE * num_steps:
-            raise TrainingFaultError(
-                f"{self.num_skipped} of {num_steps} steps were not finite and were left out: the others are too few to "
-                f"learn from, and the run stops. To try: {_remedies(trainer, [])}"
-            )
-
     def _record(self, trainer: L.Trainer, pl_module: L.LightningModule, stops: bool) -> str:
         """Keep the step, on every rank, and say what happened; never fails for a full disk."""
         bad = self._bad_batch or {**self._batch, "loss": math.nan, "largest_gradient": math.nan}
@@ -189,28 +164,35 @@ class NonFiniteGuard(L.Callback):
         if trainer.world_size > 1:
             dist.all_gather_object(everyone, own)
         ranks = [rank for rank, (is_bad, _) in enumerate(everyone) if is_bad]
-        lesions = [lesion for rank in ranks for lesion in everyone[rank][1]]
-        saved = ""
-        if self.num_skipped <= self.keep or stops:
-            saved = self._save(trainer, pl_module, bad, [lesion for _, rows in everyone for lesion in rows])
+        lesions = pd.DataFrame([row for _, rows in everyone for row in rows])
         where = f" on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" if trainer.world_size > 1 else ""
         message = (
             f"step {trainer.global_step} is not finite{where} (loss {bad['loss']:g}, largest gradient "
             f"{bad['largest_gradient']:g}) and was left out: {self.num_in_a_row} in a row, {self.num_skipped} in this "
-            f"run.{_names(lesions)}{saved}"
+            "run."
         )
+        remedies = ["a lower optimizer.base_lr", "trainer.gradient_clip_val=1", "a higher loss.temperature"]
+        if "16" in str(trainer.precision):
+            remedies.insert(0, "hardware.precision=32-true")
+        if len(lesions):
+            suspects = lesions[lesions["rank"].isin(ranks)].sort_values("views_are_finite", kind="stable")
+            more = f"; and {len(suspects) - _MAX_NAMED} more" if len(suspects) > _MAX_NAMED else ""
+            message += f" Its lesions: {'; '.join(map(_name, suspects[:_MAX_NAMED].itertuples()))}{more}."
+            if not suspects["views_are_finite"].all():
+                remedies = ["look at the scans of these lesions, and at the augmentation"]
+        if self.num_skipped <= _NUM_KEPT or stops:
+            message += self._save(trainer, pl_module, bad, lesions)
         if stops:
             message += (
-                f" The run stops; nothing was learned from these steps. To try: {_remedies(trainer, lesions)}; or "
+                f" The run stops; nothing was learned from these steps. To try: {'; '.join(remedies)}; or "
                 "without such steps, counting them: callbacks.non_finite.on_non_finite=skip"
             )
         return message
 
     def _save(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, bad: dict[str, Any], lesions: list[dict[str, Any]]
+        self, trainer: L.Trainer, pl_module: L.LightningModule, bad: dict[str, Any], lesions: pd.DataFrame
     ) -> str:
         step, folder = trainer.global_step, self.folder / f"step-{trainer.global_step:08d}"
-        buffers = dict(zip((name for name, _ in pl_module.named_buffers()), self._buffers, strict=True))
         fault = {
             "format": FAULT_FORMAT,
             **bad,
@@ -219,14 +201,15 @@ class NonFiniteGuard(L.Callback):
             "rank": trainer.global_rank,
             "world_size": trainer.world_size,
             "precision": str(trainer.precision),
-            "weights": {name: buffers.get(name, value) for name, value in pl_module.state_dict().items()},
+            "weights": {name: self._buffers.get(name, value) for name, value in pl_module.state_dict().items()},
         }
-        fault = apply_to_collection(fault, np.ndarray, torch.as_tensor)  # seeds of views
+        # seeds of views are NumPy's; a tensor that is part of a larger one would bring all of that
+        fault = apply_to_collection(fault, (np.ndarray, Tensor), lambda v: torch.as_tensor(v).detach().cpu().clone())
         try:
             with atomic_write(folder / f"rank-{trainer.global_rank}.pt") as file:
-                torch.save(apply_to_collection(fault, Tensor, lambda tensor: tensor.detach().cpu().clone()), file)
+                torch.save(fault, file)
             if trainer.is_global_zero:
-                write_atomically(folder / "lesions.csv", pd.DataFrame(lesions).to_csv(index=False))
+                write_atomically(folder / "lesions.csv", lesions.to_csv(index=False))
         except (OSError, RuntimeError) as error:  # torch's writer turns what the disk says into a RuntimeError
             return f" The step could not be kept for a replay ({getattr(error, 'strerror', None) or error})."
         return (
@@ -237,44 +220,28 @@ class NonFiniteGuard(L.Callback):
 
 def _lesions(trainer: L.Trainer, batch: Any) -> list[dict[str, Any]]:
     """The lesions of a batch, with the names that people know them by; none of a batch without `lesion`."""
-    numbers = batch.get("lesion") if isinstance(batch, Mapping) else None
-    if not isinstance(numbers, Tensor):
+    rows = batch.get("lesion") if isinstance(batch, Mapping) else None
+    if not isinstance(rows, Tensor):
         return []
     patches: Any = getattr(getattr(getattr(trainer, "datamodule", None), "dataset", None), "patches", None)
     table = getattr(patches, "lesions", {})
-    views = [batch.get(key, ()) for key in ("positive", "negative")]
-    views = [view for each in views for view in ((each,) if isinstance(each, Tensor) else each)]
+    views = [view for key in ("positive", "negative") for view in batch.get(key, ()) if len(view) % len(rows) == 0]
     return [
         {
             "rank": trainer.global_rank,
-            "place": place,
-            "lesion": number,
-            "lesion_id": str(table["lesion_id"].iloc[number]) if "lesion_id" in table else "",
-            "title": patches.title(number) if patches is not None else f"row {number}",
-            "views_are_finite": all(bool(v[place].isfinite().all()) for v in views if place < len(v)),
+            "place": i,
+            "lesion": row,
+            "lesion_id": str(table["lesion_id"].iloc[row]) if "lesion_id" in table else "",
+            "title": patches.title(row) if patches is not None else f"row {row}",
+            "views_are_finite": all(bool(view.reshape(len(rows), -1)[i].isfinite().all()) for view in views),
         }
-        for place, number in enumerate(numbers.tolist())
+        for i, row in enumerate(rows.tolist())
     ]
 
 
-def _names(lesions: list[dict[str, Any]]) -> str:
-    """Lesions in words, those with bad views first."""
-    if not lesions:
-        return ""
-    names = [
-        (f"{row['lesion_id']} ({row['title']})" if row["lesion_id"] else row["title"])
-        + ("" if row["views_are_finite"] else ", whose views are not finite themselves")
-        for row in sorted(lesions, key=lambda row: row["views_are_finite"])[:_MAX_NAMED]
-    ]
-    more = f"; and {len(lesions) - _MAX_NAMED} more" if len(lesions) > _MAX_NAMED else ""
-    return f" Its lesions: {'; '.join(names)}{more}."
-
-
-def _remedies(trainer: L.Trainer, lesions: list[dict[str, Any]]) -> str:
-    if any(not row["views_are_finite"] for row in lesions):
-        return "look at the scans of these lesions, and at the augmentation"
-    remedies = ["a lower optimizer.base_lr", "trainer.gradient_clip_val=1", "a higher loss.temperature"]
-    return "; ".join(["hardware.precision=32-true"] * ("16" in str(trainer.precision)) + remedies)
+def _name(lesion: Any) -> str:
+    name = f"{lesion.lesion_id} ({lesion.title})" if lesion.lesion_id else lesion.title
+    return name if lesion.views_are_finite else f"{name}, whose views are not finite themselves"
 
 
 def _largest_gradient(module: torch.nn.Module) -> Tensor:
@@ -298,9 +265,3 @@ def _leave_out(optimizer: Optimizer, scaler: Any) -> None:
         return
     for parameter in parameters:
         parameter.grad = None
-
-
-@torch.no_grad()
-def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
-    for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
