@@ -134,13 +134,14 @@ def _pretrain(settings: Settings, folder: RunFolder) -> float:
     callbacks = build_parts("callbacks", settings.callbacks)
     if settings.world_size > 1:
         facts = facts_of_rank(_shown(settings), source.patches)
+        facts["newest step in the run folder, which all nodes must see"] = f"{step} in {folder.path.name}"
         callbacks.append(LambdaCallback(setup=lambda *_, **__: check_ranks_agree(facts)))
     # Once all others were set up: they may refuse, and what an earlier start has left must not be touched then.
     callbacks.append(LambdaCallback(on_train_batch_start=lambda *_: begin()))
     trainer = build_trainer(
         settings,
         default_root_dir=folder.path,
-        logger=build_parts("logger", settings.logger),
+        logger=build_parts("logger", settings.logger) if folder.main_process else [],
         callbacks=callbacks,
         plugins=[WholeFileIO()],
     )
@@ -355,7 +356,7 @@ def _begin_tracking(
         if isinstance(tracker, WeightsAndBiases) and settings.contact_sheet_rows:
             with TemporaryDirectory() as scratch:
                 tracker.show("contact_sheet", draw(Path(scratch) / "contact_sheet.png", identifiers="hash"))
-        else:
+        elif sheet.is_file():
             tracker.show("contact_sheet", sheet)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import random
 import shutil
@@ -37,13 +38,10 @@ from fmcib_ssl.training.run_folder import ANEW, CHECKPOINT_NAME, RunFolderError,
 
 logger = logging.getLogger(__name__)
 
-#: Key of the random states, one a rank, in a checkpoint.
-RNG_KEY = "fmcib_ssl_rng"
-#: Of what is needed of the run's state should that be lost, and of the rows of `metrics.csv` that a full disk refused.
-STATE_KEY, ROWS_KEY = "fmcib_ssl_run", "fmcib_ssl_rows"
-
+#: Keys in a checkpoint: random states, one a rank; what is needed of `run.json` should that be lost.
+_RNG_KEY, _STATE_KEY = "fmcib_ssl_rng", "fmcib_ssl_run"
 #: What the newest checkpoint is also called.
-LAST = "last.ckpt"
+_LAST = "last.ckpt"
 
 
 class WholeFileIO(TorchCheckpointIO):
@@ -93,11 +91,11 @@ class RunCheckpoints(Checkpoint):
         every_n_epochs: whole epochs.
         save_top_k: how many of the newest are kept, at least 2: one may turn out to be damaged.
         keep_every_n_epochs: these epochs are saved and never removed.
-        requeue: ask Slurm to start the job again where that is what the signal means (`training/requeue.py`); if not,
+        requeue: ask Slurm to start the job again where that is what the signal means (`training/cluster.py`); if not,
             whoever does goes by the exit code.
 
     Raises:
-        ValueError: a number that makes no sense.
+        ValueError: a number out of range.
     """
 
     def __init__(
@@ -111,13 +109,12 @@ class RunCheckpoints(Checkpoint):
         keep_every_n_epochs: int | None = None,
         requeue: bool = True,
     ) -> None:
-        for name, value in {
-            "every_n_train_steps": every_n_train_steps,
-            "every_n_epochs": every_n_epochs,
-            "keep_every_n_epochs": keep_every_n_epochs,
-        }.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1, or null for never")
+        intervals = (every_n_train_steps, every_n_epochs, keep_every_n_epochs)
+        if any(n is not None and n < 1 for n in intervals):
+            raise ValueError(
+                f"every_n_train_steps={every_n_train_steps}, every_n_epochs={every_n_epochs}, "
+                f"keep_every_n_epochs={keep_every_n_epochs}: each must be at least 1, or null for never"
+            )
         if save_top_k < 2:
             raise ValueError(f"save_top_k={save_top_k}: keep at least 2, since the newest may turn out to be damaged")
         self.dirpath = Path(dirpath)
@@ -126,10 +123,10 @@ class RunCheckpoints(Checkpoint):
         self.save_top_k = save_top_k
         self.keep_every_n_epochs = keep_every_n_epochs
         self.requeue = requeue
-        self.interval_s = None if not train_time_interval else timedelta(**train_time_interval).total_seconds()
+        self.interval_s = timedelta(**train_time_interval).total_seconds() if train_time_interval else math.inf
         self._saved_step = 0
         self._saved_at = 0.0
-        self._place: tuple[int, int] | None = None
+        self._position: tuple[int, int] | None = None  # whole epochs, and batches of the next, while it is saved
         self._sigterm_held = contextlib.ExitStack()
         self._random_states: list[dict[str, Any]] = []
         self._loader_states: list[dict[str, Any]] = []
@@ -137,23 +134,20 @@ class RunCheckpoints(Checkpoint):
     # What a checkpoint holds besides Lightning's.
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add what Lightning does not know, and note the place in the training as between two steps."""
+        """Add what Lightning does not know, and set its counters to between two steps."""
         states = [random_state()]
         if trainer.world_size > 1:
             states = [{} for _ in range(trainer.world_size)]
             dist.all_gather_object(states, random_state())
-        checkpoint[RNG_KEY] = states
+        checkpoint[_RNG_KEY] = states
         with contextlib.suppress(RunFolderError):
-            checkpoint[STATE_KEY] = kept_state(self.dirpath.parent)
-        checkpoint[ROWS_KEY] = [row for metrics in _metrics_files(trainer) for row in metrics.unwritten]
-        if self._place is not None:
-            _set_place(checkpoint["loops"]["fit_loop"], *self._place)
+            checkpoint[_STATE_KEY] = kept_state(self.dirpath.parent)
+        if self._position is not None:
+            _set_position(checkpoint["loops"]["fit_loop"], *self._position)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take what is set when training begins: the random states, and the place in the epoch; and unwritten rows."""
-        for metrics in _metrics_files(trainer):
-            metrics.restore(checkpoint.get(ROWS_KEY, []))
-        self._random_states = checkpoint.get(RNG_KEY, [])
+        """Take what is set when training begins: the random states, and the position in the epoch."""
+        self._random_states = checkpoint.get(_RNG_KEY, [])
         self._loader_states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
 
     # When.
@@ -167,19 +161,9 @@ class RunCheckpoints(Checkpoint):
         self._sigterm_held.close()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Set what the checkpoint was taken with, and see that all ranks resume from the same one."""
+        """Set what the checkpoint was taken with."""
         signals.take_back()
         self._sigterm_held.close()
-        if trainer.world_size > 1:
-            places: list[tuple[str, int]] = [("", 0)] * trainer.world_size
-            dist.all_gather_object(places, (self.dirpath.parent.name, trainer.global_step))
-            if len(set(places)) > 1:
-                shown = ", ".join(f"{name} at step {step}" for name, step in places)
-                raise RunFolderError(
-                    f"the processes are in different run folders or at different steps ({shown}): all must see the "
-                    f"same folder {self.dirpath.parent}; put it on a disk that the nodes share, or name it with "
-                    "hydra.run.dir=DIR"
-                )
         if len(self._random_states) == trainer.world_size:
             set_random_state(self._random_states[trainer.global_rank])
         # Lightning does this only if nobody has asked for `estimated_stepping_batches` before, as schedules do.
@@ -192,7 +176,7 @@ class RunCheckpoints(Checkpoint):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """The place between two steps: save if it is time, and stop if that was asked for."""
+        """Between two steps: save if it is time, and stop if a signal asks for it."""
         if batch_idx % trainer.accumulate_grad_batches:
             return
         epoch = trainer.current_epoch
@@ -213,17 +197,12 @@ class RunCheckpoints(Checkpoint):
         self._save(trainer, *((epoch, 0) if whole else (epoch - 1, batches)))
 
     def _is_due(self, trainer: L.Trainer, epoch: int, batch: int) -> bool:
-        step = trainer.global_step
-        by_step = self.every_n_train_steps is not None and step % self.every_n_train_steps == 0
-        by_epoch = batch == 0 and any(
-            n is not None and epoch % n == 0 for n in (self.every_n_epochs, self.keep_every_n_epochs)
+        steps, epochs = self.every_n_train_steps, (self.every_n_epochs, self.keep_every_n_epochs)
+        return (
+            (steps is not None and trainer.global_step % steps == 0)
+            or (batch == 0 and any(n is not None and epoch % n == 0 for n in epochs))
+            or (trainer.is_global_zero and time.monotonic() - self._saved_at >= self.interval_s)
         )
-        by_time = (
-            self.interval_s is not None
-            and trainer.is_global_zero
-            and time.monotonic() - self._saved_at >= self.interval_s
-        )
-        return by_step or by_epoch or by_time
 
     def _agree(self, trainer: L.Trainer, due: bool) -> tuple[int, bool]:
         """The signal that any rank has received, and whether any wants to save; the same answer on all ranks."""
@@ -238,20 +217,24 @@ class RunCheckpoints(Checkpoint):
     # How.
 
     def _save(self, trainer: L.Trainer, epoch: int, batch: int) -> None:
-        kept = batch == 0 and self.keep_every_n_epochs is not None and epoch % self.keep_every_n_epochs == 0
-        path = self.dirpath / f"step-{trainer.global_step:08d}{f'-epoch-{epoch:04d}' * kept}.ckpt"
-        for its in trainer.loggers:
-            its.save()
-        self._place = (epoch, batch)
+        for tracker in trainer.loggers:
+            tracker.save()
+        unwritten = any(tracker.unwritten for tracker in trainer.loggers if isinstance(tracker, MetricsFile))
+        if trainer.strategy.broadcast(unwritten):
+            return  # a run resumed from it would lack these rows; that the disk is full was said
+        for_good = batch == 0 and self.keep_every_n_epochs is not None and epoch % self.keep_every_n_epochs == 0
+        path = self.dirpath / f"step-{trainer.global_step:08d}{f'-epoch-{epoch:04d}' * for_good}.ckpt"
+        self._position = (epoch, batch)
         try:
             trainer.save_checkpoint(path, weights_only=False)
         finally:
-            self._place = None
+            self._position = None
         self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()
         if trainer.is_global_zero and path.is_file():
-            _link(path, self.dirpath / LAST)
-            for old in [old for old in _newest_first(self.dirpath) if "-epoch-" not in old.name][self.save_top_k :]:
+            _link(path, self.dirpath / _LAST)
+            others = [other for other in _newest_first(self.dirpath) if "-epoch-" not in other.name]
+            for old in others[self.save_top_k :]:
                 trainer.strategy.remove_checkpoint(old)
 
     def _stop(self, trainer: L.Trainer, received: int) -> None:
@@ -296,7 +279,7 @@ def find_checkpoint(folder: Path, run_id: str | None, *, main_process: bool = Tr
                 for bad, reason in passed_over:
                     bad.replace(bad.with_name(f"{bad.name}.unusable"))
                     logger.warning("%s cannot be used (%s): resuming from the one before, %s", bad, reason, path.name)
-                _link(path, folder / LAST)
+                _link(path, folder / _LAST)
             return path
         passed_over.append((path, problem))
     if passed_over:
@@ -333,7 +316,7 @@ def weights_of_run(folder: Path) -> Path:
 def restored_state(path: Path) -> dict[str, Any]:
     """What a whole checkpoint has kept of its run's state; of one by an earlier version, whose it is."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return {"run_id": checkpoint["fmcib_ssl"]["extra"]["run_id"], **checkpoint.get(STATE_KEY, {})}
+    return {"run_id": checkpoint["fmcib_ssl"]["extra"]["run_id"], **checkpoint.get(_STATE_KEY, {})}
 
 
 def checkpoint_problem(path: Path, run_id: str | None) -> str | None:
@@ -365,10 +348,6 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def _metrics_files(trainer: L.Trainer) -> list[MetricsFile]:
-    return [its for its in trainer.loggers if isinstance(its, MetricsFile)]
-
-
 def _newest_first(folder: Path) -> list[Path]:
     paths = (path for path in folder.glob("step-*.ckpt") if CHECKPOINT_NAME.fullmatch(path.name))
     return sorted(paths, key=step_of, reverse=True)
@@ -382,16 +361,13 @@ def _link(path: Path, link: Path) -> None:
         try:
             unfinished.symlink_to(path.name)
         except OSError:  # a file system without, such as exFAT and the mounts of cloud drives
-            try:
-                unfinished.hardlink_to(path)
-            except OSError:
-                shutil.copyfile(path, unfinished)
+            shutil.copyfile(path, unfinished)
         unfinished.replace(link)
     except OSError as error:  # it is only a name: runs resume from the newest by its number
         logger.warning("%s does not name the newest checkpoint, %s: %s", link, path.name, error.strerror or error)
 
 
-def _set_place(fit_loop: dict[str, Any], epoch: int, batch: int) -> None:
+def _set_position(fit_loop: dict[str, Any], epoch: int, batch: int) -> None:
     """Let a trainer's saved counters say: so many whole epochs are done, and so many batches of the next.
 
     They are taken in the midst of a hook, where some count what is about to be done.

@@ -12,14 +12,14 @@ import logging
 import os
 import re
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from fmcib_ssl.io import HIDDEN, write_atomically
@@ -64,7 +64,7 @@ class Start:
 class RunLogger(Logger):
     """A logger that is told where a run begins or resumes before it logs anything, and may have a page for pictures.
 
-    Lightning calls it on the main process only.
+    The main process alone has loggers.
     """
 
     @property
@@ -84,7 +84,7 @@ class RunLogger(Logger):
         """Forget what was logged from `start.step` on: it is going to be logged again."""
 
     def show(self, name: str, picture: Path) -> None:
-        """Put a picture on the page; one that is not there is left out."""
+        """Put a picture on the page."""
 
     def finish(self, exit_code: int = 0) -> None:
         """The run has ended."""
@@ -97,7 +97,7 @@ class MetricsFile(RunLogger):
         path: of the file.
 
     Attributes:
-        unwritten: rows that the disk did not take; they are tried again, and kept in checkpoints meanwhile.
+        unwritten: rows that the disk did not take; they are tried again, and no checkpoint is taken meanwhile.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -113,31 +113,21 @@ class MetricsFile(RunLogger):
         Raises:
             RunFolderError: the file cannot be written.
         """
-        columns, rows, num_damaged = _parsed(self.path)
-        kept = [row for row in rows if int(row["step"]) < start.step]
+        columns, rows = read_metrics(self.path)
+        earlier = [row for row in rows if int(row["step"]) < start.step]
         try:
-            if num_damaged:
-                aside = self.path.replace(self.path.with_name(f"{self.path.name}.unusable"))
-                logger.warning("%s: %d damaged lines are left out; as it was: %s", self.path, num_damaged, aside)
-            if kept:
-                self._write_anew(kept, columns)
+            if earlier:
+                self._write_anew(earlier, columns)
             else:
                 self.path.unlink(missing_ok=True)
                 self._columns, self._size = [], 0
         except OSError as error:
             raise RunFolderError(f"{self.path} cannot be written: {error.strerror or error}") from error
 
-    def restore(self, rows: list[dict[str, Any]]) -> None:
-        """Take the rows that were not written when a checkpoint was, unless they were later."""
-        written = {int(row["step"]) for row in read_metrics(self.path)[1]} if rows else set()
-        self.unwritten = [row for row in rows if row["step"] not in written]
-
-    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add a row."""
         self.unwritten.append({**metrics, "step": len(self.unwritten) if step is None else step})
 
-    @rank_zero_only
     def save(self) -> None:
         """Write the rows that are not in the file yet; a disk that is full is not fatal, they are tried again."""
         if not self.unwritten:
@@ -159,11 +149,6 @@ class MetricsFile(RunLogger):
             return
         self.unwritten = []
 
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        """Write what is left."""
-        self.save()
-
     def _write_anew(self, rows: list[dict[str, Any]], columns: list[str]) -> None:
         text = f"{_csv_of([dict(zip(columns, columns, strict=True))], columns)}{_csv_of(rows, columns)}".encode()
         write_atomically(self.path, text)
@@ -177,20 +162,20 @@ def _csv_of(rows: list[dict[str, Any]], columns: list[str]) -> str:
 
 
 def read_metrics(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
-    """Columns and rows of a metrics file; what a killed process left unfinished at its end is left out."""
-    return _parsed(path)[:2]
+    """Columns and rows of a metrics file, without what a killed process left unfinished at its end.
 
-
-def _parsed(path: Path) -> tuple[list[str], list[dict[str, Any]], int]:
-    """Columns, rows and the number of lines that are no rows."""
+    Damaged lines are left out too, which the log says.
+    """
     if not path.is_file():
-        return [], [], 0
+        return [], []
     text = path.read_bytes().decode("utf-8", errors="replace").replace("\0", "\ufffd")
     lines = text[: text.rfind("\n") + 1].splitlines()
-    reader = csv.DictReader(lines, strict=False)
+    reader = csv.DictReader(lines)
     columns = list(reader.fieldnames or [])
     rows = [row for row in reader if _is_row(row)] if columns.count("step") == 1 else []
-    return columns if rows else [], rows, max(0, len(lines) - 1 - len(rows))
+    if (num_damaged := len(lines) - 1 - len(rows)) > 0:
+        logger.warning("%s: %d damaged lines are left out", path, num_damaged)
+    return columns if rows else [], rows
 
 
 def _is_row(row: Mapping[str | None, Any]) -> bool:
@@ -225,29 +210,20 @@ class TensorBoard(RunLogger):
         purge = start.step if start.step or any(self._folder.glob("events.*")) else None
         self._writer = SummaryWriter(str(self._folder), purge_step=purge)
 
-    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add a point to each curve."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
-    @rank_zero_only
     def save(self) -> None:
         """Write what waits in memory."""
         self._writer.flush()
 
-    @rank_zero_only
     def show(self, name: str, picture: Path) -> None:
-        """Put a picture under the tab for images; one that cannot be written is left out."""
-        if picture.is_file():
-            try:
-                with Image.open(picture) as image:
-                    pixels = np.asarray(image.convert("RGB"))
-                self._writer.add_image(name, pixels, self._first_step, dataformats="HWC")
-            except Exception as error:  # as of W&B: whatever goes wrong there, training is worth more
-                logger.warning("TensorBoard does not show %s: %s", picture, error)
+        """Put a picture under the tab for images."""
+        with Image.open(picture) as image:
+            self._writer.add_image(name, np.asarray(image.convert("RGB")), self._first_step, dataformats="HWC")
 
-    @rank_zero_only
     def finish(self, exit_code: int = 0) -> None:
         """Close the file."""
         self._writer.close()
@@ -285,66 +261,67 @@ class WeightsAndBiases(RunLogger):
         self._timeout_s = timeout_s
         self._run: Any = None  # none before the start, and when tracking has failed and was given up
 
-    @rank_zero_only
     def resume_from(self, start: Start) -> None:
         """Open the run of this id, and send the rows of `metrics.csv` that its page lacks: offline all of them."""
-        try:
+        with self._never_fatal():
             self._run = self._open(start.run_id)
             self._run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
             self._run.config.update(dict(start.record), allow_val_change=True)
             for row in read_metrics(start.metrics)[1]:
                 step = int(row.pop("step"))
                 if step < start.step:
-                    self._log({key: float(value) for key, value in row.items() if value not in ("", None)}, step)
-        except Exception as error:
-            self._give_up(error)
+                    self.log_metrics({key: float(value) for key, value in row.items() if value}, step)
 
-    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log under the run's own step, so that the server can tell what it has already."""
-        try:
-            self._log(metrics, step)
-        except Exception as error:  # whatever goes wrong there, training is worth more
-            self._give_up(error)
+        with self._never_fatal():
+            if self._run is not None and (step is None or step >= self._run.starting_step):
+                self._run.log({**metrics, "trainer/global_step": step}, step=step)
 
-    @rank_zero_only
     def show(self, name: str, picture: Path) -> None:
         """Put a picture on the page."""
         import wandb  # noqa: PLC0415  (takes a second, and most runs do without)
 
-        if self._run is not None and picture.is_file():
-            try:
+        with self._never_fatal():
+            if self._run is not None:
                 self._run.summary[name] = wandb.Image(str(picture))
-            except Exception as error:
-                self._give_up(error)
 
-    @rank_zero_only
     def finish(self, exit_code: int = 0) -> None:
         """Send what is left, for as long as it may take, and close the run; the next start opens it again."""
         if self._run is None:
             return
         folder, offline = self._run.settings.sync_dir, self._run.offline
-        try:
-            self._run.finish(exit_code=exit_code)
-        except TimeoutError:
-            logger.warning(
-                "Weights & Biases did not take everything within %g s; the next start of this run sends what is "
-                "missing, and so does: wandb sync %s", self._timeout_s, folder,
-            )  # fmt: skip
-        except Exception as error:
-            self._give_up(error)
+        with self._never_fatal():
+            try:
+                self._run.finish(exit_code=exit_code)
+            except TimeoutError:
+                logger.warning(
+                    "Weights & Biases did not take everything within %g s; the next start of this run sends what is "
+                    "missing, and so does: wandb sync %s", self._timeout_s, folder,
+                )  # fmt: skip
         if offline:
             logger.info("tracked offline; to upload it: wandb sync %s", folder)
+
+    @contextmanager
+    def _never_fatal(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever goes wrong there, training is worth more
+            self._run = None
+            logger.warning(
+                "Weights & Biases stopped working (%s: %s); training goes on, metrics.csv has everything, and the next "
+                "start sends it", type(error).__name__, error,
+            )  # fmt: skip
 
     def _open(self, run_id: str) -> Any:
         import wandb  # noqa: PLC0415
 
         limits = dict.fromkeys(("init_timeout", "login_timeout", "finish_timeout"), self._timeout_s)
-        wanted = {**limits, "finish_timeout_raises": True, **_WANDB_HIDES}
-        known = {name: value for name, value in wanted.items() if hasattr(wandb.Settings(), name)}
+        options = {**limits, "finish_timeout_raises": True, **_WANDB_HIDES}
+        settings = wandb.Settings(**{name: value for name, value in options.items() if hasattr(wandb.Settings(), name)})
 
         def init(mode: Any) -> Any:
-            return wandb.init(id=run_id, resume="allow", mode=mode, settings=wandb.Settings(**known), **self._arguments)  # type: ignore[arg-type]
+            return wandb.init(id=run_id, resume="allow", mode=mode, settings=settings, **self._arguments)  # type: ignore[arg-type]
 
         mode = "offline" if self._offline else os.environ.get("WANDB_MODE", "online")
         if mode != "online":
@@ -359,14 +336,3 @@ class WeightsAndBiases(RunLogger):
             )  # fmt: skip
             wandb.teardown()  # else the id counts as taken
             return init("offline")
-
-    def _log(self, metrics: Mapping[str, float], step: int | None) -> None:
-        if self._run is not None and (step is None or step >= self._run.starting_step):  # the server has the others
-            self._run.log({**metrics, "trainer/global_step": step}, step=step)
-
-    def _give_up(self, error: Exception) -> None:
-        self._run = None
-        logger.warning(
-            "Weights & Biases stopped working (%s: %s); training goes on, metrics.csv has everything, and the next "
-            "start sends it", type(error).__name__, error,
-        )  # fmt: skip
