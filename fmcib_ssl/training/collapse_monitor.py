@@ -14,8 +14,10 @@ from fmcib_ssl.models import contrast_figures, effective_rank, negative_shares, 
 
 logger = logging.getLogger(__name__)
 
-Views = tuple[Tensor, Tensor]
-
+#: Mean cosine of two random lesions above which embeddings count as collapsed, and effective rank below which they do.
+_MAX_LESION_COSINE, _MIN_RANK = 0.95, 3.0
+#: Share of the softmax below which the negatives count as solved.
+_MIN_NEGATIVE_SHARE = 0.05
 #: Rows that the effective rank is computed from, gathered over the last steps.
 _RANK_ROWS = 512
 
@@ -37,32 +39,15 @@ class CollapseMonitor(L.Callback):
 
     Args:
         window: steps that are judged together; in a short run a tenth of it.
-        max_lesion_cosine: of two random lesions, 0 to 1, above which embeddings count as collapsed.
-        min_rank: effective rank below which they do.
-        min_negative_share: of the softmax, 0 to 1, below which the negatives count as solved.
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: an empty window.
     """
 
-    def __init__(
-        self,
-        window: int = 200,
-        max_lesion_cosine: float = 0.95,
-        min_rank: float = 3.0,
-        min_negative_share: float = 0.05,
-    ) -> None:
+    def __init__(self, window: int = 200) -> None:
         if window < 1:
             raise ValueError(f"window={window}: it takes at least one step to judge")
-        if not 0 < max_lesion_cosine <= 1 or not 0 <= min_negative_share < 1:
-            raise ValueError(
-                f"max_lesion_cosine={max_lesion_cosine} must be in 0 to 1, and "
-                f"min_negative_share={min_negative_share} in 0 to 1, 1 excluded"
-            )
         self.window = window
-        self.max_lesion_cosine = max_lesion_cosine
-        self.min_rank = min_rank
-        self.min_negative_share = min_negative_share
         self._window = window
         self._num_windows = 0
         self._unlogged = 0
@@ -105,8 +90,12 @@ class CollapseMonitor(L.Callback):
         """Look at this step's embeddings; at the end of a window log their rank, and judge it."""
         if "embeddings" not in outputs:
             return
-        positive = cast(Views, unit_vectors(outputs["embeddings"]))
-        mined = cast(Views, unit_vectors(outputs["negatives"])) if outputs.get("negatives") is not None else None
+        positive = cast(tuple[Tensor, Tensor], unit_vectors(outputs["embeddings"]))
+        mined = (
+            cast(tuple[Tensor, Tensor], unit_vectors(outputs["negatives"]))
+            if outputs.get("negatives") is not None
+            else None
+        )
         figures = contrast_figures(positive, mined)
         choice = _negatives(pl_module)
         if choice is not None:
@@ -160,10 +149,12 @@ class CollapseMonitor(L.Callback):
                     logger.warning("step %d: %s docs/while_training.md says more.", trainer.global_step, message)
 
     def _collapse(self, choice: str | None, cosine: float, rank: float, num_rows: int) -> str | None:
-        if cosine > self.max_lesion_cosine:
-            seen = f"two random lesions have a cosine of {cosine:.3f} over {self._window} steps; 1 is one point for all"
-        elif rank < self.min_rank and num_rows > 4 * self.min_rank:
-            seen = f"{num_rows} embeddings lie along {rank:.1f} directions"
+        if cosine > _MAX_LESION_COSINE:
+            evidence = (
+                f"two random lesions have a cosine of {cosine:.3f} over {self._window} steps; 1 is one point for all"
+            )
+        elif rank < _MIN_RANK and num_rows > 4 * _MIN_RANK:
+            evidence = f"{num_rows} embeddings lie along {rank:.1f} directions"
         else:
             return None
         remedy = "lower loss.temperature or optimizer.base_lr, or take a larger batch"
@@ -174,10 +165,10 @@ class CollapseMonitor(L.Callback):
             )
         elif choice is None:
             remedy = "lower optimizer.base_lr, take a larger batch, or choose a method with negatives"
-        return f"the embeddings have collapsed: {seen}. To try: {remedy}."
+        return f"the embeddings have collapsed: {evidence}. To try: {remedy}."
 
     def _solved(self, choice: str | None, share: float) -> str | None:
-        if share >= self.min_negative_share:
+        if share >= _MIN_NEGATIVE_SHARE:
             return None
         remedy = "a larger batch; stronger augmentation"
         if choice == "mined":

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
 import pandas as pd
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from fmcib_ssl.data import LesionPatches, Store, selected, text_of
@@ -23,9 +22,6 @@ logger = logging.getLogger(__name__)
 
 #: More kinds of a label than this are a measurement, not classes.
 _MAX_CLASSES = 20
-#: What `every_n_epochs="auto"` lets the probe's forward passes cost, as a share of training's, of which a step makes
-#: three forward and back.
-_COST, _PASSES_OF_A_STEP = 0.02, 3
 
 
 class OnlineProbe(L.Callback):
@@ -47,7 +43,7 @@ class OnlineProbe(L.Callback):
         patch_size: voxels along z, y, x, as in training.
         select: only lesions with these values, such as `{"split": "val"}`; a list of values means any of them.
         group: the column that names the patient; None takes `PatientID`, or where there is none the scan.
-        every_n_epochs: how often; "auto" takes what keeps its passes through the encoder under 2 % of training's.
+        every_n_epochs: how often, 1 or more; and once after the last.
         max_lesions: more are cut down to a random choice, the same in every run.
         num_neighbors: that vote.
         num_folds: of the linear probe; fewer if a class has fewer patients.
@@ -67,7 +63,7 @@ class OnlineProbe(L.Callback):
         padding: Padding = "constant",
         select: Mapping[str, Any] | None = None,
         group: str | None = None,
-        every_n_epochs: int | Literal["auto"] = "auto",
+        every_n_epochs: int = 5,
         max_lesions: int = 512,
         num_neighbors: int = 20,
         num_folds: int = 5,
@@ -75,86 +71,63 @@ class OnlineProbe(L.Callback):
     ) -> None:
         if store is None:
             raise ValueError("the online probe reads lesions from a store: set callbacks.online_probe.store=DIR")
-        if every_n_epochs != "auto" and every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs={every_n_epochs}: should be 1 or more, or auto")
+        if every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs={every_n_epochs}: must be at least 1")
         opened = Store(store)
-        rows = _choose(opened.lesions, store, label, select, max_lesions)
         padding_hu = opened.settings.padding_hu
-        patches = LesionPatches(opened, patch_size, select=rows, padding_hu=padding_hu, padding=padding)
+        rows = _choose(opened.lesions, store, label, select, max_lesions)
+        self.patches = LesionPatches(opened, patch_size, select=rows, padding_hu=padding_hu, padding=padding)
         size = cast(tuple[int, int, int], tuple(patch_size))
         self.preprocessing = Preprocessing(size, opened.settings.spacing_mm, padding_hu, padding=padding)
-        self.patches = patches
+        lesions = self.patches.lesions
         self.label = str(label)
-        self.group = group or ("PatientID" if "PatientID" in patches.lesions else "scan_id")
-        if self.group not in patches.lesions:
-            raise ValueError(f"{store} has no column {self.group!r}; it has {', '.join(map(str, patches.lesions))}")
-        kinds, self.classes = np.unique(patches.lesions[self.label].to_numpy(), return_inverse=True)
+        self.group = group or ("PatientID" if "PatientID" in lesions else "scan_id")
+        if self.group not in lesions:
+            raise ValueError(f"{store} has no column {self.group!r}; it has {', '.join(map(str, lesions))}")
+        kinds, self.classes = np.unique(lesions[self.label].to_numpy(), return_inverse=True)
         self.class_names = [str(kind) for kind in kinds]
-        self.groups = np.unique(text_of(patches.lesions[self.group]).fillna(""), return_inverse=True)[1]
-        self.every_n_epochs: int | None = None if every_n_epochs == "auto" else every_n_epochs
+        self.groups = np.unique(text_of(lesions[self.group]).fillna(""), return_inverse=True)[1]
+        self.every_n_epochs = every_n_epochs
         self.num_neighbors = num_neighbors
-        self.num_folds = self._folds(num_folds)
+        self.num_folds = min(num_folds, self._patients_of_rarest_class())
         self.batch_size = batch_size
-        self._read: Tensor | None = None
-        self._at_the_start: dict[str, float] = {}
+        self._hu: Tensor | None = None  # patches of this device's share
+        self._before_training: dict[str, float] = {}
         self.last_result: str | None = None
 
-    def _folds(self, num_folds: int) -> int:
-        held = self.patches.lesions.groupby(self.label)[self.group].nunique()
-        if not 2 <= len(held) <= _MAX_CLASSES:
+    def _patients_of_rarest_class(self) -> int:
+        patients = self.patches.lesions.groupby(self.label)[self.group].nunique()
+        if not 2 <= len(patients) <= _MAX_CLASSES:
             raise ValueError(
-                f"the column {self.label!r} holds {len(held)} different values in {len(self.classes)} lesions; a probe "
-                f"needs 2 to {_MAX_CLASSES} classes"
+                f"the column {self.label!r} holds {len(patients)} different values in {len(self.classes)} lesions; a "
+                f"probe needs 2 to {_MAX_CLASSES} classes"
             )
-        if held.min() < 2:
+        if patients.min() < 2:
             raise ValueError(
-                f"the column {self.label!r} has the value {held.idxmin()!r} in one patient only: a class needs at "
+                f"the column {self.label!r} has the value {patients.idxmin()!r} in one patient only: a class needs at "
                 "least 2 patients, to fit on one and judge on another. Leave that class out with "
                 "callbacks.online_probe.select"
             )
-        return min(num_folds, int(held.min()))
+        return int(patients.min())
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Judge the weights that training begins with, and say if lesions are not held out."""
-        self._read = None  # which lesions are this device's is known only now
+        self._hu = None  # which lesions are this device's is known only now
         if trainer.is_global_zero:
             self._check_held_out(trainer)
-        if trainer.global_step > 0:
-            return
-        self._at_the_start = self.measure(trainer, pl_module)
-        for run_logger in trainer.loggers:
-            run_logger.log_metrics(self._at_the_start, step=0)
-        self._tell(trainer, self._at_the_start)
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Count, once, what a step costs."""
-        if self.every_n_epochs is not None:
-            return
-        views: list[Tensor] = []
-        apply_to_collection(batch, Tensor, views.append)
-        num_views = sum(view[..., 0, 0, 0, 0].numel() for view in views if view.ndim >= 5)  # (..., 1, z, y, x)
-        allowed = _COST * _PASSES_OF_A_STEP * max(1, num_views * int(trainer.num_training_batches))
-        self.every_n_epochs = max(1, -(-len(self.classes) // int(max(1, allowed * trainer.world_size))))
+        if trainer.global_step == 0:
+            self._before_training = self.measure(trainer, pl_module)
+            for tracker in trainer.loggers:
+                tracker.log_metrics(self._before_training, step=0)
+            self._report(trainer, "before training", self._before_training, {})
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Judge the encoder, if it is time."""
         epoch = trainer.current_epoch + 1
-        if self.every_n_epochs is None or (epoch % self.every_n_epochs and epoch != trainer.max_epochs):
-            return
-        figures = self.measure(trainer, pl_module)
-        pl_module.log_dict(figures)  # the same on every device
-        self._tell(trainer, figures)
-
-    def state_dict(self) -> dict[str, Any]:
-        """How often it was found to be cheap enough, and what it began with: a resumed run says the same."""
-        return {"every_n_epochs": self.every_n_epochs, "at_the_start": self._at_the_start}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take both up, unless the settings now say how often."""
-        self.every_n_epochs = self.every_n_epochs or state_dict["every_n_epochs"]
-        self._at_the_start = dict(state_dict["at_the_start"])
+        if epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs:
+            figures = self.measure(trainer, pl_module)
+            pl_module.log_dict(figures)  # the same on every device
+            self._report(trainer, f"epoch {epoch}", figures, self._before_training)
 
     def measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, float]:
         """Embed all lesions and judge them; every device has to call it, and all get the same."""
@@ -179,15 +152,15 @@ class OnlineProbe(L.Callback):
     def _embed(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Tensor:
         """Features of all lesions, float32 on the CPU, `(lesions, features)`."""
         num_lesions, world_size = len(self.classes), trainer.world_size
-        if self._read is None:
+        if self._hu is None:
             # Every device gets as many, some of them twice: gathering needs equal shapes.
             own = range(trainer.global_rank, -(-num_lesions // world_size) * world_size, world_size)
-            self._read = torch.stack([self.patches.positive(i % num_lesions) for i in own])
+            self._hu = torch.stack([self.patches.positive(i % num_lesions) for i in own])
         encoder = cast(nn.Module, pl_module.encoder)
         dtype = next(encoder.parameters()).dtype
         parts = []
         with evaluation_mode(encoder), trainer.precision_plugin.forward_context():
-            for patches in torch.split(self._read, self.batch_size):
+            for patches in torch.split(self._hu, self.batch_size):
                 views = self.preprocessing.normalize(patches.to(pl_module.device)).to(dtype)
                 parts.append(encoder(views).float())
         features = torch.cat(parts)
@@ -205,37 +178,32 @@ class OnlineProbe(L.Callback):
         if shared := own & set(text_of(rows[self.group]).dropna()):
             logger.warning(
                 "online probe: %d of its %d patients are trained on (without labels), so its figures flatter the "
-                "encoder; hold them out with data.select and callbacks.online_probe.select",
-                len(shared),
-                len(own),
-            )
+                "encoder; hold them out with data.select and callbacks.online_probe.select", len(shared), len(own),
+            )  # fmt: skip
 
-    def _tell(self, trainer: L.Trainer, figures: dict[str, float]) -> None:
-        if not trainer.is_global_zero:
-            return
-        before = {} if figures is self._at_the_start else self._at_the_start
-        when = "before training" if figures is self._at_the_start else f"epoch {trainer.current_epoch + 1}"
+    def _report(self, trainer: L.Trainer, when: str, figures: dict[str, float], before: dict[str, float]) -> None:
         shown = ", ".join(
             f"{name} AUC {figures[key]:.3f}" + (f" ({before[key]:.3f} before training)" if before else "")
             for name, key in (("linear", "online/linear_auc"), ("kNN", "online/knn_auc"))
         )
         self.last_result = f"{self.label}, {when}: {shown}"
-        logger.info("online probe of %s", self.last_result)
+        if trainer.is_global_zero:
+            logger.info("online probe of %s", self.last_result)
 
 
 def _choose(
     rows: pd.DataFrame, store: object, label: str | None, select: Mapping[str, Any] | None, max_lesions: int
 ) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Places of the labelled lesions that `select` asks for."""
+    """Row numbers of the labelled lesions that `select` asks for."""
     if label is None or label not in rows:
         raise ValueError(
             f"label={label}: callbacks.online_probe.label should be a column of {store}, which has "
             + ", ".join(map(str, rows))
         )
     keep = rows[label].notna().to_numpy(bool) & selected(rows, select, key="select", where=store)
-    places = np.flatnonzero(keep)
-    if len(places) == 0:
+    numbers = np.flatnonzero(keep)
+    if len(numbers) == 0:
         raise ValueError(f"no lesion of {store} has a {label} and select={dict(select or {})}")
-    if len(places) > max_lesions:
-        places = np.sort(np.random.default_rng(0).permutation(places)[:max_lesions])
-    return places
+    if len(numbers) > max_lesions:
+        numbers = np.sort(np.random.default_rng(0).permutation(numbers)[:max_lesions])
+    return numbers
