@@ -30,7 +30,6 @@ from fmcib_ssl.models import (
     resolve_precision,
     skip_padded_kernels,
 )
-from fmcib_ssl.training.optimizers import scaled_learning_rate
 from fmcib_ssl.training.settings import Component, ConfigError, Hardware, Settings
 from fmcib_ssl.training.throughput import flops_of_lesion
 from fmcib_ssl.types import Preprocessing, ViewTransform
@@ -61,10 +60,11 @@ def config_errors_in(section: str) -> Iterator[None]:
 
 
 def learning_rate(settings: Settings, batch_size: int) -> float:
-    """The highest rate of the run: the configured one, scaled by the global batch."""
+    """The highest rate of the run: `base_lr`, in proportion to the global batch (Goyal et al. 2017)."""
     global_batch = batch_size * settings.world_size * settings.trainer.accumulate_grad_batches
     with config_errors_in("optimizer"):
-        return scaled_learning_rate(settings.optimizer["base_lr"], global_batch, settings.optimizer["reference_batch"])
+        rate: float = settings.optimizer["base_lr"] * global_batch / settings.optimizer["reference_batch"]
+    return rate
 
 
 def build_optimizer(settings: Settings, batch_size: int) -> Any:

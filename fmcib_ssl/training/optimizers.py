@@ -16,28 +16,10 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-NamedParameters = Iterable[tuple[str, nn.Parameter]]
+_NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
 
-def scaled_learning_rate(base_lr: float, global_batch: int, reference_batch: int = 256) -> float:
-    """The rate for a batch, in proportion to it.
-
-    Args:
-        base_lr: for a batch of `reference_batch`.
-        global_batch: lesions per optimizer step: all devices, all accumulated batches.
-        reference_batch: what `base_lr` is meant for.
-
-    Raises:
-        ValueError: a batch is below 1.
-
-    Source: Goyal et al. 2017, Accurate, large minibatch SGD; SimCLR trains with 0.3 for 256.
-    """
-    if global_batch < 1 or reference_batch < 1:
-        raise ValueError(f"global_batch={global_batch}, reference_batch={reference_batch}: both must be at least 1.")
-    return base_lr * global_batch / reference_batch
-
-
-def parameter_groups(named_parameters: NamedParameters, weight_decay: float) -> list[dict[str, Any]]:
+def _parameter_groups(named_parameters: _NamedParameters, weight_decay: float) -> list[dict[str, Any]]:
     """Split parameters into `weights`, which decay, and `biases_and_norms`, which do not.
 
     To the second belong those with at most one dimension, so a trained temperature too, and those named `bias`.
@@ -63,7 +45,7 @@ def parameter_groups(named_parameters: NamedParameters, weight_decay: float) -> 
 
 
 def lars(
-    named_parameters: NamedParameters,
+    named_parameters: _NamedParameters,
     lr: float,
     *,
     momentum: float = 0.9,
@@ -77,21 +59,21 @@ def lars(
     Args:
         named_parameters: as from `Module.named_parameters()`.
         lr: the global rate.
-        momentum: of the update.
-        weight_decay: of the weights.
+        momentum: share of the last update that is kept, 0 to 1.
+        weight_decay: added to the gradient, as a multiple of the weight.
         trust_coeff: how far a layer moves in one step at rate 1, relative to its norm.
 
     Source: You et al. 2017, Large batch training of convolutional networks, algorithm 1. Departs from it, as torch's
     SGD does, in keeping momentum before the rate is multiplied in: a change of rate acts at once.
     """
-    groups = parameter_groups(named_parameters, weight_decay)
+    groups = _parameter_groups(named_parameters, weight_decay)
     for group in groups:
         group["always_adapt"] = group["name"] == "weights"
     return _resumable(Lars(groups, lr=lr, momentum=momentum, trust_coeff=trust_coeff))
 
 
 def adamw(
-    named_parameters: NamedParameters,
+    named_parameters: _NamedParameters,
     lr: float,
     *,
     betas: tuple[float, float] = (0.9, 0.999),
@@ -103,13 +85,13 @@ def adamw(
     Args:
         named_parameters: as from `Module.named_parameters()`.
         lr: the rate.
-        betas: of the running means of gradient and squared gradient.
-        weight_decay: of the weights.
+        betas: how much of the running means of gradient and squared gradient is kept in a step, 0 to 1.
+        weight_decay: share of a weight that is taken away in a step at rate 1.
         fused: one kernel for all parameters. Set to False to clip gradients in float16 mixed precision.
 
     Source: Loshchilov and Hutter 2019, Decoupled weight decay regularization.
     """
-    groups = parameter_groups(named_parameters, weight_decay)
+    groups = _parameter_groups(named_parameters, weight_decay)
     return _resumable(AdamW(groups, lr=lr, betas=(betas[0], betas[1]), fused=fused))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+from datetime import timedelta
 from pathlib import Path
 
 import lightning as L
@@ -19,7 +20,6 @@ from fmcib_ssl.training.lesions import LesionSource
 from fmcib_ssl.training.loggers import RunLogger
 from fmcib_ssl.training.online_probe import OnlineProbe
 from fmcib_ssl.training.settings import Component, Settings
-from fmcib_ssl.training.throughput import duration
 from fmcib_ssl.types import Preprocessing, SampleKey
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,8 @@ def write_results(module: Pretraining, settings: Settings, preprocessing: Prepro
 
 def outcome(run: Path, store: Path, trainer: L.Trainer, loss: float, seconds: float) -> str:
     """What came of the run, and the command that a user is likely to want next."""
-    lines = [f"done       {trainer.global_step} steps, loss {loss:.4g}; this start took {duration(seconds)}"]
+    took = timedelta(seconds=round(seconds))
+    lines = [f"done       {trainer.global_step} steps, loss {loss:.4g}; this start took {took}"]
     probes = (callback for callback in trainer.callbacks if isinstance(callback, OnlineProbe))  # type: ignore[attr-defined]
     lines += [f"probe      {probe.last_result}" for probe in probes if probe.last_result]
     arguments = [f"checkpoint={run}", f"store={store}", f"output={run / 'features.parquet'}"]

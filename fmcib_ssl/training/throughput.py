@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
 import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
+from datetime import timedelta
 from typing import Any
 
 import lightning as L
@@ -45,7 +45,7 @@ class Throughput(L.Callback):
     the start (1e9 bytes); and if the module has `flops_per_lesion`, `perf/tflops` on each device.
 
     Args:
-        window: steps that a figure is the mean of; after the first of them, rows get it twice a window.
+        window: steps that a figure is the mean of.
 
     Raises:
         ValueError: an empty window.
@@ -56,14 +56,8 @@ class Throughput(L.Callback):
             raise ValueError(f"window={window}: the pace is a mean over 1 step or more")
         self._steps: deque[tuple[float, float, int]] = deque(maxlen=window)  # seconds, of them waiting, lesions
         self._num_steps = 0
-        self._unlogged = 0
         self._step_began = 0.0
         self._batch_arrived = 0.0
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin anew."""
-        self._steps.clear()
-        self._num_steps = 0
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock of the epoch's first step."""
@@ -84,10 +78,7 @@ class Throughput(L.Callback):
         waited = self._batch_arrived - self._step_began
         self._steps.append((now - self._step_began, waited, len(batch["positive"][0])))
         self._step_began = now
-        self._unlogged += 1
-        window = self._steps.maxlen or 1
-        if (self._num_steps <= window or self._unlogged >= window // 2) and row_is_due(trainer, batch_idx):
-            self._unlogged = 0
+        if row_is_due(trainer, batch_idx):
             figures = self.figures(trainer, pl_module)
             if pl_module.device.type == "cuda":
                 figures["perf/memory_gb"] = torch.cuda.max_memory_allocated(pl_module.device) / 1e9
@@ -95,7 +86,11 @@ class Throughput(L.Callback):
         if self._num_steps == 4 * _WARM_UP:
             share = self.figures(trainer, pl_module)["perf/data_wait_share"]
             if share > _MUCH_WAITING and trainer.is_global_zero:
-                logger.info("%.0f%% of the time is spent waiting for data: %s", 100 * share, _remedy(trainer, share))
+                logger.info(
+                    "%.0f%% of the time is spent waiting for data: raise hardware.num_workers, now %d; this machine "
+                    "has %d cores. docs/speed.md says what else shortens it",
+                    100 * share, getattr(trainer.train_dataloader, "num_workers", 0), num_cores(),
+                )  # fmt: skip
 
     def figures(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, float]:
         """The pace of the last steps, by the names it is logged under; nothing before the first step."""
@@ -109,17 +104,6 @@ class Throughput(L.Callback):
         if flops := getattr(pl_module, "flops_per_lesion", None):
             figures["perf/tflops"] = flops * lesions / seconds / 1e12
         return figures
-
-
-def _remedy(trainer: L.Trainer, wait: float) -> str:
-    num_workers = getattr(trainer.train_dataloader, "num_workers", 0)
-    # While the device waits, workers are what takes time: with so many of them they would take as long as the steps.
-    wanted = math.ceil(max(num_workers, wait) / (1 - min(wait, 0.99)))
-    # A core for the training process of each device on this machine.
-    wanted = min(wanted, max(num_cores() // trainer.num_devices - 1, 1))
-    if wanted > num_workers:
-        return f"to wait less: hardware.num_workers={wanted}"
-    return f"all {num_cores()} cores are in use; docs/speed.md says what else shortens it"
 
 
 class Progress(ProgressBar):
@@ -137,7 +121,7 @@ class Progress(ProgressBar):
         self._refresh_rate = refresh_rate
         self._bar: tqdm[Any] | None = None
         self._open = ExitStack()
-        self._total = math.inf
+        self._num_steps = 0
         self._first_step = 0
         self._began: tuple[float, int] = (0.0, 0)  # when, and at which step, the time left is measured from
         self._interval_s = 0.0
@@ -149,22 +133,19 @@ class Progress(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin to show."""
-        self._total = trainer.estimated_stepping_batches
+        self._num_steps = int(trainer.estimated_stepping_batches)
         self._first_step = trainer.global_step
         self._began = (time.monotonic(), trainer.global_step)
         self._interval_s, self._next_line = _FIRST_INTERVAL_S / 2, 0.0
         if self._refresh_rate and sys.stdout.isatty():
-            total = int(self._total) if math.isfinite(self._total) else None
             self._bar = self._open.enter_context(
-                tqdm(total=total, initial=trainer.global_step, unit="step", file=sys.stdout, dynamic_ncols=True)
+                tqdm(total=self._num_steps, initial=self._first_step, unit="step", file=sys.stdout, dynamic_ncols=True)
             )
             self._open.enter_context(logging_redirect_tqdm())
             logging.captureWarnings(True)
             self._open.callback(logging.captureWarnings, False)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Show what is due after a step."""
         step, now = trainer.global_step, time.monotonic()
         if self._began[1] < step <= self._first_step + _WARM_UP:  # the time left is not judged by these steps
@@ -172,18 +153,18 @@ class Progress(ProgressBar):
         if not self._refresh_rate:
             return
         if self._bar is not None:
-            if (moved := step - self._bar.n) >= self._refresh_rate or step >= self._total:
+            if (moved := step - self._bar.n) >= self._refresh_rate or step >= self._num_steps:
                 self._bar.set_postfix_str(", ".join(_shown(trainer, pl_module)), refresh=False)
                 self._bar.update(moved)
         elif now >= self._next_line and step > self._first_step:
             self._interval_s = min(2 * self._interval_s, _LONGEST_INTERVAL_S)
             self._next_line = now + self._interval_s
-            total = f"/{self._total:.0f}" if math.isfinite(self._total) else ""
+            line = [f"step {step}/{self._num_steps}", *_shown(trainer, pl_module)]
             began, at_step = self._began
-            left = []
-            if step > at_step and math.isfinite(self._total):
-                left = [f"{duration((now - began) / (step - at_step) * (self._total - step))} left"]
-            logger.info("%s", ", ".join([f"step {step}{total}", *_shown(trainer, pl_module), *left]))
+            if step > at_step:
+                seconds_left = (now - began) / (step - at_step) * (self._num_steps - step)
+                line.append(f"{timedelta(seconds=round(seconds_left))} left")
+            logger.info("%s", ", ".join(line))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave the bar as it is."""
@@ -205,23 +186,11 @@ def _shown(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
     return shown
 
 
-def duration(seconds: float) -> str:
-    """In the two units that matter, such as `5 h 20 min`."""
-    minutes = round(seconds / 60)
-    if seconds < 100:
-        return f"{max(1, round(seconds))} s"
-    if minutes < 100:
-        return f"{minutes} min"
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    hours = round(seconds / 3600)
-    return f"{hours // 24} d {hours % 24} h"
-
-
 def flops_of_lesion(network: nn.Module, patch_size_zyx: Sequence[int], *, num_views: int, num_watched: int = 0) -> int:
     """Floating-point operations that a step takes for each lesion; a multiplication and an addition are two.
 
-    Counted is what a step is for, not what a chunk's second forward or gradient checkpointing repeats.
+    Counted are convolutions and products of matrices, and what a step is for, not what a chunk's second forward or
+    gradient checkpointing repeats. Nothing is computed: the tensors have shapes and no numbers.
 
     Args:
         network: what a view goes through, `(batch, 1, z, y, x)` in.
@@ -229,31 +198,24 @@ def flops_of_lesion(network: nn.Module, patch_size_zyx: Sequence[int], *, num_vi
         num_views: of a lesion and its negatives that go through it, forward and back.
         num_watched: that go through a copy of it, forward only.
     """
-    forward, training = count_flops(network, (2, 1, *patch_size_zyx))  # two: batch norm wants more than one
-    return (num_views * training + num_watched * forward) // 2
-
-
-def count_flops(module: nn.Module, input_shape: Sequence[int]) -> tuple[int, int]:
-    """Operations of convolutions and products of matrices in `module(x)`: forward, and forward with backward.
-
-    Nothing is computed: the tensors have shapes and no numbers.
-    """
     state = {
         name: tensor.detach().to("meta").requires_grad_(tensor.requires_grad)
-        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+        for name, tensor in (*network.named_parameters(), *network.named_buffers())
     }
+    two_views = torch.empty((2, 1, *patch_size_zyx), device="meta")  # batch norm wants more than one
     back = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
     with torch.enable_grad(), FlopCounterMode(display=False, custom_mapping=back) as counter:
-        out = functional_call(module, state, (torch.empty(tuple(input_shape), device="meta"),))
+        out = functional_call(network, state, (two_views,))
         forward = counter.get_total_flops()
         if out.requires_grad:
             out.sum().backward()
-    return forward, counter.get_total_flops()
+    both: int = num_views * counter.get_total_flops() + num_watched * forward
+    return both // 2
 
 
 def _convolution_backward_flops(
     gradient: list[int], inputs: list[int], weight: list[int], *rest: Any, out_shape: object, **_: Any
 ) -> int:
     """As many as forward for each of the gradients of input and weight; torch forgets groups in the second."""
-    _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, wanted = rest
-    return int(conv_flop_count(inputs, weight, gradient, transposed=transposed) * sum(wanted[:2]))
+    _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, needed = rest
+    return int(conv_flop_count(inputs, weight, gradient, transposed=transposed) * sum(needed[:2]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,12 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
+from fmcib_ssl.training.build import learning_rate
 from fmcib_ssl.training.optimizers import (
+    _parameter_groups,
     adamw,
     constant,
     lars,
-    parameter_groups,
-    scaled_learning_rate,
     warmup_cosine,
 )
 
@@ -81,18 +82,13 @@ def test_adamw_is_the_papers_loop(fused: bool) -> None:
         np.testing.assert_allclose(after[name], expected, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
-def test_adamw_takes_a_config_list_for_betas() -> None:
-    optimizer = adamw(network().named_parameters(), 0.1, betas=[0.5, 0.6])  # type: ignore[arg-type]
-    assert optimizer.defaults["betas"] == (0.5, 0.6)
-
-
 def test_groups_hold_every_trained_parameter_once() -> None:
     model = network()
     model.register_parameter("log_temperature", nn.Parameter(torch.tensor(0.1)))
     model.register_parameter("bias", nn.Parameter(torch.zeros(2, 2)))
     model[3].weight.requires_grad_(False)  # type: ignore[union-attr, operator]
     names = {id(p): name for name, p in model.named_parameters()}
-    weights, rest = parameter_groups(model.named_parameters(), weight_decay=0.3)
+    weights, rest = _parameter_groups(model.named_parameters(), weight_decay=0.3)
     assert [names[id(p)] for p in weights["params"]] == ["0.weight"]
     assert sorted(names[id(p)] for p in rest["params"]) == sorted(
         ["0.bias", "1.weight", "1.bias", "3.bias", "4.weight", "4.bias", "log_temperature", "bias"]
@@ -102,17 +98,19 @@ def test_groups_hold_every_trained_parameter_once() -> None:
 
 
 def test_groups_without_members_are_left_out() -> None:
-    assert [g["name"] for g in parameter_groups(nn.Linear(2, 2, bias=False).named_parameters(), 0.1)] == ["weights"]
+    assert [g["name"] for g in _parameter_groups(nn.Linear(2, 2, bias=False).named_parameters(), 0.1)] == ["weights"]
     with pytest.raises(ValueError, match="nothing to train"):
-        parameter_groups(network().requires_grad_(False).named_parameters(), 0.1)
+        _parameter_groups(network().requires_grad_(False).named_parameters(), 0.1)
 
 
 def test_learning_rate_scales_with_the_global_batch() -> None:
-    assert scaled_learning_rate(0.3, 64) == pytest.approx(0.075)  # 32 lesions on 2 devices, as published
-    assert scaled_learning_rate(0.3, 4096) == pytest.approx(4.8)  # SimCLR's
-    assert scaled_learning_rate(0.1, 8, reference_batch=16) == pytest.approx(0.05)
-    with pytest.raises(ValueError, match="global_batch=0"):
-        scaled_learning_rate(0.3, 0)
+    settings: Any = SimpleNamespace(
+        optimizer={"base_lr": 0.3, "reference_batch": 256},
+        world_size=2,
+        trainer=SimpleNamespace(accumulate_grad_batches=1),
+    )
+    assert learning_rate(settings, 32) == pytest.approx(0.075)  # as published
+    assert learning_rate(settings, 2048) == pytest.approx(4.8)  # SimCLR's
 
 
 @pytest.mark.parametrize("make", [partial(adamw, lr=0.01, fused=True), partial(adamw, lr=0.01, fused=False), lars])
