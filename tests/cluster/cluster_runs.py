@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-import torch
+import starts
 from slurm_cluster import ClusterError, SlurmCluster
+from tiny_runs import checkpoint_of, metrics_of
 
 REPO = Path(__file__).resolve().parents[2]
 BATCH_SCRIPT = REPO / "scripts" / "slurm" / "pretrain.sbatch"
@@ -42,9 +42,6 @@ PATIENCE_S = 600
 
 #: What Slurm says of a job that will not run any more.
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
-
-#: Figures that a clock has made.
-TIMED = "perf/"
 
 
 @dataclass(frozen=True)
@@ -186,11 +183,6 @@ def held_in(folder: Path) -> tuple[int, str] | None:
     return (int(words[0]), words[1]) if len(words) == 2 else None
 
 
-def checkpoint_of(run: Path) -> dict[str, Any]:
-    checkpoint: dict[str, Any] = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    return checkpoint
-
-
 def starts_of(run: Path) -> list[dict[str, Any]]:
     starts: list[dict[str, Any]] = json.loads((run / "run.json").read_text())["starts"]
     return starts
@@ -198,19 +190,7 @@ def starts_of(run: Path) -> list[dict[str, Any]]:
 
 def assert_same_runs(run: Path, whole: Path) -> None:
     """The same weights, optimizer, schedule and metrics, bit for bit; no row is missing, none is there twice."""
-    one, other = checkpoint_of(run), checkpoint_of(whole)
-    for name, weight in other["state_dict"].items():
-        assert torch.equal(one["state_dict"][name], weight), name
-    for number, state in other["optimizer_states"][0]["state"].items():
-        for name, value in state.items():
-            assert torch.equal(
-                torch.as_tensor(one["optimizer_states"][0]["state"][number][name]), torch.as_tensor(value)
-            )
-    for part in ("lr_schedulers", "global_step", "epoch"):
-        assert one[part] == other[part], part
-    tables = [pd.read_csv(folder / "metrics.csv") for folder in (run, whole)]
-    assert tables[0]["step"].tolist() == list(range(other["global_step"]))
-    tables = [table[sorted(name for name in table if not name.startswith(TIMED))] for table in tables]
-    pd.testing.assert_frame_equal(*tables, check_exact=True)
+    starts.assert_same_runs(run, whole)
+    assert metrics_of(run)["step"].tolist() == list(range(checkpoint_of(whole)["global_step"]))
     assert (run / "encoder.safetensors").read_bytes()
     assert not list(run.rglob("hpc_ckpt*")), "Lightning's own checkpoints, which a later call would load"

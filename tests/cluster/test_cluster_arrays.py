@@ -10,7 +10,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from cluster_runs import HELD_AT, PATIENCE_S, REPO, Bench, assert_same_runs, checkpoint_of, gate, held_in, starts_of
+from cluster_runs import HELD_AT, PATIENCE_S, REPO, Bench, assert_same_runs, gate, held_in, starts_of
+from tiny_runs import checkpoint_of
 
 from fmcib_ssl.data.store import Store
 

@@ -30,20 +30,6 @@ def assert_gone_on_in_the_same_folder(job: TrainingJob, whole: Path) -> None:
     assert "resuming" in job.printed
 
 
-def urgent_job(bench: Bench) -> str:
-    """Takes all nodes, for a moment."""
-    command = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
-    return bench.cluster.submit(*command)
-
-
-@pytest.mark.slow
-def test_two_nodes_are_two_tasks(bench: Bench, whole_two: Path) -> None:
-    job = bench.train(shape=TWO_NODES)
-    job.wait_until_complete()
-    assert_same_runs(job.run, whole_two)
-    assert len(starts_of(job.run)) == 1
-
-
 def test_the_signal_that_announces_the_end(bench: Bench, whole_two: Path) -> None:
     """Two nodes with a data worker each: every process gets the signal."""
     job = bench.train(shape=TWO_NODES, held_rank=0)
@@ -55,18 +41,19 @@ def test_the_signal_that_announces_the_end(bench: Bench, whole_two: Path) -> Non
 
 
 @pytest.mark.slow
-def test_preempted_without_a_signal_asked_for(bench: Bench, whole_two: Path) -> None:
-    """SIGTERM is all that comes, and would also come from scancel."""
+@pytest.mark.parametrize("signum", ["USR1", "TERM"])
+def test_preempted(signum: str, bench: Bench, whole_one: Path) -> None:
+    """Without a signal asked for SIGTERM is all that comes, and would also come from scancel."""
     script = bench.folder / "pretrain.sbatch"
     lines = BATCH_SCRIPT.read_text().splitlines()
-    script.write_text("\n".join(line for line in lines if not line.startswith("#SBATCH --signal")) + "\n")
-    job = bench.train(script=script, shape=TWO_TASKS, held_rank=0)
+    script.write_text("\n".join(line for line in lines if signum == "USR1" or "#SBATCH --signal" not in line) + "\n")
+    job = bench.train(script=script, held_rank=0)
     job.wait_until_held()
-    urgent = urgent_job(bench)
-    bench.cluster.wait(urgent, ["COMPLETED"])
+    urgent = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
+    bench.cluster.wait(bench.cluster.submit(*urgent), ["COMPLETED"])  # takes all nodes, for a moment
     job.wait_until_complete(restarts=1)
-    assert_gone_on_in_the_same_folder(job, whole_two)
-    assert f"stopped by SIGTERM after step {HELD_AT}" in job.printed
+    assert_gone_on_in_the_same_folder(job, whole_one)
+    assert f"stopped by SIG{signum} after step {HELD_AT}" in job.printed
 
 
 def test_a_killed_process_ends_the_job(bench: Bench, whole_two: Path) -> None:
@@ -81,17 +68,6 @@ def test_a_killed_process_ends_the_job(bench: Bench, whole_two: Path) -> None:
     assert job.wait()["JobState"] == "COMPLETED", job.printed
     assert_same_runs(job.run, whole_two)
     assert len(starts_of(job.run)) == 2
-
-
-@pytest.mark.slow
-def test_preempted_with_the_signal(bench: Bench, whole_one: Path) -> None:
-    job = bench.train(held_rank=0)
-    job.wait_until_held()
-    urgent = urgent_job(bench)
-    bench.cluster.wait(urgent, ["COMPLETED"])
-    job.wait_until_complete(restarts=1)
-    assert_gone_on_in_the_same_folder(job, whole_one)
-    assert f"stopped by SIGUSR1 after step {HELD_AT}" in job.printed
 
 
 @pytest.mark.slow
@@ -142,17 +118,6 @@ def test_a_signal_after_the_last_step(bench: Bench, whole_one: Path) -> None:
     job.wait_until_complete()
     assert_same_runs(job.run, whole_one)
     assert len(starts_of(job.run)) == 1
-
-
-@pytest.mark.slow
-def test_queued_again_by_hand(bench: Bench, whole_two: Path) -> None:
-    """`scontrol requeue` of a job at work, which gets SIGTERM and has to save."""
-    job = bench.train(shape=TWO_TASKS, held_rank=0)
-    job.wait_until_held()
-    bench.cluster.run("scontrol", "requeue", job.number)
-    job.wait_until_complete(restarts=1)
-    assert_gone_on_in_the_same_folder(job, whole_two)
-    assert f"stopped by SIGTERM after step {HELD_AT}" in job.printed
 
 
 @pytest.mark.slow

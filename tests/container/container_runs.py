@@ -86,21 +86,13 @@ class ContainerBench(Bench):
         return " ".join(["ch-run", "--set-env", *mounts, *options, "--cd=/workspace", str(self.image), "--"])
 
     def submit(
-        self,
-        *overrides: str,
-        shape: Shape,
-        sbatch: Sequence[str] = (),
-        script: Path = BATCH_SCRIPT,
-        held: bool = False,
-        environ: Mapping[str, str] | None = None,
+        self, *overrides: str, shape: Shape, held: bool = False, environ: Mapping[str, str] | None = None
     ) -> TrainingJob:
         """Submit a training, from the folder that is its working directory.
 
         Args:
             overrides: for `train.py`.
             shape: nodes and tasks.
-            sbatch: more options for `sbatch`.
-            script: the batch script.
             held: whether process 0 waits in the middle for what is going to happen.
             environ: more variables for the batch script.
         """
@@ -108,5 +100,5 @@ class ContainerBench(Bench):
             (self.folder / GATE.name).write_text(GATE.read_text())
             waits = gate(self.folder / "gate", 0)
             overrides = (*(word.replace(str(self.folder), "/workspace") for word in waits), *overrides)
-        options = [f"--chdir={self.folder}", *sbatch]
+        script, options = BATCH_SCRIPT, [f"--chdir={self.folder}"]
         return self.train(*overrides, shape=shape, script=script, sbatch=options, environ=environ)

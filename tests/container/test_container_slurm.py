@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from cluster_runs import HELD_AT, ONE, TWO_NODES, TrainingJob, assert_same_runs, starts_of
-from container_runs import BATCH_SCRIPT, ContainerBench
+from container_runs import ContainerBench
 
 pytestmark = pytest.mark.container
 
@@ -18,16 +18,6 @@ def assert_gone_on_in_the_same_folder(job: TrainingJob, whole: Path) -> None:
     assert f"after step {HELD_AT}" in job.printed and "resuming" in job.printed
 
 
-def push_out(bench: ContainerBench) -> None:
-    """By a job of a higher partition, which takes all nodes for a moment."""
-    urgent = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
-    bench.cluster.wait(bench.cluster.submit(*urgent), ["COMPLETED"])
-
-
-def test_the_image_has_no_scontrol(bench: ContainerBench) -> None:
-    bench.cluster.run(*bench.container().split(), "sh", "-c", "! command -v scontrol")
-
-
 def test_the_signal_that_announces_the_end(bench: ContainerBench, whole_two: Path) -> None:
     """It comes to the batch script alone, which queues the job again when all processes have saved."""
     job = bench.submit(shape=TWO_NODES, held=True)
@@ -35,28 +25,6 @@ def test_the_signal_that_announces_the_end(bench: ContainerBench, whole_two: Pat
     bench.cluster.run("scancel", "--batch", "--signal=USR1", job.number)
     assert_gone_on_in_the_same_folder(job, whole_two)
     assert f"stopped by SIGUSR1 after step {HELD_AT}" in job.printed
-
-
-def test_the_time_limit(bench: ContainerBench, whole_two: Path) -> None:
-    """Slurm's own clock: the limit is drawn near while the job is in its middle."""
-    job = bench.submit(shape=TWO_NODES, held=True, sbatch=["--signal=B:USR1@110"])
-    job.wait_until_held()
-    minutes, seconds = map(int, job.state()["RunTime"].split(":")[1:])
-    bench.cluster.run("scontrol", "update", f"JobId={job.number}", f"TimeLimit={minutes + 1 + (seconds > 40)}")
-    bench.cluster.wait_until(lambda: job.state()["Restarts"] == "1" or None, "the job in the queue again", 180)
-    bench.cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=30")
-    assert_gone_on_in_the_same_folder(job, whole_two)
-
-
-@pytest.mark.parametrize("announced", [True, False])
-def test_pushed_out_by_another_job(announced: bool, bench: ContainerBench, whole_two: Path) -> None:
-    script = bench.folder / "pretrain_container.sbatch"
-    lines = [line for line in BATCH_SCRIPT.read_text().splitlines() if announced or "#SBATCH --signal" not in line]
-    script.write_text("\n".join(lines) + "\n")
-    job = bench.submit(shape=TWO_NODES, held=True, script=script)
-    job.wait_until_held()
-    push_out(bench)
-    assert_gone_on_in_the_same_folder(job, whole_two)
 
 
 def test_cancelled_is_not_queued_again(bench: ContainerBench) -> None:
@@ -74,19 +42,6 @@ def test_the_batch_script_ends_as_training_does(bench: ContainerBench) -> None:
     assert "data.store=/nowhere cannot be read on" in job.printed and "Traceback" not in job.printed
 
 
-def test_the_script_that_needs_scontrol_says_so(bench: ContainerBench) -> None:
-    """A container behind `srun` in a script of one's own, its signal for all: saved, not queued again."""
-    script = bench.folder / "own.sbatch"
-    command = 'srun $CONTAINER python /opt/fmcib_ssl/train.py hardware=slurm hardware.devices=1 "$@"'
-    script.write_text(f"#!/bin/bash\n{command}\n")
-    job = bench.submit(shape=ONE, held=True, script=script)
-    job.wait_until_held()
-    job.signal("USR1")
-    ended = job.wait()
-    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "75:0", "0"), job.printed
-    assert "was not queued again" in job.printed and "submit it once more to go on" in job.printed
-
-
 def test_nodes_whose_names_do_not_resolve_in_the_container(bench: ContainerBench) -> None:
     """The container has an /etc/hosts of its own instead of the nodes'."""
     hosts = bench.folder / "hosts"
@@ -95,4 +50,3 @@ def test_nodes_whose_names_do_not_resolve_in_the_container(bench: ContainerBench
     job = bench.submit(shape=TWO_NODES, environ=environ)
     assert job.wait(90)["JobState"] == "FAILED"
     assert "node1" in job.printed and "Traceback" not in job.printed, job.printed
-    print(job.printed)
