@@ -49,15 +49,14 @@ def test_where_scans_lie_does_not_count(archive: Path) -> None:
     assert of_table(Path("moved") / archive.name) == first
 
 
-@pytest.mark.parametrize("checksum", [of_table, of_store])
 @pytest.mark.parametrize("edit", ["a point", "the order", "one fewer"])
-def test_which_lesions_they_are_does(checksum: Callable[..., str], edit: str, archive: Path) -> None:
-    rows, first = pd.read_csv(archive), checksum(archive)
+def test_which_lesions_they_are_does(edit: str, archive: Path) -> None:
+    rows, before = pd.read_csv(archive), (of_table(archive), of_store(archive))
     if edit == "a point":
         rows.loc[2, "coordZ"] += 1.0
     rows = {"a point": rows, "the order": rows.iloc[::-1], "one fewer": rows.iloc[1:]}[edit]
     rows.to_csv(archive, index=False)
-    assert checksum(archive) != first
+    assert of_table(archive) != before[0] and of_store(archive) != before[1]
 
 
 def test_so_do_a_choice_of_them_and_a_stores_voxels(archive: Path) -> None:
