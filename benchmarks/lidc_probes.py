@@ -86,6 +86,6 @@ def mean_auc(labels: Array, by_seed: Sequence[Sequence[SplitScores]], weights: A
 
 def told(drawn: Array) -> dict[str, float]:
     """The value and its interval, for JSON."""
-    estimate: Estimate = interval(drawn[0], drawn[1:])
+    estimate: Estimate = interval(drawn)
     names = {"auc": estimate.value, "low": estimate.low, "high": estimate.high}
     return {name: round(value, 4) for name, value in names.items()}

@@ -14,10 +14,10 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -52,14 +52,6 @@ _PACKAGES = ("torch", "monai", "numpy")
 _DECISIVE = ("kind", "sha256", "encoder", "seed", "preprocessing", "views", "precision")
 
 
-class _Part(NamedTuple):
-    """Features of some lesions of a source, and why others have none, by `lesion_id`."""
-
-    ids: list[str]
-    features: npt.NDArray[np.float32]  # (ids, dim)
-    failures: dict[str, str]
-
-
 class _Reader(Dataset[tuple[int, "Tensor | str"]]):
     """Patches by place; for one that cannot be read, the reason."""
 
@@ -79,11 +71,12 @@ def _embed(
     shards: Mapping[int, Sequence[int]],
     inference: Inference,
     advance: Callable[[int], object] = int,
-) -> Iterator[tuple[int, _Part]]:
+) -> Iterator[tuple[int, FeatureTable]]:
     """Embed shards, places of lesions by number, one after the other, and yield each when it is whole.
 
-    What a shard's features are does not depend on the other shards: batches do not cross its border. `advance` is told
-    after each batch how many lesions it had.
+    Of each a table of ids and features; its provenance says under `failures` why other lesions of it have none. What a
+    shard's features are does not depend on the other shards: batches do not cross its border. `advance` is told after
+    each batch how many lesions it had.
     """
     size, device = inference.batch_size, inference.torch_device
     batches = [list(shard[i : i + size]) for shard in shards.values() for i in range(0, len(shard), size)]
@@ -114,24 +107,23 @@ def _embed(
                     values = encode(module, batch, patches.preprocessing, **options).cpu().numpy()
                     finite = np.isfinite(values).all(axis=1)
                     features.append(values[finite])
-                    for (name, _), is_finite in zip(loaded, finite, strict=True):
-                        if is_finite:
-                            names.append(name)
-                        else:
-                            failures[name] = f"the encoder gives NaN or infinity in precision {inference.precision}"
+                    names += [name for (name, _), is_finite in zip(loaded, finite, strict=True) if is_finite]
+                    reason = f"the encoder gives NaN or infinity in precision {inference.precision}"
+                    failures |= {loaded[k][0]: reason for k in np.flatnonzero(~finite)}
                 advance(len(read))
             joined = np.concatenate(features) if names else np.empty((0, 1), np.float32)
-            yield number, _Part(names, joined, failures)
+            yield number, FeatureTable(pd.DataFrame({ID_COLUMN: names}, dtype="str"), joined, {"failures": failures})
 
 
-def _joined(parts: Sequence[_Part], lesions: pd.DataFrame, provenance: Mapping[str, Any]) -> FeatureTable:
+def _joined(parts: Iterable[FeatureTable], lesions: pd.DataFrame, provenance: Mapping[str, Any]) -> FeatureTable:
     """One table of all parts, in the order of the lesions' table."""
-    filled = [part for part in parts if part.ids]
+    filled = [part for part in parts if len(part)]
     if not filled:
         raise FeatureTableError("no lesion could be embedded")
-    places = pd.Index([name for part in filled for name in part.ids]).get_indexer(pd.Index(lesions[ID_COLUMN]))
-    features = np.concatenate([part.features for part in filled])[places[places >= 0]]
-    return FeatureTable(lesions[places >= 0].reset_index(drop=True), features, dict(provenance))
+    ids = pd.Index(np.concatenate([part.lesions[ID_COLUMN] for part in filled]))
+    rows = ids.get_indexer(pd.Index(lesions[ID_COLUMN]))
+    features = np.concatenate([part.features for part in filled])[rows[rows >= 0]]
+    return FeatureTable(lesions[rows >= 0].reset_index(drop=True), features, dict(provenance))
 
 
 def _reading_order(lesions: pd.DataFrame) -> npt.NDArray[np.int64]:
@@ -184,10 +176,11 @@ def embed_source(
             raise FeatureTableError(f"the source {dict(source)} has not the lesions {', '.join(absent[:5])} (...)")
     order = places[_reading_order(lesions.iloc[places])]
     ((_, part),) = _embed(encoder, patches, {0: order.tolist()}, inference)
-    for lesion, reason in part.failures.items():
+    failures = part.provenance["failures"]
+    for lesion, reason in failures.items():
         logger.warning("lesion %s is left out: %s", lesion, reason)
     table = _joined([part], lesions, _provenance(encoder, source, patches, inference))
-    return table.aligned([lesion for lesion in lesions[ID_COLUMN].iloc[places] if lesion not in part.failures])
+    return table.aligned([lesion for lesion in lesions[ID_COLUMN].iloc[places] if lesion not in failures])
 
 
 def baseline_tables(
@@ -250,11 +243,6 @@ class Outcome:
     seconds: float = 0.0
 
 
-def parts_folder(output: Path) -> Path:
-    """Where the parts of a table of features are while it is made."""
-    return output.with_suffix(".parts")
-
-
 def rejected_file(output: Path) -> Path:
     """Where it stands which lesions have no features."""
     return output.with_suffix(".rejected.csv")
@@ -293,12 +281,10 @@ def embed_to_file(
         fmcib_ssl.data.tables.AnnotationsError: as `open_patches`.
     """
     output, (rank, total) = Path(output), share
-    if not 0 <= rank < total:
-        raise FeatureTableError(f"process {rank} of {total}: they are counted from 0")
     if output.suffix != ".parquet":
         raise FeatureTableError(f"{output}: call the table of features NAME.parquet")
-    patches = open_patches(source, encoder.preprocessing)
-    lesions, folder = patches.lesions, parts_folder(output)
+    patches, folder = open_patches(source, encoder.preprocessing), output.with_suffix(".parts")
+    lesions = patches.lesions
     provenance = _provenance(encoder, source, patches, inference)
     request = {**_decisive(provenance), "shard_size": shard_size}
     if output.exists() and not restart:
@@ -307,26 +293,30 @@ def embed_to_file(
     places = _reading_order(lesions)
     shards = dict(enumerate(np.split(places, range(shard_size, len(places), shard_size))))
     ids = {number: lesions[ID_COLUMN].iloc[shard].tolist() for number, shard in shards.items()}
-    parts = _Parts(folder, request, ids)
-    if not restart:
-        parts.check_request()
+    begun = next(filter(None, map(_read_part, sorted(folder.glob("*.parquet")))), None)
+    if begun is not None and not restart:
+        _check_same_request(folder, begun.provenance["request"], request)
+
+    files = {number: folder / f"{number:06d}.parquet" for number in shards}
     own = [number for number in shards if number % total == rank]
-    to_do = {number: shards[number].tolist() for number in own if parts.read(number) is None}
+    absent = [number for number in own if _whole_part(files[number], request, ids[number]) is None]
+    to_do = {number: shards[number].tolist() for number in absent}
     num_own, num_to_do = (sum(len(shards[number]) for number in numbers) for numbers in (own, to_do))
-    began = time.monotonic()
+    start = time.monotonic()
     with _bar(num_own, num_own - num_to_do, share, disable=not progress) as bar:
         for number, part in _embed(encoder, patches, to_do, inference, bar.update):
-            parts.write(number, part)
-    seconds = time.monotonic() - began
+            replace(part, provenance={"request": request, **part.provenance}).write(files[number])
+    seconds = time.monotonic() - start
 
-    done = {number: whole for number in shards if (whole := parts.read(number)) is not None}
-    if missing := len(lesions) - sum(len(ids[number]) for number in done):
+    whole = {number: _whole_part(files[number], request, ids[number]) for number in shards}
+    parts = [part for part in whole.values() if part is not None]
+    if missing := sum(len(ids[number]) for number, part in whole.items() if part is None):
         # Another process is at them, or has just put all together and removed them.
         is_whole = output.exists() and not folder.exists()
         return Outcome(output, len(lesions), num_to_do, 0 if is_whole else missing, None, seconds)
-    num_rejected = _write_rejected(patches, done.values(), rejected_file(output))
+    num_rejected = _write_rejected(patches, parts, rejected_file(output))
     try:
-        _joined(list(done.values()), lesions, provenance).write(output, half=inference.precision != "32")
+        _joined(parts, lesions, provenance).write(output, half=inference.precision != "32")
     except FeatureTableError as error:
         raise FeatureTableError(f"{error}; see {rejected_file(output)}") from error
     finally:
@@ -340,34 +330,6 @@ def _bar(total: int, done: int, share: tuple[int, int], *, disable: bool) -> tqd
     return tqdm(total=total, initial=done, desc=name, unit="lesion", disable=disable, mininterval=every_s)
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """Parts on the disk, each a table of features of its own that names its request; `ids` are those of each shard."""
-
-    folder: Path
-    request: Mapping[str, Any]
-    ids: Mapping[int, list[str]]
-
-    def check_request(self) -> None:
-        """Refuse a folder of another request."""
-        begun = next(filter(None, map(_read_part, sorted(self.folder.glob("*.parquet")))), None)
-        if begun is not None:
-            _check_same_request(self.folder, begun.provenance["request"], self.request)
-
-    def read(self, number: int) -> _Part | None:
-        """A part, if it is there, whole, and of this request."""
-        table = _read_part(self.folder / f"{number:06d}.parquet")
-        if table is None or table.provenance["request"] != self.request:
-            return None
-        part = _Part(table.lesions[ID_COLUMN].tolist(), table.features, table.provenance["failures"])
-        return part if {*part.ids, *part.failures} == set(self.ids[number]) else None
-
-    def write(self, number: int, part: _Part) -> None:
-        provenance = {"request": self.request, "failures": part.failures}
-        ids = pd.DataFrame({ID_COLUMN: part.ids}, dtype="str")
-        FeatureTable(ids, part.features, provenance).write(self.folder / f"{number:06d}.parquet")
-
-
 def _read_part(file: Path) -> FeatureTable | None:
     """A table of features of its own, which names its request; None if it is absent or damaged."""
     try:
@@ -376,9 +338,17 @@ def _read_part(file: Path) -> FeatureTable | None:
         return None
 
 
-def _write_rejected(patches: SourcePatches, parts: Iterable[_Part], file: Path) -> int:
+def _whole_part(file: Path, request: Mapping[str, Any], ids: Sequence[str]) -> FeatureTable | None:
+    """A part, if it is there, whole, and of this request."""
+    part = _read_part(file)
+    if part is None or part.provenance["request"] != request:
+        return None
+    return part if {*part.lesions[ID_COLUMN], *part.provenance["failures"]} == set(ids) else None
+
+
+def _write_rejected(patches: SourcePatches, parts: Iterable[FeatureTable], file: Path) -> int:
     """List the rows that have no features: `REJECTED_COLUMNS`, and `lesion_id` where it has one; how many there are."""
-    failures = {lesion: reason for part in parts for lesion, reason in part.failures.items()}
+    failures = {lesion: reason for part in parts for lesion, reason in part.provenance["failures"].items()}
     failed = patches.lesions.set_index(ID_COLUMN, drop=False).loc[list(failures)]
     failed = failed.reindex(columns=[ID_COLUMN, "row", "image_path"])
     remedy = "repair the scan or its file in the store, then embed again"

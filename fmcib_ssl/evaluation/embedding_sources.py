@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -105,36 +105,30 @@ def open_patches(source: Mapping[str, Any], preprocessing: Preprocessing | None 
         options = {**how, "on_bad_row": source.get("on_bad_row", "skip")}
         if source.get("image_root") is not None:
             options["image_root"] = Path(source["image_root"])
-        table, wanted = Path(source["annotations"]), preprocessing or Preprocessing()
-        settings = StoreSettings(spacing_mm=wanted.spacing_mm, padding_hu=wanted.padding_hu)
+        table, cut = Path(source["annotations"]), preprocessing or Preprocessing()
+        settings = StoreSettings(spacing_mm=cut.spacing_mm, padding_hu=cut.padding_hu)
         summary = store_for_table(table, Path(source.get("stores") or _STORES), settings, **options)
         # The fingerprint is of what was asked for, not of what can be read of it: a scan may come back before a resume.
         store, rejected, contents = Store(summary.store), summary.rejected, [table]
     else:
         raise FeatureTableError(f"a source is of kind 'store' or 'scans', not {source.get('kind')!r}")
-    held = store.settings
-    wanted = preprocessing or Preprocessing(spacing_mm=held.spacing_mm, padding_hu=held.padding_hu)
-    if (wanted.spacing_mm, wanted.padding_hu) != (held.spacing_mm, held.padding_hu):
+    grid = store.settings
+    cut = preprocessing or Preprocessing(spacing_mm=grid.spacing_mm, padding_hu=grid.padding_hu)
+    if (cut.spacing_mm, cut.padding_hu) != (grid.spacing_mm, grid.padding_hu):
         raise FeatureTableError(
-            f"{store.path} has voxels of {held.spacing_mm:g} mm and {held.padding_hu} HU outside the scans; the "
-            f"encoder was trained on {wanted.spacing_mm:g} mm and {wanted.padding_hu} HU: prepare a store with "
-            f"spacing_mm={wanted.spacing_mm:g}, or give the table (annotations=TABLE.csv)"
+            f"{store.path} has voxels of {grid.spacing_mm:g} mm and {grid.padding_hu} HU outside the scans; the "
+            f"encoder was trained on {cut.spacing_mm:g} mm and {cut.padding_hu} HU: prepare a store with "
+            f"spacing_mm={cut.spacing_mm:g}, or give the table (annotations=TABLE.csv)"
         )
     keep = selected(store.lesions, source.get("select"), key="select", where=store.path)
     if not keep.any():
         raise FeatureTableError(f"no row of {store.path} has select={source.get('select')}")
-    patches = LesionPatches(  # no negative is asked for
-        store,
-        wanted.patch_size_zyx,
-        negatives_per_lesion=0,
-        select=keep,
-        padding_hu=wanted.padding_hu,
-        padding=wanted.padding,
-    )
+    options = {"padding_hu": cut.padding_hu, "padding": cut.padding}
+    patches = LesionPatches(store, cut.patch_size_zyx, negatives_per_lesion=0, select=keep, **options)
     lesions = patches.lesions.rename(columns={FEATURES_COLUMN: f"table_{FEATURES_COLUMN}"})
     lesions = lesions.assign(**{ID_COLUMN: text_of(lesions[ID_COLUMN])})
     fingerprint = digest_of(checksum_of(contents), source.get("select"), how)
-    return SourcePatches(lesions, patches.positive, rejected, fingerprint, wanted)
+    return SourcePatches(lesions, patches.positive, rejected, fingerprint, cut)
 
 
 @dataclass(frozen=True)
@@ -163,9 +157,7 @@ def trained_encoder(path: Path | str, *, trusted_targets: Collection[str] = ()) 
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     about = _about(path.stem, "encoder", weights=str(path.absolute()), sha256=sha256, encoder=module.spec)
-    preprocessing = module.preprocessing
-    assert isinstance(preprocessing, Preprocessing)
-    return FrozenEncoder(module, preprocessing, about)
+    return FrozenEncoder(module, module.preprocessing, about)  # type: ignore[arg-type]  # an attribute of a module
 
 
 def random_encoder(
@@ -212,7 +204,7 @@ class Inference:
         num_workers: processes that read patches; 0 reads in this one.
 
     Raises:
-        FeatureTableError: a value that cannot be, or half precision that the device does not have.
+        FeatureTableError: half precision that the device does not have.
     """
 
     batch_size: int = 32
@@ -222,11 +214,6 @@ class Inference:
     num_workers: int = 0
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.num_workers < 0:
-            raise FeatureTableError(f"batch_size={self.batch_size}, num_workers={self.num_workers}: too few")
-        for name, allowed in (("precision", get_args(Precision)), ("views", get_args(Views))):
-            if getattr(self, name) not in allowed:
-                raise FeatureTableError(f"{name}={getattr(self, name)} is not one of {', '.join(map(str, allowed))}")
         if self.precision == "fp16" and self.torch_device.type == "cpu":
             raise FeatureTableError("precision=fp16 is for GPUs; on the CPU take precision=bf16 or 32")
 
@@ -250,13 +237,10 @@ def encode(
     """
     normalized = preprocessing.normalize(patches_hu)
     flips = [dims for n in range(4) for dims in itertools.combinations((2, 3, 4), n)] if views == 8 else [()]
-    with torch.inference_mode(), _arithmetic(normalized.device, precision):
-        return torch.stack([encoder(normalized.flip(dims)).float() for dims in flips]).mean(0)
-
-
-def _arithmetic(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    arithmetic: AbstractContextManager[object] = nullcontext()
     if precision != "32":
-        return torch.autocast(device.type, _AUTOCAST[precision])
-    if device.type == "cuda":  # convolutions would else round to the ten bits of TF32
-        return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-    return nullcontext()
+        arithmetic = torch.autocast(normalized.device.type, _AUTOCAST[precision])
+    elif normalized.is_cuda:  # convolutions would else round to the ten bits of TF32
+        arithmetic = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    with torch.inference_mode(), arithmetic:
+        return torch.stack([encoder(normalized.flip(dims)).float() for dims in flips]).mean(0)

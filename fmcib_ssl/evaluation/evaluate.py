@@ -20,8 +20,6 @@ from fmcib_ssl.evaluation.metrics import ERRORS, METRICS, interval, risk_halves
 from fmcib_ssl.evaluation.probes import LINEAR_PROBE, PROBES, Inputs, Protocol, SplitScores, resampled, score
 from fmcib_ssl.types import Array, Preprocessing
 
-_MakeBaselines = Callable[[FeatureTable], Mapping[str, FeatureTable]]
-
 #: Components to which raw voxels are reduced before a probe.
 NUM_COMPONENTS = 64
 _BASELINES = {"random weights": "random_weights", "raw voxels": "raw_voxels"}
@@ -48,7 +46,7 @@ def gather(
     tables: Mapping[str, FeatureTable],
     lesions: pd.DataFrame,
     size: Sequence[str] = (),
-    make_baselines: _MakeBaselines | None = None,
+    make_baselines: Callable[[FeatureTable], Mapping[str, FeatureTable]] | None = None,
 ) -> Candidates:
     """The user's tables, their baselines, the size alone, and each table together with the size.
 
@@ -68,10 +66,16 @@ def gather(
     for name in encoders:
         if make_baselines is None or not wanted:
             break
-        made, reason = _baselines_of(own[name], wanted, make_baselines)
-        candidates.missing += [{"features": f"{t} of {name}", "reason": reason} for t in wanted if t not in made]
-        for title, table in made.items():
-            if not any(np.array_equal(other.features, table.features) for other in others.values()):
+        baselines: dict[str, FeatureTable] = {}
+        reason = "the table does not say what builds its encoder"
+        try:
+            baselines = {title: table.aligned(ids) for title, table in make_baselines(own[name]).items()}
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error)
+        candidates.missing += [{"features": f"{t} of {name}", "reason": reason} for t in wanted if t not in baselines]
+        for title, table in baselines.items():
+            is_new = not any(np.array_equal(other.features, table.features) for other in others.values())
+            if title in wanted and is_new:
                 others[title if title not in others else f"{title} ({name})"] = table
     for name, table in {**{name: own[name] for name in encoders}, **others}.items():
         if table.provenance.get("kind") != "raw_voxels":
@@ -84,20 +88,6 @@ def gather(
     candidates.compared += [(a, b) for i, a in enumerate(encoders) for b in encoders[i + 1 :]]
     _add_size(candidates, encoders, lesions, size)
     return candidates
-
-
-def _baselines_of(
-    table: FeatureTable, wanted: Sequence[str], make_baselines: _MakeBaselines
-) -> tuple[dict[str, FeatureTable], str]:
-    """Those that could be made, and why another could not."""
-    reason = "the table does not say what builds its encoder"
-    if not table.provenance.get("encoder") and "raw voxels" not in wanted:
-        return {}, reason
-    try:
-        ids = table.lesions[ID_COLUMN]
-        return {title: made.aligned(ids) for title, made in make_baselines(table).items() if title in wanted}, reason
-    except (OSError, ValueError, RuntimeError) as error:
-        return {}, str(error)
 
 
 def compact(x: Array) -> Array:
@@ -240,10 +230,7 @@ def evaluate_features(
             title: resampled(metric, labels.values, results, weights[protocol.name])
             for title, metric in metrics.items()
         }
-        evaluation.rows += [
-            {"task": labels.name, **about, "metric": metric, **_interval(value), **_sizes(results)}
-            for metric, value in values.items()
-        ]
+        evaluation.rows += _rows({"task": labels.name, **about}, values, results)
         drawn[protocol.name, inputs.name, name, fraction] = values
         predictions += [_predictions(one, protocol, lesions, about) for one in results]
         if labels.kind == "survival":  # above or below the median risk of the test rows, each split by its own
@@ -254,6 +241,17 @@ def evaluate_features(
     if predictions:
         evaluation.predictions = pd.concat(predictions, ignore_index=True)
     return evaluation
+
+
+def _rows(
+    about: Mapping[str, Any], values: Mapping[str, Array], results: Sequence[SplitScores]
+) -> list[dict[str, Any]]:
+    sizes = {
+        "num_train": round(float(np.mean([one.num_train for one in results]))),
+        "num_test": len(np.unique(np.concatenate([one.rows for one in results]))),
+        "settings": [one.setting for one in results],
+    }
+    return [{**about, "metric": metric, **_interval(drawn), **sizes} for metric, drawn in values.items()]
 
 
 def _differences(
@@ -288,19 +286,11 @@ def _check_options(kind: str, probes: Sequence[str], fractions: Collection[float
         raise EvaluationError(f"fractions={wrong[0]:g}: a share of the training patients is above 0 and at most 1")
 
 
-def _sizes(results: Sequence[SplitScores]) -> dict[str, Any]:
-    return {
-        "num_train": round(float(np.mean([one.num_train for one in results]))),
-        "num_test": len(np.unique(np.concatenate([one.rows for one in results]))),
-        "settings": [one.setting for one in results],
-    }
-
-
 def _interval(drawn: Array) -> dict[str, float | None]:
     """The value and its interval; None where a metric has no meaning for these lesions."""
     if np.isnan(drawn[0]) or np.isnan(drawn[1:]).all():
         return {"value": None, "low": None, "high": None}
-    return dict(vars(interval(drawn[0], drawn[1:])))
+    return dict(vars(interval(drawn)))
 
 
 def _predictions(

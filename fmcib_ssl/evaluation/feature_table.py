@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ METADATA_KEY = b"fmcib_ssl"
 #: In the file's metadata: digest of all values. Files of earlier versions have none, or one of their bytes.
 _DIGEST_KEY = b"fmcib_ssl_values"
 
-_NUM_IDS_SHOWN = 5
+_NUM_SHOWN = 5
 _MAX_ROWS = 50_000_000
 _LARGEST_HALF = float(np.finfo(np.float16).max)
 
@@ -71,9 +71,9 @@ class FeatureTable:
             raise FeatureTableError(f"the table of lesions already has a column {FEATURES_COLUMN!r}")
         ids = self.lesions[ID_COLUMN]
         if wrong := [value for value in ids if not isinstance(value, str)]:
-            raise FeatureTableError(f"{ID_COLUMN} should be text in every row; it is {_some(wrong)}")
+            raise FeatureTableError(f"{ID_COLUMN} should be text in every row; it is {some_of(wrong)}")
         if ids.duplicated().any():
-            raise FeatureTableError(f"duplicate {ID_COLUMN}: {_some(ids[ids.duplicated()].unique())}")
+            raise FeatureTableError(f"duplicate {ID_COLUMN}: {some_of(ids[ids.duplicated()].unique())}")
         try:
             json.dumps(self.provenance, allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -90,12 +90,12 @@ class FeatureTable:
         """
         wanted = pd.Index(lesion_ids)
         if wanted.has_duplicates:
-            raise FeatureTableError(f"lesions asked for twice: {_some(wanted[wanted.duplicated()].unique())}")
+            raise FeatureTableError(f"lesions asked for twice: {some_of(wanted[wanted.duplicated()].unique())}")
         rows = pd.Index(self.lesions[ID_COLUMN]).get_indexer(wanted)
         if len(absent := wanted[rows < 0]):
             name = self.provenance.get("name", "this table")
             raise FeatureTableError(
-                f"{name!r} has no features of {len(absent)} of {len(wanted)} lesions: {_some(absent)}"
+                f"{name!r} has no features of {len(absent)} of {len(wanted)} lesions: {some_of(absent)}"
             )
         return FeatureTable(self.lesions.iloc[rows].reset_index(drop=True), self.features[rows], self.provenance)
 
@@ -172,7 +172,7 @@ def _digest(table: pa.Table) -> bytes:
     return digest_of(features.type.list_size, numbers, metadata, list(lesions), lesions).encode()
 
 
-def _some(values: Iterable[object]) -> str:
-    shown = [repr(value) for value in values]
-    more = len(shown) - _NUM_IDS_SHOWN
-    return ", ".join(shown[:_NUM_IDS_SHOWN]) + (f" and {more} more" if more > 0 else "")
+def some_of(values: Collection[object]) -> str:
+    """The first of them, and how many more there are, for a message."""
+    more = f" and {len(values) - _NUM_SHOWN} more" if len(values) > _NUM_SHOWN else ""
+    return ", ".join(map(repr, list(values)[:_NUM_SHOWN])) + more

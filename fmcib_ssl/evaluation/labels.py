@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold
 
 from fmcib_ssl.data import read_table, text_of
-from fmcib_ssl.evaluation.feature_table import ID_COLUMN
+from fmcib_ssl.evaluation.feature_table import ID_COLUMN, some_of
 from fmcib_ssl.evaluation.metrics import Kind
 from fmcib_ssl.types import Array, UserError
 
@@ -25,7 +24,6 @@ _NUM_STRATA = 5
 _COMPARISONS = {
     "<=": operator.le, ">=": operator.ge, "==": operator.eq, "!=": operator.ne, "<": operator.lt, ">": operator.gt,
 }  # fmt: skip
-_TRUTHS = {"1": 1.0, "1.0": 1.0, "true": 1.0, "0": 0.0, "0.0": 0.0, "false": 0.0}
 _SIDES = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val", "tune": "val"}
 
 
@@ -79,52 +77,49 @@ def read_labels(
     Raises:
         EvaluationError: no such column, or values that are no such labels.
     """
+    classes: tuple[str, ...] = ()
     if kind == "survival":
         if time is None or event is None:
             raise EvaluationError(
                 "survival needs two columns: time= to the event or the last contact, and event= 0 or 1"
             )
-        values = np.stack([_numbers(lesions, time), _truths(lesions, event)], axis=1)
-        rows = np.flatnonzero(np.isfinite(values).all(axis=1))
-        if (values[rows, 0] < 0).any():
+        name, values = label or time, np.stack([_numbers(lesions, time), _numbers(lesions, event, truths=True)], axis=1)
+        if (values[:, 0] < 0).any():
             raise EvaluationError(f"{time!r} holds times below 0; they are counted from the scan or the diagnosis")
-        return _checked(Labels(label or time, kind, values[rows], rows))
-    if label is None:
+    elif label is None:
         raise EvaluationError("label= names the column to predict")
-    if threshold is not None and kind != "binary":
+    elif threshold is not None and kind != "binary":
         raise EvaluationError(f"threshold={threshold} makes two classes; it goes with task=binary, not {kind}")
-    if kind == "multiclass" or (kind == "binary" and threshold is None):
-        column = _column(lesions, label)
-        rows = np.flatnonzero(column.notna().to_numpy())
-        names, values = np.unique(column.iloc[rows].to_numpy(), return_inverse=True)
-        if kind == "binary" and len(names) != 2:
+    elif kind == "multiclass" or (kind == "binary" and threshold is None):
+        codes, uniques = pd.factorize(_column(lesions, label).astype(object), sort=True)
+        name, values, classes = label, np.where(codes < 0, np.nan, codes), tuple(map(str, uniques))
+        if kind == "binary" and len(classes) != 2:
             raise EvaluationError(
-                f"{label!r} has {len(names)} different values, {_some(names)}; binary labels have two: give "
+                f"{label!r} has {len(classes)} different values, {some_of(classes)}; binary labels have two: give "
                 "threshold=, such as threshold='>3', or task=multiclass"
             )
-        if len(names) > _MAX_CLASSES:
-            raise EvaluationError(f"{label!r} has {len(names)} different values; is it task=continuous?")
-        return _checked(Labels(label, kind, values, rows, tuple(map(str, names))))
-    numbers = _numbers(lesions, label)
-    rows = np.flatnonzero(np.isfinite(numbers))
-    if threshold is not None:
-        match = re.fullmatch(r"\s*(<=|>=|==|!=|<|>)\s*(-?[\d.]+(?:e-?\d+)?)\s*", threshold)
-        if match is None:
-            raise EvaluationError(f"threshold={threshold!r} should be a comparison such as '<5' or '>=3'")
-        is_one = _COMPARISONS[match[1]](numbers[rows], float(match[2])).astype(np.int64)
-        return _checked(Labels(f"{label}{threshold}", kind, is_one, rows, (f"not {threshold}", threshold)))
-    if kind == "ordinal" and (numbers[rows] % 1 != 0).any():
-        raise EvaluationError(f"{label!r} holds fractions; grades are whole numbers: task=continuous?")
-    return _checked(Labels(label, kind, numbers[rows], rows))
+        if len(classes) > _MAX_CLASSES:
+            raise EvaluationError(f"{label!r} has {len(classes)} different values; is it task=continuous?")
+    else:
+        name, values = label, _numbers(lesions, label)
+        if kind == "ordinal" and (values[np.isfinite(values)] % 1 != 0).any():
+            raise EvaluationError(f"{label!r} holds fractions; grades are whole numbers: task=continuous?")
+        if threshold is not None:
+            is_one, name, classes = _passes(values, threshold), f"{label}{threshold}", (f"not {threshold}", threshold)
+            values = np.where(np.isfinite(values), is_one, np.nan)
+    rows = np.flatnonzero(np.isfinite(values.reshape(len(values), -1)).all(axis=1))
+    values = values[rows].astype(np.int64) if classes else values[rows]
+    outcomes = values[:, 1] if kind == "survival" else values
+    if len(np.unique(outcomes)) < 2 and not (kind == "survival" and outcomes.any()):
+        raise EvaluationError(f"{name!r}: {len(outcomes)} lesions have a label, and it is the same for all of them")
+    return Labels(name, kind, values, rows, classes)
 
 
-def _checked(labels: Labels) -> Labels:
-    outcomes = labels.values[:, 1] if labels.kind == "survival" else labels.values
-    if len(np.unique(outcomes)) < 2 and not (labels.kind == "survival" and outcomes.any()):
-        raise EvaluationError(
-            f"{labels.name!r}: {len(outcomes)} lesions have a label, and it is the same for all of them"
-        )
-    return labels
+def _passes(values: Array, threshold: str) -> Array:
+    match = re.fullmatch(r"\s*(<=|>=|==|!=|<|>)\s*(-?[\d.]+(?:e-?\d+)?)\s*", threshold)
+    if match is None:
+        raise EvaluationError(f"threshold={threshold!r} should be a comparison such as '<5' or '>=3'")
+    return np.asarray(_COMPARISONS[match[1]](values, float(match[2])))
 
 
 def join_labels(lesions: pd.DataFrame, table: Path, on: str = ID_COLUMN) -> tuple[pd.DataFrame, int]:
@@ -155,7 +150,7 @@ def join_labels(lesions: pd.DataFrame, table: Path, on: str = ID_COLUMN) -> tupl
     absent = ~own.isin(rows.index)
     if absent.all():
         raise EvaluationError(
-            f"no {ours} of the features is a {theirs} of {table}: {_some(lesions[ours])} against {_some(rows.index)}"
+            f"no {ours} of the features is a {theirs} of {table}: {some_of(own.tolist())} against {some_of(rows.index)}"
         )
     new = rows.drop(columns=[theirs, ID_COLUMN], errors="ignore").reindex(own).set_axis(lesions.index)
     return lesions.drop(columns=[name for name in new if name in lesions]).join(new), int(absent.sum())
@@ -179,27 +174,18 @@ def _column(lesions: pd.DataFrame, name: str, option: str = "label") -> pd.Serie
     return lesions[name]
 
 
-def _numbers(lesions: pd.DataFrame, name: str) -> Array:
-    column = _column(lesions, name)
+def _numbers(lesions: pd.DataFrame, name: str, *, truths: bool = False) -> Array:
+    column, allowed = _column(lesions, name), "numbers"
     numbers = pd.to_numeric(column, errors="coerce")
+    if truths:
+        allowed, words = "0 or 1, true or false", column.astype(str).str.strip().str.lower()
+        numbers = numbers.fillna(words.map({"true": 1.0, "false": 0.0})).where(lambda n: n.isin((0, 1)))
     if (wrong := column[numbers.isna() & column.notna()]).size:
-        raise EvaluationError(f"{name!r} should hold numbers; {len(wrong)} are not, such as {str(wrong.iloc[0])!r}")
+        raise EvaluationError(f"{name!r} should hold {allowed}; {len(wrong)} do not, such as {str(wrong.iloc[0])!r}")
     return numbers.to_numpy(dtype=np.float64, na_value=np.nan)
 
 
-def _truths(lesions: pd.DataFrame, name: str) -> Array:
-    column = _column(lesions, name)
-    truths = column.astype(str).str.strip().str.lower().map(_TRUTHS)
-    if (wrong := column[truths.isna() & column.notna()]).size:
-        raise EvaluationError(f"{name!r} should be 0 or 1, true or false; it is {wrong.iloc[0]} in {len(wrong)} rows")
-    return truths.to_numpy(dtype=np.float64)
-
-
-def _some(values: Collection[Any]) -> str:
-    return ", ".join(repr(str(value)) for value in list(values)[:4]) + (" ..." if len(values) > 4 else "")
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Split:
     """One training and one testing: row numbers.
 
@@ -311,9 +297,9 @@ def nested_share(kind: Kind, labels: Array, patients: Array, rows: Array, *, fra
     for number in np.argsort(-np.bincount(classes), kind="stable"):
         rarest[np.unique(member[classes == number])] = number
     rng = np.random.default_rng(seed)
-    place = np.empty(len(names))
+    order = np.empty(len(names))
     for number in np.unique(rarest):
         of_class = rng.permutation(np.flatnonzero(rarest == number))
-        place[of_class] = (np.arange(len(of_class)) + rng.random(len(of_class))) / len(of_class)
-    taken = np.argsort(place, kind="stable")[: max(1, round(fraction * len(names)))]
-    return rows[np.isin(member, taken)]
+        order[of_class] = (np.arange(len(of_class)) + rng.random(len(of_class))) / len(of_class)
+    chosen = np.argsort(order, kind="stable")[: max(1, round(fraction * len(names)))]
+    return rows[np.isin(member, chosen)]

@@ -168,6 +168,5 @@ def _measured(check: str, what: str, x: Array, protocol: Protocol, *, refuses: b
         return Finding(check, False, refuses, f"{what}: could not be measured: {error}")
     found = measured.low > _MARGIN[name]
     verb = "predict" if found else "hardly predict"
-    value = f"{name} {measured.value:.3f} ({measured.low:.3f} to {measured.high:.3f})"
-    text = f"{what} {verb} {labels.name} by themselves: {value}"
+    text = f"{what} {verb} {labels.name} by themselves: {name} {measured:.3f}"
     return Finding(check, found, refuses, text, measured.value, measured.low, measured.high, name)

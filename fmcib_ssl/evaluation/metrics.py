@@ -39,10 +39,10 @@ def auc(labels: Array, scores: Array, weights: Array) -> Array:
     return _ratio((ones * (np.cumsum(zeros, 1) - zeros / 2)).sum(1), ones.sum(1) * zeros.sum(1))
 
 
-def average_precision(labels: Array, scores: Array, weights: Array) -> Array:
+def _average_precision(labels: Array, scores: Array, weights: Array) -> Array:
     """Precision averaged over the steps of recall, as scikit-learn does; for several classes the mean over them."""
     if scores.ndim == 2:
-        return _over_classes(average_precision, labels, scores, weights)
+        return _over_classes(_average_precision, labels, scores, weights)
     ones, zeros = (side[:, ::-1] for side in _by_level(labels, scores, weights))
     hits = np.cumsum(ones, 1)
     total = hits + np.cumsum(zeros, 1)
@@ -56,6 +56,11 @@ def balanced_accuracy(labels: Array, chosen: Array, weights: Array) -> Array:
     return _mean([_ratio(weights @ (own & (chosen == labels)), weights @ own) for own in classes])
 
 
+def by_class_of(scores: Array) -> Array:
+    """Probabilities of all classes, `(n, classes)`; of two classes those of class 1, `(n,)`, are enough."""
+    return scores if scores.ndim == 2 else np.stack([1 - scores, scores], axis=1)
+
+
 def most_raised(scores: Array, shares: Array) -> Array:
     """The class whose probability lies highest above its share of the training labels, `(n,)`.
 
@@ -66,17 +71,17 @@ def most_raised(scores: Array, shares: Array) -> Array:
         scores: probabilities, `(n, classes)`, or of class 1, `(n,)`.
         shares: of the classes among the training labels, `(classes,)`; of 0 is never chosen.
     """
-    by_class = scores if scores.ndim == 2 else np.stack([1 - scores, scores], axis=1)
+    by_class = by_class_of(scores)
     raised = np.divide(by_class, shares, out=np.zeros_like(by_class), where=shares > 0)
     return np.asarray(raised.argmax(axis=1))
 
 
-def mean_absolute_error(labels: Array, scores: Array, weights: Array) -> Array:
+def _mean_absolute_error(labels: Array, scores: Array, weights: Array) -> Array:
     """Mean distance of the score from the label, in the label's unit."""
     return _ratio(weights @ np.abs(scores - labels), weights.sum(1))
 
 
-def spearman(labels: Array, scores: Array, weights: Array) -> Array:
+def _spearman(labels: Array, scores: Array, weights: Array) -> Array:
     """Rank correlation, ties sharing the middle rank."""
     total = weights.sum(1, keepdims=True)
     ranks = (_ranks(values, weights) for values in (labels, scores))
@@ -84,15 +89,15 @@ def spearman(labels: Array, scores: Array, weights: Array) -> Array:
     return _ratio((weights * x * y).sum(1), np.sqrt((weights * x * x).sum(1) * (weights * y * y).sum(1)))
 
 
-def quadratic_kappa(labels: Array, scores: Array, weights: Array) -> Array:
+def _quadratic_kappa(labels: Array, scores: Array, weights: Array) -> Array:
     """Agreement of grades beyond chance, disagreement weighed by its square; scores are rounded to whole grades.
 
     With marginals p and q the expected disagreement `sum_ij p_i q_j (i - j)^2` is `E[a^2] + E[b^2] - 2 E[a] E[b]`.
     """
-    given = np.rint(scores).clip(labels.min(), labels.max())
+    grades = np.rint(scores).clip(labels.min(), labels.max())
     total = weights.sum(1)
-    observed = weights @ (labels - given) ** 2 / total
-    expected = weights @ labels**2 + weights @ given**2 - 2 * (weights @ labels) * (weights @ given) / total
+    observed = weights @ (labels - grades) ** 2 / total
+    expected = weights @ labels**2 + weights @ grades**2 - 2 * (weights @ labels) * (weights @ grades) / total
     return 1 - _ratio(observed * total, expected)
 
 
@@ -110,14 +115,19 @@ def concordance(labels: Array, scores: Array, weights: Array) -> Array:
 
 #: What is reported for a kind of label, the first being what a probe's setting is judged by where it can be.
 METRICS: dict[Kind, dict[str, Metric]] = {
-    "binary": {"AUC": auc, "average precision": average_precision, "balanced accuracy": balanced_accuracy},
-    "multiclass": {"AUC": auc, "average precision": average_precision, "balanced accuracy": balanced_accuracy},
-    "ordinal": {"Spearman": spearman, "quadratic kappa": quadratic_kappa, "MAE": mean_absolute_error},
-    "continuous": {"Spearman": spearman, "MAE": mean_absolute_error},
+    "binary": {"AUC": auc, "average precision": _average_precision, "balanced accuracy": balanced_accuracy},
+    "multiclass": {"AUC": auc, "average precision": _average_precision, "balanced accuracy": balanced_accuracy},
+    "ordinal": {"Spearman": _spearman, "quadratic kappa": _quadratic_kappa, "MAE": _mean_absolute_error},
+    "continuous": {"Spearman": _spearman, "MAE": _mean_absolute_error},
     "survival": {"C-index": concordance},
 }
 #: Of these, smaller is better.
 ERRORS = frozenset({"MAE"})
+
+
+def value_of(metric: Metric, labels: Array, scores: Array) -> float:
+    """The textbook metric, each row counted once."""
+    return float(metric(labels, scores, np.ones((1, len(labels))))[0])
 
 
 @dataclass(frozen=True)
@@ -128,16 +138,20 @@ class Estimate:
     low: float
     high: float
 
+    def __format__(self, spec: str) -> str:
+        """Each number in this format."""
+        return f"{self.value:{spec}} ({self.low:{spec}} to {self.high:{spec}})"
+
     def __str__(self) -> str:
         """As it stands in a table: `0.81 (0.74 to 0.88)`."""
-        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
+        return format(self, ".2f")
 
 
 def patient_weights(patients: npt.ArrayLike, num_bootstrap: int, seed: int) -> Array:
-    """How often each row is in each resample, `(num_bootstrap, n)`; as many patients are drawn as there are.
+    """Weights of the rows, `(1 + num_bootstrap, n)`: first ones, for the value; then how often a resample has each row.
 
     Args:
-        patients: the patient of every row, `(n,)`.
+        patients: the patient of every row, `(n,)`; as many are drawn as there are.
         num_bootstrap: resamples.
         seed: the draws follow from it and from the patients' sorted names, not from the order of the rows.
     """
@@ -145,20 +159,20 @@ def patient_weights(patients: npt.ArrayLike, num_bootstrap: int, seed: int) -> A
     drawn = np.random.default_rng(seed).integers(len(names), size=(num_bootstrap, len(names)))
     drawn += len(names) * np.arange(num_bootstrap)[:, None]
     times = np.bincount(drawn.ravel(), minlength=num_bootstrap * len(names)).reshape(num_bootstrap, -1)
-    return times[:, member_of].astype(np.float64)
+    return np.concatenate([np.ones((1, len(member_of))), times[:, member_of]])
 
 
-def interval(value: float, resampled: Array) -> Estimate:
-    """A value with the percentile interval of its resamples; those that have no value (NaN) are left out.
+def interval(drawn: Array) -> Estimate:
+    """A value, the first, with the percentile interval of its resamples; those without a value (NaN) are left out.
 
     Raises:
         ValueError: no resample has a value.
     """
-    resampled = resampled[~np.isnan(resampled)]
-    if not len(resampled):
+    resamples = drawn[1:][~np.isnan(drawn[1:])]
+    if not len(resamples):
         raise ValueError("no bootstrap resample holds both classes: there are too few patients for an interval")
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return Estimate(float(value), float(low), float(high))
+    low, high = np.percentile(resamples, [2.5, 97.5])
+    return Estimate(float(drawn[0]), float(low), float(high))
 
 
 @dataclass(frozen=True)
@@ -191,16 +205,8 @@ def calibration(labels: npt.ArrayLike, probabilities: npt.ArrayLike, num_bins: i
         labels: 0 or 1, `(n,)`.
         probabilities: of class 1, `(n,)`.
         num_bins: fewer if there are not twenty rows for each; one if all probabilities are about the same.
-
-    Raises:
-        ValueError: a probability outside 0 to 1, or labels other than 0 and 1.
     """
     y, p = np.asarray(labels, dtype=np.float64), np.asarray(probabilities, dtype=np.float64)
-    if p.min() < 0 or p.max() > 1 or not np.isin(y, (0, 1)).all():
-        raise ValueError(
-            f"calibration takes labels of 0 and 1 and probabilities in 0 to 1, got labels {np.unique(y)[:3]} and "
-            f"scores from {p.min():.3g} to {p.max():.3g}"
-        )
     num_bins = max(1, min(num_bins, len(y) // 20)) if np.ptp(p) > _MIN_RANGE else 1
     observed, predicted = calibration_curve(y, p, n_bins=num_bins, strategy="quantile")
     edges = np.quantile(p, np.linspace(0, 1, num_bins + 1))  # as calibration_curve has them, which gives no counts

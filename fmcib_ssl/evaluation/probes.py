@@ -8,7 +8,8 @@ encoder is trained, and the nearest lesions of other patients, which a report sh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
@@ -26,10 +27,12 @@ from fmcib_ssl.evaluation.metrics import (
     Metric,
     auc,
     balanced_accuracy,
+    by_class_of,
     concordance,
     interval,
     most_raised,
     patient_weights,
+    value_of,
 )
 from fmcib_ssl.types import Array
 
@@ -58,7 +61,7 @@ class Inputs:
     linear_only: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Protocol:
     """What all features are evaluated on.
 
@@ -77,33 +80,26 @@ class Protocol:
     name: str
     seed: int = 0
     num_inner_folds: int = 5
-    _training: dict[tuple[str, float], tuple[Array, list[tuple[Array, Array]]]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
 
+    @lru_cache(256)  # noqa: B019  # they are drawn once for all features; what is kept is small
     def training(self, split: Split, fraction: float) -> tuple[Array, list[tuple[Array, Array]]]:
         """Rows to train on, a share of the split's, and pairs of rows to fit and to check by which a setting is chosen.
 
-        They are drawn once for all features. Where the split has validation rows these are what is checked.
+        Where the split has validation rows these are what is checked.
 
         Raises:
             ValueError: too few patients of a class for folds.
         """
-        if (split.name, fraction) not in self._training:
-            kind, labels, patients = self.labels.kind, self.labels.values, self.patients
-            rows = nested_share(kind, labels, patients, split.train, fraction=fraction, seed=self.seed)
-            if split.val is not None:
-                folds = [(rows, split.val)]
-            else:
-                pairs = grouped_folds(kind, labels[rows], patients[rows], self.num_inner_folds, self.seed)
-                folds = [(rows[fit], rows[check]) for fit, check in pairs]
-            self._training[split.name, fraction] = rows, folds
-        return self._training[split.name, fraction]
+        kind, labels, patients = self.labels.kind, self.labels.values, self.patients
+        rows = nested_share(kind, labels, patients, split.train, fraction=fraction, seed=self.seed)
+        if split.val is not None:
+            return rows, [(rows, split.val)]
+        pairs = grouped_folds(kind, labels[rows], patients[rows], self.num_inner_folds, self.seed)
+        return rows, [(rows[fit], rows[check]) for fit, check in pairs]
 
     def weights(self, num_bootstrap: int) -> Array:
-        """Weights of every lesion: a first row of ones, for the value, then the resamples."""
-        drawn = patient_weights(self.patients, num_bootstrap, self.seed)
-        return np.concatenate([np.ones((1, len(self.patients))), drawn])
+        """Weights of every lesion, as of `patient_weights`."""
+        return patient_weights(self.patients, num_bootstrap, self.seed)
 
 
 @dataclass(frozen=True)
@@ -202,34 +198,21 @@ def _ridge(x: Array, y: Array, x_test: Array, num_classes: int, settings: Sequen
 
 
 def _cox(x: Array, y: Array, x_test: Array, num_classes: int, settings: Sequence[float]) -> Array:
-    del num_classes
-    risks: Array = cox_path(x, y, settings) @ x_test.T
-    return risks
-
-
-def cox_path(x: Array, labels: Array, penalties: Sequence[float]) -> Array:
-    """Coefficients of the Cox model for each penalty, `(penalties, dim)`.
+    """Log-hazards by the Cox model, for each penalty above 0; `y` is `(n, 2)`: time, and 1 where the event was seen.
 
     What is minimised is `penalty / 2 * |b|^2` less the logarithm of the partial likelihood, ties by Breslow's method.
     It is written here, since what is published does not fit: lifelines needs pandas below 3, scikit-survival is under
     the GPL and bound to one release of scikit-learn, and both take minutes for hundreds of features.
 
-    Args:
-        x: `(n, dim)`, standardised by the caller.
-        labels: `(n, 2)`: time, and 1 where the event was seen.
-        penalties: above 0.
-
-    Raises:
-        ValueError: no event was seen.
-
     Source: Cox, Regression Models and Life-Tables, 1972; Breslow, Covariance Analysis of Censored Survival Data, 1974.
     """
-    if not labels[:, 1].any():
+    del num_classes
+    if not y[:, 1].any():
         raise ValueError("no event was seen: a Cox model has nothing to learn from")
     # Of more features than rows only the span of the rows has coefficients, for any penalty above 0: fit in its basis.
     basis = np.linalg.svd(x, full_matrices=False)[2] if x.shape[1] > len(x) else np.eye(x.shape[1])
-    order = np.argsort(-labels[:, 0], kind="stable")
-    time, event, rows = labels[order, 0], labels[order, 1], x[order] @ basis.T
+    order = np.argsort(-y[:, 0], kind="stable")
+    time, event, rows = y[order, 0], y[order, 1], x[order] @ basis.T
     # In descending time, those at risk with row i are all up to the last row of its time.
     first, last = np.searchsorted(-time, -time, "left"), np.searchsorted(-time, -time, "right") - 1
 
@@ -242,12 +225,12 @@ def cox_path(x: Array, labels: Array, penalties: Sequence[float]) -> Array:
         slope = rows.T @ (event - hazard * cumulative)
         return float(penalty / 2 * b @ b - log_likelihood), penalty * b - slope
 
-    coefficients = np.zeros((len(penalties), rows.shape[1]))
+    coefficients = np.zeros((len(settings), rows.shape[1]))
     start, options = np.zeros(rows.shape[1]), {"maxiter": 2000, "ftol": 1e-11, "gtol": 1e-6}
-    for k in np.argsort(penalties)[::-1]:  # from the strongest, each begins where the last one ended
-        start = minimize(loss, start, (penalties[k],), "L-BFGS-B", jac=True, options=options).x
+    for k in np.argsort(settings)[::-1]:  # from the strongest, each begins where the last one ended
+        start = minimize(loss, start, (settings[k],), "L-BFGS-B", jac=True, options=options).x
         coefficients[k] = start
-    return np.asarray(coefficients @ basis)
+    return np.asarray(coefficients @ basis @ x_test.T)
 
 
 def _grid(first: float, last: float, num: int) -> tuple[float, ...]:
@@ -281,7 +264,7 @@ def score(probe: Probe, inputs: Inputs, protocol: Protocol, fraction: float = 1.
     labels, results = protocol.labels, []
     for split in protocol.splits:
         rows, folds = protocol.training(split, fraction)
-        setting = choose_setting(probe, inputs, labels, folds, protocol.seed)
+        setting = _choose_setting(probe, inputs, labels, folds, protocol.seed)
         (scores,) = _path(probe, inputs, labels, (rows, split.test), settings=(setting,), seed=protocol.seed)
         chosen = None
         if labels.num_classes:
@@ -291,7 +274,7 @@ def score(probe: Probe, inputs: Inputs, protocol: Protocol, fraction: float = 1.
     return results
 
 
-def choose_setting(
+def _choose_setting(
     probe: Probe, inputs: Inputs, labels: Labels, folds: Sequence[tuple[Array, Array]], seed: int = 0
 ) -> float:
     """The setting with the best mean over pairs of rows to fit and to check.
@@ -322,12 +305,12 @@ def _path(
 ) -> Iterator[Array]:
     """Scores of the rows to check, fitted on the others, for one setting after the other."""
     fit, check = fold
-    prepare = preparation(inputs, fit, seed)
+    prepare = _preparation(inputs, fit, seed)
     x, x_test = (prepare.transform(inputs.x[rows]) for rows in (fit, check))
     yield from probe.path(x, labels.values[fit], x_test, labels.num_classes, settings)
 
 
-def preparation(inputs: Inputs, rows: Array, seed: int) -> Pipeline:
+def _preparation(inputs: Inputs, rows: Array, seed: int) -> Pipeline:
     """Standardise by these rows; voxels after a PCA: they share a unit, and scaling would raise quiet ones' noise."""
     steps: list[Any] = [StandardScaler()]
     if inputs.num_components is not None:
@@ -343,14 +326,12 @@ def _setting_score(kind: Kind, labels: Array, scores: Array) -> float:
     """How good a setting is, higher is better: AUC, C-index, or the squared error, negative."""
     if kind in _VALUES:
         return float(-np.square(scores - labels).mean())
-    metric = concordance if kind == "survival" else auc
-    return float(metric(labels, scores, np.ones((1, len(labels))))[0])
+    return value_of(concordance if kind == "survival" else auc, labels, scores)
 
 
 def _log_likelihood(labels: Array, scores: Array) -> float:
     """Mean log-probability of the true class: log loss, negative."""
-    by_class = scores if scores.ndim == 2 else np.stack([1 - scores, scores], axis=1)
-    of_truth = np.take_along_axis(by_class, labels.astype(int)[:, None], axis=1)
+    of_truth = np.take_along_axis(by_class_of(scores), labels.astype(int)[:, None], axis=1)
     return float(np.log(np.maximum(of_truth, np.finfo(float).eps)).mean())
 
 
@@ -374,8 +355,7 @@ def estimate(metric: Metric, values: Array, results: Sequence[SplitScores], weig
     Raises:
         ValueError: no resample has a value.
     """
-    drawn = resampled(metric, values, results, weights)
-    return interval(drawn[0], drawn[1:])
+    return interval(resampled(metric, values, results, weights))
 
 
 class Neighbors(NamedTuple):
@@ -451,8 +431,3 @@ def linear_scores(features: Array, classes: Array, patients: Array, num_folds: i
         decision = model.decision_function(features[check])
         scores[check] = decision if decision.ndim == 2 else np.column_stack([-decision, decision])
     return scores
-
-
-def macro_auc(classes: Array, scores: Array) -> float:
-    """Area under the ROC curve of each class against the rest, averaged, unweighted."""
-    return float(auc(classes, scores, np.ones((1, len(classes))))[0])

@@ -5,6 +5,7 @@ The tables themselves are the user's copy of what the authors published; they ar
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -13,15 +14,13 @@ import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fmcib_ssl.data import IMPORTERS, AnnotationsError, text_of
+from fmcib_ssl.data import IMPORTERS, text_of
 from fmcib_ssl.evaluation.feature_table import ID_COLUMN
 from fmcib_ssl.evaluation.labels import EvaluationError
 from fmcib_ssl.evaluation.metrics import Kind
 
 #: Points nearer than this are one lesion.
 _SAME_POINT_MM = 0.05
-_POINT = ["coordX", "coordY", "coordZ"]
-_ENDINGS = (".nii.gz", ".nii", ".mhd", ".mha", ".nrrd")
 
 
 class _PublishedFigure(BaseModel):
@@ -53,11 +52,6 @@ class PublishedTask(BaseModel):
     allow_leakage: tuple[str, ...] = Field(default=(), description="known leaks of the split: warned of, not refused")
     note: str = ""
     published: tuple[_PublishedFigure, ...] = ()
-
-    @property
-    def has_split(self) -> bool:
-        """Whether the authors published who is trained on and who is tested."""
-        return set(self.tables) != {"all"}
 
 
 def load_task(name: str, folder: Path) -> PublishedTask:
@@ -91,56 +85,44 @@ def join_task(task: PublishedTask, lesions: pd.DataFrame, folder: Path) -> tuple
     Raises:
         EvaluationError: a missing table or column, nothing in common, or two lesions that fit one row.
     """
-    tables = [_imported(task, folder / path).assign(split=side) for side, path in task.tables.items()]
+    key, *point = ["image_path", "coordX", "coordY", "coordZ"] if task.join == "point" else ["PatientID"]
+    if absent := [name for name in (key, *point) if name not in lesions]:
+        raise EvaluationError(
+            f"the features have no column {', '.join(map(repr, absent))}; there is {', '.join(map(str, lesions))}"
+        )
+    tables = []
+    for side, path in task.tables.items():
+        if not (folder / path).is_file():
+            raise EvaluationError(f"{folder / path}: there is no such table; tables= is the folder with {path} in it")
+        tables.append(IMPORTERS[task.importer](folder / path).assign(split=side))
     rows = pd.concat(tables, ignore_index=True)
-    pairs = _pairs(task, rows, lesions)
+    names = [table[key].map(_file_name) if point else text_of(table[key]) for table in (rows, lesions)]
+    row_numbers = pd.DataFrame({"name": names[0], "row": range(len(rows))})
+    pairs = row_numbers.merge(pd.DataFrame({"name": names[1], "lesion": range(len(lesions))}))
+    if point:
+        apart = lesions[point].to_numpy(float)[pairs["lesion"]] - rows[point].to_numpy(float)[pairs["row"]]
+        pairs = pairs[(np.abs(apart) < _SAME_POINT_MM).all(axis=1)]
+    pairs = pairs.sort_values("row", kind="stable")
     if not len(pairs):
         raise EvaluationError(
             f"none of the {len(rows)} lesions of {task.title} is among the {len(lesions)} of the features: they are "
             f"joined by {'file name and point' if task.join == 'point' else 'PatientID'}, as "
             f"`scripts/import_annotations.py source={task.importer}` writes them"
         )
-    for side, other in (("row", "place"), ("place", "row")):
-        if (doubled := pairs[pairs[side].duplicated(keep=False)]).size:
-            names = ", ".join(lesions[ID_COLUMN].iloc[doubled["place"].unique()[:2]])
-            raise EvaluationError(f"{names} of the features and {task.title}: more than one {other} fits")
+    for one, other in (("row", "lesion"), ("lesion", "row")):
+        if (doubled := pairs[pairs[one].duplicated(keep=False)]).size:
+            ids = ", ".join(lesions[ID_COLUMN].iloc[doubled["lesion"].unique()[:2]])
+            raise EvaluationError(f"{ids} of the features and {task.title}: more than one {other} fits")
     columns = rows.iloc[pairs["row"]].reset_index(drop=True)
-    chosen = lesions.iloc[pairs["place"]].reset_index(drop=True)
+    chosen = lesions.iloc[pairs["lesion"]].reset_index(drop=True)
     joined = chosen.drop(columns=[name for name in columns if name in chosen]).join(columns)
     notes = [task.note] if task.note else []
-    if len(absent := rows[~rows.index.isin(pairs["row"])]):
-        sides = ", ".join(f"{count} of {side}" for side, count in absent["split"].value_counts().items())
-        notes.append(f"{len(absent)} of {len(rows)} published lesions have no features: {sides}")
+    if len(without := rows[~rows.index.isin(pairs["row"])]):
+        sides = ", ".join(f"{count} of {side}" for side, count in without["split"].value_counts().items())
+        notes.append(f"{len(without)} of {len(rows)} published lesions have no features: {sides}")
     return joined, notes
 
 
-def _imported(task: PublishedTask, path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        raise EvaluationError(f"{path}: there is no such table; tables= is the folder with {path.name}'s folder in it")
-    try:
-        return IMPORTERS[task.importer](path)
-    except AnnotationsError as error:
-        raise EvaluationError(str(error)) from error
-
-
-def _pairs(task: PublishedTask, rows: pd.DataFrame, lesions: pd.DataFrame) -> pd.DataFrame:
-    """Which `row` of the task fits which `place` of the lesions, in the order of the rows."""
-    by_point = task.join == "point"
-    column = "image_path" if by_point else "PatientID"
-    if absent := [name for name in (column, *(_POINT if by_point else ())) if name not in lesions]:
-        raise EvaluationError(
-            f"the features have no column {', '.join(map(repr, absent))}; there is {', '.join(map(str, lesions))}"
-        )
-    keys = [table[column].map(_stem) if by_point else text_of(table[column]) for table in (rows, lesions)]
-    ours = pd.DataFrame({"key": keys[1], "place": np.arange(len(lesions))})
-    pairs = pd.DataFrame({"key": keys[0], "row": np.arange(len(rows))}).merge(ours, on="key")
-    if by_point:
-        points, published = lesions[_POINT].to_numpy(float)[pairs["place"]], rows[_POINT].to_numpy(float)[pairs["row"]]
-        pairs = pairs[(np.abs(points - published) < _SAME_POINT_MM).all(axis=1)]
-    return pairs.sort_values("row", kind="stable")
-
-
-def _stem(path: object) -> str:
-    name = str(path).replace("\\", "/").rsplit("/", 1)[-1]
-    ending = next((end for end in _ENDINGS if name.endswith(end)), "")
-    return name.removesuffix(ending)
+def _file_name(path: object) -> str:
+    """Without folders and ending: the same scan may be kept in another format."""
+    return re.sub(r".*[/\\]|\.(nii(\.gz)?|mh[ad]|nrrd)$", "", str(path))

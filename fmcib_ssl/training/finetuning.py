@@ -36,6 +36,7 @@ from fmcib_ssl.evaluation import (
     read_labels,
     shared_patients,
     strata,
+    value_of,
 )
 from fmcib_ssl.io import atomic_write, checksum_of, digest_of
 from fmcib_ssl.models import EncoderFileError, FineTuning, encoder_metadata, export_encoder, feature_dim, load_encoder
@@ -287,7 +288,7 @@ def _score(task: Task, labels: Array, scores: Array) -> float:
     """The first metric of the task."""
     metric = next(iter(METRICS[task.labels.kind].values()))
     scores = scores[:, 1] if task.labels.kind == "binary" else scores
-    return float(metric(labels, scores, np.ones((1, len(labels))))[0])
+    return value_of(metric, labels, scores)
 
 
 def _predict(trainer: L.Trainer, module: FineTuning, loader: WatchedLoader, rows: Array) -> Array:
@@ -328,8 +329,7 @@ def results_of(task: Task, predictions: pd.DataFrame, seed: int, num_bootstrap: 
         chosen = table["predicted"].to_numpy() if "predicted" in table else None
         scores = scores if len(names) > 1 else scores[:, 0]
         splits.append(SplitScores(str(fold), rows, scores, setting=0.0, num_train=0, chosen=chosen))
-    drawn = patient_weights(task.patients, num_bootstrap, seed)
-    weights = np.concatenate([np.ones((1, len(task.patients))), drawn])
+    weights = patient_weights(task.patients, num_bootstrap, seed)
     results = []
     for metric, function in METRICS[task.labels.kind].items():
         result = estimate(function, task.labels.values, splits, weights)

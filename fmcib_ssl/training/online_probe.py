@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fmcib_ssl.data import LesionPatches, Store, selected, text_of
-from fmcib_ssl.evaluation import knn_scores, linear_scores, macro_auc
+from fmcib_ssl.evaluation import auc, knn_scores, linear_scores, value_of
 from fmcib_ssl.models import class_spread, effective_rank, evaluation_mode, mean_cosine_within, uniformity, unit_vectors
 from fmcib_ssl.types import Padding, Preprocessing
 
@@ -138,8 +138,8 @@ class OnlineProbe(L.Callback):
         knn = knn_scores(array, self.classes, self.groups, self.num_neighbors)
         linear = linear_scores(array, self.classes, self.groups, self.num_folds)
         figures = {
-            "knn_auc": macro_auc(self.classes, knn),
-            "linear_auc": macro_auc(self.classes, linear),
+            "knn_auc": value_of(auc, self.classes, knn),
+            "linear_auc": value_of(auc, self.classes, linear),
             "rank": float(effective_rank(features)),
             "lesion_cosine": float(mean_cosine_within(unit)),
             "uniformity": float(uniformity(unit)),

@@ -60,9 +60,3 @@ def test_few_rows_and_probabilities_that_say_nothing_have_one_bin() -> None:
     assert len(calibration([0, 1, 1], [0.1, 0.5, 0.9]).counts) == 1
     labels, p = drawn()
     assert len(calibration(labels, 0.5 + 0.01 * p).counts) == 1
-
-
-@pytest.mark.parametrize(("labels", "scores"), [([0, 1], [0.5, 1.5]), ([0, 1], [-2.0, 0.5]), ([1, 2], [0.1, 0.2])])
-def test_what_is_no_probability_is_refused(labels: list[int], scores: list[float]) -> None:
-    with pytest.raises(ValueError, match="labels of 0 and 1 and probabilities in 0 to 1"):
-        calibration(labels, scores)

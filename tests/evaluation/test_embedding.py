@@ -28,7 +28,6 @@ from fmcib_ssl.evaluation.embedding import (
     baseline_tables,
     embed_source,
     embed_to_file,
-    parts_folder,
     rejected_file,
 )
 from fmcib_ssl.evaluation.embedding_sources import FrozenEncoder, Inference, encode, open_patches, random_encoder
@@ -183,8 +182,6 @@ def test_eight_views_are_the_mean_over_mirror_images(encoder: FrozenEncoder) -> 
     ("values", "message"),
     [
         ({"precision": "fp16", "device": "cpu"}, "on the CPU take precision=bf16"),
-        ({"views": 2}, "views=2 is not one of 1, 8"),
-        ({"batch_size": 0}, "batch_size=0"),
     ],
 )
 def test_values_that_cannot_be(values: dict[str, Any], message: str) -> None:
@@ -296,7 +293,7 @@ def test_interrupted_and_resumed(run: Run, counted: Counted, whole: Path, tmp_pa
     outcome = run(output)
     assert counted.num_patches == outcome.num_embedded == 7 - 3 * (stop_after // 3)
     assert output.read_bytes() == whole.read_bytes()
-    assert not parts_folder(output).exists()
+    assert not output.with_suffix(".parts").exists()
 
 
 @pytest.mark.parametrize("num_processes", [2, 5])
@@ -319,7 +316,7 @@ def test_a_finished_table_is_not_made_again(run: Run, counted: Counted, whole: P
 def test_a_damaged_part_is_made_again(run: Run, whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "features.parquet"
     run(output, share=(0, 2))
-    part = sorted(parts_folder(output).glob("0*.parquet"))[0]
+    part = sorted(output.with_suffix(".parts").glob("0*.parquet"))[0]
     part.write_bytes(part.read_bytes()[:-10])
     run(output, share=(1, 2))
     assert not output.exists()

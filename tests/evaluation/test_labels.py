@@ -44,12 +44,16 @@ def test_kinds() -> None:
     [
         ("binary", {"label": "grade"}, "3 different values.*threshold='>3'"),
         ("binary", {"label": "texture"}, "label=texture: there is no such column; there is lesion_id, grade"),
-        ("binary", {"label": "site", "threshold": "<5"}, "'site' should hold numbers; 3 are not, such as 'lung'"),
+        ("binary", {"label": "site", "threshold": "<5"}, "'site' should hold numbers; 3 do not, such as 'lung'"),
         ("binary", {"label": "grade", "threshold": "5"}, "should be a comparison such as '<5'"),
         ("binary", {"label": "grade", "threshold": "<9"}, "3 lesions have a label, and it is the same"),
         ("ordinal", {"label": "grade", "threshold": "<5"}, "goes with task=binary, not ordinal"),
         ("survival", {"time": "days"}, "survival needs two columns"),
-        ("survival", {"time": "days", "event": "grade"}, "'grade' should be 0 or 1, true or false; it is 5.0"),
+        (
+            "survival",
+            {"time": "days", "event": "grade"},
+            "'grade' should hold 0 or 1, true or false; 2 do not",
+        ),
         ("binary", {}, "label= names the column"),
     ],
 )

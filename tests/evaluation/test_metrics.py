@@ -15,6 +15,7 @@ from sklearn.metrics import (
 
 from fmcib_ssl.evaluation import metrics
 
+PRECISION, SPEARMAN = metrics.METRICS["binary"]["average precision"], metrics.METRICS["ordinal"]["Spearman"]
 RNG = np.random.default_rng(0)
 NUM = 150
 WEIGHTS = RNG.integers(0, 4, (4, NUM)).astype(float)
@@ -33,7 +34,7 @@ def test_of_two_classes(digits: int) -> None:
     for k, rows in enumerate(EXPANDED):
         assert metrics.auc(y, scores, WEIGHTS)[k] == pytest.approx(roc_auc_score(y[rows], scores[rows]))
         precision = average_precision_score(y[rows], scores[rows])
-        assert metrics.average_precision(y, scores, WEIGHTS)[k] == pytest.approx(precision)
+        assert PRECISION(y, scores, WEIGHTS)[k] == pytest.approx(precision)
         accuracy = balanced_accuracy_score(y[rows], scores[rows] > 0.5)
         assert metrics.balanced_accuracy(y, scores > 0.5, WEIGHTS)[k] == pytest.approx(accuracy)
 
@@ -46,7 +47,7 @@ def test_of_several_classes() -> None:
         expected = roc_auc_score(y[rows], scores[rows], multi_class="ovr", average="macro")
         assert metrics.auc(y, scores, WEIGHTS)[k] == pytest.approx(expected)
         expected = average_precision_score(one_hot[rows], scores[rows], average="macro")
-        assert metrics.average_precision(y, scores, WEIGHTS)[k] == pytest.approx(expected)
+        assert PRECISION(y, scores, WEIGHTS)[k] == pytest.approx(expected)
         expected = balanced_accuracy_score(y[rows], scores[rows].argmax(1))
         assert metrics.balanced_accuracy(y, scores.argmax(1), WEIGHTS)[k] == pytest.approx(expected)
 
@@ -67,14 +68,13 @@ def test_the_chosen_class_is_the_one_that_true_probabilities_make_best() -> None
 def test_of_grades_and_values() -> None:
     y = np.rint(RNG.normal(3, 1.2, NUM)).clip(1, 5)
     scores = y + RNG.normal(size=NUM)
-    given = np.rint(scores).clip(1, 5)
+    grades = np.rint(scores).clip(1, 5).astype(int)
+    found = {name: metric(y, scores, WEIGHTS) for name, metric in metrics.METRICS["ordinal"].items()}
     for k, rows in enumerate(EXPANDED):
-        assert metrics.spearman(y, scores, WEIGHTS)[k] == pytest.approx(spearmanr(y[rows], scores[rows])[0])
-        assert metrics.mean_absolute_error(y, scores, WEIGHTS)[k] == pytest.approx(
-            mean_absolute_error(y[rows], scores[rows])
-        )
-        expected = cohen_kappa_score(y[rows].astype(int), given[rows].astype(int), weights="quadratic")
-        assert metrics.quadratic_kappa(y, scores, WEIGHTS)[k] == pytest.approx(expected)
+        kappa = cohen_kappa_score(y[rows].astype(int), grades[rows], weights="quadratic")
+        expected = {"Spearman": spearmanr(y[rows], scores[rows])[0], "quadratic kappa": kappa}
+        expected["MAE"] = mean_absolute_error(y[rows], scores[rows])
+        assert {name: values[k] for name, values in found.items()} == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("digits", [0, 12], ids=["ties", "no ties"])
@@ -92,6 +92,6 @@ def test_of_times(digits: int) -> None:
 def test_without_one_of_the_classes_there_is_no_value() -> None:
     y, scores = np.array([0, 0, 1]), np.array([0.1, 0.6, 0.7])
     weights = np.array([[1.0, 1, 0], [0, 0, 2], [1, 1, 1]])
-    for metric in (metrics.auc, metrics.average_precision):
+    for metric in (metrics.auc, PRECISION):
         assert np.isnan(metric(y, scores, weights)).tolist() == [True, True, False]
-    assert np.isnan(metrics.spearman(np.ones(3), scores, weights)).all()
+    assert np.isnan(SPEARMAN(np.ones(3), scores, weights)).all()

@@ -13,17 +13,15 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from fmcib_ssl.evaluation.labels import Labels, Split, grouped_folds
-from fmcib_ssl.evaluation.metrics import Kind
+from fmcib_ssl.evaluation.metrics import Kind, auc, value_of
 from fmcib_ssl.evaluation.probes import (
     PROBES,
     Inputs,
     Protocol,
-    choose_setting,
-    cox_path,
+    _choose_setting,
+    _preparation,
     knn_scores,
     linear_scores,
-    macro_auc,
-    preparation,
     score,
 )
 
@@ -72,7 +70,7 @@ def test_the_size_alone_gives_probabilities_and_not_only_an_order() -> None:
     everyone = Split("all", np.arange(400), np.arange(400))
     labels = labels_of("binary", malignant, 2)
     (found,) = score(PROBES["logistic"], lesions, Protocol(labels, np.arange(400), [everyone], "all"))
-    assert found.setting == choose_setting(PROBES["logistic"], lesions, labels, folds)
+    assert found.setting == _choose_setting(PROBES["logistic"], lesions, labels, folds)
     unpenalised = make_pipeline(StandardScaler(), LogisticRegression(C=np.inf)).fit(diameter, malignant)
     assert log_loss(malignant, found.scores) <= log_loss(malignant, unpenalised.predict_proba(diameter)) + 1e-3
     assert np.ptp(found.scores) > 0.8
@@ -101,16 +99,9 @@ def test_ridge(alpha: float) -> None:
     np.testing.assert_allclose(scored("ridge", VALUES, 0, alpha), oracle.predict(X_TEST), rtol=1e-8)
 
 
-def test_cox_gives_the_log_hazard() -> None:
-    labels = np.column_stack([RNG.exponential(size=NUM), RNG.random(NUM) < 0.7])
-    scaler = StandardScaler().fit(X)
-    expected = scaler.transform(X_TEST) @ cox_path(scaler.transform(X), labels, [10.0])[0]
-    np.testing.assert_allclose(scored("cox", labels, 0, 10.0), expected)
-
-
 def test_raw_voxels_are_reduced_by_the_training_rows_and_a_size_beside_them_is_not() -> None:
     x = np.hstack([X, 100 * VALUES[:, None]])
-    found = preparation(Inputs("x", x, 4, num_beside=1), np.arange(NUM), 0).transform(x)
+    found = _preparation(Inputs("x", x, 4, num_beside=1), np.arange(NUM), 0).transform(x)
     pca = StandardScaler().fit_transform(PCA(4, svd_solver="randomized", random_state=0).fit_transform(X))
     np.testing.assert_allclose(found[:, :4], pca)
     np.testing.assert_allclose(found[:, 4], (VALUES - VALUES.mean()) / VALUES.std())
@@ -129,7 +120,7 @@ def test_the_setting_is_that_of_a_grid_search_over_folds_of_patients(
     settings = [int(s) if name == "knn" else s for s in PROBES[name].settings]
     folds = grouped_folds("continuous", VALUES, PATIENTS, 5, 0)
     search = GridSearchCV(make_pipeline(StandardScaler(), model), {parameter: settings}, scoring=scoring, cv=folds)
-    chosen = choose_setting(PROBES[name], Inputs("x", X), labels_of("continuous", VALUES), folds)
+    chosen = _choose_setting(PROBES[name], Inputs("x", X), labels_of("continuous", VALUES), folds)
     assert chosen == search.fit(X, VALUES).best_params_[parameter]
 
 
@@ -144,7 +135,7 @@ def test_the_penalty_of_logistic_regression_is_that_of_a_grid_search_by_auc(num_
         cv=StratifiedGroupKFold(5, shuffle=True, random_state=0),
     )
     folds = grouped_folds(kind, labels, PATIENTS, 5, 0)
-    chosen = choose_setting(PROBES["logistic"], Inputs("x", X), labels_of(kind, labels, num_classes), folds)
+    chosen = _choose_setting(PROBES["logistic"], Inputs("x", X), labels_of(kind, labels, num_classes), folds)
     assert chosen == search.fit(X, labels, groups=PATIENTS).best_params_["logisticregression__C"]
 
 
@@ -155,7 +146,7 @@ def test_of_equally_good_settings_the_weakest_is_taken(name: str) -> None:
     one, folds = Inputs("one", np.column_stack([side, side - 0.5])), [(np.arange(0, NUM, 2), np.arange(1, NUM, 2))]
     survival = labels_of("survival", np.column_stack([3 - side, np.ones(NUM)]))
     labels = survival if name == "cox" else labels_of("binary", side, 2)
-    assert choose_setting(PROBES[name], one, labels, folds) == 1.0
+    assert _choose_setting(PROBES[name], one, labels, folds) == 1.0
 
 
 def test_a_validation_set_chooses_instead_of_folds() -> None:
@@ -184,9 +175,9 @@ def test_quick_probes_judge_each_lesion_by_other_patients(num_classes: int) -> N
     linear = linear_scores(X, classes, PATIENTS)
     for scores in (found, linear):
         expected = [roc_auc_score(classes == c, scores[:, c]) for c in range(num_classes)]
-        assert macro_auc(classes, scores) == pytest.approx(np.mean(expected))
+        assert value_of(auc, classes, scores) == pytest.approx(np.mean(expected))
     shuffled = np.random.default_rng(1).permutation(classes)
-    assert macro_auc(shuffled, linear_scores(X, shuffled, PATIENTS)) < macro_auc(classes, linear)
+    assert value_of(auc, shuffled, linear_scores(X, shuffled, PATIENTS)) < value_of(auc, classes, linear)
     fit, check = grouped_folds("multiclass", classes, PATIENTS, 5, 0)[0]
     model = make_pipeline(StandardScaler(), RidgeClassifierCV(np.logspace(-1, 5, 7))).fit(X[fit], classes[fit])
     np.testing.assert_allclose(linear[check][:, -1], model.decision_function(X[check]).reshape(len(check), -1)[:, -1])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fmcib_ssl.evaluation.metrics import risk_halves
-from fmcib_ssl.evaluation.probes import cox_path
+from fmcib_ssl.evaluation.probes import PROBES
 
 
 def cohort(num: int = 150, dim: int = 6, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -15,6 +15,11 @@ def cohort(num: int = 150, dim: int = 6, seed: int = 0) -> tuple[np.ndarray, np.
     x = (x - x.mean(0)) / x.std(0)
     time, censored = rng.exponential(np.exp(-0.7 * x[:, 0])), rng.exponential(1.5, num)
     return x, np.column_stack([np.minimum(time, censored), time < censored])
+
+
+def coefficients(x: np.ndarray, labels: np.ndarray, penalties: list[float]) -> np.ndarray:
+    """Log-hazards of the axes."""
+    return np.stack(list(PROBES["cox"].path(x, labels, np.eye(x.shape[1]), 0, penalties)))
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -26,14 +31,14 @@ def test_coefficients_are_those_of_scikit_survival(ties: bool, penalty: float) -
         labels[:, 0] = np.ceil(5 * labels[:, 0])
     pairs = list(zip(labels[:, 1].astype(bool), labels[:, 0], strict=True))
     model.fit(x, np.array(pairs, dtype=[("event", bool), ("time", float)]))
-    np.testing.assert_allclose(cox_path(x, labels, [100.0, penalty])[1], model.coef_, atol=2e-6)
+    np.testing.assert_allclose(coefficients(x, labels, [100.0, penalty])[1], model.coef_, atol=2e-6)
 
 
 def test_coefficients_are_those_of_lifelines() -> None:
     """As lifelines 0.30.3 gives them for `CoxPHFitter(penalizer=30 / 150)`, which divides by the sample's deviation."""
     x, labels = cohort()
     x = x * np.sqrt(149 / 150)
-    found = cox_path(x, labels, [30.0])[0]
+    found = coefficients(x, labels, [30.0])[0]
     lifelines = [0.3879304331, 0.1536311594, 0.0416701761, -0.0600178924, 0.1353625810, 0.0857010738]
     np.testing.assert_allclose(found, lifelines, atol=1e-5)
 
@@ -42,8 +47,8 @@ def test_more_features_than_rows_is_the_same_as_in_the_basis_of_the_rows() -> No
     rng = np.random.default_rng(1)
     x, labels = cohort(40, 6)
     rotation = np.linalg.qr(rng.normal(size=(200, 200)))[0][:6]
-    wide = cox_path(x @ rotation, labels, [3.0])[0]
-    np.testing.assert_allclose(wide @ rotation.T, cox_path(x, labels, [3.0])[0], atol=1e-4)
+    wide = coefficients(x @ rotation, labels, [3.0])[0]
+    np.testing.assert_allclose(wide @ rotation.T, coefficients(x, labels, [3.0])[0], atol=1e-4)
     np.testing.assert_allclose(np.linalg.norm(wide), np.linalg.norm(wide @ rotation.T), rtol=1e-3)
 
 
@@ -67,4 +72,4 @@ def test_halves_have_the_curves_and_the_test_of_scikit_survival() -> None:
 def test_without_an_event_nothing_is_learned() -> None:
     x, labels = cohort(20)
     with pytest.raises(ValueError, match="no event was seen"):
-        cox_path(x, labels * [1, 0], [1.0])
+        coefficients(x, labels * [1, 0], [1.0])
