@@ -82,24 +82,17 @@ def main(arguments: list[str]) -> None:
     if command.check == "full":
         print(f"values    {peaks_summary(scans)}: {command.output / 'scans.csv'}")
     if command.sheet_lesions:
-        from fmcib_ssl.evaluation import (  # noqa: PLC0415
-            ReportFigure,
-            Section,
-            lesion_sheet,
-            rejected_section,
-            write_report,
-        )
+        from fmcib_ssl.evaluation import write_lesion_page  # noqa: PLC0415
 
-        lesions = sample(usable, command.sheet_lesions, command.spacing_mm, command.identifiers)
-        picture = lesion_sheet(lesions, command.output / "contact_sheet.png", command.spacing_mm)
-        sheet = Section(
-            "Are the points where they should be?", figures=[ReportFigure(picture, "Annotated points", wide=True)]
-        )
-        page = write_report(
-            command.output / "contact_sheet.html",
+        page = write_lesion_page(
+            command.output / "contact_sheet.png",
             f"Lesions of {command.annotations.name}",
-            [sheet, rejected_section("Rows that cannot be used", rejected, command.identifiers)],
-            subtitle=f"{len(usable)} of {len(table)} rows can be used",
+            f"{len(usable)} of {len(table)} rows can be used",
+            lesions=sample(usable, command.sheet_lesions, command.spacing_mm, command.identifiers),
+            num_lesions=len(usable),
+            spacing_mm=command.spacing_mm,
+            rejected=rejected,
+            identifiers=command.identifiers,
         )
         print(f"look at   {page}")
 

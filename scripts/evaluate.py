@@ -165,7 +165,7 @@ def protocol_of(command: Evaluate, tables: dict[str, FeatureTable]) -> tuple[Any
         lesions, more = join_task(published, lesions, command.tables)
         notes += more
         kind, columns = published.kind, {key: getattr(published, key) for key in columns}
-        split, group = ("split" if published.has_split else None), published.group
+        split, group = (None if "all" in published.tables else "split"), published.group
     if command.labels is not None:
         lesions, absent = of.join_labels(lesions, command.labels, command.labels_on)
         notes += [f"{absent} lesions are not in {command.labels}"] if absent else []
@@ -188,37 +188,28 @@ def protocol_of(command: Evaluate, tables: dict[str, FeatureTable]) -> tuple[Any
 
 def show(result: Evaluation) -> None:
     """Print the tables: what was reached, and who is ahead of whom."""
-    from fmcib_ssl.evaluation import results_table  # noqa: PLC0415
+    import pandas as pd  # noqa: PLC0415
 
-    metrics = list(dict.fromkeys(row["metric"] for row in result.rows))
-    several = len({row["split"] for row in result.rows}) > 1
-    lines: dict[tuple[Any, ...], dict[str, object]] = {}
-    ahead = []
-    for row in result.rows:
-        about = {"features": row["features"], "probe": row["probe"], "labels": f"{row['fraction']:.0%}"}
-        about |= {"split": row["split"]} if several else {}
-        line = lines.setdefault((row["split"], *about.values()), {**about, **dict.fromkeys(metrics, "-")})
-        line[row["metric"]] = interval(row)
-    for row in result.differences:
-        if row["metric"] == metrics[0]:
-            about = {"features": row["features"], "ahead of": row["against"], "probe": row["probe"]}
-            about |= {"labels": f"{row['fraction']:.0%}", "by": f"{interval(row, '+')} {row['metric']}"}
-            ahead.append(about | ({"split": row["split"]} if several else {}))
-    for table in (list(lines.values()), ahead):
-        if table:
-            print(f"\n{results_table(table)}")
+    from fmcib_ssl.evaluation import Estimate, results_lines, results_table  # noqa: PLC0415
+
+    rows, differences = pd.DataFrame(result.rows), pd.DataFrame(result.differences)
+    for table in (rows, differences):
+        if len(table):
+            table["labels"] = [f"{fraction:.0%}" for fraction in table["fraction"]]
+    names = ["features", "probe", "labels", *(["split"] if len(rows) and rows["split"].nunique() > 1 else [])]
+    if len(rows):
+        print(f"\n{results_table(results_lines(rows, names, digits=3))}")
+    if len(differences):
+        first = differences[(differences["metric"] == rows["metric"].iloc[0]) & differences["value"].notna()]
+        numbers = first[["value", "low", "high"]].itertuples(index=False)
+        by = [f"{Estimate(*row):+.3f} {metric}" for row, metric in zip(numbers, first["metric"], strict=True)]
+        ahead = first.assign(by=by).rename(columns={"against": "ahead of"})
+        print(f"\n{results_table(ahead[[*names[:1], 'ahead of', *names[1:3], 'by', *names[3:]]])}")
     for curve in result.survival:
         p = "-" if curve["log_rank_p"] is None else f"{curve['log_rank_p']:.2g}"
         print(f"log-rank  {curve['features']}, {curve['fraction']:.0%}: p = {p} between the halves by risk")
     for lacking in result.missing:
         print(f"missing   {lacking['features']}: {lacking['reason']}")
-
-
-def interval(row: dict[str, Any], sign: str = "") -> str:
-    """A value with its interval."""
-    if row["value"] is None:
-        return "-"
-    return f"{row['value']:{sign}.3f} ({row['low']:{sign}.3f} to {row['high']:{sign}.3f})"
 
 
 if __name__ == "__main__":

@@ -113,14 +113,7 @@ def write_page(summary: Summary, num_lesions: int, identifiers: Identifiers) -> 
     import numpy as np  # noqa: PLC0415  # and torch, which the workers would import with this file
 
     from fmcib_ssl.data import Store, patch_start  # noqa: PLC0415
-    from fmcib_ssl.evaluation import (  # noqa: PLC0415
-        ReportFigure,
-        Section,
-        SheetLesion,
-        lesion_sheet,
-        rejected_section,
-        write_report,
-    )
+    from fmcib_ssl.evaluation import SheetLesion, write_lesion_page  # noqa: PLC0415
 
     store = Store(summary.store)
     spacing_mm = store.settings.spacing_mm
@@ -135,20 +128,15 @@ def write_page(summary: Summary, num_lesions: int, identifiers: Identifiers) -> 
         )
         for row, start in zip(rows, starts, strict=True)
     ]
-    picture = lesion_sheet(lesions, summary.store / "contact_sheet.png", spacing_mm)
-    return write_report(
-        summary.store / "contact_sheet.html",
+    return write_lesion_page(
+        summary.store / "contact_sheet.png",
         f"Lesions of {summary.store.name}",
-        [
-            Section(
-                "Are the points where they should be?",
-                f"{len(lesions)} of {len(store.lesions)} lesions, spread over the table. A lesion that is not under "
-                "the cross was annotated in another frame (coordinates=ras?) or in another scan.",
-                figures=[ReportFigure(picture, "Planes through the annotated points", wide=True)],
-            ),
-            rejected_section("Rejected rows", summary.rejected, identifiers),
-        ],
-        subtitle=f"{len(store.scans)} scans, {len(store.lesions)} lesions, {spacing_mm:g} mm",
+        f"{len(store.scans)} scans, {len(store.lesions)} lesions, {spacing_mm:g} mm",
+        lesions=lesions,
+        num_lesions=len(store.lesions),
+        spacing_mm=spacing_mm,
+        rejected=summary.rejected,
+        identifiers=identifiers,
     )
 
 

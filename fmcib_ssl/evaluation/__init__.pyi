@@ -23,7 +23,6 @@ from .feature_table import FeatureTable as FeatureTable
 from .figures import ContactRow as ContactRow
 from .figures import SheetLesion as SheetLesion
 from .figures import contact_sheet as contact_sheet
-from .figures import lesion_sheet as lesion_sheet
 from .labels import Labels as Labels
 from .labels import Split as Split
 from .labels import column_text as column_text
@@ -43,6 +42,7 @@ from .metrics import Kind as Kind
 from .metrics import auc as auc
 from .metrics import interval as interval
 from .metrics import patient_weights as patient_weights
+from .metrics import value_of as value_of
 from .probes import LINEAR_PROBE as LINEAR_PROBE
 from .probes import PROBES as PROBES
 from .probes import Inputs as Inputs
@@ -51,15 +51,12 @@ from .probes import SplitScores as SplitScores
 from .probes import estimate as estimate
 from .probes import knn_scores as knn_scores
 from .probes import linear_scores as linear_scores
-from .probes import macro_auc as macro_auc
 from .probes import resampled as resampled
 from .probes import score as score
-from .report import rejected_section as rejected_section
 from .report import report_all as report_all
 from .report import results_table as results_table
-from .report import write_report as write_report
+from .report import write_lesion_page as write_lesion_page
 from .report_features import FeatureOptions as FeatureOptions
-from .report_sections import ReportFigure as ReportFigure
-from .report_sections import Section as Section
+from .report_results import results_lines as results_lines
 from .tasks import join_task as join_task
 from .tasks import load_task as load_task

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_curve
 
@@ -94,13 +96,10 @@ def training_curves(metrics_csv: Path | str, path: Path | str) -> Path:
     filled = {name for name in table.select_dtypes("number") if table[name].notna().any()}
     panels = [panel for panel in _PANELS if filled & panel[2].keys()]
     if not panels:
-        wanted = ", ".join(name for _, _, columns in _PANELS for name in columns)
-        raise ValueError(f"{metrics_csv} holds no numbers to draw; wanted any of {wanted}")
-    across = min(len(panels), 3)
-    down = -(-len(panels) // across)
-    figure = Figure(figsize=(3.7 * across, 2.6 * down + 0.2), facecolor="white", layout="constrained")
-    for place, (title, unit, columns) in enumerate(panels, start=1):
-        axes = figure.add_subplot(down, across, place)
+        drawn = ", ".join(name for _, _, columns in _PANELS for name in columns)
+        raise ValueError(f"{metrics_csv} holds no numbers to draw; it should have any of {drawn}")
+    figure, all_axes = _panels(len(panels), 3, (3.7, 2.6))
+    for axes, (title, unit, columns) in zip(all_axes, panels, strict=True):
         for color, (name, label) in zip(COLORS, columns.items(), strict=False):
             if name not in filled:
                 continue
@@ -128,13 +127,17 @@ def _tidy(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     axes.spines[["left", "bottom"]].set_color(LINE)
 
 
-def _chart(height: float, *, square: bool = False, width: float = 4.6) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
-    axes = figure.add_subplot()
-    if square:
-        axes.plot([0, 1], [0, 1], color=MUTED, lw=0.8, ls=":")
-        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-    return figure, axes
+def _panels(num: int, max_across: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels, row by row, each of a size in inches."""
+    across = min(num, max_across)
+    down = -(-num // across)
+    figure = Figure(figsize=(size[0] * across, size[1] * down), facecolor="white", layout="constrained")
+    return figure, [figure.add_subplot(down, across, number) for number in range(1, num + 1)]
+
+
+def _diagonal(axes: Axes) -> None:
+    axes.plot([0, 1], [0, 1], color=MUTED, lw=0.8, ls=":")
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
 
 
 def _save_chart(figure: Figure, path: Path | str, columns: int = 1) -> Path:
@@ -155,13 +158,9 @@ def interval_plot(
         unit: of the horizontal axis, such as the metric.
         zero: draw a line at zero, for differences.
     """
-    across = min(len(panels), 3)
-    down = -(-len(panels) // across)
     max_rows = max(len(rows) for rows in panels.values())
-    size = 1.6 + 3.1 * across, down * (0.9 + 0.32 * max_rows)
-    figure = Figure(figsize=size, facecolor="white", layout="constrained")
-    for place, (title, rows) in enumerate(panels.items(), start=1):
-        axes = figure.add_subplot(down, across, place)
+    figure, all_axes = _panels(len(panels), 3, (4.0, 0.9 + 0.32 * max_rows))
+    for axes, (title, rows) in zip(all_axes, panels.items(), strict=True):
         if zero:
             axes.axvline(0, color=MUTED, lw=0.8, ls=":")
         series = rows["features" if "features" in rows else "name"]
@@ -208,7 +207,8 @@ def mean_roc_curves(
     curves: Mapping[str, tuple[Array, Array]], path: Path | str, palette: Palette, title: str = ""
 ) -> Path:
     """Draw curves of `mean_roc`, at most eight, each under its name in the legend."""
-    figure, axes = _chart(4.4, square=True)
+    figure, (axes,) = _panels(1, 1, (4.6, 4.4))
+    _diagonal(axes)
     for name, (false_positives, true_positives) in curves.items():
         axes.plot(false_positives, true_positives, color=palette[name][0], lw=1.6, label=name)
     _tidy(axes, title, "false positive rate", "true positive rate")
@@ -217,7 +217,8 @@ def mean_roc_curves(
 
 def calibration_curves(series: Mapping[str, Calibration], path: Path | str, palette: Palette, title: str = "") -> Path:
     """Draw observed against predicted with intervals; on the diagonal probabilities can be taken at their word."""
-    figure, axes = _chart(4.2, square=True)
+    figure, (axes,) = _panels(1, 1, (4.6, 4.2))
+    _diagonal(axes)
     for name, one in series.items():
         color, marker = palette[name]
         errors = (one.observed - one.low, one.high - one.observed)
@@ -230,7 +231,7 @@ def calibration_curves(series: Mapping[str, Calibration], path: Path | str, pale
 
 def label_fractions(rows: pd.DataFrame, path: Path | str, palette: Palette, unit: str) -> Path:
     """Draw what a probe reaches with a part of the labels: `name`, `fraction` of them, `value`, `low`, `high`."""
-    figure, axes = _chart(4.0, width=5.4)
+    figure, (axes,) = _panels(1, 1, (5.4, 4.0))
     by_name: Any = rows.sort_values("fraction").groupby("name", sort=False)
     for name, part in by_name:
         color, marker = palette[str(name)]
@@ -246,7 +247,7 @@ def label_fractions(rows: pd.DataFrame, path: Path | str, palette: Palette, unit
 
 def survival_curves(halves: Sequence[Mapping[str, Any]], path: Path | str, title: str = "") -> Path:
     """Draw Kaplan-Meier curves, `halves` of `metrics.risk_halves`."""
-    figure, axes = _chart(3.9)
+    figure, (axes,) = _panels(1, 1, (4.6, 3.9))
     for color, half in zip(COLORS, halves, strict=False):
         label = f"{half['name']} (n = {half['num']}, {half['num_events']} events)"
         axes.step(half["times"], half["survival"], where="post", color=color, lw=1.6, label=label)
@@ -263,14 +264,14 @@ def principal_components(features: Array) -> tuple[Array, Array]:
         features: `(n, dim)`; with one row or one column there is no second component, and it is 0.
 
     Returns:
-        Places `(n, 2)`, and each component's share of the variance, `(2,)`.
+        Points `(n, 2)`, and each component's share of the variance, `(2,)`.
     """
     scaled = (features - features.mean(0)) / np.maximum(features.std(0), 1e-12)
     solver = "full" if min(features.shape) < 1000 else "randomized"
     pca = PCA(min(2, *features.shape), svd_solver=solver, random_state=0).fit(scaled)
-    places, shares = np.zeros((len(features), 2)), np.zeros(2)
-    places[:, : pca.n_components_], shares[: pca.n_components_] = pca.transform(scaled), pca.explained_variance_ratio_
-    return places, np.nan_to_num(shares)
+    points, shares = np.zeros((len(features), 2)), np.zeros(2)
+    points[:, : pca.n_components_], shares[: pca.n_components_] = pca.transform(scaled), pca.explained_variance_ratio_
+    return points, np.nan_to_num(shares)
 
 
 def has_umap() -> bool:
@@ -278,7 +279,7 @@ def has_umap() -> bool:
     return importlib.util.find_spec("umap") is not None
 
 
-def umap_places(features: Array, seed: int = 0) -> Array:
+def umap_layout(features: Array, seed: int = 0) -> Array:
     """Features laid out by UMAP with cosine distance, `(n, 2)`; near points are alike, distances mean little.
 
     Source: McInnes, Healy, Melville, "UMAP: Uniform Manifold Approximation and Projection", 2018.
@@ -290,8 +291,8 @@ def umap_places(features: Array, seed: int = 0) -> Array:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="n_jobs value")  # a seed means one thread: said each time
         neighbors = max(2, min(15, len(features) - 1))
-        places: Array = make(n_neighbors=neighbors, metric="cosine", random_state=seed).fit_transform(features)
-    return places
+        points: Array = make(n_neighbors=neighbors, metric="cosine", random_state=seed).fit_transform(features)
+    return points
 
 
 def columns_to_color(lesions: pd.DataFrame, limit: int = 4) -> list[str]:
@@ -326,92 +327,57 @@ def is_measurement(values: pd.Series[Any]) -> bool:
 
 
 def map_of_columns(
-    places: Mapping[str, tuple[Array, tuple[str, str]]], columns: pd.DataFrame, path: Path | str
+    layouts: Mapping[str, tuple[Array, tuple[str, str]]], columns: pd.DataFrame, path: Path | str
 ) -> Path:
-    """Draw layouts of the same lesions, a row a layout, a panel a column.
+    """Draw layouts of the same lesions, a panel a layout and column.
 
     Args:
-        places: under the layout's name, places `(n, 2)` and the labels of its axes.
-        columns: what to colour by, `n` rows. Of more than eight classes the seven most frequent get a
-            colour, the others share one; what is missing is grey.
+        layouts: under the layout's name, points `(n, 2)` and the labels of its axes.
+        columns: what to colour by, `n` rows.
         path: of the PNG.
     """
     names = list(map(str, columns))
-    across = min(len(names), 4)
-    down = -(-len(names) // across)
-    figure = Figure(figsize=(3.9 * across, 3.9 * down * len(places)), facecolor="white", layout="constrained")
-    for layout_number, (layout, (where, labels)) in enumerate(places.items()):
-        for number, name in enumerate(names, start=1):
-            axes = figure.add_subplot(down * len(places), across, layout_number * down * across + number)
-            _scatter(figure, axes, where, columns[name])
-            axes.locator_params(nbins=6)
-            _tidy(axes, f"{layout}, by {name}", *labels)
+    figure, panels = _panels(len(names) * len(layouts), min(len(names), 4), (3.9, 3.9))
+    each = itertools.product(layouts.items(), names)
+    for axes, ((layout, (points, labels)), name) in zip(panels, each, strict=True):
+        colors, legend = point_colors(columns[name])
+        size = float(np.clip(3000 / len(points), 6, 26))
+        axes.scatter(points[:, 0], points[:, 1], size, colors, alpha=0.8, linewidths=0.3, edgecolors="white")
+        axes.locator_params(nbins=6)
+        _tidy(axes, f"{layout}, by {name}", *labels)
+        axes.legend(
+            handles=[Line2D([], [], color=color, marker="o", ls="", label=text) for text, color in legend.items()],
+            frameon=False, fontsize=8, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2,
+            handletextpad=0.2, columnspacing=0.8,
+        )  # fmt: skip
     return save_figure(figure, path)
 
 
-class _Group(NamedTuple):
-    """Points that are drawn alike."""
+def point_colors(values: pd.Series[Any]) -> tuple[list[str], dict[str, str]]:
+    """A colour for every row, and the legend: colours by name.
 
-    name: str
-    color: str
-    marker: str
-    rows: Array
-
-
-def _groups(values: pd.Series[Any]) -> list[_Group]:
-    """What is missing; then classes with a colour of their own, all or of too many the most frequent; then the others.
-
-    Of a measurement, which has a scale of its own, only what is missing.
+    Of more than eight classes the seven most frequent get a colour, the others share one; measurements have a scale
+    from their 2nd to their 98th percentile; what is missing is grey.
     """
-    known = values.notna().to_numpy()
-    groups = [] if known.all() else [_Group("missing", _MISSING, ".", ~known)]
-    if not is_measurement(values):
-        texts = values.map(_plain, na_action="ignore")
-        counts = texts[known].value_counts()
-        shown = sorted(counts.index[: len(COLORS) - (len(counts) > len(COLORS))])
-        styles = zip(shown, COLORS, _MARKERS, strict=False)
-        groups += [_Group(kind, color, marker, (texts == kind).to_numpy(bool)) for kind, color, marker in styles]
-        if rest := len(counts) - len(shown):
-            rows = known & ~texts.isin(shown).to_numpy()
-            groups.append(_Group(f"{rest} others", COLORS[-1], _MARKERS[-1], rows))
-    return groups
-
-
-def _scatter(figure: Figure, axes: Axes, where: Array, values: pd.Series[Any]) -> None:
-    size = float(np.clip(3000 / len(where), 6, 26))
-    style: dict[str, Any] = {"s": size, "alpha": 0.8, "linewidths": 0.3, "edgecolors": "white"}
-    for name, color, marker, rows in _groups(values):
-        x, y = where[rows].T
-        axes.scatter(x, y, **style, color=color, marker=marker, label=f"{name} ({rows.sum()})")
-    if is_measurement(values):
-        known = values.notna().to_numpy()
-        low, high = np.percentile(values[known], [2, 98])
-        scale: dict[str, Any] = {"cmap": "viridis", "vmin": low, "vmax": max(high, low + 1e-12)}
-        x, y = where[known].T
-        points = axes.scatter(x, y, **style, c=values[known].to_numpy(float), **scale)
-        bar = figure.colorbar(points, ax=axes, shrink=0.8, pad=0.02, aspect=28, extend="both")
-        bar.ax.tick_params(labelsize=7, colors=MUTED)
-        bar.outline.set_visible(False)
-        return
-    axes.legend(
-        frameon=False, fontsize=8, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2,
-        handletextpad=0.2, columnspacing=0.8,
-    )  # fmt: skip
-
-
-def point_colors(values: pd.Series[Any]) -> tuple[list[str], list[tuple[str, str]]]:
-    """A colour for every row as `map_of_columns` has them, and the legend: names and colours."""
+    known, legend = values.notna().to_numpy(), {}
     colors = np.full(len(values), _MISSING, dtype=object)
-    groups = _groups(values)
-    for group in groups:
-        colors[group.rows] = group.color
-    legend = [(group.name, group.color) for group in sorted(groups, key=lambda group: group.color == _MISSING)]
     if is_measurement(values):
-        known, scale = values.notna().to_numpy(), colormaps["viridis"]
-        low, high = np.percentile(values[known], [2, 98])
-        shares = (values[known].to_numpy(float) - low) / max(high - low, 1e-12)
-        colors[known] = [to_hex(scale(share)) for share in shares]
-        legend = [(f"{low:.4g} or less", to_hex(scale(0.0))), (f"{high:.4g} or more", to_hex(scale(1.0)))]
+        numbers, scale = values[known].to_numpy(float), colormaps["viridis"]
+        low, high = np.percentile(numbers, [2, 98])
+        colors[known] = [to_hex(scale(share)) for share in (numbers - low) / max(high - low, 1e-12)]
+        steps = {f"{low:.4g} or less": 0.0, f"{(low + high) / 2:.4g}": 0.5, f"{high:.4g} or more": 1.0}
+        legend = {name: to_hex(scale(share)) for name, share in steps.items()}
+    else:
+        texts = values.map(_plain, na_action="ignore")
+        counts = texts.value_counts()
+        num_own = len(COLORS) - (len(counts) > len(COLORS))
+        others = counts.index[num_own:]
+        for kind, color in zip(sorted(counts.index[:num_own]), COLORS, strict=False):
+            colors[(texts == kind).to_numpy(bool)] = legend[f"{kind} ({counts[kind]})"] = color
+        if len(others):
+            colors[texts.isin(others)] = legend[f"{len(others)} others ({counts[others].sum()})"] = COLORS[-1]
+    if not known.all():
+        legend[f"missing ({(~known).sum()})"] = _MISSING
     return colors.tolist(), legend
 
 

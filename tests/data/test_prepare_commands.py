@@ -19,8 +19,8 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 
-from fmcib_ssl import evaluation
 from fmcib_ssl.data.store import Store
+from fmcib_ssl.evaluation import report
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -180,9 +180,9 @@ def test_a_page_without_the_names_of_scans(
     archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
 ) -> None:
     titles: list[str] = []
-    drawn = evaluation.lesion_sheet
+    drawn = report.lesion_sheet
     monkeypatch.setattr(
-        evaluation,
+        report,
         "lesion_sheet",
         lambda shown, *rest: titles.extend(one.title for one in shown) or drawn(shown, *rest),
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
@@ -28,7 +29,7 @@ from fmcib_ssl.evaluation.charts import (
     principal_components,
     survival_curves,
     training_curves,
-    umap_places,
+    umap_layout,
 )
 from fmcib_ssl.evaluation.metrics import calibration
 
@@ -63,7 +64,7 @@ def test_curves_of_a_single_step_and_of_nothing(tmp_path: Path) -> None:
     pd.DataFrame({"step": [0], "train/loss": [1.0]}).to_csv(tmp_path / "one.csv", index=False)
     assert training_curves(tmp_path / "one.csv", tmp_path / "one.png").is_file()
     pd.DataFrame({"step": [0], "other": [1.0]}).to_csv(tmp_path / "none.csv", index=False)
-    with pytest.raises(ValueError, match=r"none\.csv holds no numbers to draw; wanted any of train/loss"):
+    with pytest.raises(ValueError, match=r"none\.csv holds no numbers to draw; it should have any of train/loss"):
         training_curves(tmp_path / "none.csv", tmp_path / "none.png")
     pd.DataFrame({"train/loss": [1.0]}).to_csv(tmp_path / "no_step.csv", index=False)
     with pytest.raises(ValueError, match="no column 'step'; it has train/loss"):
@@ -148,9 +149,9 @@ def test_umap_keeps_neighbours_and_gives_the_same_map_again() -> None:
     pytest.importorskip("umap")
     rng = np.random.default_rng(0)
     features = (rng.normal(size=(6, 20))[rng.integers(0, 6, 90)] + 0.2 * rng.normal(size=(90, 20))).astype(np.float32)
-    places = umap_places(features)
+    places = umap_layout(features)
     assert trustworthiness(features, places, n_neighbors=5, metric="cosine") > 0.9
-    np.testing.assert_array_equal(places, umap_places(features))
+    np.testing.assert_array_equal(places, umap_layout(features))
 
 
 def lesions(n: int = 60) -> pd.DataFrame:
@@ -182,21 +183,21 @@ def test_columns_that_say_something_are_found() -> None:
 def test_classes_measurements_and_what_is_missing(drawn: list[Figure], tmp_path: Path) -> None:
     table = lesions()
     where = np.random.default_rng(1).normal(size=(60, 2))
-    places = {"PCA": (where, ("component 1", "component 2")), "UMAP": (where, ("", ""))}
-    map_of_columns(places, table[["texture", "diameter_mm", "site", "margin"]], tmp_path / "maps.png")
+    layouts = {"PCA": (where, ("component 1", "component 2")), "UMAP": (where, ("", ""))}
+    names = ["texture", "diameter_mm", "site", "margin"]
+    map_of_columns(layouts, table[names], tmp_path / "maps.png")
     panels = [axes for axes in drawn[0].axes if axes.get_title(loc="left")]
     assert [axes.get_title(loc="left") for axes in panels][::4] == ["PCA, by texture", "UMAP, by texture"]
     for offset in (0, 4):
         texture, diameter, site, margin = panels[offset : offset + 4]
-        for axes, kind in zip(texture.collections, (1, 2, 3, 4), strict=True):
-            np.testing.assert_allclose(axes.get_offsets(), where[table["texture"] == kind])
+        for axes, name in zip((texture, diameter, site, margin), table[names], strict=True):
+            (points,) = axes.collections
+            np.testing.assert_allclose(points.get_offsets(), where)
+            assert [to_hex(color) for color in points.get_facecolor()] == point_colors(table[name])[0]
         assert texture.get_legend().get_texts()[0].get_text() == f"1 ({(table.texture == 1).sum()})"
-        np.testing.assert_allclose(diameter.collections[0].get_array(), table["diameter_mm"])
-        texts = [text.get_text() for text in site.get_legend().get_texts()]
-        assert len(texts) == 8 and texts[-1].startswith("4 others (")
-        assert sum(len(part.get_offsets()) for part in site.collections) == 60
-        assert to_hex(margin.collections[0].get_facecolor()[0]) == "#d5dae0"
-        assert len(margin.collections[0].get_offsets()) == table["margin"].isna().sum()
     colors, legend = point_colors(table["site"])
-    assert len(legend) == 8 and set(colors) == set(dict(legend).values())
-    assert point_colors(table["margin"])[1][-1] == ("missing", "#d5dae0")
+    assert len(legend) == 8 and set(colors) == set(legend.values()) and list(legend)[-1].startswith("4 others (")
+    colors, legend = point_colors(table["margin"])
+    assert list(legend.items())[-1] == ("missing (15)", "#d5dae0") and colors[::4] == ["#d5dae0"] * 15
+    by_size = np.array(point_colors(table["diameter_mm"])[0])[np.argsort(table["diameter_mm"])]
+    assert by_size[0] == by_size[1] == to_hex(colormaps["viridis"](0.0)) != by_size[30]

@@ -29,7 +29,7 @@ from fmcib_ssl.evaluation import charts, report_features
 from fmcib_ssl.evaluation.feature_table import FeatureTable, FeatureTableError
 from fmcib_ssl.evaluation.report import report_all
 from fmcib_ssl.evaluation.report_features import FeatureOptions
-from fmcib_ssl.evaluation.report_sections import answer
+from fmcib_ssl.evaluation.report_results import answer
 from fmcib_ssl.models.encoders import small_resnet
 from fmcib_ssl.models.export import export_encoder
 from fmcib_ssl.types import Preprocessing
@@ -182,7 +182,8 @@ def test_the_page_holds_all_and_needs_nothing(given: Path, tmp_path: Path) -> No
         "Not computed: raw voxels: no patches",
         "the extent predicts the label",
         "log-rank p = 0.03",
-        "InfoNCELoss: negatives mined",
+        "loss",
+        "{_target_: fmcib_ssl.losses.InfoNCELoss, negatives: mined}",
         "train.py <seed>",
         "abc123",
         "pip install 'fmcib_ssl[report]'",
@@ -206,6 +207,7 @@ def test_a_report_without_names(given: Path, tmp_path: Path, monkeypatch: pytest
     (evaluated / "results.json").write_text(json.dumps(found))
     table = FeatureTable.read(given / "features.parquet")
     lesions = table.lesions.assign(PatientID="Doe " + table.lesions["PatientID"]).drop(columns="rough")
+    features = [FeatureTable(lesions, table.features, table.provenance).write(tmp_path / "doe.parquet")]
     captions: list[str] = []
 
     def note(queries: list[int], found: Any, read: Any, caption: Any, path: Path, **_: Any) -> Path:
@@ -217,7 +219,6 @@ def test_a_report_without_names(given: Path, tmp_path: Path, monkeypatch: pytest
     pages = {}
     for identifiers in ("show", "hash"):
         options = FeatureOptions(salient=0, queries=2, identifiers=identifiers)
-        features = [FeatureTable(lesions, table.features, table.provenance)]
         page = report_all(tmp_path / "page.html", run=run, features=features, results=[evaluated], options=options)
         pages[identifiers] = parse(page)
     assert "Doe" in pages["show"].text
@@ -227,11 +228,11 @@ def test_a_report_without_names(given: Path, tmp_path: Path, monkeypatch: pytest
     assert "the names of scans stand on it" in pages["hash"].text
     assert len(pages["hash"].addresses) == len(pages["show"].addresses) - 1  # the contact sheet of the run
     assert captions[2:] == [hashlib.sha256(name.encode()).hexdigest()[:8] for name in captions[:2]]
-    features = [FeatureTable(lesions, table.features, table.provenance)]
     with pytest.raises(FeatureTableError, match="identifiers=hash shows no names, but PatientID has such"):
         report_all(tmp_path / "page.html", features=features, options=FeatureOptions(["PatientID"], identifiers="hash"))
     gone = FeatureTable(lesions, table.features, {**table.provenance, "source": {"kind": "store", "path": "Doe"}})
-    page = report_all(tmp_path / "page.html", features=[gone], options=FeatureOptions(identifiers="hash"))
+    features = [gone.write(tmp_path / "gone.parquet")]
+    page = report_all(tmp_path / "page.html", features=features, options=FeatureOptions(identifiers="hash"))
     assert "Doe" not in parse(page).text
 
 
@@ -240,7 +241,7 @@ def test_features_whose_scans_are_gone_are_mapped_all_the_same(given: Path, tmp_
     gone = FeatureTable(
         table.lesions, table.features, {**table.provenance, "source": {"kind": "store", "path": "gone"}}
     )
-    page = parse(report_all(tmp_path / "report.html", features=[gone]))
+    page = parse(report_all(tmp_path / "report.html", features=[gone.write(tmp_path / "gone.parquet")]))
     assert page.headings == ["Map: ours", "Patches: ours"]
     assert '"tiles": ""' in page.text
     assert "gone is not a store" in page.text
@@ -277,7 +278,7 @@ def test_a_few_lesions_have_a_page(given: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(charts, "has_umap", lambda: True)
     table = FeatureTable.read(given / "features.parquet")
     few = FeatureTable(table.lesions.iloc[:num].reset_index(drop=True), table.features[:num], table.provenance)
-    page = parse(report_all(tmp_path / "report.html", features=[few]))
+    page = parse(report_all(tmp_path / "report.html", features=[few.write(tmp_path / "few.parquet")]))
     assert "Fewer than 15 lesions" in page.text
     assert "Saliency is not shown: " in page.text
 
@@ -347,7 +348,7 @@ def test_the_page_of_a_fine_tuning(given: Path, tmp_path: Path) -> None:
         assert ("Training" in page.headings) == ("run" in options)
         assert "0.90 (0.80 to 0.95)" in page.text
         assert "pretrained weights" in page.text
-    assert "select (fold 1 2), store s" in page.text
+    assert "select: {fold: [1, 2]}, store: s" in page.text
     assert "small_net" in page.text
     assert "MinedContrast" not in page.text
 

@@ -7,7 +7,7 @@ import pytest
 from sklearn.neighbors import NearestNeighbors
 
 from fmcib_ssl.evaluation.probes import nearest_lesions
-from fmcib_ssl.evaluation.report_features import agreement, spread_queries
+from fmcib_ssl.evaluation.report_features import agreement
 
 
 @pytest.fixture
@@ -50,11 +50,3 @@ def test_agreement_is_counted_pair_by_pair(lesions: tuple[np.ndarray, np.ndarray
     pairs = [labels[q] == labels[row] for q, line in zip(queries, found.rows, strict=True) for row in line if row >= 0]
     lots = [np.mean([labels[q] == labels[j] for j in range(80) if patients[j] != patients[q]]) for q in queries]
     assert (hits, chance) == (pytest.approx(np.mean(pairs)), pytest.approx(np.mean(lots)))
-
-
-def test_queries_are_shared_among_the_labels() -> None:
-    labels = np.array(["a"] * 90 + ["b"] * 6 + ["c"] * 2)
-    queries = spread_queries(labels, 98, 6)
-    assert sorted(labels[queries].tolist()) == ["a", "a", "b", "b", "c", "c"]
-    assert len(set(queries)) == 6
-    assert spread_queries(None, 3, 10) == [0, 1, 2]

@@ -11,7 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from fmcib_ssl.evaluation.report_features import LinearReadout, occlusion
+from fmcib_ssl.evaluation.report_features import linear_readout, occlusion
 from fmcib_ssl.types import Preprocessing
 
 pytest.importorskip("captum")
@@ -62,7 +62,7 @@ def test_the_readout_is_scikit_learns_probe_behind_the_encoder() -> None:
     with torch.no_grad():
         features = encoder.eval()(views).numpy()
     labels = (features[:, 0] > np.median(features[:, 0])).astype(int)
-    readout = LinearReadout(encoder.train(), features, labels, c=0.1)
+    readout = linear_readout(encoder.train(), features, labels, c=0.1)
     oracle = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=5000)).fit(features, labels)
     with torch.no_grad():
         np.testing.assert_allclose(readout(views).numpy(), oracle.decision_function(features), rtol=1e-3, atol=1e-4)

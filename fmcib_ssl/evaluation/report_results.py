@@ -1,0 +1,258 @@
+"""What the report says of an evaluation of frozen features, or of a fine-tuning, from its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fmcib_ssl.evaluation import charts
+from fmcib_ssl.evaluation.charts import Palette
+from fmcib_ssl.evaluation.metrics import Estimate, calibration
+from fmcib_ssl.io import Identifiers, parse_json
+
+#: What `scripts/evaluate.py` and a fine-tuning leave in their folders.
+RESULTS_FILE, PREDICTIONS_FILE = "results.json", "predictions.parquet"
+_HELD_OUT = "Of lesions of patients that were held out."
+
+
+@dataclass(frozen=True)
+class ReportFigure:
+    """A picture on the page.
+
+    Attributes:
+        path: of a PNG; its bytes go into the page, or those of an SVG beside it that is not large.
+        caption: what it shows; also read out where the picture cannot be seen.
+        wide: on a narrow screen it is scrolled, not shrunk until nothing can be read.
+    """
+
+    path: Path
+    caption: str
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page; what is empty is left out.
+
+    Attributes:
+        title: its heading.
+        text: paragraphs, parted by blank lines; plain text.
+        table: below the text.
+        figures: below the table.
+        points: for `map.js`: lesions as points that show their patch when they are pointed at; above the figures.
+    """
+
+    title: str
+    text: str = ""
+    table: pd.DataFrame = field(default_factory=pd.DataFrame)
+    figures: Sequence[ReportFigure] = ()
+    points: Mapping[str, Any] | None = None
+
+
+def is_own_file(path: Path) -> bool:
+    """Whether a file exists and is no link: a folder that came from elsewhere may link to any file of this machine."""
+    return path.is_file() and not path.is_symlink()
+
+
+def safe_name(name: str) -> str:
+    """Part of a file's name."""
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """What an evaluation of frozen features found, or a fine-tuning, whose rows are given the names of the others.
+
+    Raises:
+        FileNotFoundError: there are no results.
+        ValueError: they are damaged, or lack a column.
+    """
+    file = folder / RESULTS_FILE
+    if not is_own_file(file):
+        raise FileNotFoundError(f"{folder} has no {RESULTS_FILE}: scripts/evaluate.py output={folder} makes it")
+    try:
+        results = parse_json(file.read_bytes())
+        rows = results["rows"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if "train" in results:
+        results["rows"] = rows = [{**_fine_tuned(results), "task": results["label"], **row} for row in rows]
+    needed = {"features", "task", "probe", "metric", "value", "low", "high"}
+    if not rows or (missing := needed.difference(*rows)):
+        raise ValueError(f"{file}: its rows have no {', '.join(sorted(missing))}" if rows else f"{file} has no rows")
+    return dict(results)
+
+
+def _fine_tuned(results: Mapping[str, Any]) -> dict[str, str]:
+    """What a fine-tuning began with, and what it trained."""
+    start = "random weights" if results.get("weights") is None else "pretrained weights"
+    return {"features": start, "probe": f"fine-tuned, {results['train']}"}
+
+
+def answer(results: Mapping[str, Any]) -> str:
+    """Whether pretraining helped, in a sentence; empty where nothing was compared with random weights."""
+    provenances = results.get("provenance", {}).get("features") or {}
+    untrained = {name for name, value in provenances.items() if (value or {}).get("kind") == "random_weights"}
+    differences = _complete(results.get("differences"))
+    sentences = []
+    for row in differences.to_dict("records"):
+        if row["metric"] != results["rows"][0]["metric"] or row["fraction"] != differences["fraction"].max():
+            continue
+        if row["against"] not in untrained and not str(row["against"]).startswith("random weights"):
+            continue
+        verdict = "No difference from random weights can be shown"
+        if row["low"] > 0 or row["high"] < 0:
+            verdict = "Pretraining helped" if row["low"] > 0 else "Pretraining did harm"
+        split = f", {row['split']}" if differences["split"].nunique() > 1 else ""
+        sentences.append(
+            f"{verdict}: {Estimate(row['value'], row['low'], row['high']):+.2f} {row['metric']} for {row['task']} "
+            f"({row['features']}, {row['probe']}{split})."
+        )
+    return " ".join(sentences)
+
+
+def result_sections(
+    results: Mapping[str, Any], folder: Path, pictures: Path, palette: Palette, identifiers: Identifiers = "show"
+) -> list[Section]:
+    """Tables with intervals, differences, ROC and calibration curves.
+
+    Args:
+        results: what `read_results` gives of the folder.
+        folder: of an evaluation, or of a fine-tuning.
+        pictures: folder for PNGs.
+        palette: colours of the features.
+        identifiers: whether messages are shown that may name patients, lesions and files.
+
+    Raises:
+        ValueError: no row has a value.
+    """
+    rows, differences = _complete(results["rows"]), _complete(results.get("differences"))
+    sections: list[Section] = []
+    for (task, split), part in rows.groupby(["task", "split"], sort=False):
+        title = f"Results: {task}" + (f", {split}" if rows["split"].nunique() > 1 else "")
+        own = differences
+        if len(differences):
+            own = differences[(differences["task"] == task) & (differences["split"] == split)]
+        sections.append(_task(part, own, title, pictures / safe_name(f"{folder.name}_{len(sections)}"), palette))
+    if is_own_file(file := folder / PREDICTIONS_FILE):
+        predictions = pd.read_parquet(file)
+        if "train" in results:  # the validation lesions chose when to stop
+            predictions = (
+                predictions[predictions["split"] == "test"].drop(columns="split").assign(**_fine_tuned(results))
+            )
+        sections += _curves(predictions, folder.name, pictures, palette)
+    sections += _survival(results.get("survival") or [], folder.name, pictures)
+    if not sections:
+        raise ValueError(f"{folder / RESULTS_FILE}: no row has a value")
+    named = identifiers == "show"
+    if reasons := [
+        item["features"] + (f": {item['reason']}" if named else "") for item in results.get("missing") or []
+    ]:
+        sections[0] = replace(sections[0], text=sections[0].text + "\n\nNot computed: " + "; ".join(reasons))
+    fired = [finding for finding in results.get("leakage") or [] if finding.get("found", True)]
+    if problems := [finding["message" if named else "check"] for finding in fired]:
+        text = "Checks that fired; what they name may make results optimistic.\n\n" + "\n\n".join(problems)
+        sections.append(Section(f"Leakage checks, {folder.name}", text))
+    return sections
+
+
+def _complete(rows: Sequence[Mapping[str, Any]] | None) -> pd.DataFrame:
+    """Rows that have a value, with the columns that older or other tools leave out."""
+    table = pd.DataFrame({"fraction": 1.0, "split": "", **row} for row in rows or ())
+    return table.dropna(subset=["value", "low", "high"]) if len(table) else table
+
+
+def results_lines(rows: pd.DataFrame, names: Sequence[str], digits: int) -> pd.DataFrame:
+    """A line for each combination of these columns, and in it a column for each metric, with its interval."""
+    lines: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows.to_dict("records"):
+        key = tuple(row[name] for name in names)
+        line = lines.setdefault(key, dict(zip(names, key, strict=True)) | dict.fromkeys(rows["metric"].unique(), "-"))
+        if not pd.isna(row["value"]):
+            line[row["metric"]] = f"{Estimate(row['value'], row['low'], row['high']):.{digits}f}"
+    return pd.DataFrame(lines.values())
+
+
+def _task(rows: pd.DataFrame, differences: pd.DataFrame, title: str, stem: Path, palette: Palette) -> Section:
+    """A table and pictures of one task; those are called `STEM_....png`."""
+
+    def picture(kind: str) -> Path:
+        return stem.with_name(f"{stem.name}_{kind}.png")
+
+    whole = rows[rows["fraction"] == rows["fraction"].max()]
+    first, probes = whole["metric"].iloc[0], whole["probe"].unique()
+    table = results_lines(whole, ["features", "probe"], 2)
+    if {"num_train", "num_test"} <= set(whole):
+        sizes = whole.groupby(["features", "probe"], sort=False)[["num_train", "num_test"]].agg(_range)
+        table["trained / tested on"] = (sizes["num_train"] + " / " + sizes["num_test"]).to_list()
+    own = whole[whole["metric"] == first].assign(name=lambda table: table["features"])
+    panels = {f"{first}, {probe}": own[own["probe"] == probe] for probe in probes}
+    intervals = charts.interval_plot(panels, picture("intervals"), palette, first)
+    figures = [ReportFigure(intervals, f"{first} with 95 % intervals, bootstrap over patients")]
+    if len(differences):
+        named = differences.assign(name=differences["features"] + " less " + differences["against"])
+        named = named[(named["metric"] == first) & (named["fraction"] == whole["fraction"].iloc[0])]
+        panels = {f"Difference in {first}, {probe}": part for probe, part in named.groupby("probe", sort=False)}
+        if panels:
+            ahead = charts.interval_plot(panels, picture("differences"), palette, f"difference in {first}", zero=True)
+            caption = "Paired differences on the same resamples; an interval right of zero is an advantage"
+            figures.append(ReportFigure(ahead, caption))
+    if rows["fraction"].nunique() > 1:
+        one = rows[(rows["metric"] == first) & (rows["probe"] == probes[0])].rename(columns={"features": "name"})
+        fractions = charts.label_fractions(one, picture("fractions"), palette, first)
+        figures.append(ReportFigure(fractions, f"{first} with a part of the labels, {probes[0]}"))
+    split = f" Split: {rows['split'].iloc[0]}." if rows["split"].iloc[0] else ""
+    what = "Fine-tuned networks" if str(probes[0]).startswith("fine-tuned") else "Probes on frozen features"
+    text = f"{what}, tested on patients that were held out. In brackets 95 % intervals, bootstrap over patients.{split}"
+    return Section(title, text, table, figures)
+
+
+def _range(values: pd.Series[Any]) -> str:
+    """One number, or the range over folds."""
+    low, high = round(float(values.min())), round(float(values.max()))
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _curves(predictions: pd.DataFrame, name: str, pictures: Path, palette: Palette) -> list[Section]:
+    """ROC and calibration of every probe on a label of two classes."""
+    if "score" not in predictions or "event" in predictions:
+        return []
+    if "fraction" in predictions:
+        predictions = predictions[predictions["fraction"] == predictions["fraction"].max()]
+    figures: list[ReportFigure] = []
+    several_splits = "split" in predictions and predictions["split"].nunique() > 1
+    for key, part in predictions.groupby(["split", "probe"] if several_splits else ["probe"], sort=False):
+        judged = part.dropna(subset=["label", "score"])
+        classes = sorted(judged["label"].unique())
+        if len(classes) != 2:
+            continue
+        curves, calibrated = {}, {}
+        for features, one in list(judged.groupby("features", sort=False))[: len(charts.COLORS)]:
+            labels, scores = (one["label"] == classes[1]).to_numpy(int), one["score"].to_numpy(float)
+            curves[str(features)] = charts.mean_roc(labels, scores, one["fold"].to_numpy())
+            if scores.min() >= 0 and scores.max() <= 1:
+                calibrated[str(features)] = calibration(labels, scores)
+        title, stem = ", ".join(map(str, key)), safe_name(f"{name}_{len(figures)}")
+        roc = charts.mean_roc_curves(curves, pictures / f"{stem}_roc.png", palette, f"ROC, {title}")
+        figures.append(ReportFigure(roc, f"ROC curves, {title}; of several folds the mean"))
+        if calibrated:
+            file = pictures / f"{stem}_calibration.png"
+            picture = charts.calibration_curves(calibrated, file, palette, f"Calibration, {title}")
+            caption = f"Calibration, {title}: bins of equal size with 95 % intervals; dotted: perfect"
+            figures.append(ReportFigure(picture, caption))
+    return [Section(f"ROC and calibration: {name}", _HELD_OUT, figures=figures)] if figures else []
+
+
+def _survival(halves: Sequence[Mapping[str, Any]], name: str, pictures: Path) -> list[Section]:
+    """Kaplan-Meier curves of the halves by predicted risk."""
+    figures = []
+    largest = max((item.get("fraction", 1.0) for item in halves), default=1.0)
+    for number, item in enumerate(item for item in halves if item.get("fraction", 1.0) == largest):
+        title, p = f"{item['features']}, {item['probe']}", item["log_rank_p"]
+        picture = charts.survival_curves(item["halves"], pictures / f"{safe_name(name)}_survival_{number}.png", title)
+        test = "log-rank test without a value" if p is None else f"log-rank p = {p:.2g}"
+        figures.append(ReportFigure(picture, f"Kaplan-Meier curves above and below the median risk, {title}; {test}"))
+    return [Section(f"Survival: {name}", _HELD_OUT, figures=figures)] if figures else []
