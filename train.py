@@ -78,9 +78,8 @@ def run(settings: Settings) -> float:
         if "shared memory" not in str(error):
             raise
         sys.exit(
-            "error: data workers hand over batches in shared memory, and /dev/shm is full. Lower hardware.num_workers "
-            "(0 needs none) or data.batch_size, or in a container raise the limit, as scripts/docker/run.sh does: "
-            "--shm-size 8g (docs/containers.md)"
+            "error: data workers hand over batches in shared memory, and /dev/shm is full: lower hardware.num_workers "
+            "or data.batch_size, or give the container more, --shm-size 8g (docs/containers.md)"
         )
 
 

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, BinaryIO, ClassVar, Literal, TypeVar, get_args, get_origin
+from typing import IO, Any, BinaryIO, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -32,8 +32,8 @@ BEAT_S, SILENCE_S = 10.0, 60.0
 #: Under which a JSON file has the digest of what else it says.
 _DIGEST = "digest"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
-#: Of a YAML or JSON file from elsewhere: YAML's aliases make a thousand million values of a few lines.
-_MAX_BYTES, _MAX_JSON_BYTES, _MAX_VALUES, _MAX_DEPTH = 1_000_000, 16_000_000, 100_000, 64
+#: Of a YAML or JSON file from elsewhere.
+_MAX_YAML_BYTES, _MAX_JSON_BYTES, _MAX_DEPTH = 1_000_000, 16_000_000, 64
 
 _SECRET = r"(?:api_?-?key|access_?-?key|private_?-?key|token|passw(?:or)?d|\bpwd|secret|credential|signature|env_set)"
 _SECRET_NAME = re.compile(_SECRET.replace(r"\b", ""), re.IGNORECASE)
@@ -194,7 +194,7 @@ class Held(Exception):  # noqa: N818  (caught where it is known what to do)
 class Lock:
     """One process at a time: the kernel's lock of a file or, where there is none, a claim with a heartbeat.
 
-    This process may take a lock that it has once more; the last `release` lets it go. The kernel's lock ends with the
+    A process takes a lock once: closing any descriptor of the file ends the kernel's lock. That one ends with the
     process, however it ends, and its children do not inherit it, as they would that of `flock` and so of filelock. Over
     a network, and on Windows, there may be none. Then a file `.claim...` names the process and is touched every ten
     seconds; who finds one watches whether it is.
@@ -208,14 +208,18 @@ class Lock:
         Held: another process has it.
     """
 
-    _owned: ClassVar[dict[tuple[int, str], _Owned]] = {}  # by process too: a fork has the dictionary, not the lock
-
     def __init__(self, file: Path, patience_s: float = 0.0) -> None:
-        self._key = os.getpid(), os.path.abspath(file)  # noqa: PTH100  (a link is another name, of another lock)
-        if self._key not in Lock._owned:
-            Lock._owned[self._key] = _Owned(file, time.monotonic() + patience_s)
-        self._owner = Lock._owned[self._key]
-        self._owner.count += 1
+        self._claim_file = file.with_name(file.name.replace("lock", "claim", 1))
+        self._claim = ""
+        self._released = threading.Event()
+        self._stream: IO[str] = file.open("a+")
+        until = time.monotonic() + patience_s
+        try:
+            if not self._lock(until):
+                self._make_claim(until)
+        except BaseException:
+            self._stream.close()
+            raise
 
     def __enter__(self) -> Lock:
         return self
@@ -225,29 +229,6 @@ class Lock:
 
     def release(self) -> None:
         """Let others have it; the end of the process does so too."""
-        self._owner.count -= 1
-        if self._owner.count == 0:
-            del Lock._owned[self._key]
-            self._owner.release()
-
-
-class _Owned:
-    """A lock that this process has, however often it took it: closing any descriptor of the file would end it."""
-
-    def __init__(self, file: Path, until: float) -> None:
-        self.count = 0
-        self._claim_file = file.with_name(file.name.replace("lock", "claim", 1))
-        self._claim = ""
-        self._released = threading.Event()
-        self._stream: IO[str] = file.open("a+")
-        try:
-            if not self._lock(until):
-                self._make_claim(until)
-        except BaseException:
-            self._stream.close()
-            raise
-
-    def release(self) -> None:
         self._stream.close()
         self._released.set()
         if self._claim and _read_claim(self._claim_file)[0] == self._claim:
@@ -341,7 +322,7 @@ def read_yaml(file: Path) -> Any:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it cannot be read, is no YAML, is too large, too deep, or becomes too large by its aliases.
+        ValueError: it cannot be read, is no YAML, is too large or too deep, or has aliases.
     """
     return _read_plain(file, _parse_yaml)
 
@@ -391,57 +372,38 @@ def _check_depth(values: Any, depth: int) -> None:
 
 
 def _parse_yaml(text: bytes) -> Any:
-    if len(text) > _MAX_BYTES:
-        raise ValueError(f"it has more than {_MAX_BYTES / 1e6:g} MB, which no configuration needs")
-    loader = yaml.SafeLoader(text.decode("utf-8"))
-    node = loader.get_single_node()
-    if node is None:
-        return None
-    if _num_values(node, {}) > _MAX_VALUES:
-        raise ValueError(f"its aliases make more than {_MAX_VALUES} values of it")
-    return loader.construct_document(node)
+    if len(text) > _MAX_YAML_BYTES:
+        raise ValueError(f"it has more than {_MAX_YAML_BYTES / 1e6:g} MB, which no configuration needs")
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):  # one after the other, before anything is made of them
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("it has aliases, of which a few lines make more values than fit in memory")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise RecursionError
+    return yaml.safe_load(text)
 
 
-def _num_values(node: yaml.Node, known: dict[int, int], depth: int = 0) -> int:
-    """Values that a node stands for once its aliases are written out, each node looked at once."""
-    if depth > _MAX_DEPTH:
-        raise RecursionError
-    if id(node) not in known:
-        known[id(node)] = _MAX_VALUES + 1  # what it is while it is being looked at: it holds itself
-        children: Iterator[yaml.Node] = iter(())
-        if isinstance(node, yaml.MappingNode):
-            children = (part for pair in node.value for part in pair)
-        elif isinstance(node, yaml.SequenceNode):
-            children = iter(node.value)
-        known[id(node)] = 1 + sum(_num_values(child, known, depth + 1) for child in children)
-    return known[id(node)]
+def redacted(values: Any, *, secret: bool = False) -> Any:
+    """Plain values, with what looks like a secret hidden: by its key, after `key=` in a text, or the login of a URL.
 
-
-def redacted(values: Any) -> Any:
-    """Plain values, with what looks like a secret hidden: by its key, after `key=` in a text, or the login of a URL."""
+    All texts that are nested below a `secret` key are hidden too; a count or a switch is no secret.
+    """
     if isinstance(values, Mapping):
         return {
-            key: _hidden(value) if _SECRET_NAME.search(str(key)) else redacted(value) for key, value in values.items()
+            key: redacted(value, secret=secret or bool(_SECRET_NAME.search(str(key)))) for key, value in values.items()
         }
     if isinstance(values, list | tuple):
         options = [isinstance(value, str) and bool(_SECRET_OPTION.fullmatch(value)) for value in values]
         return type(values)(
-            HIDDEN if follows and isinstance(value, str) else redacted(value)
-            for value, follows in zip(values, [False, *options], strict=False)
+            redacted(value, secret=secret or follows) for value, follows in zip(values, [False, *options], strict=False)
         )
-    if isinstance(values, str):
-        text = _SECRET_VALUE.sub(rf"\g<1>{HIDDEN}", _SECRET_WORD.sub(rf"\g<1>{HIDDEN}", values))
-        return _URL_LOGIN.sub(rf"\g<1>{HIDDEN}@", text)
-    return values
-
-
-def _hidden(value: Any) -> Any:
-    """A secret's value; what is nested in it is hidden too, and a count or a switch is no secret."""
-    if isinstance(value, Mapping):
-        return {key: _hidden(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_hidden(part) for part in value)
-    return HIDDEN if isinstance(value, str) and value else value
+    if not isinstance(values, str):
+        return values
+    if secret:
+        return values and HIDDEN
+    text = _SECRET_VALUE.sub(rf"\g<1>{HIDDEN}", _SECRET_WORD.sub(rf"\g<1>{HIDDEN}", values))
+    return _URL_LOGIN.sub(rf"\g<1>{HIDDEN}@", text)
 
 
 def identifier(name: object, identifiers: Identifiers) -> str:

@@ -45,7 +45,6 @@ from fmcib_ssl.training import (
     build_parts,
     build_trainer,
     build_views,
-    check_disk,
     check_ranks_agree,
     check_same_run,
     draw_contact_sheet,
@@ -69,7 +68,6 @@ from fmcib_ssl.training import (
     task_checksum,
     task_summary,
     train_split,
-    unlike_the_last,
     write_results,
 )
 from fmcib_ssl.types import UserError
@@ -95,18 +93,39 @@ def pretrain(settings: Settings) -> float:
         fmcib_ssl.training.signals.Stopped: by a signal; what was learned is saved.
     """
     with _run_folder(settings) as folder:
-        return _pretrain(settings, folder)
+        checkpoint = _checkpoint_to_resume(folder)
+        changes = _changes(settings, folder) if checkpoint is not None and folder.main_process else []
+        if _is_finished(settings, folder):
+            logger.info(
+                "the run in %s is finished, after %d steps: nothing to do. To train it for longer raise "
+                "trainer.max_epochs; %s", folder.path, (folder.finished or {}).get("step", 0), ANEW,
+            )  # fmt: skip
+            return _last_loss(folder)
+        step = step_of(checkpoint) if checkpoint else 0
+        if checkpoint is not None:
+            logger.info("resuming %s at step %d; run=new starts afresh", folder.path, step)
+            for change in changes:
+                logger.info("  with another %s", change)
+        return _train(settings, folder, checkpoint, step)
 
 
-def _pretrain(settings: Settings, folder: RunFolder) -> float:
-    checkpoint = _checkpoint_to_resume(settings, folder)
-    if _is_finished(settings, folder):
-        return _last_loss(folder)
-    step = step_of(checkpoint) if checkpoint else 0
+def _checkpoint_to_resume(folder: RunFolder) -> Path | None:
+    run_id = None if folder.is_lost else folder.run_id
+    checkpoint = find_checkpoint(folder.checkpoints, run_id, main_process=folder.main_process)
+    if checkpoint is not None and folder.is_lost:
+        folder.restore(restored_state(checkpoint))
+        logger.warning("%s has lost its run.json: it is restored from %s", folder.path, checkpoint.name)
+    return checkpoint
 
+
+def _train(settings: Settings, folder: RunFolder, checkpoint: Path | None, step: int) -> float:
     source = open_lesions(settings, main_process=folder.main_process)
-    if checkpoint is not None:  # the second checksum is of earlier versions
-        folder.check_lesions([source.checksum, checksum_of(_files_that_list_lesions(settings))])
+    if checkpoint is not None:
+        data = settings.data  # a run of an earlier version was given the checksum of these files
+        files = (
+            sorted(file for file in data.store.glob("*") if file.suffix in (".json", ".parquet")) if data.store else ()
+        )
+        folder.check_lesions(source.checksum, checksum_of(files or [data.annotations or Path()]))
     view_transform = build_views(settings)
 
     def parts(settings: Settings) -> tuple[Pretraining, LesionDataModule]:
@@ -147,7 +166,6 @@ def _pretrain(settings: Settings, folder: RunFolder) -> float:
     )
     began = time.monotonic()
     if folder.main_process:
-        check_disk(folder.path, 3 * sum(p.numel() * p.element_size() for p in module.parameters()))
         folder.note(data_checksum=source.checksum)
         logger.info("%s", run_summary(fitted, source, batch_size_of(fitted, data), module, step))
         draw = partial(draw_contact_sheet, data, source.preprocessing, num_rows=settings.contact_sheet_rows)
@@ -200,13 +218,13 @@ def finetune(settings: Settings) -> float:
 
 def _finetune(settings: Settings, options: FineTune, folder: RunFolder) -> float:
     run, num_done = folder.path, folder.num_saved()
-    for change in _changes(settings, folder, begun=saved_settings(run) is not None):
+    for change in _changes(settings, folder):
         logger.info("with another %s", change)
     encoder, spec = starting_encoder(settings, options)
     task = labelled_task(settings, options, getattr(encoder, "preprocessing", None))
     checksum, num_splits = task_checksum(options, task), len(task.splits)
     if num_done:
-        folder.check_lesions([checksum])
+        folder.check_lesions(checksum)
         state = "resuming %s: %d of %d parts are done" if num_done < num_splits else "%s is finished: %d of %d parts"
         logger.info(f"{state}; run=new starts afresh", run, num_done, num_splits)
     logger.info("%s", task_summary(settings, options, task, spec))
@@ -238,11 +256,12 @@ def _finetune(settings: Settings, options: FineTune, folder: RunFolder) -> float
 @contextmanager
 def _run_folder(settings: Settings) -> Iterator[RunFolder]:
     """The run's folder, held by its main process, in a process that is ready to train."""
-    wanted, available = settings.hardware.devices, torch.cuda.device_count()
-    if settings.hardware.accelerator == "gpu" and available < wanted:
+    num_devices, available = settings.hardware.devices, torch.cuda.device_count()
+    if settings.hardware.accelerator == "gpu" and available < num_devices:
         raise ConfigError(
-            f"hardware.devices={wanted}, but torch {torch.__version__} sees {available} GPU{'s' * (available != 1)} on "
-            "this machine: ask for fewer, or train with hardware=cpu"
+            f"hardware.devices={num_devices}, but torch {torch.__version__} sees {available} "
+            f"GPU{'s' * (available != 1)} on this machine: ask for fewer, ask Slurm for GPUs "
+            "(#SBATCH --gpus-per-node), start the container with --gpus all, or train with hardware=cpu"
         )
     folder = RunFolder(settings.paths.run, main_process=getattr(rank_zero_only, "rank", 0) == 0)
     try:
@@ -259,45 +278,26 @@ def _prepare_process(settings: Settings, main_process: bool) -> None:
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)  # our own summary says more
     warnings.filterwarnings("ignore", message=".* directory .* exists and is not empty")  # it is the run's
-    for of_no_use in (  # Lightning's to mend, or meant so; nothing a user can do
+    for useless in (  # Lightning's to mend, or meant so; nothing a user can do
         ".*isinstance.treespec, LeafSpec.* is deprecated",
         ".*all_gather is deprecated",
         ".*Grad strides do not match bucket view strides",  # of 1 x 1 x 1 kernels laid out channels last
         ".*overridden `transfer_batch_to_device` in `LightningModule`",
         "Found .* module.* in eval mode",  # what is frozen
-        ".*`srun` command is available on your system but is not used",  # preflight has looked
+        ".*`srun` command is available on your system but is not used",  # check_machine has looked
     ):
-        warnings.filterwarnings("ignore", message=of_no_use)
+        warnings.filterwarnings("ignore", message=useless)
     if not main_process:
         logging.getLogger("fmcib_ssl").setLevel(logging.ERROR)  # what every process would say is said once
         warnings.simplefilter("ignore")
 
 
-def _checkpoint_to_resume(settings: Settings, folder: RunFolder) -> Path | None:
-    run_id = None if folder.is_lost else folder.run_id
-    checkpoint = find_checkpoint(folder.checkpoints, run_id, main_process=folder.main_process)
-    if checkpoint is not None and folder.is_lost:
-        folder.restore(restored_state(checkpoint))
-        logger.warning("%s has lost its run.json: it is restored from %s", folder.path, checkpoint.name)
-    if folder.main_process:  # which is about to write the settings anew
-        changes = _changes(settings, folder, begun=checkpoint is not None)
-        if checkpoint is not None and not _is_finished(settings, folder, quietly=True):
-            logger.info("resuming %s at step %d; run=new starts afresh", folder.path, step_of(checkpoint))
-            for change in changes:
-                logger.info("  with another %s", change)
-    return checkpoint
-
-
-def _changes(settings: Settings, folder: RunFolder, *, begun: bool) -> list[str]:
-    """What is set otherwise than when the run was begun; before that, an unfinished run beside it is mentioned.
+def _changes(settings: Settings, folder: RunFolder) -> list[str]:
+    """What is set otherwise than when the run was begun.
 
     Raises:
         RunFolderError: what makes it another run.
     """
-    if not begun:
-        if difference := unlike_the_last(folder.path, _shown(settings)):
-            logger.warning("%s", difference)
-        return []
     before = saved_settings(folder.path)
     return [] if before is None else check_same_run(before, _shown(settings), folder.path)
 
@@ -311,33 +311,19 @@ def _length(settings: Settings) -> dict[str, int | None]:
     return {"max_epochs": settings.trainer.max_epochs, "max_steps": settings.trainer.max_steps}
 
 
-def _is_finished(settings: Settings, folder: RunFolder, *, quietly: bool = False) -> bool:
+def _is_finished(settings: Settings, folder: RunFolder) -> bool:
     """Whether the folder's run was trained as long as it is to be, and has left its results."""
     done = folder.finished
-    finished = (
+    return (
         done is not None
         and {key: done.get(key) for key in _length(settings)} == _length(settings)
         and (folder.path / "encoder.safetensors").is_file()
     )
-    if done and finished and not quietly:
-        logger.info(
-            "the run in %s is finished, after %d steps: nothing to do. To train it for longer raise "
-            "trainer.max_epochs; %s", folder.path, done.get("step", 0), ANEW,
-        )  # fmt: skip
-    return finished
 
 
 def _last_loss(folder: RunFolder) -> float:
     losses = [row["train/loss"] for row in read_metrics(folder.path / "metrics.csv")[1] if row.get("train/loss")]
     return float(losses[-1]) if losses else float("nan")
-
-
-def _files_that_list_lesions(settings: Settings) -> list[Path]:
-    data = settings.data
-    if data.store is not None:
-        return sorted(path for path in data.store.iterdir() if path.suffix in (".json", ".parquet"))
-    assert data.annotations is not None
-    return [data.annotations]
 
 
 def _begin_tracking(

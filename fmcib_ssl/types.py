@@ -7,16 +7,7 @@ Importing it costs little: torch is needed only by a type checker.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Literal,
-    NamedTuple,
-    NotRequired,
-    Protocol,
-    TypedDict,
-    overload,
-)
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, Protocol, TypedDict, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -34,24 +25,17 @@ PADDING_HU = -1024
 Padding = Literal["constant", "edge"]
 
 
+#: The methods and, in the first version, their modules.
+_METHODS = {
+    "BYOL": "byol", "DenoisingAutoencoder": "denoising", "MinedContrast": "mined_contrast", "NNCLR": "nnclr",
+    "SimCLR": "simclr", "SwAV": "swav", "VICReg": "vicreg",
+}  # fmt: skip
 #: Names of parts in files of earlier versions and in users' experiments, and what they are called today. Of several old
 #: names of a part the one that shipped configs had comes first: the names of run folders are made from it.
 RENAMED_TARGETS = {
+    **{f"fmcib_ssl.methods.{name}": f"fmcib_ssl.models.{name}" for name in _METHODS},
+    **{f"fmcib_ssl.methods.{module}.{name}": f"fmcib_ssl.models.{name}" for name, module in _METHODS.items()},
     "fmcib_ssl.augment.RandomSurroundings": "fmcib_ssl.augment.RandomContextRemoval",
-    "fmcib_ssl.methods.BYOL": "fmcib_ssl.models.BYOL",
-    "fmcib_ssl.methods.DenoisingAutoencoder": "fmcib_ssl.models.DenoisingAutoencoder",
-    "fmcib_ssl.methods.MinedContrast": "fmcib_ssl.models.MinedContrast",
-    "fmcib_ssl.methods.NNCLR": "fmcib_ssl.models.NNCLR",
-    "fmcib_ssl.methods.SimCLR": "fmcib_ssl.models.SimCLR",
-    "fmcib_ssl.methods.SwAV": "fmcib_ssl.models.SwAV",
-    "fmcib_ssl.methods.VICReg": "fmcib_ssl.models.VICReg",
-    "fmcib_ssl.methods.byol.BYOL": "fmcib_ssl.models.BYOL",
-    "fmcib_ssl.methods.denoising.DenoisingAutoencoder": "fmcib_ssl.models.DenoisingAutoencoder",
-    "fmcib_ssl.methods.mined_contrast.MinedContrast": "fmcib_ssl.models.MinedContrast",
-    "fmcib_ssl.methods.nnclr.NNCLR": "fmcib_ssl.models.NNCLR",
-    "fmcib_ssl.methods.simclr.SimCLR": "fmcib_ssl.models.SimCLR",
-    "fmcib_ssl.methods.swav.SwAV": "fmcib_ssl.models.SwAV",
-    "fmcib_ssl.methods.vicreg.VICReg": "fmcib_ssl.models.VICReg",
     "fmcib_ssl.models.concentric.ConcentricResNet": "fmcib_ssl.models.encoders.CenterPooledResNet",
     "fmcib_ssl.models.heads.ProjectionHead": "fmcib_ssl.models.encoders.ProjectionHead",
     "fmcib_ssl.training.guards.NonFiniteGuard": "fmcib_ssl.training.non_finite.NonFiniteGuard",

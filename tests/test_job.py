@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from fmcib_ssl.training.config import read_settings
-from fmcib_ssl.training.same_run import run_key
+from fmcib_ssl.training.run_folder import run_key
 from fmcib_ssl.training.settings import ConfigError, Settings
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -143,22 +141,7 @@ def test_a_folder_that_was_named_by_its_job_is_found(settings: Settings, tmp_pat
     assert run_key(settings, tmp_path, environ={}) != "slurm-17"
 
 
-def test_processes_of_one_torchrun_agree(settings: Settings, tmp_path: Path) -> None:
-    """Two children, a second apart, of one parent."""
-    child = (
-        "from pathlib import Path; from fmcib_ssl.training.same_run import run_key; "
-        "from fmcib_ssl.training.settings import settings_of; "
-        f"import json; settings = settings_of(json.loads({settings.model_dump_json()!r}) | {{'run': 'new'}}); "
-        f"print(run_key(settings, Path({str(tmp_path)!r}), environ={TORCHRUN!r}))"
-    )
-    twice = f"for _ in range(2): subprocess.run([sys.executable, '-c', {child!r}]); time.sleep(1)"
-    code = f"import subprocess, sys, time\n{twice}"
-    keys = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert len(keys) == 2 and len(set(keys)) == 1
-
-
-def test_a_new_run_on_several_nodes_needs_an_id(settings: Settings, tmp_path: Path) -> None:
-    several = {**TORCHRUN, "WORLD_SIZE": "4"}
-    run_key(settings, tmp_path, environ=several)
+def test_a_new_run_under_torchrun_needs_an_id(settings: Settings, tmp_path: Path) -> None:
+    run_key(settings, tmp_path, environ=TORCHRUN)
     with pytest.raises(ConfigError, match="--rdzv-id=NAME"):
-        run_key(settings.model_copy(update={"run": "new"}), tmp_path, environ=several)
+        run_key(settings.model_copy(update={"run": "new"}), tmp_path, environ=TORCHRUN)

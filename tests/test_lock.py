@@ -57,12 +57,9 @@ def test_another_process_is_kept_out_until_the_first_lets_go(tmp_path: Path) -> 
     with pytest.raises(Held, match=f"process {first.pid} on"):
         Lock(tmp_path / ".lock")
     first.kill()
-    with Lock(tmp_path / ".lock", patience_s=60) as lock:
-        with Lock(tmp_path / ".lock"):
-            pass  # of the same process; the first is held on to
+    with Lock(tmp_path / ".lock", patience_s=60):
         assert start(tmp_path).communicate()[1].count(f"Held: process {os.getpid()} on")
-    lock = Lock(tmp_path / ".lock")
-    lock.release()
+    Lock(tmp_path / ".lock").release()
     assert not (tmp_path / ".claim").exists()
 
 
@@ -92,7 +89,6 @@ def test_a_claim_of_the_dead_is_taken_over(tmp_path: Path, caplog: pytest.LogCap
     with caplog.at_level(logging.INFO):
         lock = Lock(tmp_path / ".lock")
     assert "waiting up to 1 s whether that run is still at work" in caplog.text and "has no locks" in caplog.text
-    Lock(tmp_path / ".lock").release()  # of the same process, as when it asks Slurm for another start
     assert f"process {os.getpid()} on" in (tmp_path / ".claim").read_text()
     lock.release()
     assert not (tmp_path / ".claim").exists()

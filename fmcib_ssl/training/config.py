@@ -11,12 +11,12 @@ for the new option too, if that has the key, and else is dropped.
 from __future__ import annotations
 
 import argparse
-import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from numbers import Number
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -28,8 +28,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fmcib_ssl.io import nearest
-from fmcib_ssl.training.run_folder import RunFolderError, refuse_foreign
-from fmcib_ssl.training.same_run import LENGTHS, run_key
+from fmcib_ssl.training.run_folder import LENGTHS, RunFolderError, refuse_foreign, run_key
 from fmcib_ssl.training.settings import FORMER_KEYS, ConfigError, Settings, settings_of
 from fmcib_ssl.types import current_target
 
@@ -87,7 +86,8 @@ def check_command_line(arguments: Sequence[str], config_dir: Path) -> list[str]:
         SystemExit: `--cfg job` was asked for, and is answered.
     """
     options, unknown = _hydra_options().parse_known_intermixed_args(list(arguments))
-    _refuse_options(unknown, options.overrides)
+    if unknown:
+        _refuse_option(unknown[0], options.overrides)
     parsed = _parse_overrides(options.overrides)
     flags = list(arguments)
     for override in options.overrides:
@@ -96,8 +96,6 @@ def check_command_line(arguments: Sequence[str], config_dir: Path) -> list[str]:
     only_shows = options.help or options.hydra_help or options.version or options.info or options.shell_completion
     if only_shows or options.cfg in ("all", "hydra"):
         return [*in_order, *flags]
-    if options.config_path:
-        config_dir = _existing(Path(options.config_path), "--config-path")
     # Plugins (colours in the log, launchers) answer to the `hydra` key and are Hydra's to check.
     hydras = {str(o.key_or_group): o for o in parsed if str(o.key_or_group).startswith("hydra")}
     overrides = [o for o in parsed if str(o.key_or_group) not in hydras]
@@ -106,15 +104,14 @@ def check_command_line(arguments: Sequence[str], config_dir: Path) -> list[str]:
         raise ConfigError("run=new chooses a folder by itself, and hydra.run.dir names one: leave one of them out")
     where = _search_path(hydras.get("hydra.searchpath"), options.config_dir)
     where += _lines(o for key, o in hydras.items() if key == "hydra.run.dir")
-    with initialize_config_dir(version_base="1.3", config_dir=str(config_dir)):
+    with initialize_config_dir(version_base="1.3", config_dir=str(Path(options.config_path or config_dir).resolve())):
         for one_run in _single_runs(overrides):
             composed = compose_run(options.config_name or CONFIG_NAME, [*where, *one_run])
-            config = composed.config
             if options.cfg == "job":
-                _show(config, options.package, resolve=options.resolve)
+                _show(composed.config, options.package, resolve=options.resolve)
                 raise SystemExit(0)
-            config.paths.run = config.paths.runs  # known only once Hydra has made the run's folder
-            read_settings(config)
+            composed.config.paths.run = composed.config.paths.runs  # known only once Hydra has made the run's folder
+            read_settings(composed.config)
             if not options.multirun and composed.folder is not None:
                 _check_run_folder(Path(composed.folder).expanduser().absolute())
     lengths = [str(o.key_or_group) for o in overrides if o.key_or_group in LENGTHS and o.is_sweep_override()]
@@ -138,51 +135,38 @@ def _hydra_options() -> argparse.ArgumentParser:
     return parser
 
 
-def _refuse_options(unknown: Sequence[str], overrides: Sequence[str]) -> None:
+def _refuse_option(argument: str, overrides: Sequence[str]) -> NoReturn:
     """Refuse what begins with a dash and is no option of Hydra's, with the form that it should have."""
-    for argument in unknown:
-        key, _, value = argument.lstrip("-").partition("=")
-        value = value or next((o for o in overrides if "=" not in o), "...")
-        plus = "+" if key == "experiment" else ""
-        raise ConfigError(
-            f"{argument}: there is no such option. What is trained is chosen without dashes, such as "
-            f"{plus}{key}={value}; --help lists the groups and keys, --hydra-help the options"
-        )
+    key, _, value = argument.lstrip("-").partition("=")
+    value = value or next((o for o in overrides if "=" not in o), "...")
+    raise ConfigError(
+        f"{argument}: there is no such option. What is trained is chosen without dashes, such as "
+        f"{'+' * (key == 'experiment')}{key}={value}; --help lists the groups and keys, --hydra-help the options"
+    )
 
 
 def _show(config: DictConfig, package: str | None, *, resolve: bool) -> None:
-    """Print what a run would use, as `--cfg job` asks for; wrong values are refused, missing ones are not."""
-    complete = copy.deepcopy(config)
-    complete.paths.run = complete.paths.runs
-    if not OmegaConf.missing_keys(complete):
-        if complete.data.store is None and complete.data.annotations is None:
-            complete.data.annotations = "FILE.csv"
-        read_settings(complete)
+    """Print what a run would use, as `--cfg job` asks for."""
     if resolve:
         config.paths.run = None  # known only once Hydra has made the run's folder
         OmegaConf.resolve(config)
     part = config if package in (None, "_global_") else OmegaConf.select(config, str(package))
     if part is None:
-        raise ConfigError(
-            f"--package {package}: there is no such section.{_nearest_key(str(package), keys_of(config))}"
-        )
+        raise ConfigError(f"--package {package}: there is no such key.{_nearest_key(str(package), keys_of(config))}")
     print(OmegaConf.to_yaml(part) if OmegaConf.is_config(part) else part, end="")
 
 
-def _existing(folder: Path, option: str) -> Path:
-    if not folder.is_dir():
-        raise ConfigError(f"{option} {folder}: there is no such folder")
-    return folder.resolve()
-
-
-def _search_path(given: Override | None, config_dir: str | None) -> list[str]:
+def _search_path(override: Override | None, config_dir: str | None) -> list[str]:
     """The override that lets the user's own options stand beside the shipped ones; none if there are none."""
-    value = [] if given is None else given.value()
+    value = [] if override is None else override.value()
     folders = [str(folder) for folder in (value if isinstance(value, list) else [value])]
-    urls = [f if "://" in f else f"file://{_existing(Path(f), 'hydra.searchpath')}" for f in folders]
-    if config_dir:
-        urls.append(f"file://{_existing(Path(config_dir), '--config-dir')}")
-    return [f"hydra.searchpath=[{','.join(map(_quoted, urls))}]"] if urls else []
+    urls = []
+    for folder in [*folders, *[config_dir] * bool(config_dir)]:
+        is_url = "://" in str(folder)
+        if not is_url and not Path(str(folder)).is_dir():
+            raise ConfigError(f"{folder}: there is no such folder of configurations")
+        urls.append(_quoted(str(folder) if is_url else f"file://{Path(str(folder)).resolve()}"))
+    return [f"hydra.searchpath=[{','.join(urls)}]"] if urls else []
 
 
 def _check_run_folder(folder: Path) -> None:
@@ -203,18 +187,15 @@ def _check_run_folder(folder: Path) -> None:
 
 
 def _single_runs(overrides: Sequence[Override]) -> Iterator[list[str]]:
-    """The command line with every sweep at its first value, then each other value of each sweep once."""
+    """As many runs of a sweep as have every value of its in one of them."""
     choices = [
         [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
         if o.is_discrete_sweep()
         else _lines([o])
         for o in overrides
     ]
-    first = [lines[0] for lines in choices]
-    yield first
-    for position, lines in enumerate(choices):
-        for line in lines[1:]:
-            yield [*first[:position], line, *first[position + 1 :]]
+    for row in range(max(map(len, choices), default=1)):
+        yield [lines[row % len(lines)] for lines in choices]
 
 
 def _parse_overrides(overrides: Iterable[str]) -> list[Override]:
@@ -228,22 +209,19 @@ def _parse_overrides(overrides: Iterable[str]) -> list[Override]:
     for override in overrides:
         key, equals, value = override.partition("=")
         quoted = f"{key}={_quoted(value)}"
-        try:
-            parsed.append(parser.parse_override(override))
-        except HydraException as error:
-            try:
-                if not equals or value.startswith(("[", "{", "'", '"')) or "," in value:
-                    raise error
-                parsed.append(parser.parse_override(quoted))
-            except HydraException:
-                hint = f"; if its value is meant as text, put it in double quotes: {quoted!r}" if equals else ""
-                raise ConfigError(f"{override}: is not of the form key=value{hint}") from error
+        may_be_text = equals and not value.startswith(("[", "{", "'", '"')) and "," not in value
+        for candidate in (override, quoted) if may_be_text else (override,):
+            with suppress(HydraException):
+                parsed.append(parser.parse_override(candidate))
+                break
+        else:
+            hint = f"; if its value is meant as text, put it in double quotes: {quoted!r}" if equals else ""
+            raise ConfigError(f"{override}: is not of the form key=value{hint}")
     return parsed
 
 
 def _quoted(text: str) -> str:
-    quoted: str = QuotedString(text, Quote.single).with_quotes()
-    return quoted
+    return str(QuotedString(text, Quote.single).with_quotes())
 
 
 # One configuration.
@@ -276,21 +254,20 @@ def compose_run(config_name: str, overrides: Sequence[str]) -> Composed:
 
     chosen = _compose(config_name, _lines([*hydras, *choices.values()]))
     experiment = choices.pop("experiment", None)
-    declared, of_options = None, list[str]()
+    declared = None
     if experiment is not None:
         # What the chosen options declare by themselves is the list of names; an experiment only fills it in.
-        of_options = _lines([*hydras, *choices.values()]) + [
+        of_experiment = [
             f"{group!s}={option!s}" if option else f"~{group!s}"
             for group, option in chosen.hydra.runtime.choices.items()
             if group not in choices and not str(group).startswith(("hydra/", "experiment"))
         ]
-        declared = _compose(config_name, of_options)
+        added = [o for o in by_key if o.is_add() and str(o.key_or_group).split(".")[0] in choices]
+        declared = _compose(config_name, [*_lines([*hydras, *choices.values()]), *of_experiment, *_lines(added)])
         _drop_replaced(chosen, declared, choices)
         _check_keys_of_experiment(chosen, declared, str(experiment.value()))
     for override in by_key:
         _check_key(override, chosen)
-    if declared is not None and (added := [o for o in by_key if str(o.key_or_group).split(".")[0] in choices]):
-        declared = _compose(config_name, [*of_options, *_lines(added)])
 
     config = _compose(config_name, overrides)
     try:

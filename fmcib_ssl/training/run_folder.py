@@ -1,27 +1,31 @@
-"""The folder of a run knows its state: whose it is, how often it was started, whether it is finished.
+"""The folder of a run: what it is called, whose it is, how often it was started, whether it is finished.
 
-The main process alone writes it, every file whole or not at all, and no start is noted before it has passed all checks.
+The same command is the same run. The main process alone writes the folder's state, every file whole or not at all, and
+no start is noted before it has passed all checks. Every process asks for the folder's name before torch is imported.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+import json
+import math
+import os
 import re
 import secrets
 import socket
 import string
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fmcib_ssl.io import Held, Lock, read_json, read_yaml, remove_leftovers, write_atomically, write_json
-from fmcib_ssl.training.settings import upgraded
-from fmcib_ssl.types import UserError
+from fmcib_ssl.io import Held, Lock, digest_of, read_json, read_yaml, remove_leftovers, write_atomically
+from fmcib_ssl.training.settings import RENAMED_KEYS, ConfigError, Settings, upgraded
+from fmcib_ssl.types import UserError, first_target
 
 STATE_FILE, _CONFIG_FILE, _ENVIRONMENT_FILE = "run.json", "config.yaml", "environment.json"
 _LOCK_FILE = ".lock"
@@ -66,13 +70,14 @@ class RunFolder:
     Args:
         path: the folder; it is made if there is none.
         main_process: whether this one writes; the others only read what an earlier start has left.
+        lock: keep other processes out; not where this one is about to end, and may have the lock already.
 
     Raises:
         RunFolderError: it holds something else, another process trains in it, it cannot be written, or its state is
             damaged.
     """
 
-    def __init__(self, path: Path, *, main_process: bool = True) -> None:
+    def __init__(self, path: Path, *, main_process: bool = True, lock: bool = True) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.main_process = main_process
@@ -81,6 +86,7 @@ class RunFolder:
             if main_process:
                 refuse_foreign(path)
                 path.mkdir(parents=True, exist_ok=True)
+            if main_process and lock:
                 self._lock = Lock(path / _LOCK_FILE, LOCK_PATIENCE_S)
                 for own in (path, self.checkpoints):
                     remove_leftovers(own)
@@ -106,18 +112,15 @@ class RunFolder:
     @property
     def finished(self) -> dict[str, Any] | None:
         """What `finish` was called with, if the run was trained to its end."""
-        finished: dict[str, Any] | None = self.state["finished"]
-        return finished
+        return cast(dict[str, Any] | None, self.state["finished"])
 
     def begin(self, settings: Mapping[str, Any], environment: Mapping[str, Any], **start: Any) -> None:
         """Note a start that nothing refuses any more, with its settings and whatever is worth knowing about it."""
         self.state["starts"].append({"time": _now(), "host": socket.gethostname(), **start})
         self.state["finished"] = None
-        self._write()
-        with self._writing(_CONFIG_FILE) as file:
-            write_atomically(file, yaml.safe_dump(dict(settings), sort_keys=False))
-        with self._writing(_ENVIRONMENT_FILE) as file:
-            write_json(file, environment)
+        self._write_state()
+        self._write(_CONFIG_FILE, yaml.safe_dump(dict(settings), sort_keys=False))
+        self._write(_ENVIRONMENT_FILE, json.dumps(environment, indent=2, default=str) + "\n")
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take what a checkpoint has kept of a state that is lost."""
@@ -127,12 +130,12 @@ class RunFolder:
     def note(self, **facts: Any) -> None:
         """Note what later starts have to know."""
         self.state.update(facts)
-        self._write()
+        self._write_state()
 
     def finish(self, **results: Any) -> None:
         """Note that the run was trained to its end."""
         self.state["finished"] = {"time": _now(), **results}
-        self._write()
+        self._write_state()
 
     def note_requeue(self, job: str) -> int:
         """Note that a job is about to be put back into its queue.
@@ -140,12 +143,11 @@ class RunFolder:
         Returns:
             How many times in a row it was before, with as much saved as now.
         """
-        noted = self.state.setdefault("requeues", [])
-        saved = self.num_saved()
-        idle = itertools.takewhile(lambda one: (one["job"], one["saved"]) == (job, saved), reversed(noted))
+        requeues, saved = self.state.setdefault("requeues", []), self.num_saved()
+        idle = itertools.takewhile(lambda one: (one["job"], one["saved"]) == (job, saved), reversed(requeues))
         num_idle = len(list(idle))
-        noted.append({"time": _now(), "job": job, "saved": saved})
-        self._write()
+        requeues.append({"time": _now(), "job": job, "saved": saved})
+        self._write_state()
         return num_idle
 
     def num_saved(self) -> int:
@@ -153,20 +155,17 @@ class RunFolder:
         names = (CHECKPOINT_NAME.fullmatch(file.name) for file in self.checkpoints.glob("step-*.ckpt"))
         return max((int(name[1]) for name in names if name), default=len(list(self.path.glob("*/predictions.parquet"))))
 
-    def check_lesions(self, checksums: Collection[str]) -> None:
+    def check_lesions(self, checksum: str, *of_earlier_versions: str) -> None:
         """Refuse other lesions than those that the run has learned from.
-
-        Args:
-            checksums: of the lesions, by this version and by earlier ones.
 
         Raises:
             RunFolderError: they are others.
         """
         known = self.state.get("data_checksum")
-        if known is not None and known not in checksums:
+        if known not in (None, checksum, *of_earlier_versions):
             raise RunFolderError(
                 f"{self.path} was trained on other lesions, labels or weights: they have changed since (checksum "
-                f"{known[:12]}, now {next(iter(checksums))[:12]}). Resume it with those it began with; {ANEW}"
+                f"{known[:12]}, now {checksum[:12]}). Resume it with those it began with; {ANEW}"
             )
 
     def release(self) -> None:
@@ -175,15 +174,13 @@ class RunFolder:
             self._lock.release()
             self._lock = None
 
-    def _write(self) -> None:
+    def _write_state(self) -> None:
         if self.main_process and not self.is_lost:
-            with self._writing(STATE_FILE) as file:
-                write_json(file, self.state)
+            self._write(STATE_FILE, json.dumps(self.state, indent=2, default=str) + "\n")
 
-    @contextmanager
-    def _writing(self, name: str) -> Iterator[Path]:
+    def _write(self, name: str, text: str) -> None:
         try:
-            yield self.path / name
+            write_atomically(self.path / name, text)
         except OSError as error:
             raise RunFolderError(f"{self.path / name} cannot be written: {error.strerror or error}") from error
 
@@ -263,3 +260,179 @@ def _new_id() -> str:
 
 def _now() -> str:
     return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+# The same run.
+
+#: Where data lie on a machine, and how they are read.
+DATA_ACCESS = ("data.store", "data.annotations", "data.image_root", "data.path_prefix", "data.phantom.folder")
+#: Settings that a run may be resumed with changed: where and how fast it runs, where its data lie, what is watched.
+_FREE_SETTINGS = (
+    "name", "contact_sheet_rows", "identifiers", "hardware.", "logger", "callbacks", "paths.",
+    "trainer.log_every_n_steps", "trainer.enable_", "trainer.profiler", *DATA_ACCESS,
+)  # fmt: skip
+#: Settings that earlier versions had not, with what they did: a run of theirs is the same run.
+_EARLIER = {"data.padding": "constant", "identifiers": "show", "loss.gather_distributed": True}
+#: Settings that earlier versions had, with their defaults where folders of runs were called after them.
+_GONE = {"data.check": "headers", "data.allow_short_scans": False, "data.cache_scans": None}
+#: These may only grow.
+LENGTHS = ("trainer.max_epochs", "trainer.max_steps")
+#: Files and folders: the same however they are typed.
+_PLACES = ("data.store", "data.annotations", "finetune.weights")
+
+
+def settings_digest(settings: Mapping[str, Any], keyed: Collection[str] = ()) -> str:
+    """Eight digits that follow from what may not change in a run, and from the place of its data.
+
+    Args:
+        settings: plain values; relative paths start from the current folder.
+        keyed: settings that count besides, such as lengths that a sweep compares.
+    """
+    fixed = {
+        key: _plain(value)
+        for key, value in flat_settings(settings).items()
+        if key in (*_PLACES, *keyed) or not (_is_free(key) or key in LENGTHS)
+    }
+    # A run of an earlier version is in a folder that is called after what parts had as names then.
+    fixed |= {old: fixed.pop(new) for old, new in RENAMED_KEYS.items() if new in fixed}
+    fixed |= {key: value for key, value in _GONE.items() if value is not None}
+    fixed |= {key: first_target(value) for key, value in fixed.items() if key.endswith("_target_")}
+    if fixed.get("method._target_") == "fmcib_ssl.methods.MinedContrast":
+        fixed["method.gather"] = "all"  # a key that it had
+    return digest_of(fixed)[:8]
+
+
+def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> list[str]:
+    """Compare the settings that a folder was trained with to those of now.
+
+    Args:
+        before: as in the folder's `config.yaml`.
+        now: plain values.
+        folder: for the message.
+
+    Returns:
+        What differs and may, in words.
+
+    Raises:
+        RunFolderError: naming what differs and may not.
+    """
+    old, new = flat_settings(before), flat_settings(now)
+    allowed: list[str] = []
+    refused: list[str] = []
+    for key in dict.fromkeys([*old, *new]):
+        was, is_now = old.get(key, "not set"), new.get(key, "not set")
+        if was != is_now:
+            free = _is_free(key) or (key in LENGTHS and _at_least(is_now, was))
+            (allowed if free else refused).append(f"{key}: {was} before, {is_now} now")
+    if refused:
+        raise RunFolderError(
+            f"{folder} holds a run with other settings:\n"
+            + "\n".join(f"  {line}" for line in refused)
+            + f"\nTo resume it give the settings it had; {ANEW}. "
+            "Only hardware, logger, callbacks, paths and a longer training may differ"
+        )
+    return allowed
+
+
+def _is_free(key: str) -> bool:
+    return key.startswith(_FREE_SETTINGS)
+
+
+def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key, without `run`, which says which folder and not what is in it."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = RENAMED_KEYS.get(f"{prefix}{key}", f"{prefix}{key}")
+        if isinstance(value, Mapping) and value:
+            flat.update(flat_settings(value, f"{name}."))
+        elif name != "run" and name not in _GONE and (name, value) not in _EARLIER.items():
+            flat[name] = str(Path(value).resolve()) if name in _PLACES and isinstance(value, str) else value
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    """1.0 as 1, which it is equal to."""
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _at_least(length: object, before: object) -> bool:
+    """Whether one length of training is no shorter than another; none at all is the longest."""
+    steps, steps_before = (math.inf if value in (None, -1) else value for value in (length, before))
+    return isinstance(steps, int | float) and isinstance(steps_before, int | float) and steps >= steps_before
+
+
+def run_key(
+    settings: Settings, folder: Path, keyed: Collection[str] = (), environ: Mapping[str, str] = os.environ
+) -> str:
+    """The last part of the run folder's path.
+
+    `KEY`, eight digits of what may not change in the run. `run=new` adds the job, or the time of the start; from then
+    on the same command without it means the run that was started last, and a Slurm job the one that it began.
+
+    Args:
+        settings: of the run; its own folder may be anything.
+        folder: that holds the run folders.
+        keyed: settings that count besides those that may not change.
+        environ: of this process.
+
+    Raises:
+        ConfigError: `run=new` under torchrun without an id: its processes could not agree.
+    """
+    key = settings_digest(settings.model_dump(mode="json"), keyed)
+    job = _job_name(environ)
+    if settings.run == "new":
+        return f"{key}-{job or _launch_name(environ)}"
+    if job is not None and (folder / job / STATE_FILE).is_file():
+        return job  # begun by a version that called folders by their job
+    known = [folder / key, *sorted(folder.glob(f"{key}-*"))]
+    return max(known, key=functools.partial(_last_start, job=environ.get("SLURM_JOB_ID"))).name
+
+
+def _last_start(run: Path, *, job: str | None) -> tuple[bool, float]:
+    """Whether a job has started a run before, and when it was started last."""
+    try:
+        starts = read_json(run / STATE_FILE)["starts"]
+        own = job is not None and any(start.get("job") == job for start in starts)
+        return own, datetime.fromisoformat(starts[-1]["time"]).timestamp()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # none yet, or lost, or damaged
+        checkpoints = run / "checkpoints"
+        return False, checkpoints.stat().st_mtime if checkpoints.is_dir() else 0.0
+
+
+def started_by_slurm(environ: Mapping[str, str]) -> bool:
+    """Whether this process is in a Slurm job, and no shell at work, in which Lightning starts the processes itself."""
+    return "SLURM_JOB_ID" in environ and environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+
+
+def slurm_job(environ: Mapping[str, str]) -> str | None:
+    """Id of the Slurm job; of a job array that of this task."""
+    if "SLURM_ARRAY_JOB_ID" in environ:
+        return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
+    return environ.get("SLURM_JOB_ID")
+
+
+def _job_name(environ: Mapping[str, str]) -> str | None:
+    """What a restart has in common with the start before; None where nothing is known."""
+    run_id = environ.get("TORCHELASTIC_RUN_ID", "none")
+    if run_id != "none":
+        return f"torchrun-{run_id}"
+    if not started_by_slurm(environ) or "TORCHELASTIC_RUN_ID" in environ:
+        return None
+    return f"slurm-{slurm_job(environ)}"
+
+
+def _launch_name(environ: Mapping[str, str]) -> str:
+    """What all processes of a launch have in common where no job names it."""
+    if "TORCHELASTIC_RUN_ID" in environ:
+        raise ConfigError(
+            "run=new under torchrun needs an id, or its processes would write into different run folders: add "
+            "--rdzv-id=NAME to torchrun, or give hydra.run.dir=DIR in place of run=new"
+        )
+    return _start_time()
+
+
+@functools.cache  # what follows in a process is the same folder
+def _start_time() -> str:
+    return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")

@@ -27,7 +27,7 @@ DEADLINE_S = 300
         pytest.param(
             ["--ntasks-per-node=1"],
             f"srun {TRAIN} hardware=gpu",
-            "this machine has no NVIDIA driver",
+            "sees 0 GPUs on this machine",
             id="no GPU",
         ),
     ],
@@ -53,4 +53,4 @@ def test_the_batch_script_ends_as_training_does(bench: Bench) -> None:
     job = bench.train("data.store=/nowhere")  # one task: of two the other may be ended first, with 143
     ended = job.wait(DEADLINE_S)
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "1:0"), job.printed
-    assert "data.store=/nowhere cannot be read on" in job.printed
+    assert "/nowhere" in job.printed and "Traceback" not in job.printed

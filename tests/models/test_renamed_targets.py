@@ -10,8 +10,7 @@ import yaml
 from hydra.utils import get_object
 
 from fmcib_ssl.models.trusted import check_targets
-from fmcib_ssl.training.run_folder import saved_settings
-from fmcib_ssl.training.same_run import check_same_run, settings_digest
+from fmcib_ssl.training.run_folder import check_same_run, saved_settings, settings_digest
 from fmcib_ssl.training.settings import settings_of, upgraded
 from fmcib_ssl.types import RENAMED_TARGETS, current_target, with_current_targets
 

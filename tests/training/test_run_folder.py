@@ -11,8 +11,15 @@ from pathlib import Path
 import pytest
 
 from fmcib_ssl.training import run_folder
-from fmcib_ssl.training.run_folder import RunFolder, RunFolderError, kept_state, refuse_foreign, saved_settings
-from fmcib_ssl.training.same_run import check_same_run, settings_digest, unlike_the_last
+from fmcib_ssl.training.run_folder import (
+    RunFolder,
+    RunFolderError,
+    check_same_run,
+    kept_state,
+    refuse_foreign,
+    saved_settings,
+    settings_digest,
+)
 
 BEFORE = {
     "seed": 0,
@@ -115,11 +122,11 @@ def test_what_may_not(now: dict[str, object], line: str, tmp_path: Path) -> None
 
 def test_other_lesions(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.check_lesions(["a" * 64])  # of a run that knows none yet
+    folder.check_lesions("a" * 64)  # of a run that knows none yet
     folder.note(data_checksum="b" * 64)
-    folder.check_lesions(["a" * 64, "b" * 64])  # by an earlier version's checksum
+    folder.check_lesions("a" * 64, "b" * 64)  # by an earlier version's checksum
     with pytest.raises(RunFolderError, match=r"bbbbbbbbbbbb, now aaaaaaaaaaaa.*run=new"):
-        folder.check_lesions(["a" * 64])
+        folder.check_lesions("a" * 64)
 
 
 def test_nothing_is_written_before_a_start_has_passed_its_checks(tmp_path: Path) -> None:
@@ -184,15 +191,3 @@ def test_damaged_settings_are_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(content)
     with pytest.raises(RunFolderError, match=r"config\.yaml is damaged .*run=new"):
         saved_settings(tmp_path)
-
-
-def test_a_run_that_is_not_finished_is_named_to_the_next(tmp_path: Path) -> None:
-    now = {**BEFORE, "seed": 1, "hardware": {"devices": 2}}
-    assert unlike_the_last(tmp_path / "now", now) is None
-    folder = RunFolder(tmp_path / "before")
-    folder.begin(BEFORE, {}, step=0)
-    expected = f"{folder.path} is not finished; this is another run: seed: 0 before, 1 now"
-    assert unlike_the_last(tmp_path / "now", now) == expected
-    assert unlike_the_last(tmp_path / "now", BEFORE) is None  # run=new
-    folder.finish(step=3)
-    assert unlike_the_last(tmp_path / "now", now) is None

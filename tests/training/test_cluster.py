@@ -1,16 +1,90 @@
-"""What Slurm is asked, and when; its command is a stand-in that notes what it is asked."""
+"""A mismatch between a job and its configuration is refused with the line to change; what Slurm is asked, and when."""
 
 from __future__ import annotations
 
 import logging
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
-from fmcib_ssl.training.cluster import EXIT_TOO_SHORT, requeue
+from fmcib_ssl.training.cluster import EXIT_TOO_SHORT, check_machine, requeue
+from fmcib_ssl.training.config import read_settings
 from fmcib_ssl.training.run_folder import RunFolder
+from fmcib_ssl.training.settings import ConfigError, Settings
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "pretrain", "SLURM_NNODES": "1", "SLURM_NTASKS": "1"}
+STEP = {**JOB, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}
+TWO_TASKS = {**STEP, "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+TWO_NODES = {
+    **STEP,
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_NTASKS_PER_NODE": "1",
+}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+
+
+def settings(*overrides: str) -> Settings:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+        return read_settings(compose("train", ["paths.run=here", "data.annotations=my.csv", *overrides]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "environ"),
+    [
+        pytest.param([], {}, id="a workstation"),
+        pytest.param(["hardware.devices=2"], {}, id="two processes that Lightning starts"),
+        pytest.param([], JOB, id="a batch script without srun, one process"),
+        pytest.param([], STEP, id="one task"),
+        pytest.param(["hardware.devices=2"], TWO_TASKS, id="two tasks"),
+        pytest.param(["hardware.num_nodes=2"], TWO_NODES, id="two nodes"),
+        pytest.param(["hardware.devices=2", "hardware.num_nodes=2"], TORCHRUN, id="torchrun"),
+        pytest.param(["hardware.devices=2"], {**JOB, "SLURM_JOB_NAME": "bash"}, id="a shell in a job"),
+    ],
+)
+def test_what_fits_starts(overrides: list[str], environ: dict[str, str]) -> None:
+    check_machine(settings(*overrides), environ)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "environ", "fragments"),
+    [
+        (["hardware.devices=2"], JOB, ["without srun", "put `srun` before"]),
+        ([], {**JOB, "SLURM_NTASKS": "2"}, ["2 processes", "srun"]),
+        ([], TWO_TASKS, ["2 tasks", "--ntasks-per-node=1", "hardware.devices=2"]),
+        (["hardware.devices=2"], STEP, ["1 tasks", "--ntasks-per-node=2", "hardware.devices=1"]),
+        ([], TWO_NODES, ["2 nodes", "hardware.num_nodes=2", "--nodes=1"]),
+        (
+            ["hardware.devices=2"],
+            {key: value for key, value in TWO_TASKS.items() if key != "SLURM_NTASKS_PER_NODE"},
+            ["replace --ntasks", "--ntasks-per-node=2"],
+        ),
+        (["hardware.devices=4"], TORCHRUN, ["torchrun started 2", "hardware.devices=2", "--nproc-per-node=4"]),
+        (["hardware.devices=2"], TORCHRUN, ["2 nodes", "hardware.num_nodes=2", "--nnodes=1"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_line_to_change(
+    overrides: list[str], environ: dict[str, str], fragments: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_machine(settings(*overrides), environ)
+    for part in fragments:
+        assert part in str(error.value)
+
+
+def test_nothing_heavy_is_imported() -> None:
+    code = "import sys, fmcib_ssl.training.cluster; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# Requeueing; Slurm's command is a stand-in that notes what it is asked.
 
 
 @pytest.fixture
@@ -70,7 +144,7 @@ def test_refused(asked: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     answer_with(tmp_path, "", 1)
     with caplog.at_level(logging.WARNING):
         assert requeue(signal.SIGUSR1, tmp_path / "run") == 75
-    assert "Job is not requeueable" in caplog.text and "once more to go on" in caplog.text
+    assert "Job is not requeueable" in caplog.text and "once more to resume" in caplog.text
 
 
 def test_no_scontrol_here(asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
