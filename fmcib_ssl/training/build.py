@@ -140,14 +140,6 @@ def batch_size_of(settings: Settings, data: LesionDataModule) -> int:
             "loss.negatives=lesions contrasts the lesions of a batch with each other, and there is one lesion a step: "
             "add lesions, or choose loss.negatives=mined"
         )
-    num_chunks = -(-batch_size // (settings.method.get("chunk_size") or batch_size))
-    one_by_one = settings.method.get("forwards") == "separate" and batch_size // num_chunks == 1
-    if one_by_one and settings.head.get("batch_norm"):
-        raise ConfigError(
-            "method.forwards=separate sends one view at a time, and batch norm in the head needs more than one: "
-            "set method.forwards=joint or head.batch_norm=false"
-            + (", or a larger method.chunk_size" if batch_size > 1 else "")
-        )
     return batch_size
 
 
@@ -155,12 +147,8 @@ def num_steps(settings: Settings, batches_per_epoch: int) -> tuple[int, int]:
     """Optimizer steps in an epoch and in all; an epoch's last step may accumulate fewer batches than the others."""
     trainer = settings.trainer
     steps_per_epoch = -(-batches_per_epoch // trainer.accumulate_grad_batches)
-    limits = []
-    if trainer.max_epochs not in (None, -1):
-        limits.append(trainer.max_epochs * steps_per_epoch)
-    if trainer.max_steps != -1:
-        limits.append(trainer.max_steps)
-    return steps_per_epoch, min(limits)
+    of_epochs = [trainer.max_epochs * steps_per_epoch] if trainer.max_epochs not in (None, -1) else []
+    return steps_per_epoch, min([*of_epochs, *[trainer.max_steps] * (trainer.max_steps != -1)])
 
 
 def build_module(
@@ -197,7 +185,16 @@ def build_module(
     if "loss" in method.sections:
         sections["loss"] = build_part("loss", settings.loss)
     refuse_unused({"loss", "head"} - sections.keys(), method.__name__, "method", settings.method)
-    _check_method(method, settings, batch_size)
+    if method.compares_lesions and batch_size < 2:
+        raise ConfigError(
+            f"{method.__name__} compares the lesions of a batch with each other, and one lesion on each device leaves "
+            "none: set data.batch_size to 2 or more"
+        )
+    if settings.data.negatives_per_lesion and not method.takes_negatives:
+        logger.info(
+            "%s does not look at mined negatives: data.negatives_per_lesion=0 saves the time of making them",
+            method.__name__,
+        )
     extra = {"run": settings.name} if run_id is None else {"run": settings.name, "run_id": run_id}
     metadata = encoder_metadata(encoder, settings.encoder, preprocessing, extra=extra)
     # Handed over outside Hydra, which would build the encoder that the metadata describes.
@@ -278,7 +275,7 @@ def refuse_unused(unused: Iterable[str], user: str, name: str, section: Componen
         unused: names of sections.
         user: what does without them, such as the method.
         name: of the section that the user is built from.
-        section: that one.
+        section: its keys are what can be set instead.
 
     Raises:
         ConfigError: an override that would have no effect.
@@ -292,16 +289,3 @@ def refuse_unused(unused: Iterable[str], user: str, name: str, section: Componen
         if override.lstrip("+~").partition("=")[0].partition(".")[0] in unused:
             raise ConfigError(f"{override} would have no effect: {user} does not use it. It has {own}")
     logger.info("%s does not use the section%s %s", user, "s" * (len(unused) > 1), ", ".join(unused))
-
-
-def _check_method(method: type[Pretraining], settings: Settings, batch_size: int) -> None:
-    if method.compares_lesions and batch_size < 2:
-        raise ConfigError(
-            f"{method.__name__} compares the lesions of a batch with each other, and one lesion on each device leaves "
-            "none: set data.batch_size to 2 or more"
-        )
-    if settings.data.negatives_per_lesion and not method.takes_negatives:
-        logger.info(
-            "%s does not look at mined negatives: data.negatives_per_lesion=0 saves the time of making them",
-            method.__name__,
-        )

@@ -18,12 +18,11 @@ from lightning.pytorch.loggers import CSVLogger
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
-from fmcib_ssl.data import EpochSampler, LabelledPatches, Store, WatchedLoader
+from fmcib_ssl.data import EpochSampler, LabelledPatches, LesionPatches, WatchedLoader, text_of
 from fmcib_ssl.evaluation import (
     ID_COLUMN,
     METRICS,
     Labels,
-    SourcePatches,
     Split,
     SplitScores,
     column_text,
@@ -31,7 +30,6 @@ from fmcib_ssl.evaluation import (
     estimate,
     given_split,
     grouped_folds,
-    open_patches,
     patient_weights,
     read_labels,
     shared_patients,
@@ -48,7 +46,7 @@ from fmcib_ssl.training.build import (
     build_views,
     config_errors_in,
 )
-from fmcib_ssl.training.lesions import store_of
+from fmcib_ssl.training.lesions import open_lesions
 from fmcib_ssl.training.settings import Component, ConfigError, FineTune, Settings
 from fmcib_ssl.training.throughput import Progress
 from fmcib_ssl.types import Array, Preprocessing
@@ -57,29 +55,27 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Task:
-    """What is learned, on whom; arrays have one entry a labelled lesion.
+class FineTuningTask:
+    """What is learned, on whom.
 
     Attributes:
-        patches: of all lesions of the source.
-        labels: `labels.rows` says which of those have one.
-        patients: of each.
-        splits: who is trained on, validated by (`val` is never None) and tested on.
+        patches: of all lesions of the store.
         preprocessing: of the patches.
+        labels: `labels.rows` says which lesions have one.
+        ids: of the labelled lesions; so are `patients` and the rows in `splits`.
+        patients: whose lesions stay together.
+        splits: who is trained on, validated by (`val` is never None) and tested on.
     """
 
-    patches: SourcePatches
+    patches: LesionPatches
+    preprocessing: Preprocessing
     labels: Labels
+    ids: Array
     patients: Array
     splits: Sequence[Split]
-    preprocessing: Preprocessing
-
-    def ids(self) -> Array:
-        """The lesions' ids."""
-        return self.patches.lesions[ID_COLUMN].to_numpy()[self.labels.rows]
 
 
-def labelled_task(settings: Settings, options: FineTune, trained_on: Preprocessing | None) -> Task:
+def labelled_task(settings: Settings, options: FineTune, trained_on: Preprocessing | None) -> FineTuningTask:
     """Open the lesions, read their labels and split their patients.
 
     Args:
@@ -90,23 +86,26 @@ def labelled_task(settings: Settings, options: FineTune, trained_on: Preprocessi
     Raises:
         UserError: patches that are not those, no such column or label, patients on two sides of a split.
     """
-    data = settings.data
+    changes: dict[str, Any] = {"negatives_per_lesion": 0}
     if trained_on is not None:
-        for key, value, expected in (
-            ("patch_size", list(data.patch_size), list(trained_on.patch_size_zyx)),
-            ("spacing_mm", data.spacing_mm, trained_on.spacing_mm),
-            ("padding", data.padding, trained_on.padding),
-        ):
+        changes |= {"patch_size": trained_on.patch_size_zyx, "spacing_mm": trained_on.spacing_mm}
+        changes |= {"padding": trained_on.padding}
+        for key in ("patch_size", "spacing_mm", "padding"):
+            value, expected = getattr(settings.data, key), changes[key]
             if value not in (None, expected):
+                shown = str(list(expected) if isinstance(expected, tuple) else expected).replace(" ", "")
                 raise ConfigError(
-                    f"data.{key}={value}, and {options.weights} was trained on patches with {expected}: set "
-                    f"data.{key}={str(expected).replace(' ', '')}"
+                    f"data.{key}={value}, and {options.weights} was trained on patches with {shown}: set "
+                    f"data.{key}={shown}"
                 )
-    patches, preprocessing = _open(settings, trained_on)
+    source = open_lesions(
+        settings.model_copy(update={"data": settings.data.model_copy(update=changes)}), main_process=True
+    )
+    table = source.patches.lesions
     assert options.label is not None
-    labels = read_labels(patches.lesions, options.task, label=options.label, threshold=options.threshold)
-    lesions = patches.lesions.iloc[labels.rows]
-    ids = lesions[ID_COLUMN].to_numpy()
+    labels = read_labels(table, options.task, label=options.label, threshold=options.threshold)
+    lesions = table.iloc[labels.rows]
+    ids = text_of(lesions[ID_COLUMN]).to_numpy()
     patients = ids if options.group is None else column_text(lesions, options.group, "finetune.group")
     try:
         if options.split is None:
@@ -121,16 +120,7 @@ def labelled_task(settings: Settings, options: FineTune, trained_on: Preprocessi
         splits = [_with_validation(split, labels, patients, options.val_share, settings.seed) for split in splits]
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return Task(patches, labels, patients, splits, preprocessing)
-
-
-def _open(settings: Settings, trained_on: Preprocessing | None) -> tuple[SourcePatches, Preprocessing]:
-    data = settings.data
-    store = store_of(settings, spacing_mm=trained_on.spacing_mm if trained_on else None)
-    voxels = Store(store).settings
-    wanted = trained_on or Preprocessing(data.patch_size, voxels.spacing_mm, voxels.padding_hu, padding=data.padding)
-    patches = open_patches({"kind": "store", "path": store, "select": data.select}, wanted)
-    return patches, patches.preprocessing
+    return FineTuningTask(source.patches, trained_on or source.preprocessing, labels, ids, patients, splits)
 
 
 def _with_validation(split: Split, labels: Labels, patients: Array, share: float, seed: int) -> Split:
@@ -143,11 +133,11 @@ def _with_validation(split: Split, labels: Labels, patients: Array, share: float
     return replace(split, train=split.train[fit], val=split.train[val])
 
 
-def task_checksum(options: FineTune, task: Task) -> str:
+def task_checksum(options: FineTune, task: FineTuningTask) -> str:
     """Of who is trained on and tested on, with which labels, and of the weights that the training begins with."""
     splits = [(split.name, split.train, split.val, split.test) for split in task.splits]
     weights = None if options.weights is None else checksum_of([options.weights])
-    return digest_of(task.ids(), task.labels.values, splits, weights)
+    return digest_of(task.ids, task.labels.values, splits, weights)
 
 
 def starting_encoder(settings: Settings, options: FineTune) -> tuple[nn.Module, Component]:
@@ -162,7 +152,7 @@ def starting_encoder(settings: Settings, options: FineTune) -> tuple[nn.Module, 
     return encoder, encoder.spec
 
 
-def train_split(settings: Settings, options: FineTune, task: Task, split: Split, folder: Path) -> None:
+def train_split(settings: Settings, options: FineTune, task: FineTuningTask, split: Split, folder: Path) -> None:
     """Train until the validation score rises no more, and let the best weights predict.
 
     The score, not the loss: after few steps batch norm's running statistics lag behind the weights, which shifts all
@@ -208,49 +198,48 @@ def train_split(settings: Settings, options: FineTune, task: Task, split: Split,
     export_encoder(module.encoder, spec, task.preprocessing, folder / "encoder.safetensors", extra=metadata["extra"])
     tables = []
     for side, loader, rows in (("val", val, split.val), ("test", test, split.test)):
-        scores = _predict(trainer, module, loader, task.labels.rows[rows])
-        tables.append(_table(task, split.name, side, rows, scores))
+        batches = cast(list[tuple[torch.Tensor, torch.Tensor]], trainer.predict(module, loader))
+        served, scores = (torch.cat(column).cpu().numpy() for column in zip(*batches, strict=True))
+        position = pd.Series(range(len(served)), index=served)
+        scores = scores[position.loc[task.labels.rows[rows]].to_numpy()]
+        tables.append(_predictions(task, split.name, side, rows, scores))
     with atomic_write(folder / "predictions.parquet") as file:
         pd.concat(tables).to_parquet(file, index=False)
 
 
-def _loaders(settings: Settings, task: Task, split: Split, batch_size: int) -> Iterator[WatchedLoader]:
+def _loaders(settings: Settings, task: FineTuningTask, split: Split, batch_size: int) -> Iterator[WatchedLoader]:
     """Of views of the training lesions, and of the validation and test lesions as they are."""
     assert split.val is not None
-    hardware, ids = settings.hardware, task.patches.lesions[ID_COLUMN].to_numpy()
+    num_workers = settings.hardware.num_workers
     labels: Array = np.zeros(len(task.patches), np.int64 if task.labels.num_classes else np.float32)
     labels[task.labels.rows] = task.labels.values
     generator = torch.Generator().manual_seed(settings.seed)
     for rows, view_transform in ((split.train, build_views(settings)), (split.val, None), (split.test, None)):
+        training = view_transform is not None
         dataset = LabelledPatches(
-            task.patches.read,
+            task.patches.positive,
             task.labels.rows[rows],
             labels,
             task.preprocessing,
             view_transform=view_transform,
             seed=settings.seed,
         )
-        training = view_transform is not None
         yield WatchedLoader(
             dataset,
-            title=partial(_title, ids[dataset.rows]),
+            title=task.ids[rows].tolist().__getitem__,
             sampler=EpochSampler(len(rows), batch_size, seed=settings.seed) if training else None,
             drop_last=training,
             batch_size=batch_size,
-            num_workers=hardware.num_workers,
-            pin_memory=hardware.pin_memory,
-            persistent_workers=hardware.num_workers > 0,
+            num_workers=num_workers,
+            pin_memory=settings.hardware.pin_memory,
+            persistent_workers=num_workers > 0,
             generator=generator,
         )
 
 
-def _title(ids: Array, item: int) -> str:
-    return str(ids[item])
-
-
 def _build_module(
     settings: Settings,
-    task: Task,
+    task: FineTuningTask,
     split: Split,
     *,
     encoder: nn.Module,
@@ -284,43 +273,30 @@ def _build_module(
         )
 
 
-def _score(task: Task, labels: Array, scores: Array) -> float:
+def _score(task: FineTuningTask, labels: Array, scores: Array) -> float:
     """The first metric of the task."""
     metric = next(iter(METRICS[task.labels.kind].values()))
     scores = scores[:, 1] if task.labels.kind == "binary" else scores
     return value_of(metric, labels, scores)
 
 
-def _predict(trainer: L.Trainer, module: FineTuning, loader: WatchedLoader, rows: Array) -> Array:
-    """Scores in the order of `rows`, found by the rows that come back with them."""
-    batches = cast(list[tuple[torch.Tensor, torch.Tensor]], trainer.predict(module, loader))
-    served, scores = (torch.cat(column).cpu().numpy() for column in zip(*batches, strict=True))
-    by_row = pd.Series(range(len(served)), index=served)
-    return scores[by_row.loc[rows].to_numpy()]
-
-
-def _table(task: Task, fold: str, side: str, rows: Array, scores: Array) -> pd.DataFrame:
+def _predictions(task: FineTuningTask, fold: str, side: str, rows: Array, scores: Array) -> pd.DataFrame:
     labels = task.labels
-    columns: dict[str, Any] = {
-        ID_COLUMN: task.ids()[rows],
-        "patient": task.patients[rows],
-        "fold": fold,
-        "split": side,
-        "label": labels.values[rows],
-    }
+    columns: dict[str, Any] = {"patient": task.patients[rows], "fold": fold, "split": side}
+    columns["label"] = labels.values[rows]
     if labels.kind == "multiclass":
         columns |= {f"score_{name}": scores[:, number] for number, name in enumerate(labels.classes)}
     else:
         columns["score"] = scores[:, 1] if labels.num_classes else scores
     if labels.num_classes:
         columns["predicted"] = scores.argmax(axis=1)
-    return pd.DataFrame(columns)
+    return pd.DataFrame({ID_COLUMN: task.ids[rows], **columns})
 
 
-def results_of(task: Task, predictions: pd.DataFrame, seed: int, num_bootstrap: int) -> list[dict[str, Any]]:
+def results_of(task: FineTuningTask, predictions: pd.DataFrame, seed: int, num_bootstrap: int) -> list[dict[str, Any]]:
     """Each metric within each fold and then their mean, as for frozen features, with an interval over patients."""
     test = predictions[predictions["split"] == "test"]
-    rows_of = pd.Series(range(len(task.patients)), index=task.ids())
+    rows_of = pd.Series(range(len(task.patients)), index=task.ids)
     names = [name for name in test if name == "score" or str(name).startswith("score_")]
     splits = []
     for fold, table in test.groupby("fold", sort=False):
@@ -337,7 +313,7 @@ def results_of(task: Task, predictions: pd.DataFrame, seed: int, num_bootstrap: 
     return results
 
 
-def task_summary(settings: Settings, options: FineTune, task: Task, spec: Component) -> str:
+def task_summary(settings: Settings, options: FineTune, task: FineTuningTask, spec: Component) -> str:
     """What a fine-tuning is about to do, one line a split."""
     labels, split = task.labels, task.splits[0]
     counts = ""

@@ -82,7 +82,7 @@ def settings_that_fit(
             logger.info("auto_batch takes %s=%d%s", what, size, ", the largest allowed" if size == max_ else "")
             folder.note(auto_batch={what: size})
         else:
-            size = _found_by_first_process(folder, what, settings.hardware.collective_timeout_s)
+            size = _size_of_first_process(folder, what, settings.hardware.collective_timeout_s)
     return _with_size(settings, what, min(size, max_))
 
 
@@ -134,7 +134,7 @@ def _gpu_of_this_process() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))))
 
 
-def _found_by_first_process(folder: RunFolder, what: str, patience_s: float) -> int:
+def _size_of_first_process(folder: RunFolder, what: str, patience_s: float) -> int:
     until = time.monotonic() + patience_s
     while time.monotonic() < until:
         if size := ((read_state(folder.path) or {}).get("auto_batch") or {}).get(what):

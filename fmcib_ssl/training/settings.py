@@ -5,7 +5,6 @@ Sections with a `_target_` (encoder, loss, ...) stay dictionaries; their constru
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -202,11 +201,6 @@ class Settings(_Section):
                 "data.negatives_per_lesion=0 mines no negatives, and the loss wants some: set loss.negatives=lesions, "
                 "or data.negatives_per_lesion=1"
             )
-        if contrasts and self.loss.get("negatives") == "lesions" and self.data.batch_size == 1 and self.world_size == 1:
-            raise ValueError(
-                "loss.negatives=lesions contrasts the lesions of a batch with each other, and data.batch_size=1 "
-                "leaves none: raise the batch size or choose loss.negatives=mined"
-            )
         return self
 
     @property
@@ -252,21 +246,18 @@ _PLAIN_WORDS = {
 def _describe(error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
-        # Of a union every member complains; its own name at the end of the location is noise to a user.
-        union_members = ("literal[", "constrained-", "function-")
         path, kind = list(problem["loc"]), problem["type"]
         if kind == "missing" and isinstance(path[-1], int):  # of a list
             path, kind = path[:-1], "too_short"
-        key = ".".join(str(part) for part in path if not str(part).startswith(union_members))
+        # Of a union every member complains; its own name at the end of the location is noise to a user.
+        key = ".".join(
+            str(part) for part in path if not str(part).startswith(("literal[", "constrained-", "function-"))
+        )
         message = _PLAIN_WORDS.get(kind) or problem["msg"].removeprefix("Value error, ")
-        if kind == "extra_forbidden" and (close := nearest(str(path[-1]), _names_beside(path))):
-            message += f". Did you mean {'.'.join([*map(str, path[:-1]), close])}?"
+        if kind == "extra_forbidden":
+            section = Settings if len(path) == 1 else Settings.model_fields[str(path[0])].annotation
+            if close := nearest(str(path[-1]), [*getattr(section, "model_fields", {}), "experiment"]):
+                message += f". Did you mean {'.'.join([*map(str, path[:-1]), close])}?"
         value = "" if isinstance(problem["input"], dict) or kind == "missing" else f"={problem['input']}"
         lines.append(f"  {key}{value}: {message}" if key else f"  {message}")
     return "\n".join(dict.fromkeys(lines))
-
-
-def _names_beside(path: Sequence[Any]) -> list[str]:
-    section = Settings.model_fields.get(str(path[0]))
-    fields = Settings.model_fields if len(path) == 1 else getattr(section and section.annotation, "model_fields", {})
-    return [*fields, *["experiment"] * (len(path) == 1)]
