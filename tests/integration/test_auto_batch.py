@@ -97,9 +97,9 @@ def test_other_processes_take_what_the_first_has_found(phantom_table: Path, tmp_
     first.note(auto_batch={"batch_size": 5})
     other = RunFolder(tmp_path / "other", main_process=False)
     other.path = tmp_path  # it was not there yet when this process has looked
-    assert memory._found_by_first_process(other, "batch_size", 5.0) == 5
+    assert memory._size_of_first_process(other, "batch_size", 5.0) == 5
     with pytest.raises(ConfigError, match="has found no chunk_size"):
-        memory._found_by_first_process(other, "chunk_size", 0.0)
+        memory._size_of_first_process(other, "chunk_size", 0.0)
     first.release()
 
 

@@ -45,8 +45,6 @@ CONTRADICTIONS = [
         ["loss.negatives=lesions", "one lesion a step", "loss.negatives=mined"],
     ),
     (["method.forwards=both"], ["section method", "'joint' or 'separate'"]),
-    (["method.forwards=separate", "data.batch_size=1"], ["method.forwards=separate", "head.batch_norm=false"]),
-    (["method.forwards=separate", "method.chunk_size=2", "data.batch_size=3"], ["a larger method.chunk_size"]),
     (["data.select={split: trian}"], ["data.select", "trian"]),
     (["data.select={splt: train}"], ["data.select", "'splt'", "label, split"]),
     (["encoder=resnet18", "encoder.depth=19"], ["section encoder", "depth=19", "18, 34"]),
