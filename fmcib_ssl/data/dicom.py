@@ -2,7 +2,7 @@
 
 The tags alone say where slices lie and what their values mean, and every slice must lie on one regular grid.
 SimpleITK only decompresses: it inverts MONOCHROME1, takes one rescale for all frames, and knows frames in the file's
-order only. Where it reads a slice's place, it must agree.
+order only.
 """
 
 from __future__ import annotations
@@ -10,22 +10,21 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
-import SimpleITK as sitk
 from pydicom.dataset import Dataset
 
 from fmcib_ssl.data.dicom_files import DicomFile, numbers, read_stored_values, series_at, text
-from fmcib_ssl.data.geometry import MAX_CONFLICT_MM, FloatArray, ScanGeometry, check_geometry
-from fmcib_ssl.types import ScanError
+from fmcib_ssl.data.geometry import RESAMPLE, FloatArray, ScanGeometry, check_geometry, numbers_text
+from fmcib_ssl.types import Array, ScanError
 
-#: A corner of a slice may lie this far from the regular grid, mm: rounding in the headers, jitter of the table.
+#: A slice may lie this far from the regular grid, mm: rounding in the headers, jitter of the table.
 _MAX_OFF_GRID_MM = 0.5
 #: Along the normal it is this part of the distance between slices, but within these limits, mm.
 _MAX_OFF_DEPTH, _MAX_OFF_DEPTH_MM = 0.1, (0.1, _MAX_OFF_GRID_MM)
-#: How far lengths and scalar product of the orientation's vectors may be from 1 and 0: cosines are rounded.
+#: How far lengths and scalar product of the orientation's vectors may be from 1 and 0, orientations (radians) and pixel
+#: spacings of two slices from each other: headers are rounded. At the corners of a slice it makes up to half a mm.
 _MAX_COSINE_ERROR = 1e-3
 #: RescaleTypes that name something else than HU: optical and electron density, concentrations, atomic numbers.
 _NOT_HU = ("OD", "ED", "EDW", "MGML", "Z_EFF", "PCT")
@@ -39,7 +38,7 @@ _GROUPS = (
 class _Slice(NamedTuple):
     """A frame of a file, by its header."""
 
-    file: DicomFile
+    file: Path
     frame: int
     size: tuple[int, int]  # columns, rows
     spacing_mm: FloatArray  # along a row, along a column
@@ -49,16 +48,10 @@ class _Slice(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.file.path.name + (f" frame {self.frame + 1}" if self.frame else "")
-
-    def corners(self) -> FloatArray:
-        """Centres of its corner voxels, `(4, 3)`, LPS mm."""
-        return _corners(self.position_lps_mm, self.axes, self.spacing_mm, self.size)
+        return self.file.name + (f" frame {self.frame + 1}" if self.frame else "")
 
 
-def open_dicom(
-    path: Path, series_uid: str | None, any_modality: bool
-) -> tuple[ScanGeometry, Callable[[], npt.NDArray[Any]]]:
+def open_dicom(path: Path, series_uid: str | None, any_modality: bool) -> tuple[ScanGeometry, Callable[[], Array]]:
     """Geometry of a series, from the headers of its slices, and what reads its HU `(z, y, x)`, whole where they are.
 
     Raises:
@@ -72,30 +65,25 @@ def open_dicom(
     return geometry, lambda: _read_values(path, slices, geometry)
 
 
-def _read_values(path: Path, slices: list[_Slice], geometry: ScanGeometry) -> npt.NDArray[Any]:
-    hu: npt.NDArray[Any] = np.empty(geometry.size_xyz[::-1], dtype=np.int16)
-    by_file: dict[Path, list[int]] = {}  # where its frames lie in the stack
+def _read_values(path: Path, slices: list[_Slice], geometry: ScanGeometry) -> Array:
+    hu: Array = np.empty(geometry.size_xyz[::-1], dtype=np.int16)
+    by_file: dict[Path, list[int]] = {}  # a file, and where its frames lie in the stack
     for k, one in enumerate(slices):
-        by_file.setdefault(one.file.path, []).append(k)
+        by_file.setdefault(one.file, []).append(k)
     with tempfile.TemporaryDirectory() as scratch:
-        for own in by_file.values():
-            file, frames = slices[own[0]].file, [slices[k].frame for k in own]
-            try:
-                for k, stored in zip(own, read_stored_values(file, frames, Path(scratch)), strict=True):
-                    values = _rescaled(stored, *(slices[k].rescale or (1.0, 0.0)))
-                    hu = hu.astype(np.promote_types(hu.dtype, values.dtype), copy=False)
-                    hu[k] = values
-            except (ScanError, MemoryError):
-                raise
-            except Exception as error:  # what pydicom and NumPy make of a damaged file
-                raise ScanError(file.path, f"cannot be decoded: {type(error).__name__}: {error}") from error
+        for file, places in by_file.items():
+            frames = read_stored_values(file, [slices[k].frame for k in places], Path(scratch))
+            for k, stored in zip(places, frames, strict=True):
+                values = _rescaled(stored, *(slices[k].rescale or (1.0, 0.0)))
+                hu = hu.astype(np.promote_types(hu.dtype, values.dtype), copy=False)
+                hu[k] = values
     if slices[0].rescale is None and hu.min() >= 0:
         reason = f"has no RescaleSlope and RescaleIntercept, and stored values from {hu.min()} to {hu.max()} are not HU"
         raise ScanError(path, reason, "export it with the rescale tags that it was made with, or leave it out")
     return hu
 
 
-def _rescaled(stored: npt.NDArray[Any], slope: float, intercept: float) -> npt.NDArray[Any]:
+def _rescaled(stored: Array, slope: float, intercept: float) -> Array:
     """Stored values in HU: int16 where they are whole numbers that fit, else float32."""
     if slope.is_integer() and intercept.is_integer():
         values, limits = stored.astype(np.int64) * int(slope) + int(intercept), np.iinfo(np.int16)
@@ -125,41 +113,37 @@ def _slices_of(file: DicomFile, any_modality: bool) -> Iterator[_Slice]:
         plane, orientation, measures, values = (
             next((level[group].value[0] for level in (own, shared) if level.get(group)), header) for group in _GROUPS
         )
-        where = f"frame {frame + 1} " if num_frames > 1 else ""
-        unknown = f"{where}has no ImagePositionPatient: where the slice lies is not known"
-        position = _required(plane, "ImagePositionPatient", 3, path, unknown)
-        spacing = _spacing_mm(measures, path, where)
-        axes = _axes(orientation, path, where)
-        one = _Slice(file, frame, size, spacing, position, axes, _rescale(values, path, any_modality))
-        if num_frames == 1 and "PerFrameFunctionalGroupsSequence" not in header:
-            _compare_with_itk(one)
-        yield one
+        name = f"frame {frame + 1} " if num_frames > 1 else ""
+        position = numbers(plane, "ImagePositionPatient", 3, path)
+        spacing = numbers(measures, "PixelSpacing", 2, path)
+        vectors = numbers(orientation, "ImageOrientationPatient", 6, path)
+        if position is None:
+            raise ScanError(path, f"{name}has no ImagePositionPatient: where the slice lies is not known")
+        if spacing is None:
+            hint = " (ImagerPixelSpacing is that at the detector)" if "ImagerPixelSpacing" in measures else ""
+            raise ScanError(path, f"{name}has no PixelSpacing{hint}: how large its voxels are is not known")
+        if not (spacing > 0).all():
+            reason = f"{name}has the PixelSpacing {text(measures, 'PixelSpacing')!r}"
+            raise ScanError(path, f"{reason}: both must be above 0 mm")
+        if vectors is None:
+            reason = f"{name}has no ImageOrientationPatient: how the slice lies in the patient is not known"
+            raise ScanError(path, reason)
+        # DICOM names the distance between rows first.
+        axes = _axes(vectors.reshape(2, 3), path, name)
+        yield _Slice(file.path, frame, size, spacing[::-1], position, axes, _rescale(values, path, any_modality))
 
 
-def _required(tags: Dataset, keyword: str, count: int, path: Path, unknown: str) -> FloatArray:
-    if (values := numbers(tags, keyword, count, path)) is None:
-        raise ScanError(path, unknown)
-    return values
-
-
-def _spacing_mm(tags: Dataset, path: Path, where: str) -> FloatArray:
-    at_detector = " (ImagerPixelSpacing is that at the detector)" if "ImagerPixelSpacing" in tags else ""
-    unknown = f"{where}has no PixelSpacing{at_detector}: how large its voxels are is not known"
-    spacing = _required(tags, "PixelSpacing", 2, path, unknown)
-    if not (spacing > 0).all():
-        raise ScanError(path, f"{where}has the PixelSpacing {text(tags, 'PixelSpacing')!r}: both must be above 0 mm")
-    return spacing[::-1]  # DICOM names the distance between rows first
-
-
-def _axes(tags: Dataset, path: Path, where: str) -> FloatArray:
-    keyword = "ImageOrientationPatient"
-    unknown = f"{where}has no {keyword}: how the slice lies in the patient is not known"
-    row, column = _required(tags, keyword, 6, path, unknown).reshape(2, 3)
-    lengths = np.linalg.norm([row, column], axis=1)
+def _axes(vectors: FloatArray, path: Path, name: str) -> FloatArray:
+    """Unit vectors, as columns, along a row, along a column and along their normal."""
+    row, column = vectors
+    lengths = np.linalg.norm(vectors, axis=1)
     if abs(row @ column) > _MAX_COSINE_ERROR or (np.abs(lengths - 1) > _MAX_COSINE_ERROR).any():
         angle = np.degrees(np.arccos(np.clip(row @ column / np.prod(lengths), -1, 1)))
-        reason = f"{where}has the {keyword} {text(tags, keyword)}: sheared, or not of length 1; rows and columns are"
-        raise ScanError(path, f"{reason} {angle:.2f} degrees apart, {lengths[0]:.4f} and {lengths[1]:.4f} long")
+        raise ScanError(
+            path,
+            f"{name}has the ImageOrientationPatient {numbers_text(vectors.ravel())}: sheared, or not of length 1; rows "
+            f"and columns are {angle:.2f} degrees apart, {lengths[0]:.4f} and {lengths[1]:.4f} long",
+        )
     normal = np.cross(row, column)
     return np.stack([row / lengths[0], column / lengths[1], normal / np.linalg.norm(normal)], axis=1)
 
@@ -175,31 +159,6 @@ def _rescale(tags: Dataset, path: Path, any_modality: bool) -> tuple[float, floa
     return (1.0 if slope is None else float(slope[0])), (0.0 if intercept is None else float(intercept[0]))
 
 
-def _compare_with_itk(one: _Slice) -> None:
-    """Refuse a slice that SimpleITK places elsewhere than its tags do, unless it cannot read them at all."""
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(one.file.path))
-    reader.SetImageIO("GDCMImageIO")
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError:
-        return
-    axes = np.reshape(reader.GetDirection(), (3, 3))
-    by_itk = _corners(np.array(reader.GetOrigin()), axes, np.array(reader.GetSpacing()[:2]), reader.GetSize()[:2])
-    apart_mm = np.linalg.norm(by_itk - one.corners(), axis=1)
-    if (farthest_mm := apart_mm.max()) > MAX_CONFLICT_MM:
-        at = int(apart_mm.argmax())
-        places = [f"({', '.join(f'{v:.1f}' for v in corners[at])})" for corners in (one.corners(), by_itk)]
-        reason = f"has a corner at {places[0]} LPS mm by its tags, but at {places[1]} by SimpleITK"
-        raise ScanError(one.file.path, f"{reason}, {farthest_mm:.1f} mm apart: its header contradicts itself")
-
-
-def _corners(origin: FloatArray, axes: FloatArray, spacing_mm: FloatArray, size: Sequence[int]) -> FloatArray:
-    ends = [(i * (size[0] - 1), j * (size[1] - 1)) for j in (0, 1) for i in (0, 1)]
-    corners: FloatArray = origin + (np.array(ends) * spacing_mm) @ axes[:, :2].T
-    return corners
-
-
 def _stacked(path: Path, slices: list[_Slice]) -> tuple[list[_Slice], ScanGeometry]:
     """Slices in the order of their normal, and the regular grid that they all lie on.
 
@@ -212,34 +171,29 @@ def _stacked(path: Path, slices: list[_Slice]) -> tuple[list[_Slice], ScanGeomet
     slices = sorted(slices, key=lambda one: float(one.position_lps_mm @ slices[0].axes[:, 2]))
     first, last = slices[0], slices[-1]
     normal = first.axes[:, 2]  # from here on all is measured by the slice that the geometry is taken from
-    depth = np.array([one.position_lps_mm @ normal for one in slices])
-    step = _step_mm(path, slices, depth)
-    off_grid = np.array([one.corners() - first.corners() for one in slices])  # (slices, 4 corners, 3)
-    off_grid -= step * np.arange(len(slices))[:, None, None] * normal
-    drift_mm = np.linalg.norm(off_grid[-1].mean(axis=0))
-    if drift_mm > _MAX_OFF_GRID_MM:
-        angle = np.degrees(np.arctan2(drift_mm, depth[-1] - depth[0]))
-        reason = f"gantry tilt of {angle:.1f} degrees: the slices drift sideways by {drift_mm:.1f} mm"
-        raise ScanError(path, reason, "resample the series to a rectangular volume first")
-    off_mm = np.linalg.norm(off_grid, axis=2).max(axis=1)
+    positions = np.array([one.position_lps_mm for one in slices])
+    step = _step_mm(path, slices, positions @ normal)
+    off_grid = positions - positions[0] - step * np.arange(len(slices))[:, None] * normal
+    off_mm = np.linalg.norm(off_grid, axis=1)
+    if off_mm[-1] > _MAX_OFF_GRID_MM:
+        angle = np.degrees(np.arctan2(off_mm[-1], step * (len(slices) - 1)))
+        reason = f"gantry tilt of {angle:.1f} degrees: the slices drift sideways by {off_mm[-1]:.1f} mm"
+        raise ScanError(path, reason, RESAMPLE)
     if off_mm.max() > _MAX_OFF_GRID_MM:
         at = int(off_mm.argmax())
-        raise ScanError(
-            path,
-            f"its slices are shifted or not parallel: a corner of {slices[at].name} lies {off_mm[at]:.2f} mm off the "
-            f"regular grid from {first.name} to {last.name}; {_MAX_OFF_GRID_MM} mm are allowed",
-        )
+        reason = f"{slices[at].name} lies {off_mm[at]:.2f} mm off the regular grid from {first.name} to {last.name}"
+        raise ScanError(path, f"its slices are shifted: {reason}; {_MAX_OFF_GRID_MM} mm are allowed")
     size, spacing = (*first.size, len(slices)), (*first.spacing_mm, step)
     return slices, check_geometry(path, ScanGeometry.of(size, spacing, first.position_lps_mm, first.axes))
 
 
 def _check_alike(path: Path, one: _Slice, first: _Slice) -> None:
     """Refuse a slice that is no part of the stack that another belongs to."""
-    turned = np.degrees(np.arccos(np.clip((one.axes * first.axes).sum(axis=0).min(), -1, 1)))
+    turned = np.arccos(np.clip((one.axes * first.axes).sum(axis=0).min(), -1, 1))
     differences = {
         "size": one.size != first.size,
-        "spacing": not np.allclose(one.spacing_mm, first.spacing_mm, rtol=0.01),
-        f"orientation (by {turned:.1f} degrees)": turned > 1,
+        "spacing": not np.allclose(one.spacing_mm, first.spacing_mm, rtol=_MAX_COSINE_ERROR),
+        f"orientation (by {np.degrees(turned):.1f} degrees)": turned > _MAX_COSINE_ERROR,
     }
     if differs := " and ".join(name for name, is_so in differences.items() if is_so):
         reason = f"its slices differ in {differs} ({one.name} from {first.name})"
@@ -250,23 +204,23 @@ def _check_alike(path: Path, one: _Slice, first: _Slice) -> None:
         raise ScanError(path, f"{reason}: what its values mean is not known")
 
 
-def _step_mm(path: Path, slices: Sequence[_Slice], depth: FloatArray) -> float:
-    """Distance between slices that stand, by their depth along the normal, at equal distances."""
-    steps = np.diff(depth)
+def _step_mm(path: Path, slices: Sequence[_Slice], depth_mm: FloatArray) -> float:
+    """Distance between slices that lie, by their depth along the normal, at equal distances."""
+    steps = np.diff(depth_mm)
     if (steps < 0.01).any():
         at = int(np.argmin(steps))
-        reason = f"has two slices at one place ({depth[at]:.2f} mm along the slice normal)"
+        reason = f"duplicate slices at {depth_mm[at]:.2f} mm along the slice normal"
         remedy = "keep one of them; of several phases or energies keep one"
         raise ScanError(path, f"{reason}: {slices[at].name} and {slices[at + 1].name}", remedy)
-    step = float((depth[-1] - depth[0]) / len(steps))
-    off_mm = np.abs(depth - depth[0] - step * np.arange(len(depth)))
+    step = float((depth_mm[-1] - depth_mm[0]) / len(steps))
+    off_mm = np.abs(depth_mm - depth_mm[0] - step * np.arange(len(depth_mm)))
     if off_mm.max() > np.clip(_MAX_OFF_DEPTH * step, *_MAX_OFF_DEPTH_MM):
         usual, at = float(np.median(steps)), int(np.argmax(off_mm))
         longest = int(np.argmax(np.abs(steps - usual)))
         raise ScanError(
             path,
             f"slices are missing or not equally spaced: {steps[longest]:.2f} mm from slice {longest + 1} to "
-            f"{longest + 2} (at {depth[longest]:.1f} mm), {usual:.2f} mm elsewhere; slice {at + 1} lies "
+            f"{longest + 2} (at {depth_mm[longest]:.1f} mm), {usual:.2f} mm elsewhere; slice {at + 1} lies "
             f"{off_mm[at]:.2f} mm from its place on a regular grid",
         )
     return step

@@ -9,19 +9,17 @@ import os
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pydicom
 import SimpleITK as sitk
 from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.tag import Tag
 
 from fmcib_ssl.data.geometry import FloatArray
 from fmcib_ssl.data.image_files import decoded
-from fmcib_ssl.types import ScanError
+from fmcib_ssl.types import Array, ScanError
 
 _SUFFIXES = (".dcm", ".dicom", ".ima")
 #: CT Image Storage, its enhanced and its legacy converted form.
@@ -33,10 +31,8 @@ _NATIVE = (
 )
 #: What says how voxels are stored.
 _STORED_AS = ("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation")
-#: OverlayBitPosition of the 16 overlays that a file may have: above 0 if it lies in unused bits of the voxels.
-_OVERLAY_BITS = [Tag(0x6000 + 2 * i, 0x0102) for i in range(16)]
-_TAGS: list[Any] = [
-    *(*_OVERLAY_BITS, *_STORED_AS, "SamplesPerPixel", "PhotometricInterpretation"),
+_TAGS = [
+    *(*_STORED_AS, "SamplesPerPixel", "PhotometricInterpretation"),
     *("SOPClassUID", "Modality", "SeriesInstanceUID", "FrameOfReferenceUID", "NumberOfFrames"),
     *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "ImagerPixelSpacing"),
     *("RescaleSlope", "RescaleIntercept", "RescaleType"),
@@ -50,7 +46,6 @@ class DicomFile(NamedTuple):
     path: Path
     header: Dataset
     damage: str  # what is wrong with its pixel data, or empty
-    pixels_at: int | None  # byte of the file where they begin, if they stand there as they are
 
     @property
     def series_uid(self) -> str:
@@ -168,29 +163,29 @@ def _read_header(path: Path) -> DicomFile:
         if kind is None and "Rows" not in header:
             raise ScanError(path, "is cut off, or no DICOM file")
         is_image = "Rows" in header or kind in _CT_STORAGE
-        return DicomFile(path, header, *(_pixel_data(file, header) if is_image else ("", None)))
+        return DicomFile(path, header, _damage(file, header) if is_image else "")
 
 
-def _pixel_data(file: BinaryIO, header: Dataset) -> tuple[str, int | None]:
-    """`damage` and `pixels_at` of a file that stands at the beginning of its pixel data."""
+def _damage(file: BinaryIO, header: Dataset) -> str:
+    """What is wrong with the pixel data of a file that is open at its beginning."""
     if header.file_meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian:
-        return "", None  # was inflated as a whole, which fails if it is cut off
+        return ""  # was inflated as a whole, which fails if it is cut off
     implicit, little = header.original_encoding
     start = file.read(8 if implicit else 12)
     if start[:4] != (b"\xe0\x7f\x10\x00" if little else b"\x7f\xe0\x00\x10"):
-        return "has no pixel data: it is cut off, or was saved without", None
+        return "has no pixel data: it is cut off, or was saved without"
     length = int.from_bytes(start[-4:], "little" if little else "big")
     if length != 0xFFFFFFFF:
         frames = int(text(header, "NumberOfFrames") or 1)
         bits = frames * int(header.Rows) * int(header.Columns) * int(header.get("BitsAllocated", 16))
         needed = max(length, bits * int(header.get("SamplesPerPixel", 1)) // 8)
         missing = max(file.tell() + length - os.fstat(file.fileno()).st_size, needed - length)
-        return f"is cut off: {missing} bytes of its pixel data are missing" if missing > 0 else "", file.tell()
+        return f"is cut off: {missing} bytes of its pixel data are missing" if missing > 0 else ""
     while len(item := file.read(8)) == 8:
         if item[:4] == b"\xfe\xff\xdd\xe0":  # the end of a sequence of compressed frames
-            return "", None
+            return ""
         file.seek(int.from_bytes(item[4:], "little"), os.SEEK_CUR)
-    return "is cut off: its pixel data has no end", None
+    return "is cut off: its pixel data has no end"
 
 
 def text(dataset: Dataset, keyword: str) -> str:
@@ -223,46 +218,39 @@ def numbers(dataset: Dataset, keyword: str, count: int, path: Path) -> FloatArra
     return values
 
 
-def read_stored_values(file: DicomFile, frames: Collection[int], scratch: Path) -> Iterator[npt.NDArray[Any]]:
+def read_stored_values(file: Path, frames: Collection[int], scratch: Path) -> Iterator[Array]:
     """Stored values `(rows, columns)` of some frames of a file: before any rescale, MONOCHROME1 as it is.
 
     Args:
-        file: as `series_at` gave it.
+        file: of a series.
         frames: which, from 0.
         scratch: a folder for what SimpleITK is to decompress.
 
     Raises:
         ScanError: damaged, or in a form that is not read.
     """
-    header, little, start = file.header, file.header.original_encoding[1], file.pixels_at
-    rows, columns, allocated, stored, high_bit, signed = (int(header[keyword].value) for keyword in _STORED_AS)
-    if allocated not in ((8, 16, 32) if little else (16, 32)) or not 0 < stored <= high_bit + 1 <= allocated:
-        raise ScanError(file.path, f"has {stored} bits stored of {allocated} allocated, which is not read")
-    dtype = np.dtype(f"{'<' if little else '>'}{'i' if signed else 'u'}{allocated // 8}")
-    whole = header if start is not None else pydicom.dcmread(file.path)
-    syntax = header.file_meta.get("TransferSyntaxUID")
-    compressed = start is None and whole["PixelData"].is_undefined_length
+    whole = pydicom.dcmread(file, force=True)
+    rows, columns, allocated, stored, high_bit, signed = (int(whole[keyword].value) for keyword in _STORED_AS)
+    little, syntax = whole.original_encoding[1], whole.file_meta.get("TransferSyntaxUID")
+    if allocated not in ((8, 16, 32) if little else (16, 32)) or not 0 < stored == high_bit + 1 <= allocated:
+        raise ScanError(file, f"has {stored} bits stored of {allocated} allocated, which is not read")
+    compressed = whole["PixelData"].is_undefined_length
     if not compressed and syntax not in _NATIVE:
-        raise ScanError(file.path, f"is in the transfer syntax {syntax.name}, which is not read")
-    overlaid = any(header[tag].value for tag in _OVERLAY_BITS if tag in header) or high_bit != stored - 1
+        raise ScanError(file, f"is in the transfer syntax {syntax.name}, which is not read")
+    dtype = np.dtype(f"{'<' if little else '>'}{'i' if signed else 'u'}{allocated // 8}")
+    lowest, highest = (-(1 << stored - 1), (1 << stored - 1) - 1) if signed else (0, (1 << stored) - 1)
     for frame in frames:
         if compressed:
-            yield _decompressed(whole, file.path, frame, scratch)
-            continue
-        offset = frame * rows * columns * dtype.itemsize
-        if start is None:
-            values = np.frombuffer(whole.PixelData, dtype, rows * columns, offset)
+            values = _decompressed(whole, file, frame, scratch)
         else:
-            values = np.fromfile(file.path, dtype, rows * columns, offset=start + offset)
-        values = values.reshape(rows, columns).astype(dtype.newbyteorder("="), copy=False)
-        used = values << (allocated - 1 - high_bit) >> (allocated - stored)  # without other bits, and with its sign
-        if not overlaid and (used != values).any():
-            reason = f"has the stored value {values[used != values][0]}, which does not fit its {stored} bits"
-            raise ScanError(file.path, f"{reason} (BitsStored)")
-        yield used
+            values = np.frombuffer(whole.PixelData, dtype, rows * columns, frame * rows * columns * dtype.itemsize)
+        if values.min() < lowest or values.max() > highest:
+            value = values.min() if values.min() < lowest else values.max()
+            raise ScanError(file, f"has the stored value {value}, which does not fit its {stored} bits (BitsStored)")
+        yield values.reshape(rows, columns)
 
 
-def _decompressed(dataset: Dataset, path: Path, frame: int, scratch: Path) -> npt.NDArray[Any]:
+def _decompressed(dataset: Dataset, path: Path, frame: int, scratch: Path) -> Array:
     """One frame, by SimpleITK from a file of that frame that has no rescale and is not inverted."""
     plain = Dataset()
     plain.file_meta = FileMetaDataset()
@@ -279,5 +267,4 @@ def _decompressed(dataset: Dataset, path: Path, frame: int, scratch: Path) -> np
     reader.SetFileName(str(scratch / "frame.dcm"))
     reader.SetImageIO("GDCMImageIO")
     reader.SetNumberOfThreads(1)
-    values = decoded(reader, path)
-    return values.reshape(values.shape[-2:])
+    return decoded(reader, path)

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-import SimpleITK as sitk
 from odd_dicom import (
     CORONAL,
     ORIGIN,
@@ -24,7 +23,6 @@ from odd_dicom import (
 )
 from pydicom.dataset import Dataset
 
-from fmcib_ssl.data import dicom
 from fmcib_ssl.data.scans import read_header, read_scan
 from fmcib_ssl.types import ScanError
 
@@ -88,7 +86,7 @@ SPOILS: dict[str, tuple[Spoil, str]] = {
     "half a vector": (set_all(ImageOrientationPatient=[0.5, 0, 0, 0, 1, 0]), r"not of length 1.*0\.5000 and 1\.0000"),
     "gantry tilt": (drift(angle=15), r"gantry tilt of 15\.0 degrees: the slices drift sideways by 3\.3 mm"),
     "slice missing": (lambda s: s.pop(3), r"missing or not equally spaced: 5\.00 mm from slice 3 to 4.*2\.50 mm else"),
-    "slice twice": (lambda s: s.append(s[2]), r"has two slices at one place \(-45\.00 mm.*dcm and .*dcm"),
+    "slice twice": (lambda s: s.append(s[2]), r"duplicate slices at -45\.00 mm along .*dcm and .*dcm"),
     "steps that grow": (drift(jump=0.3), r"not equally spaced.*lies 0\.\d\d mm from its place on a regular grid"),
     "slice turned": (
         lambda s: setattr(s[3], "ImageOrientationPatient", list(rotated(9))),
@@ -96,7 +94,7 @@ SPOILS: dict[str, tuple[Spoil, str]] = {
     ),
     "slice shifted": (
         lambda s: setattr(s[3], "ImagePositionPatient", [-9.2, 20, -42.5]),
-        r"shifted or not parallel: a corner of .*dcm lies 0\.80 mm off the regular grid.*0\.5 mm are allowed",
+        r"shifted: .*dcm lies 0\.80 mm off the regular grid.*0\.5 mm are allowed",
     ),
     "localizer": (localizer, r"its slices differ in orientation.*is a localizer among them\?"),
     "no pixels": (all_slices(lambda one: store(one, np.zeros((0, 10)))), r"has 10 x 0 pixels, not a CT slice"),
@@ -136,12 +134,10 @@ def test_long_drifts_are_seen(tmp_path: Path) -> None:
 
 
 def test_the_slice_that_gives_the_axes_is_turned(tmp_path: Path) -> None:
-    """Small as the images are, the far end of the stack would be half a degree off."""
+    """By little more than rounding: half a degree would move the far end of the stack by 0.9 mm."""
     slices = ct_series(ct_hu((40, 4, 4)))
-    slices[0].ImageOrientationPatient = list(rotated(0.5, "x"))
-    with pytest.raises(
-        ScanError, match=r"gantry tilt of 0\.5 degrees: the slices drift sideways by 0\.85 mm|by 0\.9 mm"
-    ):
+    slices[0].ImageOrientationPatient = list(rotated(0.1, "x"))
+    with pytest.raises(ScanError, match=r"its slices differ in orientation \(by 0\.1 degrees\)"):
         read_header(write(tmp_path / "a", slices))
 
 
@@ -157,19 +153,6 @@ def test_without_any_rescale(tmp_path: Path) -> None:
     hu = ct_hu()  # HU as they are, which some tools write
     folder = write(tmp_path / "hu", without_tags(ct_series(hu, signed=True, intercept=0)))
     np.testing.assert_array_equal(read_scan(folder).hu, hu)
-
-
-def test_readers_that_contradict_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write(tmp_path / "a", ct_series(ct_hu()))
-
-    class Elsewhere(sitk.ImageFileReader):  # type: ignore[misc]
-        def GetOrigin(self) -> tuple[float, float, float]:  # noqa: N802
-            x, y, z = super().GetOrigin()
-            return x, y + 0.2, z
-
-    monkeypatch.setattr(dicom.sitk, "ImageFileReader", Elsewhere)
-    with pytest.raises(ScanError, match=r"corner at \(.*\) LPS mm by its tags, but at \(.*\) by SimpleITK, 0\.2 mm"):
-        read_header(folder)
 
 
 @pytest.mark.parametrize("instance", [1, 4, 6])
@@ -194,17 +177,3 @@ def test_slices_that_are_cut_off(tmp_path: Path, instance: int, name: str, compr
     with pytest.raises(ScanError, match=r"has no pixel data") as raised:
         read_scan(folder)
     assert raised.value.path == str(victim)
-
-
-def test_whatever_happens_is_a_rejected_scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write(tmp_path / "a", ct_series(ct_hu()))
-    with monkeypatch.context() as patch, pytest.raises(ScanError, match=r"cannot be read \(KeyError: 'odd'\)"):
-        patch.setattr(dicom, "series_at", _raise)
-        read_header(folder)
-    with monkeypatch.context() as patch, pytest.raises(ScanError, match="cannot be decoded: KeyError: 'odd'"):
-        patch.setattr(dicom, "_rescaled", _raise)
-        read_scan(folder)
-
-
-def _raise(*_: object) -> None:
-    raise KeyError("odd")
