@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
@@ -27,6 +27,7 @@ from fmcib_ssl.data.annotations import COORDINATE_COLUMNS, CROPPED_COLUMN, MASK_
 from fmcib_ssl.data.geometry import FloatArray
 from fmcib_ssl.data.tables import AnnotationsError, read_table, require_columns
 from fmcib_ssl.io import write_atomically
+from fmcib_ssl.types import Array
 
 _logger = logging.getLogger(__name__)
 
@@ -196,7 +197,7 @@ def _table_of(source: str, path: Path | str) -> pd.DataFrame:
         if column in first and not first.empty and re.search(pattern, str(first[column].iloc[0])):
             if other != source:
                 reason = f"looks like a table of {other} ({column} is {first[column].iloc[0]!r})"
-                raise AnnotationsError(f"{path}: {reason}, and source={source} was asked for: give source={other}")
+                raise AnnotationsError(f"{path}: {reason}, not of {source}: give source={other}")
             break
     return rows
 
@@ -229,9 +230,9 @@ def _numbers(rows: pd.DataFrame, column: str, count: int, path: Path | str) -> F
 
 
 def _refuse(path: Path | str, values: pd.Series[str], bad: npt.ArrayLike, expected: str) -> None:
-    if places := np.flatnonzero(np.asarray(bad)).tolist():
-        found = f"row {values.index[places[0]]}: {values.name or 'the file'} is {values.iloc[places[0]]!r}"
-        raise AnnotationsError(f"{path}: {found}; expected {expected} ({len(places)} such rows)")
+    if indices := np.flatnonzero(np.asarray(bad)).tolist():
+        first = f"row {values.index[indices[0]]}: {values.name or 'the file'} is {values.iloc[indices[0]]!r}"
+        raise AnnotationsError(f"{path}: {first}; expected {expected} ({len(indices)} such rows)")
 
 
 def _cross(a: FloatArray, b: FloatArray) -> FloatArray:
@@ -247,13 +248,8 @@ IMPORTERS: dict[str, Callable[[Path], pd.DataFrame]] = {
 }
 
 
-SPLITS = ("train", "val", "test")
-#: Patient coordinates along an edge of the volume, mm: what a patch of 50 voxels of 1 mm shows.
-EDGE_MM = 50.0
-
-
-class MedMNIST3D(NamedTuple):
-    """What is known of a data set: kind of label, HU that the grey values 0 and 255 are taken for, names of classes."""
+class _DataSet(NamedTuple):
+    """Kind of label, HU that the grey values 0 and 255 are taken for, names of classes."""
 
     task: Literal["binary", "multiclass"]
     window_hu: tuple[float, float]
@@ -262,23 +258,23 @@ class MedMNIST3D(NamedTuple):
 
 DATASETS = {
     # No window is published; this one the first author took for lung nodules, at 1 mm and 8 bits too (DenseSharp).
-    "nodulemnist3d": MedMNIST3D("binary", (-1024, 400), ("benign", "malignant")),
+    "nodulemnist3d": _DataSet("binary", (-1024, 400), ("benign", "malignant")),
     # "An abdominal window", without its bounds; these are customary ones, level 40 and width 400.
-    "organmnist3d": MedMNIST3D(
+    "organmnist3d": _DataSet(
         "multiclass",
         (-160, 240),
         ("liver", "kidney-right", "kidney-left", "femur-right", "femur-left", "bladder", "heart", "lung-right",
          "lung-left", "spleen", "pancreas"),
     ),
     # A mask of the gland, no CT: shown as soft tissue in the fat that lies round it.
-    "adrenalmnist3d": MedMNIST3D("binary", (-100, 40), ("normal", "hyperplasia")),
+    "adrenalmnist3d": _DataSet("binary", (-100, 40), ("normal", "hyperplasia")),
 }  # fmt: skip
 
 
 def import_medmnist(
-    file: Path, output: Path, *, window_hu: tuple[float, float] | None = None, edge_mm: float = EDGE_MM
+    file: Path, output: Path, *, window_hu: tuple[float, float] | None = None, edge_mm: float = 50.0
 ) -> pd.DataFrame:
-    """Write the volumes of a MedMNIST file as NIfTI below `output`, and `lesions.csv`; what is there is kept.
+    """Write the volumes of a MedMNIST file as NIfTI below `output`, and `lesions.csv`; existing volumes are kept.
 
     The table has `image_path`, `cropped` (true: the middle of a volume is its lesion), `split`, `label`, `label_name`
     and `volume` (data set, size, split and row of the file). No patient is named by MedMNIST.
@@ -300,15 +296,19 @@ def import_medmnist(
         raise AnnotationsError(
             f"window_hu={low:g},{high:g} edge_mm={edge_mm:g}: give the HU of 0 and of 255, from -1024"
         )
-    rows = []
-    for split, images, labels in _read(file, dataset):
+    splits, rows = _read_medmnist(file, DATASETS[dataset].classes), []
+    (output / "scans").mkdir(parents=True, exist_ok=True)
+    for split, images, labels in splits:
         for number in tqdm(range(len(images)), split, unit="volume", disable=None):
-            path = Path("scans") / f"{split}_{number:04d}.nii.gz"
+            path = f"scans/{split}_{number:04d}.nii.gz"
             if not (output / path).is_file():
-                hu = np.rint(low + images[number].astype(np.float32) * ((high - low) / 255)).astype(np.int16)
-                _write_scan(output / path, hu, edge_mm / len(hu))
+                image = sitk.GetImageFromArray(np.rint(low + images[number].astype(np.float32) * ((high - low) / 255)))
+                image.SetSpacing([edge_mm / images.shape[1]] * 3)
+                partial = output / "scans" / f".{split}_{number:04d}.nii.gz"
+                sitk.WriteImage(sitk.Cast(image, sitk.sitkInt16), str(partial))
+                partial.replace(output / path)
             rows.append({
-                "image_path": path.as_posix(),
+                "image_path": path,
                 "cropped": True,
                 "split": split,
                 "label": int(labels[number]),
@@ -320,29 +320,20 @@ def import_medmnist(
     return table
 
 
-def _write_scan(path: Path, hu_zyx: npt.NDArray[np.int16], spacing_mm: float) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = sitk.GetImageFromArray(hu_zyx)
-    image.SetSpacing([spacing_mm] * 3)
-    partial = path.with_name(f".{path.name}")
-    sitk.WriteImage(image, str(partial))
-    partial.replace(path)
-
-
-def _read(file: Path, dataset: str) -> list[tuple[str, npt.NDArray[np.uint8], npt.NDArray[np.int64]]]:
+def _read_medmnist(file: Path, classes: Sequence[str]) -> list[tuple[str, Array, Array]]:
     """Splits with their volumes and labels."""
     if not file.is_file():
         raise AnnotationsError(f"{file}: there is no such file; get it from https://doi.org/10.5281/zenodo.10519652")
-    num_classes, parts = len(DATASETS[dataset].classes), []
+    splits = []
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            for split in SPLITS:
+            for split in ("train", "val", "test"):
                 images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
                 if images.dtype != np.uint8 or images.ndim != 4 or len(set(images.shape[1:])) != 1:
                     raise ValueError(f"{split}_images is {images.dtype} {images.shape}, no 8-bit cubes")
-                if labels.shape != (len(images), 1) or not np.isin(labels, np.arange(num_classes)).all():
-                    raise ValueError(f"{split}_labels should be ({len(images)}, 1) of 0 to {num_classes - 1}")
-                parts.append((split, images, labels[:, 0].astype(np.int64)))
+                if labels.shape != (len(images), 1) or not np.isin(labels, np.arange(len(classes))).all():
+                    raise ValueError(f"{split}_labels should be ({len(images)}, 1) of 0 to {len(classes) - 1}")
+                splits.append((split, images, labels[:, 0].astype(np.int64)))
     except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise AnnotationsError(f"{file} is damaged, or not one of MedMNIST's: {error}; download it again") from error
-    return parts
+    return splits

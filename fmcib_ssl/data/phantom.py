@@ -16,9 +16,9 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,11 +41,11 @@ _VERSION = 1  # of what is drawn: scans of two versions are not mixed in one arc
 _HELD_OUT = (2, 4)  # scan numbers modulo 5 that are the test set: two fifths of the patients
 
 
-def draw_scan(seed: int, number: int, lesions_per_scan: tuple[int, int]) -> tuple[Chest, list[PhantomLesion]]:
+def draw_scan(seed: int, number: int, lesions_per_scan: tuple[int, int]) -> tuple[_Chest, list[_Lesion]]:
     """What scan `number` of an archive shows; nothing is rendered yet."""
     rng = np.random.default_rng([seed, number, 0])
-    chest = Chest.draw(rng)
-    return chest, draw_lesions(chest, int(rng.integers(*lesions_per_scan, endpoint=True)), rng)
+    chest = _Chest(rng)
+    return chest, _draw_lesions(chest, int(rng.integers(*lesions_per_scan, endpoint=True)), rng)
 
 
 def make_archive(
@@ -80,10 +80,8 @@ def make_archive(
     """
     few, many = lesions_per_scan
     if num_scans < 1 or not 1 <= few <= many:
-        raise ValueError(
-            f"a phantom archive needs num_scans >= 1 and 1 <= fewest <= most lesions a scan, "
-            f"got num_scans={num_scans}, lesions_per_scan={tuple(lesions_per_scan)}"
-        )
+        reason = f"num_scans={num_scans}, lesions_per_scan={tuple(lesions_per_scan)}"
+        raise ValueError(f"{reason}: a phantom archive needs num_scans >= 1 and 1 <= fewest <= most lesions a scan")
     folder = Path(folder)
     table = folder / "annotations.csv"
     _claim(folder, {"version": _VERSION, "num_scans": num_scans, "lesions_per_scan": [few, many], "seed": seed})
@@ -107,10 +105,10 @@ def _killed(number: int) -> None:
 def _claim(folder: Path, parameters: dict[str, object]) -> None:
     """Mark the folder as this archive's, or refuse one that is not."""
     manifest = folder / "phantom.json"
-    if not manifest.is_file() and (folder / "annotations.csv").exists():
-        reason = "has an annotations.csv but no phantom.json: it is no phantom archive"
-        raise ValueError(f"{folder} {reason}; give another folder")
     if not manifest.is_file():
+        if (folder / "annotations.csv").exists():
+            reason = "has an annotations.csv but no phantom.json: it is no phantom archive"
+            raise ValueError(f"{folder} {reason}; give another folder")
         write_atomically(manifest, json.dumps(parameters))
     elif (existing := json.loads(manifest.read_text())) != parameters:
         reason = f"holds a phantom archive made with {existing}, not {parameters}"
@@ -132,19 +130,20 @@ def _write_scan(folder: Path, seed: int, lesions_per_scan: tuple[int, int], numb
 def _table_rows(seed: int, number: int, lesions_per_scan: tuple[int, int]) -> Iterator[dict[str, object]]:
     chest, lesions = draw_scan(seed, number, lesions_per_scan)
     for lesion in lesions:
-        where = np.round(np.add(lesion.center_lps_mm, chest.origin_lps), 3).tolist()
+        x, y, z = np.round(np.add(lesion.center_lps_mm, chest.origin_lps), 3).tolist()
         yield {
             "image_path": _scan_name(number),
             "PatientID": f"phantom_{number:04d}",
-            **dict(zip(("coordX", "coordY", "coordZ"), where, strict=True)),
+            "coordX": x,
+            "coordY": y,
+            "coordZ": z,
             "diameter_mm": round(lesion.diameter_mm, 1),
             "label": lesion.label,
             "split": "test" if number % 5 in _HELD_OUT else "train",
         }
 
 
-@dataclass(frozen=True)
-class PhantomLesion:
+class _Lesion(NamedTuple):
     """A lesion of a phantom, in the phantom's own frame: LPS millimetres from the middle of the chest."""
 
     center_lps_mm: tuple[float, float, float]
@@ -153,51 +152,29 @@ class PhantomLesion:
     label: int  # 0: homogeneous, smooth margin; 1: heterogeneous, irregular and spiculated margin
 
 
-@dataclass(frozen=True)
-class Chest:
-    """The shape of one chest and how it was scanned. Lengths in mm, intensities in HU."""
+class _Chest:
+    """The shape of a random chest, and how a random scanner shows it. Lengths in mm, intensities in HU."""
 
-    body_x: float  # half axes of the body
-    body_y: float
-    fat: float  # thickness under the skin
-    wall: float  # from the skin to the lung
-    mediastinum: float  # half its width
-    height: float  # of the slab that was scanned
-    heart: tuple[float, float, float]  # centre
-    liver_top: float  # z of the diaphragm's dome
-    rib_phase: float
-    lung_hu: float
-    spacing_xyz: tuple[float, float, float]
-    origin_lps: tuple[float, float, float]  # where the middle of the chest lies in the scanner's frame
-    orientation: str  # of the stored axes
-    edge: float  # width over which a sharp border is blurred
-    noise_hu: float
-    noise_grain: float  # in-plane standard deviation of the noise's correlation, pixels
-    offset_hu: float  # of the scanner's calibration
-
-    @classmethod
-    def draw(cls, rng: np.random.Generator) -> Chest:
-        """A random chest on a random scanner."""
+    def __init__(self, rng: np.random.Generator) -> None:
         in_plane, slices = rng.uniform(1.15, 1.45), rng.uniform(1.6, 2.6)
-        return cls(
-            body_x=rng.uniform(138, 156),
-            body_y=rng.uniform(96, 112),
-            fat=rng.uniform(7, 18),
-            wall=rng.uniform(26, 34),
-            mediastinum=rng.uniform(20, 28),
-            height=rng.uniform(88, 104),
-            heart=(rng.uniform(14, 24), rng.uniform(-34, -22), rng.uniform(-34, -18)),
-            liver_top=rng.uniform(-44, -26),
-            rib_phase=rng.uniform(0, 26),
-            lung_hu=rng.uniform(-880, -810),
-            spacing_xyz=(in_plane, in_plane, slices),
-            origin_lps=(rng.uniform(-20, 20), rng.uniform(-220, -140), rng.uniform(-900, 300)),
-            orientation=str(rng.choice(ORIENTATIONS)),
-            edge=rng.uniform(1.2, 2.2),
-            noise_hu=rng.uniform(10, 30),
-            noise_grain=rng.uniform(0.4, 0.9),
-            offset_hu=rng.uniform(-15, 15),
-        )
+        self.body_x = rng.uniform(138, 156)  # half axes of the body
+        self.body_y = rng.uniform(96, 112)
+        self.fat = rng.uniform(7, 18)  # thickness under the skin
+        self.wall = rng.uniform(26, 34)  # from the skin to the lung
+        self.mediastinum = rng.uniform(20, 28)  # half its width
+        self.height = rng.uniform(88, 104)  # of the slab that was scanned
+        self.heart = (rng.uniform(14, 24), rng.uniform(-34, -22), rng.uniform(-34, -18))  # centre
+        self.liver_top = rng.uniform(-44, -26)  # z of the diaphragm's dome
+        self.rib_phase = rng.uniform(0, 26)
+        self.lung_hu = rng.uniform(-880, -810)
+        self.spacing_xyz = (in_plane, in_plane, slices)
+        # Where the middle of the chest lies in the scanner's frame.
+        self.origin_lps = (rng.uniform(-20, 20), rng.uniform(-220, -140), rng.uniform(-900, 300))
+        self.orientation = str(rng.choice(ORIENTATIONS))  # of the stored axes
+        self.edge = rng.uniform(1.2, 2.2)  # width over which a sharp border is blurred
+        self.noise_hu = rng.uniform(10, 30)
+        self.noise_grain = rng.uniform(0.4, 0.9)  # in-plane standard deviation of the noise's correlation, pixels
+        self.offset_hu = rng.uniform(-15, 15)  # of the scanner's calibration
 
     def axes(self) -> _Axes:
         """Coordinates of the voxels along x, y and z, shaped to broadcast to `(z, y, x)`."""
@@ -220,22 +197,17 @@ class Chest:
         in_cage = np.minimum(self.depth_under_skin(x, y) - self.wall, np.abs(x + 4) - waist)
         off_spine = np.hypot(x, y - 0.60 * self.body_y) - 31
         depth = np.minimum(in_cage, off_spine) - 0.10 * np.maximum(z, 0)
-        for center, half_axes in self._organs():
+        domes = ((-62, 4, self.liver_top - 50), (70, 82, 50)), ((66, 10, self.liver_top - 66), (60, 72, 56))
+        for center, half_axes in ((self.heart, (50, 40, 42)), *domes):  # heart and diaphragm
             offset = [(p - c) / h for p, c, h in zip((x, y, z), center, half_axes, strict=True)]
             radius = np.sqrt(offset[0] ** 2 + offset[1] ** 2 + offset[2] ** 2)
             depth = np.minimum(depth, (radius - 1) * min(half_axes))
         return np.asarray(depth, np.float32)
 
-    def _organs(self) -> Iterator[tuple[tuple[float, float, float], tuple[float, float, float]]]:
-        """Centre and half axes of the heart and the two domes of the diaphragm."""
-        yield self.heart, (50, 40, 42)
-        yield (-62, 4, self.liver_top - 50), (70, 82, 50)
-        yield (66, 10, self.liver_top - 66), (60, 72, 56)
 
-
-def draw_lesions(chest: Chest, num_lesions: int, rng: np.random.Generator) -> list[PhantomLesion]:
+def _draw_lesions(chest: _Chest, num_lesions: int, rng: np.random.Generator) -> list[_Lesion]:
     """Place lesions in the lungs, a third of them against the lung's border. The class is drawn last."""
-    lesions: list[PhantomLesion] = []
+    lesions: list[_Lesion] = []
     half = np.array([chest.body_x, chest.body_y, chest.height / 2 - _BORDER_MM], np.float32)
     for _ in range(num_lesions):
         diameter = rng.uniform(11, 20)
@@ -248,11 +220,11 @@ def draw_lesions(chest: Chest, num_lesions: int, rng: np.random.Generator) -> li
         if not legal.any():
             raise ValueError(f"no room for lesion {len(lesions) + 1} of {num_lesions} in a phantom; ask for fewer")
         x, y, z = points[np.argmax(legal)].tolist()
-        lesions.append(PhantomLesion((x, y, z), diameter, rng.uniform(-200, 0), int(rng.integers(2))))
+        lesions.append(_Lesion((x, y, z), diameter, rng.uniform(-200, 0), int(rng.integers(2))))
     return lesions
 
 
-def render(chest: Chest, lesions: list[PhantomLesion], rng: np.random.Generator) -> sitk.Image:
+def render(chest: _Chest, lesions: list[_Lesion], rng: np.random.Generator) -> sitk.Image:
     """Paint a chest and scan it.
 
     Args:
@@ -301,7 +273,7 @@ def _blend(target: _Array, coverage: _Array, value: float | _Array) -> None:
     target += coverage * (np.asarray(value, np.float32) - target)
 
 
-def _trunk(chest: Chest, x: _Array, y: _Array) -> _Array:
+def _trunk(chest: _Chest, x: _Array, y: _Array) -> _Array:
     """What is the same in every slice: skin, fat, muscle, fat of the mediastinum, shoulder blades, couch."""
     depth, edge = chest.depth_under_skin(x, y), chest.edge
     plane = np.full(depth.shape, _AIR_HU, np.float32)
@@ -319,7 +291,7 @@ def _trunk(chest: Chest, x: _Array, y: _Array) -> _Array:
     return plane
 
 
-def _paint_bones(volume: _Array, chest: Chest, x: _Array, y: _Array, z: _Array) -> None:
+def _paint_bones(volume: _Array, chest: _Chest, x: _Array, y: _Array, z: _Array) -> None:
     """Ribs that fall towards the front, a spine with discs, a breastbone."""
     edge = chest.edge
     ring = np.abs(chest.depth_under_skin(x, y) - chest.wall + 6)
@@ -344,7 +316,7 @@ def _paint_bones(volume: _Array, chest: Chest, x: _Array, y: _Array, z: _Array) 
     _blend(volume, _coverage(6 * sternum, edge), _CORTEX_HU - 200)
 
 
-def _paint_blood(volume: _Array, chest: Chest, x: _Array, y: _Array, z: _Array) -> None:
+def _paint_blood(volume: _Array, chest: _Chest, x: _Array, y: _Array, z: _Array) -> None:
     """Heart, aorta (ascending and descending), and the air of the trachea's two main branches."""
     half_axes, center = np.array([45.0, 35.0, 38.0]), np.array(chest.heart)
     window, points = _window((x, y, z), center - half_axes - 4, center + half_axes + 4)
@@ -358,7 +330,7 @@ def _paint_blood(volume: _Array, chest: Chest, x: _Array, y: _Array, z: _Array) 
         _blend(volume, _coverage(np.minimum(bronchus, z + 4), chest.edge), _AIR_HU)
 
 
-def _paint_vessels(volume: _Array, chest: Chest, side: int, rng: np.random.Generator) -> None:
+def _paint_vessels(volume: _Array, chest: _Chest, side: int, rng: np.random.Generator) -> None:
     """A tree of tubes that grows from the hilum and ends at the lung's border."""
     axes = chest.axes()
     root = np.array([side * (chest.mediastinum + 2), 6, rng.uniform(-8, 12)])
@@ -393,7 +365,7 @@ def _window(axes: _Axes, low: npt.ArrayLike, high: npt.ArrayLike) -> tuple[tuple
     return (z, y, x), (axes[0][:, :, x], axes[1][:, y, :], axes[2][z])
 
 
-def _paint_lesion(volume: _Array, lung: _Array, chest: Chest, lesion: PhantomLesion, rng: np.random.Generator) -> None:
+def _paint_lesion(volume: _Array, lung: _Array, chest: _Chest, lesion: _Lesion, rng: np.random.Generator) -> None:
     """Put a lesion into the lung. Both classes are lobulated; see the constants for what sets them apart."""
     radius, center = lesion.diameter_mm / 2, np.array(lesion.center_lps_mm)
     reach = 1.9 * radius + 4

@@ -47,13 +47,11 @@ def assign_splits(
         A side for each row, with the index of `rows`.
 
     Raises:
-        AnnotationsError: no such column, rows without a patient, one scan under two patients, fewer patients than
+        AnnotationsError: rows without a patient, one scan under two patients, fewer patients than
             sides, a side that would be empty.
     """
     if not shares or min(shares.values()) <= 0:
         raise AnnotationsError(f"shares {dict(shares)}: each must be above 0")
-    if absent := [name for name in (group, *labels) if name not in rows]:
-        raise AnnotationsError(f"no column {', '.join(map(repr, absent))}; there is {', '.join(map(repr, rows))}")
     groups = _groups(rows, group)
     names, member = np.unique(groups.to_numpy(dtype=str), return_inverse=True)
     if len(names) < len(shares):
@@ -61,11 +59,11 @@ def assign_splits(
     counts = _counts(rows, member, len(names), labels)
     share = np.array(list(shares.values()), dtype=np.float64)
     side = _assign(counts, share / share.sum(), np.random.default_rng(seed))
-    for i, name in enumerate(shares):
-        if not (side == i).any():
-            too_small = f"its share is too small for {len(names)} values of {group!r}"
-            raise AnnotationsError(f"{name!r} would be empty: {too_small}")
-    return pd.Series(np.array(list(shares))[side[member]], index=rows.index, dtype=str)
+    result = pd.Series(np.array(list(shares))[side[member]], index=rows.index, dtype=str)
+    if empty := [name for name in shares if name not in set(result)]:
+        reason = f"its share is too small for {len(names)} values of {group!r}"
+        raise AnnotationsError(f"{empty[0]!r} would be empty: {reason}")
+    return result
 
 
 def assign_folds(
@@ -133,7 +131,7 @@ def _counts(rows: pd.DataFrame, member: npt.NDArray[np.intp], num_groups: int, l
 
 
 def _assign(counts: FloatArray, shares: FloatArray, rng: np.random.Generator) -> npt.NDArray[np.intp]:
-    """A side for each patient: the one whose squared distance to its share falls most, until none wants to move."""
+    """A side for each patient: the one whose squared distance to its share falls most, until none moves."""
     order = rng.permutation(len(counts))
     order = order[np.argsort(-counts[order].max(axis=1), kind="stable")]
     missing = np.repeat(shares[:, None], counts.shape[1], axis=1)

@@ -6,7 +6,6 @@ Rows are numbered as in the file, 1 being the first below the header.
 from __future__ import annotations
 
 import csv
-import difflib
 import logging
 import re
 from collections import Counter
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from fmcib_ssl.io import nearest
 from fmcib_ssl.types import UserError
 
 _logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def selected(rows: pd.DataFrame, select: Mapping[str, Any] | None, *, key: str, 
         rows: to choose from.
         select: a value, or a list of which any will do, under each column.
         key: what the user calls the selection, for the message.
-        where: the rows are from, for the message.
+        where: the file or store that the rows are from, for the message.
 
     Raises:
         SelectionError: there is no such column.
@@ -66,14 +66,14 @@ def selected(rows: pd.DataFrame, select: Mapping[str, Any] | None, *, key: str, 
     for column, value in (select or {}).items():
         if column not in rows:
             raise SelectionError(f"{key} names the column {column!r}; {where} has {', '.join(map(str, rows))}")
-        wanted = pd.Series(value if isinstance(value, list | tuple) else [value], dtype=object).astype(str)
+        values = pd.Series(value if isinstance(value, list | tuple) else [value], dtype=object).astype(str)
         cells = rows[column]
         if pd.api.types.is_bool_dtype(cells):
-            keep &= cells.astype(str).str.lower().isin(wanted.str.lower()).to_numpy(bool)
+            keep &= cells.astype(str).str.lower().isin(values.str.lower()).to_numpy(bool)
         elif pd.api.types.is_numeric_dtype(cells):
-            keep &= cells.isin(pd.to_numeric(wanted, errors="coerce").dropna()).to_numpy(bool)
+            keep &= cells.isin(pd.to_numeric(values, errors="coerce").dropna()).to_numpy(bool)
         else:
-            keep &= text_of(cells).isin(wanted).to_numpy(bool)
+            keep &= text_of(cells).isin(values).to_numpy(bool)
     return keep
 
 
@@ -101,7 +101,7 @@ def read_table(path: Path | str, text: Collection[str] = ()) -> pd.DataFrame:
         text: columns to read as text, whatever they look like.
 
     Raises:
-        AnnotationsError: no file, no text, rows of unequal length, a column there twice.
+        AnnotationsError: no file, no text, rows of unequal length, a duplicate column.
     """
     path = Path(path)
     try:
@@ -118,8 +118,8 @@ def read_table(path: Path | str, text: Collection[str] = ()) -> pd.DataFrame:
         raise AnnotationsError(f"{path}: cannot be opened: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise AnnotationsError(f"{path}: is not a CSV file in UTF-8 ({error}); save it as one") from error
-    if doubled := sorted(name for name, count in Counter(header).items() if count > 1):
-        raise AnnotationsError(f"{path}: has these columns twice: {', '.join(map(repr, doubled))}")
+    if duplicates := sorted(name for name, count in Counter(header).items() if count > 1):
+        raise AnnotationsError(f"{path}: has duplicate columns: {', '.join(map(repr, duplicates))}")
     for row, length in enumerate(lengths, start=1):
         if length not in (0, len(header)):
             raise AnnotationsError(
@@ -166,7 +166,7 @@ def require_columns(path: Path | str, rows: pd.DataFrame, required: Collection[s
         path: the file, for the message.
         rows: what `read_table` gave.
         required: columns that must be there.
-        hint: what to add to the message.
+        hint: ends the message.
 
     Raises:
         AnnotationsError: names what is missing, and the columns that were perhaps meant.
@@ -176,8 +176,8 @@ def require_columns(path: Path | str, rows: pd.DataFrame, required: Collection[s
     missing = []
     for name in required:
         if name not in rows:
-            close = difflib.get_close_matches(name.lower(), by_lower, 1)
-            missing.append(f"{name!r} (rename {by_lower[close[0]]!r}?)" if close else repr(name))
+            close = nearest(name.lower(), by_lower)
+            missing.append(f"{name!r} (rename {by_lower[close]!r}?)" if close else repr(name))
     if missing:
         more = rows.shape[1] - len(names)
         has = ", ".join(map(repr, names)) + (f" and {more} more" if more else "")
@@ -193,13 +193,13 @@ def refuse_or_skip(
     on_bad_row: OnBadRow,
     rejected_csv: Path | str | None = None,
 ) -> None:
-    """Say which rows cannot be used, if there are any, and stop or go on without them.
+    """Report the rows that cannot be used, if there are any, and stop or continue without them.
 
     Args:
         rejected: `REJECTED_COLUMNS`, a row for each row that cannot be used.
         source: the table's file, for the message.
         num_rows: rows that were looked at.
-        on_bad_row: "refuse" stops; "skip" goes on and logs what it leaves out.
+        on_bad_row: "refuse" stops; "skip" logs them and returns.
         rejected_csv: where to write them.
 
     Raises:

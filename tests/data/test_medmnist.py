@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fmcib_ssl.data.importers import DATASETS, SPLITS, import_medmnist
+from fmcib_ssl.data.importers import DATASETS, import_medmnist
 from fmcib_ssl.data.patches import LesionPatches
 from fmcib_ssl.data.prepare import store_for_table
 from fmcib_ssl.data.store import StoreSettings
@@ -43,7 +43,7 @@ def test_from_the_file_to_the_patches(dataset: str, tmp_path: Path) -> None:
     assert patches.lesions["volume"].iloc[NUM["train"]] == f"{dataset}_28/val/0000"
     with np.load(file) as arrays:
         place = 0
-        for split in SPLITS:
+        for split in NUM:
             own = patches.lesions[patches.lesions["split"] == split]
             assert own["label"].tolist() == arrays[f"{split}_labels"][:, 0].tolist()
             assert own["label_name"].tolist() == [DATASETS[dataset].classes[label] for label in own["label"]]

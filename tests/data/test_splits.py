@@ -43,6 +43,7 @@ def test_what_must_always_hold(seed: int) -> None:
     assert set(sides) == set(SHARES)
     assert (sides.groupby(rows["PatientID"]).nunique() == 1).all()
     assert (sides.groupby(rows["image_path"]).nunique() == 1).all()
+    assert (assign_splits(rows, SHARES, seed=seed + 1) != sides).any()
     # The order of the rows decides nothing.
     shuffled = rows.iloc[rng.permutation(len(rows))]
     again = assign_splits(shuffled, SHARES, labels=["label", "diameter_mm"], seed=seed)
@@ -51,13 +52,6 @@ def test_what_must_always_hold(seed: int) -> None:
     folds = assign_folds(rows, num_folds, labels=["label"], seed=seed)
     assert set(folds) == set(range(num_folds))
     assert (folds.groupby(rows["PatientID"]).nunique() == 1).all()
-
-
-def test_another_seed_is_another_split() -> None:
-    rows = random_table(3)
-    first, same, other = (assign_splits(rows, SHARES, seed=seed) for seed in (0, 0, 1))
-    pd.testing.assert_series_equal(first, same)
-    assert (first != other).any()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -92,20 +86,17 @@ def test_the_real_crops_are_balanced_in_labels_scans_and_patients(real_data: Pat
 
 def test_what_cannot_be_split() -> None:
     rows = random_table(0)
-    with pytest.raises(AnnotationsError, match=r"no column 'patient'; there is 'image_path'"):
-        assign_splits(rows, SHARES, group="patient")
     unnamed = rows.assign(PatientID=rows["PatientID"].where(rows.index != 2))
-    with pytest.raises(AnnotationsError, match=r"1 rows have no 'PatientID', the first is row 2.*group=image_path"):
-        assign_splits(unnamed, SHARES)
     two = pd.DataFrame({"image_path": ["a", "a", "b"], "PatientID": ["P1", "P2", "P3"]})
-    with pytest.raises(AnnotationsError, match=r"a is listed under several values of 'PatientID': P1, P2"):
-        assign_splits(two, {"train": 1.0})
-    with pytest.raises(AnnotationsError, match="cannot fill 3 sides"):
-        assign_splits(two.iloc[1:], SHARES)
-    with pytest.raises(AnnotationsError, match="'val' would be empty"):
-        assign_splits(rows, {"train": 0.9999, "val": 0.0001})
-    with pytest.raises(AnnotationsError, match="each must be above 0"):
-        assign_splits(rows, {"train": 1.0, "val": 0.0})
+    for table, shares, message in (
+        (unnamed, SHARES, r"1 rows have no 'PatientID', the first is row 2.*group=image_path"),
+        (two, {"train": 1.0}, r"a is listed under several values of 'PatientID': P1, P2"),
+        (two.iloc[1:], SHARES, "cannot fill 3 sides"),
+        (rows, {"train": 0.9999, "val": 0.0001}, "'val' would be empty"),
+        (rows, {"train": 1.0, "val": 0.0}, "each must be above 0"),
+    ):
+        with pytest.raises(AnnotationsError, match=message):
+            assign_splits(table, shares)
     with pytest.raises(AnnotationsError, match="num_folds=1 must be 2 or more"):
         assign_folds(rows, 1)
 
