@@ -61,26 +61,18 @@ def main(arguments: list[str]) -> None:
             check=command.check,
             rejected_csv=command.output / "rejected.csv",
             num_workers=command.num_workers,
-            cache=command.output / "checked_scans.jsonl",
         )
         rejected.to_csv(command.output / "rejected.csv", index=False)  # also if there is none: there may be an old one
     except AnnotationsError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("stopped; the same command resumes: scans that were checked are not read again", file=sys.stderr)
         sys.exit(130)
     scans = scan_table(usable)
     scans.to_csv(command.output / "scans.csv", index=False)
-    points = round_trips(usable, command.spacing_mm)
-    points.to_csv(command.output / "coordinates.csv", index=False)
-    print(f"rows      {len(usable)} of {len(table)} can be used, in {points['image_path'].nunique()} scans")
+    point_table(usable).to_csv(command.output / "coordinates.csv", index=False)
+    print(f"rows      {len(usable)} of {len(table)} can be used, in {len(scans)} scans")
     print(f"rejected  {len(rejected)} rows: {command.output / 'rejected.csv'}")
-    print(f"points    LPS to store voxel and back: at most {points['error_mm'].max():.1e} mm apart;")
-    print(
-        f"          from the centre of the voxel that holds them: at most {points['to_voxel_center_mm'].max():.2f} mm"
-    )
-    if command.check == "full":
-        print(f"values    {peaks_summary(scans)}: {command.output / 'scans.csv'}")
+    print(f"tables    of scans {command.output / 'scans.csv'}, of points {command.output / 'coordinates.csv'}")
     if command.sheet_lesions:
         from fmcib_ssl.evaluation import write_lesion_page  # noqa: PLC0415
 
@@ -98,7 +90,7 @@ def main(arguments: list[str]) -> None:
 
 
 def scan_table(table: LesionTable) -> pd.DataFrame:
-    """A row for each scan that can be used: its grid, the range of its values, where air and soft tissue lie."""
+    """A row for each scan that can be used: its grid, and the range of its values if it was decoded."""
     import pandas as pd  # noqa: PLC0415
 
     rows = []
@@ -111,47 +103,25 @@ def scan_table(table: LesionTable) -> pd.DataFrame:
                 "series_uid": source.series_uid,  # type: ignore[union-attr]
                 "size_xyz": " x ".join(map(str, geometry.size_xyz)),
                 "spacing_mm_xyz": " x ".join(f"{s:.4g}" for s in geometry.spacing_mm_xyz),
-                **(vars(values) | {"unusual": values.unusual()} if values else {}),
+                **(values._asdict() if values else {}),
             }
         )
     return pd.DataFrame(rows)
 
 
-def peaks_summary(scans: pd.DataFrame) -> str:
-    """Where air and soft tissue lie in the middle scan, and how many scans are unusual."""
-    unusual = int((scans["unusual"] != "").sum())
-    peaks = [scans[column].median() for column in ("air_peak_hu", "soft_tissue_peak_hu")]
-    air, tissue = ("none" if peak != peak else f"{peak:.0f} HU" for peak in peaks)  # noqa: PLR0124  # NaN
-    return f"median peak of air {air}, of soft tissue {tissue}; {unusual} of {len(scans)} scans are unusual"
-
-
-def round_trips(table: LesionTable, spacing_mm: float) -> pd.DataFrame:
-    """Where each lesion's point falls: voxel of its file, voxel of a store, and the way back to LPS mm."""
+def point_table(table: LesionTable) -> pd.DataFrame:
+    """Each lesion's point in LPS mm, and as a voxel of its file."""
     import numpy as np  # noqa: PLC0415
     import pandas as pd  # noqa: PLC0415
 
-    from fmcib_ssl.data import (  # noqa: PLC0415
-        PATH_COLUMN,
-        StoreGrid,
-        places_by_scan,
-    )
+    from fmcib_ssl.data import PATH_COLUMN, rows_by_scan  # noqa: PLC0415
 
-    points = table.centers_lps_mm
-    ijk, zyx, back, voxel = (np.empty_like(points) for _ in range(4))
-    for scan, own in places_by_scan(table.scans).items():
-        geometry = table.reports[scan].geometry  # type: ignore[union-attr]  # usable rows have no rejected scan
-        grid = StoreGrid.of(geometry, spacing_mm)
-        ijk[own], zyx[own] = geometry.to_index_xyz(points[own]), grid.to_zyx(points[own])
-        back[own], voxel[own] = grid.to_lps_mm(zyx[own]), grid.to_lps_mm(np.floor(zyx[own] + 0.5))
+    points, ijk = table.centers_lps_mm, np.empty_like(table.centers_lps_mm)
+    for scan, own in rows_by_scan(table.scans).items():
+        ijk[own] = table.reports[scan].geometry.to_index_xyz(points[own])  # type: ignore[union-attr]
     columns = {"row": table.rows.index, PATH_COLUMN: table.rows[PATH_COLUMN].to_numpy()}
-    for names, values, digits in (
-        ("x_lps_mm y_lps_mm z_lps_mm", points, 3),
-        ("file_i file_j file_k", ijk, 2),
-        ("store_z store_y store_x", zyx, 2),
-    ):
-        columns |= dict(zip(names.split(), values.round(digits).T, strict=True))
-    columns["error_mm"] = np.linalg.norm(back - points, axis=1)
-    columns["to_voxel_center_mm"] = np.linalg.norm(voxel - points, axis=1)
+    columns |= dict(zip(("x_lps_mm", "y_lps_mm", "z_lps_mm"), points.round(3).T, strict=True))
+    columns |= dict(zip(("file_i", "file_j", "file_k"), ijk.round(2).T, strict=True))
     return pd.DataFrame(columns)
 
 
@@ -159,20 +129,14 @@ def sample(table: LesionTable, num_lesions: int, spacing_mm: float, identifiers:
     """Lesions spread over the table, cut from their scans."""
     import numpy as np  # noqa: PLC0415
 
-    from fmcib_ssl.data import (  # noqa: PLC0415
-        PATH_COLUMN,
-        PatchGrid,
-        crop_patch,
-        read_scan,
-    )
+    from fmcib_ssl.data import PATH_COLUMN, crop_patch, read_scan  # noqa: PLC0415
     from fmcib_ssl.evaluation import SheetLesion  # noqa: PLC0415
 
     size = (max(2, round(SHEET_MM / spacing_mm)),) * 3
     lesions = []
     for i in np.unique(np.linspace(0, len(table) - 1, num_lesions).round().astype(int)):
         source = table.scan_of(i)
-        x, y, z = table.centers_lps_mm[i].tolist()
-        patch = crop_patch(read_scan(*source), PatchGrid((x, y, z), size, spacing_mm))
+        patch = crop_patch(read_scan(*source), table.centers_lps_mm[i].tolist(), size, spacing_mm)
         name = source.path.name if identifiers == "show" else identifier(table.rows[PATH_COLUMN].iloc[i], identifiers)
         lesions.append(SheetLesion(f"{name}, row {table.rows.index[i]}", patch))
     return lesions

@@ -1,9 +1,8 @@
 from .annotations import PATH_COLUMN as PATH_COLUMN
 from .annotations import LesionTable as LesionTable
 from .annotations import check_annotations as check_annotations
-from .annotations import places_by_scan as places_by_scan
 from .annotations import read_annotations as read_annotations
-from .geometry import PatchGrid as PatchGrid
+from .annotations import rows_by_scan as rows_by_scan
 from .importers import DATASETS as DATASETS
 from .importers import IMPORTERS as IMPORTERS
 from .importers import import_medmnist as import_medmnist
@@ -30,7 +29,6 @@ from .store import LESIONS_INDEX as LESIONS_INDEX
 from .store import SCANS_INDEX as SCANS_INDEX
 from .store import Store as Store
 from .store import StoreError as StoreError
-from .store import StoreGrid as StoreGrid
 from .store import StoreSettings as StoreSettings
 from .store import patch_start as patch_start
 from .store_files import verify as verify

@@ -1,4 +1,4 @@
-"""Where things are: the grid of a scan, the grid of a patch, and the way between them.
+"""Where the voxels of a scan lie in the patient.
 
 Everything is in LPS millimetres (x to the patient's left, y to the back, z to the head), the frame of DICOM and of
 SimpleITK. Index `(0, 0, 0)` is the *centre* of the first voxel, so a scan fills indices from -0.5 to size - 0.5.
@@ -8,7 +8,7 @@ A point is turned into an index only by the grid whose voxels are read with it; 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,43 +25,12 @@ FloatArray = npt.NDArray[np.float64]
 _SPACING_RANGE_MM = (0.05, 25.0)
 #: What to do with a sheared scan.
 RESAMPLE = "resample it to a rectangular volume first"
-#: Two statements about one voxel's place may differ by this much: rounding.
-MAX_CONFLICT_MM = 0.1
 _CORNERS = np.array(list(itertools.product((0.0, 1.0), repeat=3)))
 
 
 def ras_to_lps(points_ras_mm: ArrayLike) -> Float[np.ndarray, "*points 3"]:
     """RAS millimetres to LPS, and back: x and y change their sign."""
     return np.asarray(points_ras_mm, dtype=np.float64) * (-1.0, -1.0, 1.0)
-
-
-@dataclass(frozen=True)
-class PatchGrid:
-    """The voxels of a patch: isotropic, axes along +x, +y, +z of LPS.
-
-    Voxel `size // 2` of each axis has its centre exactly at the point.
-
-    Attributes:
-        center_lps_mm: the point, x, y, z.
-        size_zyx: number of voxels, in the order of the array.
-        spacing_mm: edge of a voxel.
-    """
-
-    center_lps_mm: tuple[float, float, float]
-    size_zyx: tuple[int, int, int]
-    spacing_mm: float = 1.0
-
-    @property
-    def size_xyz(self) -> tuple[int, int, int]:
-        """Number of voxels along x, y, z."""
-        z, y, x = self.size_zyx
-        return x, y, z
-
-    @property
-    def origin_lps_mm(self) -> tuple[float, float, float]:
-        """Centre of the first voxel, x, y, z."""
-        x, y, z = (c - (n // 2) * self.spacing_mm for c, n in zip(self.center_lps_mm, self.size_xyz, strict=True))
-        return x, y, z
 
 
 @dataclass(frozen=True)
@@ -150,26 +119,6 @@ def check_geometry(path: Path, geometry: ScanGeometry) -> ScanGeometry:
     if not np.isfinite(geometry.origin_lps_mm).all():
         raise ScanError(path, f"has the origin {geometry.origin_lps_mm}")
     return geometry
-
-
-def check_agreement(path: Path, stated: Mapping[str, ScanGeometry], remedy: str) -> None:
-    """Refuse a scan of which two statements put a corner voxel at two places.
-
-    Args:
-        path: named in the error, which ends with `remedy`.
-        stated: two geometries, by who says so.
-        remedy: begins with "; ".
-    """
-    (one, first), (other, second) = stated.items()
-    distance_mm = np.linalg.norm(first.corners_lps_mm() - second.corners_lps_mm(), axis=1).max()
-    if not distance_mm <= MAX_CONFLICT_MM:
-        texts = (
-            f"{name}: voxels of {numbers_text(g.spacing_mm_xyz, ' x ')} mm, the first at "
-            f"({numbers_text(g.origin_lps_mm)}), the last at ({numbers_text(g.corners_lps_mm()[-1])}) LPS mm"
-            for name, g in stated.items()
-        )
-        reason = f"its {one} and {other} are up to {distance_mm:.1f} mm apart ({'; '.join(texts)})"
-        raise ScanError(path, reason + remedy)
 
 
 def numbers_text(numbers: Iterable[float], separator: str = ", ") -> str:

@@ -3,8 +3,8 @@
 A NIfTI header is read by nibabel and the voxels by hand. ITK is not asked: where a file says two things it takes one
 without a word; it reads NaN as 0, fills what is cut off with zeros, and does not know NIfTI-2.
 
-NRRD and MetaImage are decoded by ITK, and their geometry compared with what the header says. What a header leaves out
-ITK fills with voxels of 1 mm, an origin of 0 and axes along LPS; here such a file is refused.
+NRRD and MetaImage are read by ITK. What a header leaves out it fills with voxels of 1 mm, an origin of 0 and axes along
+LPS; here such a file is refused.
 """
 
 from __future__ import annotations
@@ -19,57 +19,61 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import SimpleITK as sitk
 from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
 
-from fmcib_ssl.data.geometry import RESAMPLE, ScanGeometry, check_agreement, check_geometry, numbers_text
-from fmcib_ssl.types import ScanError
+from fmcib_ssl.data.geometry import RESAMPLE, ScanGeometry, check_geometry, numbers_text
+from fmcib_ssl.types import Array, ScanError
 
 #: Which of the two transforms of a NIfTI header is right, where they contradict each other.
 Affine = Literal["sform", "qform"]
+#: What can be read, for messages.
+FORMATS = "NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr), MetaImage (.mha, .mhd) or DICOM (folder of slices, enhanced CT)"
 
-_NAME = re.compile(r"\.(nii|hdr|img)(\.gz)?$", re.IGNORECASE)
-_ANALYZE_SIZES = (b"\x5c\x01\0\0", b"\0\0\x01\x5c")  # the first field of Analyze and of NIfTI-1: 348
+_NIFTI = re.compile(r"\.(nii|hdr|img)(\.gz)?$", re.IGNORECASE)
 _MM_PER_UNIT = {1: 1000.0, 2: 1.0, 3: 0.001}  # metre, millimetre, micrometre; anything else counts as mm
-_CHUNK_BYTES = 1 << 22
+#: Two statements about one voxel's place may differ by this much, mm: rounding.
+_MAX_CONFLICT_MM = 0.1
+#: Longest NRRD or MetaImage header that is looked at, bytes: fields of a Slicer segmentation may be long.
+_MAX_HEADER = 1 << 20
+_MILLIMETRES = ("mm", "millimeter", "millimeters", "millimetre", "millimetres")
+#: Spaces of an NRRD that ITK brings to LPS, by the initials of their names.
+_SPACES = ("lps", "ras", "las")
+#: The parts of a MetaImage's geometry by all names that they have, the usual one first, and how many numbers each is.
+_META_NAMES = {
+    ("ElementSpacing", "ElementSize"): 3,
+    ("Offset", "Position", "Origin"): 3,
+    ("TransformMatrix", "Rotation", "Orientation"): 9,
+}
 
 
 def is_nifti(path: Path) -> bool:
     """Whether a file is read as NIfTI: by its name."""
-    return _NAME.search(path.name) is not None
+    return _NIFTI.search(path.name) is not None
 
 
-def header_and_voxels(path: Path) -> tuple[Path, Path]:
-    """The file that holds the header, and the one that holds the voxels: the same but for a pair."""
-
-    def other(extension: str) -> Path:
-        return path.with_name(re.sub(r"(hdr|img)((\.gz)?)$", rf"{extension}\2", path.name, flags=re.IGNORECASE))
-
-    return (other("hdr"), path) if re.search(r"\.img(\.gz)?$", path.name, re.IGNORECASE) else (path, other("img"))
-
-
-def open_nifti(path: Path, affine: Affine | None) -> tuple[ScanGeometry, Callable[[], npt.NDArray[Any]]]:
+def open_nifti(path: Path, affine: Affine | None) -> tuple[ScanGeometry, Callable[[], Array]]:
     """Geometry of a NIfTI file, and what reads its values `(z, y, x)`, scaled; of a gzip file its checksum is tested.
 
     Args:
-        path: the file; of a pair either of the two.
+        path: the file.
         affine: which transform to take where the header's two contradict each other; None refuses such a file.
 
     Raises:
         ScanError: not a NIfTI file, cut off, not one volume, no geometry, or two that contradict each other; when its
             values are read, damaged data.
     """
-    header_file, voxel_file = header_and_voxels(path)
-    with _opened(header_file) as file:
-        head = file.read(544)
+    if ".nii" not in path.name.lower():
+        raise ScanError(
+            path, "is one of a pair of files (Analyze 7.5, or NIfTI's .hdr with .img); convert it to .nii.gz"
+        )
+    with _opened(path) as file:
+        head = file.read(540)
     if Nifti1Header.may_contain_header(head):
-        header, paired = Nifti1Header(head[:348], check=False), head[344:347] == b"ni1"
+        header = Nifti1Header(head[:348], check=False)
     elif Nifti2Header.may_contain_header(head):
-        header, paired = Nifti2Header(head[:540], check=False), head[4:7] == b"ni2"
-    elif head[:4] in _ANALYZE_SIZES:
-        raise ScanError(path, "is an Analyze 7.5 file, which does not say left from right; convert it to NIfTI")
+        header = Nifti2Header(head, check=False)
     else:
         raise ScanError(path, f"cannot be read: its content is not what its name says; use {FORMATS}")
     size = tuple(int(n) for n in header.get_data_shape())
@@ -78,50 +82,47 @@ def open_nifti(path: Path, affine: Affine | None) -> tuple[ScanGeometry, Callabl
     if len(size) != 3 or min(size) < 2:
         kind = "2D" if len(size) <= 3 else f"{len(size)}D"
         raise ScanError(path, f"is a {kind} image of size {size}, not a volume")
-    if header.get_data_dtype().kind not in "iuf":
+    dtype = header.get_data_dtype()
+    if dtype.kind not in "iuf":
         raise ScanError(path, "has several values a voxel (colour or complex numbers), not one HU value")
-    voxel_file, offset = voxel_file if paired else header_file, int(header["vox_offset"])
-    if not paired:
-        offset = max(offset, int(header["sizeof_hdr"]) + 4)
     geometry = _geometry(path, header, size, affine)
-    needed = offset + int(np.prod(size, dtype=np.int64)) * header.get_data_dtype().itemsize
-    if (num_bytes := _num_bytes(voxel_file, needed)) < needed:
-        raise ScanError(path, f"is cut off: {num_bytes} of {needed} bytes; copy it again")
-    return geometry, lambda: _read_values(path, voxel_file, offset, header, size)
+    offset = max(int(header["vox_offset"]), int(header["sizeof_hdr"]) + 4)
+    count = int(np.prod(size, dtype=np.int64))
+    _check_length(path, offset + count * dtype.itemsize)
+
+    def read_values() -> Array:
+        with _opened(path) as file:
+            file.seek(offset)
+            data = file.read()  # to its end, where the checksum is
+        if len(data) < count * dtype.itemsize:
+            raise ScanError(path, f"is cut off: {len(data)} of {count * dtype.itemsize} bytes of voxels; copy it again")
+        values: Array = np.frombuffer(data, dtype, count).reshape(size[::-1])
+        slope, intercept = header.get_slope_inter()
+        if slope is not None and (slope, intercept) != (1, 0):
+            values = values.astype(np.float32)
+            values *= np.float32(slope)
+            values += np.float32(intercept)
+        return values
+
+    return geometry, read_values
 
 
-def _num_bytes(path: Path, expected: int) -> int:
-    """Bytes of a file when unzipped, without unzipping one that is as long as expected."""
+def _check_length(path: Path, expected: int) -> None:
+    """Refuse a file that is cut off, without unzipping one that is as long as expected."""
     with _opened(path) as file:
         raw = getattr(file, "fileobj", file)
-        length: int = raw.seek(0, 2)
-        if raw is file:
-            return length
-        # The last four bytes of a gzip file are its uncompressed length; of one cut short they are noise, and of
-        # several members they are the last one's: then only reading it tells.
-        raw.seek(-4, 2)
-        is_expected = int.from_bytes(raw.read(4), "little") == expected % 2**32
-        raw.seek(0)
-        return expected if is_expected else sum(map(len, iter(lambda: file.read(_CHUNK_BYTES), b"")))
-
-
-def _read_values(path: Path, file: Path, offset: int, header: Any, size: tuple[int, ...]) -> npt.NDArray[Any]:
-    values: npt.NDArray[Any] = np.empty(size[::-1], header.get_data_dtype())
-    buffer, filled = values.reshape(-1).view(np.uint8), 0
-    with _opened(file) as stream:
-        stream.read(offset)
-        while num_read := stream.readinto(buffer[filled : filled + _CHUNK_BYTES]):
-            filled += num_read
-        while stream.read(_CHUNK_BYTES):  # to its end, where the checksum is
-            pass
-    if filled < len(buffer):
-        raise ScanError(path, f"is cut off: {filled} of {len(buffer)} bytes of voxels; copy it again")
-    slope, intercept = header.get_slope_inter()
-    if slope is not None and (slope, intercept) != (1, 0):
-        values = values.astype(np.float32)
-        values *= np.float32(slope)
-        values += np.float32(intercept)
-    return values
+        num_bytes = raw.seek(0, 2)
+        if raw is not file:
+            # The last four bytes of a gzip file are its uncompressed length; of one cut short they are noise, and of
+            # several members they are the last one's: then only reading it tells.
+            raw.seek(-4, 2)
+            num_bytes = int.from_bytes(raw.read(4), "little")
+            if num_bytes == expected % 2**32:
+                return
+            raw.seek(0)
+            num_bytes = sum(map(len, iter(lambda: file.read(1 << 22), b"")))
+    if num_bytes < expected:
+        raise ScanError(path, f"is cut off: {num_bytes} of {expected} bytes; copy it again")
 
 
 @contextmanager
@@ -139,7 +140,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _geometry(path: Path, header: Any, size: tuple[int, ...], affine: Affine | None) -> ScanGeometry:
-    """Where the voxels lie, if the header says it, and says one thing only."""
+    """Where the voxels of a NIfTI file lie, if its header says it, and says one thing only."""
     transforms = {}
     if header["sform_code"] > 0:
         transforms["sform"] = header.get_sform()
@@ -165,44 +166,31 @@ def _geometry(path: Path, header: Any, size: tuple[int, ...], affine: Affine | N
     if affine is None and "sform" in stated:
         if "qform" not in stated:  # whose voxel size it is
             stated["voxel size (pixdim)"] = replace(geometry, spacing_mm_xyz=tuple(voxel_mm.tolist()))
-        check_agreement(path, stated, remedy)
+        (one, first), (other, second) = stated.items()
+        distance_mm = np.linalg.norm(first.corners_lps_mm() - second.corners_lps_mm(), axis=1).max()
+        if not distance_mm <= _MAX_CONFLICT_MM:
+            texts = (
+                f"{name}: voxels of {numbers_text(g.spacing_mm_xyz, ' x ')} mm, the first at "
+                f"({numbers_text(g.origin_lps_mm)}), the last at ({numbers_text(g.corners_lps_mm()[-1])}) LPS mm"
+                for name, g in stated.items()
+            )
+            reason = f"its {one} and {other} are up to {distance_mm:.1f} mm apart ({'; '.join(texts)})"
+            raise ScanError(path, reason + remedy)
     return geometry
 
 
-#: What can be read, for messages.
-FORMATS = "NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr), MetaImage (.mha, .mhd) or DICOM (folder of slices, enhanced CT)"
-#: Longest header that is looked at, bytes: fields of a Slicer segmentation may be long.
-_MAX_HEADER = 1 << 20
-_NUMBER = re.compile(r"[-+]?(?:nan|inf|\d*\.?\d+(?:e[-+]?\d+)?)", re.IGNORECASE)
-_MILLIMETRES = ("mm", "millimeter", "millimeters", "millimetre", "millimetres")
-#: Signs that bring the axes of an NRRD's space, by the initials of its name, to LPS.
-_SPACES = {"lps": (1, 1, 1), "ras": (-1, -1, 1), "las": (1, -1, 1)}
-#: The names that a header has for each part of the geometry; the first is the usual one.
-_NRRD_NAMES = (("space",), ("space directions",), ("space origin",))
-_META_NAMES = (
-    ("ElementSpacing", "ElementSize"),
-    ("Offset", "Position", "Origin"),
-    ("TransformMatrix", "Rotation", "Orientation"),
-)
-
-
-def open_itk(path: Path, *, layered: bool = False) -> tuple[ScanGeometry, Callable[[], npt.NDArray[Any]]]:
-    """Geometry of a file, and what decodes its values `(z, y, x)`; `(z, y, x, layers)` of several values a voxel.
-
-    Args:
-        path: the file; DICOM too, to say what it is.
-        layered: accept several values a voxel.
+def open_itk(path: Path) -> tuple[ScanGeometry, Callable[[], Array]]:
+    """Geometry of an NRRD or MetaImage file, and what decodes its values `(z, y, x)`.
 
     Raises:
-        ScanError: not an image, 2D, 4D, colour, a header that leaves its geometry out, or says another than ITK reads;
-            when decoded, damaged data.
+        ScanError: not an image, 2D, 4D, colour, a header that leaves its geometry out; when decoded, damaged data.
     """
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.SetNumberOfThreads(1)
     image_io = sitk.ImageFileReader.GetImageIOFromFileName(str(path))
     # Before it is opened: reading VTK leaves the whole process in the locale "C".
-    if image_io not in ("", "NrrdImageIO", "MetaImageIO", "GDCMImageIO"):
+    if image_io not in ("", "NrrdImageIO", "MetaImageIO"):
         name = image_io.removesuffix("ImageIO")
         raise ScanError(path, f"is a {name} file, whose geometry is not known to be right; use {FORMATS}")
     try:
@@ -214,71 +202,47 @@ def open_itk(path: Path, *, layered: bool = False) -> tuple[ScanGeometry, Callab
         hint = "; for DICOM name the folder of the series, not one slice" if len(size) == 3 else ""
         kind = "2D" if len(size) == 2 or min(size) < 2 else f"{len(size)}D"
         raise ScanError(path, f"is a {kind} image of size {size}, not a volume{hint}")
-    if (components := reader.GetNumberOfComponents()) != 1 and not layered:
-        raise ScanError(path, f"has {components} values a voxel (colour or vectors), not one HU value")
+    if (components := reader.GetNumberOfComponents()) != 1:
+        raise ScanError(path, f"has {components} values a voxel (colour, vectors, overlapping segments), not one")
+    _check_header(path, is_nrrd=image_io == "NrrdImageIO")
     direction = np.reshape(reader.GetDirection(), (3, 3))
     geometry = check_geometry(path, ScanGeometry.of(size, reader.GetSpacing(), reader.GetOrigin(), direction))
-    if image_io != "GDCMImageIO":
-        stated = _stated_geometry(path, size, is_nrrd=image_io == "NrrdImageIO")
-        check_agreement(path, {"header": stated, "geometry as ITK reads it": geometry}, "; save it anew")
     return geometry, lambda: decoded(reader, path)
 
 
-def header_fields(path: Path) -> dict[str, str]:
-    """What the text header of an NRRD or a MetaImage file says, under names in lower case."""
+def _check_header(path: Path, *, is_nrrd: bool) -> None:
+    """Refuse an NRRD or MetaImage file of which a part of the geometry is missing, or is not in mm."""
     with path.open("rb") as file:
         head = file.read(_MAX_HEADER)
-    if head.startswith(b"NRRD"):
+    if is_nrrd:
         text = re.split(rb"\r?\n\r?\n", head, maxsplit=1)[0]
         lines = re.findall(rb"^([^#:\r\n]+):=? ?([^\r\n]*)", text, re.MULTILINE)
     else:
         text = re.split(rb"^ElementDataFile", head, maxsplit=1, flags=re.MULTILINE)[0]
         lines = re.findall(rb"^([^=\r\n]+)=([^\r\n]*)", text, re.MULTILINE)
-    return {key.decode("latin-1").strip().lower(): value.decode("utf-8", "replace").strip() for key, value in lines}
-
-
-def _stated_geometry(path: Path, size: Any, *, is_nrrd: bool) -> ScanGeometry:
-    """The geometry in the header's own words.
-
-    Raises:
-        ScanError: a part of it is missing, is not what it should be, or is not in mm.
-    """
-    fields, parts, missing = header_fields(path), [], []
-    for names in _NRRD_NAMES if is_nrrd else _META_NAMES:
-        given = [fields[name.lower()] for name in names if name.lower() in fields]
-        parts.append(given[0] if given else "")
-        if not given or not (is_nrrd or _numbers(given[0])):
-            missing.append(f"`{names[0]}`")
+    fields = {key.decode("latin-1").strip().lower(): value.decode("utf-8", "replace").strip() for key, value in lines}
+    if is_nrrd:
+        missing = [name for name in ("space", "space directions", "space origin") if name not in fields]
+    else:
+        counts = {names: [len(fields.get(name.lower(), "").split()) for name in names] for names in _META_NAMES}
+        missing = [names[0] for names, count in _META_NAMES.items() if count not in counts[names]]
     if missing:
-        raise ScanError(path, f"has no geometry: its header lacks {', '.join(missing)}; save it with what is right")
-    space = "".join(word[0] for word in parts[0].split("-")).lower() if "-" in parts[0] else parts[0].lower()
-    if is_nrrd and space not in _SPACES:
-        reason = f"has the space {parts[0]!r}, which does not say left from right"
+        names = ", ".join(f"`{name}`" for name in missing)
+        raise ScanError(path, f"has no geometry: its header lacks {names}; save it with what is right")
+    space = fields.get("space", "lps").lower()
+    if ("".join(word[0] for word in space.split("-")) if "-" in space else space) not in _SPACES:
+        reason = f"has the space {space!r}, which does not say left from right"
         raise ScanError(path, f"{reason}; save it as left-posterior-superior")
     field = "space units" if is_nrrd else "DistanceUnits"
     for unit in re.findall(r'[^"]*[^"\s][^"]*', fields.get(field.lower(), "")):
         if unit.strip().lower() not in _MILLIMETRES:
             raise ScanError(path, f"is in {unit!r} ({field}), not in mm; save it in mm")
-    if is_nrrd:
-        columns = [_numbers(vector) for vector in re.findall(r"\(([^)]*)\)", parts[1])]
-        origin = _numbers(parts[2])
-        if [len(vector) for vector in (*columns, origin)] != [3] * 4:
-            raise ScanError(path, f"has the space directions {parts[1]!r}, not three of three numbers")
-        return ScanGeometry.from_affine(size, (np.array([*columns, origin]) * _SPACES[space]).T)
-    spacing, origin, direction = map(_numbers, parts)
-    if (len(spacing), len(origin), len(direction)) != (3, 3, 9):
-        raise ScanError(path, f"has the geometry {', '.join(map(numbers_text, (spacing, origin, direction)))}")
-    return ScanGeometry.from_affine(size, np.c_[np.reshape(direction, (3, 3)).T * spacing, origin])
 
 
-def _numbers(text: str) -> list[float]:
-    return [float(number) for number in _NUMBER.findall(text)]
-
-
-def decoded(reader: Any, path: Path) -> npt.NDArray[Any]:
+def decoded(reader: Any, path: Path) -> Array:
     """The voxels that a SimpleITK reader gives, `(z, y, x)`."""
     try:
-        values: npt.NDArray[Any] = sitk.GetArrayFromImage(reader.Execute())
+        values: Array = sitk.GetArrayFromImage(reader.Execute())
     except (RuntimeError, MemoryError) as error:
         raise ScanError(path, f"cannot be decoded: {shortened(error)}") from error
     return values

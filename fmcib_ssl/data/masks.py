@@ -36,17 +36,13 @@ from fmcib_ssl.data.annotations import (
     scan_source,
 )
 from fmcib_ssl.data.dicom_files import is_dicom, series_at
-from fmcib_ssl.data.geometry import FloatArray, ScanGeometry
-from fmcib_ssl.data.image_files import header_fields
-from fmcib_ssl.data.scans import ScanSource, read_header, read_volume
+from fmcib_ssl.data.geometry import FloatArray, ScanGeometry, numbers_text
+from fmcib_ssl.data.scans import ScanSource, read_header, read_volume, rejecting
 from fmcib_ssl.data.tables import REJECTED_COLUMNS, OnBadRow, read_table, refuse_or_skip, require_columns
 from fmcib_ssl.io import num_cores
 from fmcib_ssl.types import ScanError
 
 _logger = logging.getLogger(__name__)
-
-#: On the scan's own grid, part of it, or flipped; or wherever the mask's own header puts it.
-MaskGrid = Literal["scan", "own"]
 
 #: A mask's voxel centre may be this part of a voxel away from the scan's: rounding in the headers.
 _MAX_GRID_SHIFT = 0.1
@@ -66,18 +62,6 @@ class Region(NamedTuple):
     geometry: ScanGeometry
 
 
-class MaskLesion(NamedTuple):
-    """A connected piece of a region.
-
-    The diameter is that of the ball of equal volume. RECIST's, the longest in a slice, is larger for all other shapes.
-    """
-
-    region: str
-    center_lps_mm: tuple[float, float, float]  # mean of its voxels; of a curved lesion it may lie outside
-    volume_mm3: float
-    diameter_mm: float
-
-
 def read_regions(path: Path | str, scan: ScanSource) -> list[Region]:
     """The regions of a mask file, in the order of their label, segment or ROI number.
 
@@ -94,12 +78,11 @@ def read_regions(path: Path | str, scan: ScanSource) -> list[Region]:
     """
     path = Path(path)
     if is_dicom(path):
-        return _dicom_regions(path, scan)
+        with rejecting(path):
+            return _dicom_regions(path, scan)
     if path.is_dir():
         raise ScanError(path, "is a folder; name the mask file itself")
-    labels, geometry = read_volume(ScanSource(path, affine=scan.affine), layered=True)
-    if labels.ndim == 4:
-        return _layered_regions(path, labels, geometry)
+    labels, geometry = read_volume(ScanSource(path, affine=scan.affine))
     values = np.unique(labels[labels != 0])  # most are 0: leaving them out first saves the sorting
     if values.size == 0:
         raise ScanError(path, "is an empty mask: every voxel is 0")
@@ -109,27 +92,8 @@ def read_regions(path: Path | str, scan: ScanSource) -> list[Region]:
     return [Region(f"{value:g}", labels == value, geometry) for value in values]
 
 
-def _layered_regions(path: Path, labels: npt.NDArray[Any], geometry: ScanGeometry) -> list[Region]:
-    """The segments of a 3D Slicer segmentation some of which overlap: each is a label value of one of its layers."""
-    fields = header_fields(path)
-    regions = []
-    for number in range(sum(name.endswith("_labelvalue") for name in fields)):
-        name, label, layer = (fields.get(f"segment{number}_{key}", "") for key in ("name", "labelvalue", "layer"))
-        if not (label.isdecimal() and layer.isdecimal() and int(layer) < labels.shape[3]):
-            break
-        regions.append(Region(name or f"{layer}.{label}", labels[..., int(layer)] == int(label), geometry))
-    if not regions:
-        raise ScanError(path, f"has {labels.shape[3]} values a voxel, and does not say which segment is which")
-    return regions
-
-
 def _dicom_regions(path: Path, scan: ScanSource) -> list[Region]:
-    try:
-        dataset = pydicom.dcmread(path)
-    except OSError as error:
-        raise ScanError(path, f"cannot be opened: {error.strerror}") from error
-    except pydicom.errors.InvalidDicomError as error:
-        raise ScanError(path, "is no DICOM file") from error
+    dataset = pydicom.dcmread(path)
     kind = dataset.get("SOPClassUID")
     if kind not in (*_SEG, _RTSTRUCT):
         raise ScanError(path, f"is a DICOM {getattr(kind, 'name', 'file of no kind')}, neither SEG nor RTSTRUCT")
@@ -157,16 +121,11 @@ def _segments(dataset: Any, path: Path, scan: ScanSource) -> list[Region]:
     segmentation = highdicom.seg.Segmentation.from_dataset(dataset, copy=False)
     regions = []
     for number in segmentation.segment_numbers:
-        try:
-            volume = segmentation.get_volume(segment_numbers=[number], combine_segments=False).squeeze_channel()
-        except (RuntimeError, ValueError) as error:
-            raise ScanError(path, f"is no regular volume: {error}") from error
-        size, spacing = (
-            volume.spatial_shape[::-1],
-            volume.spacing[::-1],
-        )  # highdicom counts (slice, row, column), in LPS
-        geometry = ScanGeometry.of(size, spacing, volume.position, volume.direction[:, ::-1])
+        volume = segmentation.get_volume(segment_numbers=[number], combine_segments=False).squeeze_channel()
+        # highdicom counts (slice, row, column), in LPS.
+        size, spacing, axes = volume.spatial_shape[::-1], volume.spacing[::-1], volume.direction[:, ::-1]
         label = str(segmentation.get_segment_description(number).segment_label)
+        geometry = ScanGeometry.of(size, spacing, volume.position, axes)
         regions.append(Region(label, np.asarray(volume.array) > 0.5, geometry))
     return regions
 
@@ -209,41 +168,42 @@ def _draw(mask: npt.NDArray[np.bool_], index_xyz: FloatArray, name: str, path: P
     mask[k, low[1] : high[1], low[0] : high[0]] ^= inside.reshape(x.shape)
 
 
-def find_lesions(region: Region) -> list[MaskLesion]:
-    """Every connected piece of a region, the largest first. Voxels that touch by a corner are connected."""
-    if not region.mask_zyx.any():
-        return []
-    (box,) = ndimage.find_objects(region.mask_zyx.astype(np.uint8))
+def find_lesions(region: Region) -> pd.DataFrame:
+    """Every connected piece of a region, the largest first. Voxels that touch by a corner are connected.
+
+    The diameter is that of the ball of equal volume. RECIST's, the longest in a slice, is larger for all other shapes.
+    The point is the mean of the voxels; of a curved lesion it may lie outside.
+    """
+    # Most of a scan is no lesion: only the box round the region is searched. An empty region has no box.
+    box = (ndimage.find_objects(region.mask_zyx.astype(np.uint8)) or [(slice(0, 1),) * 3])[0]
     pieces, num_pieces = ndimage.label(region.mask_zyx[box], _TOUCHING)
-    counts = np.bincount(pieces.ravel())[1:]
-    centers_zyx = np.array(ndimage.center_of_mass(pieces > 0, pieces, np.arange(1, num_pieces + 1)))
-    centers = region.geometry.to_lps_mm((centers_zyx + [s.start for s in box])[:, ::-1]).tolist()
-    volumes = (counts * float(np.prod(region.geometry.spacing_mm_xyz))).tolist()
-    lesions = []
-    for i in np.argsort(-counts, kind="stable").tolist():
-        x, y, z = centers[i]
-        lesions.append(MaskLesion(region.name, (x, y, z), volumes[i], (6 * volumes[i] / np.pi) ** (1 / 3)))
-    return lesions
+    counts = np.bincount(pieces.ravel(), minlength=num_pieces + 1)[1:]
+    centers_zyx = np.reshape(ndimage.center_of_mass(pieces > 0, pieces, np.arange(1, num_pieces + 1)), (-1, 3))
+    points = region.geometry.to_lps_mm((centers_zyx + [s.start for s in box])[:, ::-1])
+    lesions = pd.DataFrame(points, columns=list(COORDINATE_COLUMNS))
+    lesions["region"] = region.name
+    lesions["volume_mm3"] = counts * float(np.prod(region.geometry.spacing_mm_xyz))
+    lesions["diameter_mm"] = (6 * lesions["volume_mm3"] / np.pi) ** (1 / 3)
+    return lesions.iloc[np.argsort(-counts, kind="stable")]
 
 
 def _check_grid(mask: ScanGeometry, scan: ScanGeometry, path: Path) -> None:
     """Refuse a mask whose voxels are not voxels of its scan. Being a part of the scan or stored flipped is in order."""
     index = scan.to_index_xyz(mask.corners_lps_mm())
-    steps = scan.to_index_xyz(mask.to_lps_mm(np.eye(3))) - scan.to_index_xyz(mask.to_lps_mm(np.zeros(3)))
+    steps = scan.to_index_xyz(mask.to_lps_mm(np.eye(3))) - scan.to_index_xyz(mask.origin_lps_mm)
     on_voxels = np.abs(index - np.rint(index)).max() <= _MAX_GRID_SHIFT
     one_by_one = np.allclose(np.sort(np.abs(steps), axis=1), [0, 0, 1], atol=_MAX_GRID_SHIFT)
     inside = (index >= -_MAX_GRID_SHIFT).all() and (index <= np.array(scan.size_xyz) - 1 + _MAX_GRID_SHIFT).all()
     if not (on_voxels and one_by_one and inside):
         grids = [
-            f"{' x '.join(map(str, g.size_xyz))} voxels of {' x '.join(f'{s:.3f}' for s in g.spacing_mm_xyz)} mm"
+            f"{numbers_text(g.size_xyz, ' x ')} voxels of {numbers_text(g.spacing_mm_xyz, ' x ')} mm"
             for g in (mask, scan)
         ]
-        first = ", ".join(f"{v:.1f}" for v in scan.to_index_xyz(mask.origin_lps_mm))
         raise ScanError(
             path,
-            f"is on another grid than its scan: {grids[0]}, the scan {grids[1]}; its first voxel lies at ({first}) of "
-            "the scan's. Save it with the scan's geometry; if its own header is right, mask_grid=own takes the point "
-            "from that",
+            f"is on another grid than its scan: {grids[0]}, the scan {grids[1]}; its first voxel lies at "
+            f"({numbers_text(index[0])}) of the scan's. Save it with the scan's geometry; if its own header is right, "
+            "mask_grid=own takes the point from that",
         )
 
 
@@ -254,7 +214,7 @@ def lesions_from_masks(
     path_prefix: str | None = None,
     names: str | None = None,
     min_volume_mm3: float = 0.0,
-    mask_grid: MaskGrid = "scan",
+    mask_grid: Literal["scan", "own"] = "scan",
     on_bad_row: OnBadRow = "refuse",
     rejected_csv: Path | str | None = None,
 ) -> pd.DataFrame:
@@ -285,7 +245,7 @@ def lesions_from_masks(
     require_columns(path, rows, (PATH_COLUMN, MASK_COLUMN))
     root = Path(image_root) if image_root is not None else path.parent
 
-    def of_row(row: dict[Hashable, Any]) -> list[MaskLesion] | ScanError:
+    def of_row(row: dict[Hashable, Any]) -> pd.DataFrame | ScanError:
         image, mask = (resolve_path(row[column], root, path_prefix) for column in (PATH_COLUMN, MASK_COLUMN))
         try:
             if image is None or mask is None:
@@ -303,19 +263,16 @@ def lesions_from_masks(
         if isinstance(result, ScanError):
             remedy = result.remedy or "correct the mask or its path, or leave out the row"
             problems.append((number, row[PATH_COLUMN], result.path, result.reason, remedy))
-            continue
-        for region, center_lps_mm, volume_mm3, diameter_mm in result:
-            point = dict(zip(COORDINATE_COLUMNS, center_lps_mm, strict=True))
-            size = {"volume_mm3": volume_mm3, "diameter_mm": diameter_mm}
-            lesions.append(row | point | {"region": region} | size)
+        else:
+            lesions += [row | lesion for lesion in result.to_dict("records")]
     rejected = pd.DataFrame(problems, columns=list(REJECTED_COLUMNS))
     refuse_or_skip(rejected, path, len(rows), on_bad_row, rejected_csv)
     return pd.DataFrame(lesions)
 
 
 def _lesions_of(
-    mask: Path, scan: ScanSource, names: str | None, min_volume_mm3: float, mask_grid: MaskGrid
-) -> list[MaskLesion]:
+    mask: Path, scan: ScanSource, names: str | None, min_volume_mm3: float, mask_grid: Literal["scan", "own"]
+) -> pd.DataFrame:
     """The pieces of a mask that are lesions."""
     geometry = read_header(*scan)
     regions = read_regions(mask, scan)
@@ -326,15 +283,13 @@ def _lesions_of(
             raise ScanError(mask, f"has no region of the name {names!r}; it has {known}")
     elif len(regions) > 1 and is_dicom(mask):
         raise ScanError(mask, f"has {len(regions)} regions ({known}); say which with names=")
-    lesions = []
-    for region in regions:
-        if mask_grid == "scan":
+    if mask_grid == "scan":
+        for region in regions:
             _check_grid(region.geometry, geometry, mask)
-        pieces = find_lesions(region)
-        large = [piece for piece in pieces if piece.volume_mm3 >= min_volume_mm3]
-        if num_left_out := len(pieces) - len(large):
-            _logger.info("%s: %d pieces below %g mm3 left out", mask, num_left_out, min_volume_mm3)
-        lesions += large
-    if not lesions:
+    pieces = pd.concat([find_lesions(region) for region in regions])
+    lesions = pieces[pieces["volume_mm3"] >= min_volume_mm3]
+    if num_left_out := len(pieces) - len(lesions):
+        _logger.info("%s: %d pieces below %g mm3 left out", mask, num_left_out, min_volume_mm3)
+    if lesions.empty:
         raise ScanError(mask, f"holds no lesion of {min_volume_mm3:g} mm3 or more")
     return lesions

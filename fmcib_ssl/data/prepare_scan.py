@@ -15,7 +15,6 @@ import SimpleITK as sitk
 from jaxtyping import Int16
 
 from fmcib_ssl.data.dicom_files import series_files
-from fmcib_ssl.data.image_files import header_and_voxels, is_nifti
 from fmcib_ssl.data.mining import build_coarse_map
 from fmcib_ssl.data.scans import Scan, ScanSource, read_scan
 from fmcib_ssl.data.store import STORE_VERSION, StoreError, StoreGrid, StoreSettings
@@ -175,8 +174,6 @@ def _files_at(path: Path) -> list[Path]:
             named = pattern.search(file.read(1 << 16))
         if named and (voxels := path.parent / named[1].decode("utf-8", "replace")).is_file():
             files.append(voxels)
-    elif is_nifti(path):
-        files += [file for file in header_and_voxels(path) if file != path and file.is_file()]
     return files
 
 

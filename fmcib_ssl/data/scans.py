@@ -7,11 +7,11 @@ and pickled, and every filter here runs on one thread. `dicom`, `nifti` and `itk
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,29 +20,21 @@ from jaxtyping import Int16
 
 from fmcib_ssl.data.dicom import open_dicom
 from fmcib_ssl.data.dicom_files import is_dicom
-from fmcib_ssl.data.geometry import PatchGrid, ScanGeometry
+from fmcib_ssl.data.geometry import ScanGeometry
 from fmcib_ssl.data.image_files import Affine, is_nifti, open_itk, open_nifti, shortened
-from fmcib_ssl.types import PADDING_HU, ScanError
-
-_Hu = npt.NDArray[np.int16] | npt.NDArray[np.float32]
+from fmcib_ssl.types import PADDING_HU, Array, ScanError
 
 #: A scan in HU holds air or at least fat somewhere; one that stays above this is not in HU.
 _HIGHEST_MINIMUM_HU = -50
 #: Values of one number below this are what scanners write outside their field of view.
 _PADDING_BELOW_HU = -1100
-#: Where the peaks of air (with lung) and soft tissue (with fat) are looked for.
+#: Air with lung, soft tissue with fat.
 _AIR_HU = (-1100, -600)
 _SOFT_TISSUE_HU = (-200, 300)
-#: Where they are in every CT in order; a peak elsewhere is worth a look.
-_USUAL_AIR_HU = (-1050, -650)
-_USUAL_SOFT_TISSUE_HU = (-150, 150)
-#: A range that holds less than this part of a scan has no peak.
-_MIN_PEAK = 0.1
 #: Above the range of int16 are a few voxels of metal; a scan with more than this part of them is not in HU.
 _MAX_CLIPPED = 0.01
 #: Voxels that are looked at.
 _NUM_SAMPLES = 2_000_000
-_BIN_HU = 10
 
 
 class ScanSource(NamedTuple):
@@ -61,40 +53,12 @@ class ScanSource(NamedTuple):
     affine: Affine | None = None
 
 
-@dataclass(frozen=True)
-class HuSummary:
-    """The values of a scan.
-
-    Attributes:
-        hu_min: lowest.
-        hu_max: highest, before clipping.
-        air_peak_hu: commonest value of air and lung, to 10 HU; None if they are less than 10 % of the scan.
-        soft_tissue_peak_hu: the same of soft tissue and fat.
-        padding: part of the scan that is padding below -1100.
-        num_clipped: voxels above 32767, which are read as 32767.
-    """
+class HuSummary(NamedTuple):
+    """Lowest and highest value of a scan before clipping, and how many voxels above 32767 are read as 32767."""
 
     hu_min: float
     hu_max: float
-    air_peak_hu: float | None
-    soft_tissue_peak_hu: float | None
-    padding: float
     num_clipped: int
-
-    def unusual(self) -> str:
-        """What is worth a look, or nothing."""
-        notes = []
-        for name, peak, (low, high) in (
-            ("air", self.air_peak_hu, _USUAL_AIR_HU),
-            ("soft tissue", self.soft_tissue_peak_hu, _USUAL_SOFT_TISSUE_HU),
-        ):
-            if peak is not None and not low <= peak <= high:
-                notes.append(f"{name} at {peak:g} HU, usual is {low} to {high}")
-        if self.air_peak_hu is None and self.soft_tissue_peak_hu is None:
-            notes.append("neither air nor soft tissue")
-        if self.num_clipped:
-            notes.append(f"{self.num_clipped} voxels above 32767 HU are read as 32767")
-        return "; ".join(notes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +71,7 @@ class Scan:
         summary: of its values, if it was read from a file.
     """
 
-    hu: _Hu
+    hu: Array
     geometry: ScanGeometry
     summary: HuSummary | None = None
 
@@ -139,7 +103,7 @@ def read_header(
             tilt; whatever else a library has to say of it.
     """
     source = ScanSource(Path(path), series_uid, any_modality, affine)
-    with _rejecting(source):
+    with rejecting(source.path):
         return _open(source)[0]
 
 
@@ -159,33 +123,37 @@ def read_scan(
     """
     source = ScanSource(Path(path), series_uid, any_modality, affine)
     values, geometry = read_volume(source)
-    with _rejecting(source):
+    with rejecting(source.path):
         hu, summary = _as_hu(values, path)
     if summary.num_clipped:
         warnings.warn(f"{path}: {summary.num_clipped} voxels above 32767 HU are read as 32767", stacklevel=2)
     return Scan(hu, geometry, summary)
 
 
-def read_volume(source: ScanSource, *, layered: bool = False) -> tuple[npt.NDArray[Any], ScanGeometry]:
+def read_volume(source: ScanSource) -> tuple[Array, ScanGeometry]:
     """Values of a file or series as they are, `(z, y, x)`, HU or not, and where they lie.
-
-    Args:
-        source: what to read.
-        layered: accept several values a voxel, as 3D Slicer stores segments that overlap: `(z, y, x, layers)`.
 
     Raises:
         ScanError: as `read_header`, and for damaged data.
     """
-    with _rejecting(source):
-        geometry, read_values = _open(source, layered=layered)
+    with rejecting(source.path):
+        geometry, read_values = _open(source)
         values = read_values()
-        if values.shape[:3] != geometry.size_xyz[::-1]:
+        if values.shape != geometry.size_xyz[::-1]:
             raise ScanError(source.path, f"holds {values.shape[::-1]} voxels, its header says {geometry.size_xyz}")
         return values, geometry
 
 
-def crop_patch(scan: Scan, grid: PatchGrid, padding_hu: int = PADDING_HU) -> Int16[np.ndarray, "z y x"]:
-    """The patch of a scan on a grid, by linear interpolation.
+def crop_patch(
+    scan: Scan,
+    center_lps_mm: Sequence[float],
+    size_zyx: tuple[int, int, int],
+    spacing_mm: float = 1.0,
+    padding_hu: int = PADDING_HU,
+) -> Int16[np.ndarray, "z y x"]:
+    """The patch of a scan round a point, by linear interpolation: cubic voxels along +x, +y, +z of LPS.
+
+    Voxel `size // 2` of each axis has its centre exactly at the point.
 
     What lies outside the scan is `padding_hu`, up to the very edge of its outermost voxels: between their centres and
     their edges they continue with their own value, so scan and padding are never mixed. Values below `padding_hu`
@@ -196,34 +164,32 @@ def crop_patch(scan: Scan, grid: PatchGrid, padding_hu: int = PADDING_HU) -> Int
     resample.SetInterpolator(sitk.sitkLinear)
     resample.SetDefaultPixelValue(padding_hu)
     resample.SetOutputPixelType(sitk.sitkFloat32)  # into int16 ITK truncates; we round
-    resample.SetSize(grid.size_xyz)
-    resample.SetOutputSpacing([grid.spacing_mm] * 3)
-    resample.SetOutputOrigin(grid.origin_lps_mm)
+    resample.SetSize(size_zyx[::-1])
+    resample.SetOutputSpacing([spacing_mm] * 3)
+    resample.SetOutputOrigin([c - n // 2 * spacing_mm for c, n in zip(center_lps_mm, size_zyx[::-1], strict=True)])
     patch = sitk.GetArrayFromImage(resample.Execute(scan.as_itk(padding_hu)))
     limits = np.iinfo(np.int16)
     hu: npt.NDArray[np.int16] = np.clip(np.rint(patch), limits.min, limits.max).astype(np.int16)
     return hu
 
 
-def _open(source: ScanSource, *, layered: bool = False) -> tuple[ScanGeometry, Callable[[], npt.NDArray[Any]]]:
+def _open(source: ScanSource) -> tuple[ScanGeometry, Callable[[], Array]]:
     """Geometry of a scan, and what reads its values: each format's own."""
     path = source.path
     if not path.is_dir() and path.stat().st_size == 0:
         raise ScanError(path, "is empty (0 bytes)")
-    if not path.is_dir() and is_nifti(path):
-        return open_nifti(path, source.affine)
     if path.is_dir() or is_dicom(path):
         return open_dicom(path, source.series_uid, source.any_modality)
-    return open_itk(path, layered=layered)
+    return open_nifti(path, source.affine) if is_nifti(path) else open_itk(path)
 
 
 @contextmanager
-def _rejecting(source: ScanSource) -> Iterator[None]:
-    """Whatever a library makes of a broken file rejects this scan alone."""
-    name = str(source.path)[:200]
+def rejecting(path: Path) -> Iterator[None]:
+    """Whatever a library makes of a broken file rejects this file alone."""
+    name = str(path)[:200]
     try:
         yield
-    except ScanError:
+    except (ScanError, ImportError):
         raise
     except MemoryError as error:
         raise ScanError(name, "needs more memory than there is", "read it on a larger machine") from error
@@ -233,7 +199,7 @@ def _rejecting(source: ScanSource) -> Iterator[None]:
         raise ScanError(name, f"cannot be read ({type(error).__name__}: {shortened(error)})") from error
 
 
-def _as_hu(values: npt.NDArray[Any], path: Path | str) -> tuple[_Hu, HuSummary]:
+def _as_hu(values: Array, path: Path | str) -> tuple[Array, HuSummary]:
     """The values of a file as int16 or float32 within the range of int16, if they can be HU, and a summary of them.
 
     Raises:
@@ -255,13 +221,10 @@ def _as_hu(values: npt.NDArray[Any], path: Path | str) -> tuple[_Hu, HuSummary]:
     if problem:
         reason = f"has values from {lowest:g} to {highest:g}, which is not CT in HU (air -1000, fat -100, water 0)"
         raise ScanError(path, f"{reason}: {problem}")
-    peaks, padding = (_peak(tissue, _AIR_HU), _peak(tissue, _SOFT_TISSUE_HU)), 1 - tissue.size / sample.size
-    summary = HuSummary(float(lowest), float(highest), *peaks, padding, num_clipped)
     if num_clipped or lowest < limits.min:
         values = np.clip(values, limits.min, limits.max)
-    if np.issubdtype(values.dtype, np.integer):
-        return values.astype(np.int16, copy=False), summary
-    return values.astype(np.float32, copy=False), summary
+    dtype = np.int16 if np.issubdtype(values.dtype, np.integer) else np.float32
+    return values.astype(dtype, copy=False), HuSummary(float(lowest), float(highest), num_clipped)
 
 
 def _without_padding(sample: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -295,12 +258,3 @@ def _problem(tissue: npt.NDArray[np.float32], lowest: float, highest: float) -> 
         denser = f"{part(300, inf):.0%} is denser than soft tissue"
         return f"nothing in it is air or fat, and {denser}; apply the rescale slope and intercept, or is it no CT?"
     return None
-
-
-def _peak(tissue: npt.NDArray[np.float32], within: tuple[int, int]) -> float | None:
-    """The commonest value within a range, to 10 HU."""
-    counts, edges = np.histogram(tissue, np.arange(within[0], within[1] + 1, _BIN_HU))
-    if counts.sum() < _MIN_PEAK * tissue.size:
-        return None
-    smooth = np.convolve(counts, np.ones(5), mode="same")
-    return float(edges[int(smooth.argmax())] + _BIN_HU / 2)

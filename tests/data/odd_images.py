@@ -6,12 +6,19 @@ Written by nibabel, or byte by byte; never by what reads them in the package.
 from __future__ import annotations
 
 import gzip
+import itertools
 from pathlib import Path
 from typing import Any
 
 import nibabel
 import numpy as np
 
+#: Directions of the scans whose axes are the patient's, in any order and sense.
+AXIS_ORIENTATIONS = [
+    np.eye(3)[:, list(order)] * signs
+    for order in itertools.permutations(range(3))
+    for signs in itertools.product((1, -1), repeat=3)
+]
 SIZE = (20, 24, 16)  # i, j, k
 #: From indices i, j, k to RAS mm: voxels of 0.8 x 0.9 x 2.5 mm, turned by 10 degrees about z.
 AFFINE_RAS = np.array([[0.787846, -0.156283, 0, -30], [0.138919, 0.886327, 0, 45], [0, 0, 2.5, -120], [0, 0, 0, 1.0]])

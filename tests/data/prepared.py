@@ -14,7 +14,6 @@ import numpy as np
 import SimpleITK as sitk
 
 from fmcib_ssl.data.annotations import LesionTable, read_annotations
-from fmcib_ssl.data.geometry import PatchGrid
 from fmcib_ssl.data.prepare import Summary, prepare_store
 from fmcib_ssl.data.scans import Scan, ScanSource, crop_patch, read_scan
 from fmcib_ssl.data.store import Store, patch_start
@@ -65,7 +64,7 @@ def direct_patch(store: Store, lesion: int, source: ScanSource, size: tuple[int,
     """What the direct reader cuts round the centre of the store's voxel that holds a lesion."""
     voxel = np.floor(centers(store)[lesion] + 0.5)
     x, y, z = store.grid(store.lesions["scan_id"][lesion]).to_lps_mm(voxel).tolist()
-    return crop_patch(decoded(source), PatchGrid((x, y, z), size, store.settings.spacing_mm))
+    return crop_patch(decoded(source), (x, y, z), size, store.settings.spacing_mm)
 
 
 def content(store: Path) -> dict[str, bytes]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +16,14 @@ from fmcib_ssl.data import annotations
 from fmcib_ssl.data.annotations import (
     AnnotationsError,
     BadRowsError,
-    CheckedAnnotations,
     LesionTable,
+    ScanReport,
     check_annotations,
+    inspect_scans,
     read_annotations,
 )
-from fmcib_ssl.data.scans import ScanSource
+from fmcib_ssl.data.scans import ScanSource, read_scan
+from fmcib_ssl.types import ScanError
 
 
 @pytest.fixture
@@ -40,7 +44,7 @@ def table(folder: Path, *lines: str, header: str = "image_path,coordX,coordY,coo
     return read_annotations(folder / "lesions.csv", **options)  # type: ignore[arg-type]
 
 
-def check(folder: Path, *lines: str, **options: object) -> CheckedAnnotations:
+def check(folder: Path, *lines: str, **options: object) -> tuple[LesionTable, pd.DataFrame]:
     return check_annotations(table(folder, *lines), **options)  # type: ignore[arg-type]
 
 
@@ -76,7 +80,9 @@ def test_image_root_and_path_prefix(archive: Path) -> None:
 def test_ras_points(archive: Path) -> None:
     lesions = table(archive, "a.nii.gz,80,-220,30", coordinates="ras")
     np.testing.assert_array_equal(lesions.centers_lps_mm, [[-80, 220, 30]])
-    assert len(check_annotations(lesions).usable) == 1
+    assert len(check_annotations(lesions)[0]) == 1
+    with pytest.raises(BadRowsError, match=r"looks like LPS[\s\S]*coordinates=lps"):
+        check_annotations(table(archive, GOOD, coordinates="ras"))
     with pytest.raises(AnnotationsError, match=r"coordinates='itk' is not one of 'lps', 'ras', 'voxel'"):
         table(archive, GOOD, coordinates="itk")
 
@@ -92,11 +98,6 @@ def test_what_spreadsheets_do_to_a_table(archive: Path, separator: str) -> None:
     assert lesions.scans == (ScanSource(archive / "a.nii.gz"),) * 2
 
 
-def test_series_uid_stays_text(archive: Path) -> None:
-    lesions = table(archive, GOOD + ",1.20", header="image_path,coordX,coordY,coordZ,series_uid")
-    assert lesions.scan_of(0) == ScanSource(archive / "a.nii.gz", "1.20")
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -107,9 +108,10 @@ def test_series_uid_stays_text(archive: Path) -> None:
         (b"image_path,coordX,coordY,coordZ\n", r"has a header and no rows"),
         (b"image_path,coordX,coordY,coordZ\n\n,,,\n", r"has a header and no rows"),
         (b"", r"lacks the columns"),
-        (b"image_path,coordX,coordY,coordZ,coordX\n", r"these columns twice: 'coordX'"),
+        (b"image_path,coordX,coordY,coordZ,coordX\n", r"duplicate columns: 'coordX'"),
         (b"image_path,coordX,coordY,coordZ\na b,1,2,3\na, b,1,2,3\n", r"row 2 .* has 5 fields, the header has 4"),
         (b"PK\x03\x04\xff\xfe\x00", r"is not a CSV file in UTF-8"),
+        (b"image_path,mask_path\na,b\n", r"lacks the columns 'coordX'.*import_annotations\.py source=masks"),
     ],
 )
 def test_tables_that_cannot_be_read(tmp_path: Path, content: bytes, message: str) -> None:
@@ -146,16 +148,11 @@ def test_a_bad_row_is_named(archive: Path, line: str, message: str) -> None:
     assert (rejected["remedy"].str.len() > 0).all()
 
 
-def test_lps_in_a_table_that_says_ras(archive: Path) -> None:
-    with pytest.raises(BadRowsError, match=r"looks like LPS[\s\S]*coordinates=lps"):
-        check_annotations(table(archive, GOOD, coordinates="ras"))
-
-
 def test_full_check_finds_what_headers_cannot(archive: Path) -> None:
     path = archive / "sub folder" / "b.nrrd"
     path.write_bytes(path.read_bytes()[:-3000])
     lines = (GOOD, "sub folder/b.nrrd,-80,220,30")
-    assert len(check(archive, *lines).usable) == 2
+    assert len(check(archive, *lines)[0]) == 2
     with pytest.raises(BadRowsError, match=r"row 2: sub folder/b\.nrrd: .*cannot be decoded: it is cut off"):
         check(archive, *lines, check="full")
 
@@ -173,24 +170,37 @@ def test_all_bad_rows_are_listed_together(archive: Path) -> None:
     assert written.columns.tolist() == ["row", "image_path", "value", "reason", "remedy"]
     assert written["row"].tolist() == list(range(2, 32))
     assert str(pickle.loads(pickle.dumps(error.value))) == message
-
-
-def test_no_row_left_is_an_error_even_when_skipping(archive: Path) -> None:
     with pytest.raises(BadRowsError, match=r"No row is left"):
         check(archive, "gone.nrrd,1,2,3", on_bad_row="skip")
 
 
-def test_each_scan_is_opened_once(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_scan_is_opened_once_and_the_same_in_processes(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (archive / "bad.nrrd").write_text("NRRD0004")
+    scans = [ScanSource(archive / name) for name in ("a.nii.gz", "bad.nrrd", "sub folder/b.nrrd")]
+    for how in ("headers", "full"):
+        results, expected = inspect_scans(scans, how, num_workers=2), read_scan(scans[0].path)
+        assert results[scans[0]] == ScanReport(expected.geometry, expected.summary if how == "full" else None)
+        assert isinstance(results[scans[1]], ScanError) and "bad.nrrd" in str(results[scans[1]])
+        assert isinstance(results[scans[2]], ScanReport)
     opened: list[Path] = []
     original = annotations.read_header
-
-    def counted(path: Path, *how: object) -> object:
-        opened.append(path)
-        return original(path, *how)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(annotations, "read_header", counted)
+    monkeypatch.setattr(annotations, "read_header", lambda path, *how: opened.append(path) or original(path, *how))
     check(archive, *(f"a.nii.gz,{-80 + i},220,30" for i in range(9)), "sub folder/b.nrrd,-80,220,30")
     assert sorted(opened) == [archive / "a.nii.gz", archive / "sub folder" / "b.nrrd"]
+
+
+def killed_by_one(_: str, scan: ScanSource) -> ScanReport:
+    if scan.path.name == "b.nrrd":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return ScanReport(read_scan(*scan).geometry)
+
+
+def test_a_scan_that_kills_its_process_is_one_scan(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(annotations, "_inspect", killed_by_one)
+    scans = [ScanSource(archive / name) for name in ("a.nii.gz", "sub folder/b.nrrd")]
+    good, killed = inspect_scans(scans, "headers", num_workers=2).values()
+    assert isinstance(good, ScanReport)
+    assert "killed twice" in str(killed)
 
 
 def test_voxel_indices(archive: Path) -> None:
@@ -230,12 +240,7 @@ def test_cropped_files_may_be_small_and_have_no_point(archive: Path) -> None:
     middle = small.TransformContinuousIndexToPhysicalPoint((5, 4.5, 2))
     np.testing.assert_allclose(usable.centers_lps_mm, [middle, (-91, 211, 12), (-80, 220, 30)], atol=1e-4)
     only_paths = table(archive, "crop.nii.gz,true", header="image_path,cropped")
-    np.testing.assert_allclose(check_annotations(only_paths).usable.centers_lps_mm, [middle], atol=1e-4)
+    np.testing.assert_allclose(check_annotations(only_paths)[0].centers_lps_mm, [middle], atol=1e-4)
     bad = ["crop.nii.gz,,,,no", "crop.nii.gz,-91,,12,yes", rows[0]]
     _, rejected = check_annotations(table(archive, *bad, header=header), on_bad_row="skip")
     assert (rejected["row"].tolist(), set(rejected["reason"])) == ([1, 2], {"is missing"})
-
-
-def test_a_table_of_masks_is_told_what_to_do(archive: Path) -> None:
-    with pytest.raises(AnnotationsError, match=r"lacks the columns 'coordX'.*import_annotations\.py source=masks"):
-        table(archive, "a.nii.gz,m.nrrd", header="image_path,mask_path")

@@ -7,15 +7,10 @@ import itertools
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from odd_images import AXIS_ORIENTATIONS
 from scipy.spatial.transform import Rotation
 
-from fmcib_ssl.data.geometry import PatchGrid, ScanGeometry, ras_to_lps
-
-AXIS_ORIENTATIONS = [
-    np.eye(3)[:, list(order)] * signs
-    for order in itertools.permutations(range(3))
-    for signs in itertools.product((1, -1), repeat=3)
-]
+from fmcib_ssl.data.geometry import ScanGeometry, ras_to_lps
 
 
 def random_geometry(rng: np.random.Generator, oblique: bool) -> ScanGeometry:
@@ -65,17 +60,6 @@ def test_contains_bounds_and_distance(seed: int) -> None:
     expected_mm = np.hypot(3 * geometry.spacing_mm_xyz[0], 4 * geometry.spacing_mm_xyz[2])
     assert geometry.distance_outside_mm(beyond) == pytest.approx(expected_mm)
     assert geometry.distance_outside_mm(geometry.to_lps_mm([1, 1, 1])) == 0
-
-
-@pytest.mark.parametrize("size_zyx", [(50, 50, 50), (5, 6, 7), (1, 2, 3)])
-@pytest.mark.parametrize("spacing_mm", [1.0, 0.75])
-def test_patch_has_voxel_half_size_on_its_point(size_zyx: tuple[int, int, int], spacing_mm: float) -> None:
-    center = (12.25, -80.5, 1000.125)
-    grid = PatchGrid(center, size_zyx, spacing_mm)
-    image = sitk.Image(grid.size_xyz, sitk.sitkUInt8)
-    image.SetSpacing([spacing_mm] * 3)
-    image.SetOrigin(grid.origin_lps_mm)
-    np.testing.assert_allclose(image.TransformIndexToPhysicalPoint([n // 2 for n in grid.size_xyz]), center)
 
 
 def test_ras_to_lps_is_its_own_inverse() -> None:

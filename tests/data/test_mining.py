@@ -10,7 +10,6 @@ import pytest
 from scipy.stats import chisquare
 
 from fmcib_ssl.data import mining
-from fmcib_ssl.data.geometry import PatchGrid
 from fmcib_ssl.data.mining import (
     Background,
     CoarseMap,
@@ -235,9 +234,8 @@ def test_real_negatives_overlap_no_lesion_and_lie_in_the_body(real_data: Path) -
         scan = read_scan(real_data / "ct" / "lung_tumours" / name)
         covering = StoreGrid.of(scan.geometry, 2.0)
         middle = covering.to_lps_mm(np.array(covering.shape_zyx) // 2)
-        grid = PatchGrid(tuple(middle.tolist()), covering.shape_zyx, 2.0)
-        coarse = build_coarse_map(crop_patch(scan, grid), 2.0)
-        origin = np.array(grid.origin_lps_mm)
+        coarse = build_coarse_map(crop_patch(scan, middle.tolist(), covering.shape_zyx, 2.0), 2.0)
+        origin = np.array(covering.origin_lps_mm)
         others_lps = np.array([lesion, (lesion[0] + 60, lesion[1], lesion[2] - 40)])
         others = ((others_lps - origin) / 2.0)[:, ::-1]
         asked = NegativeQuery(coarse, (25, 25, 25), others, others[0], coarse.tissue_at(others[0]))

@@ -17,7 +17,7 @@ from prepared import centers, direct_patch, run, scan_image, store_patch, three_
 from scipy.spatial.transform import Rotation
 
 from fmcib_ssl.data.annotations import read_annotations
-from fmcib_ssl.data.geometry import PatchGrid, ScanGeometry
+from fmcib_ssl.data.geometry import ScanGeometry
 from fmcib_ssl.data.prepare_scan import resample
 from fmcib_ssl.data.scans import Scan, ScanSource, crop_patch, read_scan
 from fmcib_ssl.data.store import Store, StoreGrid, StoreSettings
@@ -104,7 +104,7 @@ def test_up_to_the_last_voxel_a_store_is_what_the_direct_reader_gives(seed: int)
     margin = 3
     shape = tuple(n + 2 * margin for n in grid.shape_zyx)
     middle = grid.to_lps_mm(np.array([n // 2 - margin for n in shape], dtype=float))
-    direct = crop_patch(scan, PatchGrid(tuple(middle.tolist()), shape, 1.0))
+    direct = crop_patch(scan, middle.tolist(), shape, 1.0)
     difference = np.abs(np.pad(hu, margin, constant_values=-1024).astype(int) - direct)
     assert difference.max() <= 1
     assert (difference > 0).mean() < 0.02  # halves, rounded up here and down there

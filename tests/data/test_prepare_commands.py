@@ -161,17 +161,13 @@ def test_check_data_shows_the_same_without_a_store(archive: Path, tmp_path: Path
     assert ended.returncode == 0, ended.stderr
     assert "rows      6 of 7 can be used, in 6 scans" in ended.stdout
     points = pd.read_csv(out / "coordinates.csv")
-    assert points["error_mm"].max() < 1e-9
-    assert points["to_voxel_center_mm"].max() <= np.sqrt(3) / 2 + 1e-9
     np.testing.assert_allclose(points[["file_i", "file_j", "file_k"]].to_numpy() * (1.5, 1.5, 3.0),
                                points[["x_lps_mm", "y_lps_mm", "z_lps_mm"]], atol=0.02)  # fmt: skip
     assert pd.read_csv(out / "rejected.csv")["row"].tolist() == [7]
     scans = pd.read_csv(out / "scans.csv")
     assert (scans["hu_min"].tolist(), scans["size_xyz"].tolist()) == ([-1000] * 6, ["120 x 120 x 60"] * 6)
-    assert "values    median peak of air -" in ended.stdout
     assert {p.name for p in out.iterdir()} == {
-        "rejected.csv", "coordinates.csv", "scans.csv", "checked_scans.jsonl",
-        "contact_sheet.png", "contact_sheet.html",
+        "rejected.csv", "coordinates.csv", "scans.csv", "contact_sheet.png", "contact_sheet.html",
     }  # fmt: skip
 
 
