@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> None:
     """Prepare, print a summary, draw the contact sheet."""
     command = parse_command(Prepare, arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    from fmcib_ssl.data import (  # noqa: PLC0415  # the help is quick  # noqa: PLC0415
+    from fmcib_ssl.data import (  # noqa: PLC0415  # the help is quick
         AnnotationsError,
         StoreError,
         StoreSettings,
@@ -77,11 +77,17 @@ def main(arguments: list[str]) -> None:
 
     if command.verify is not None:
         try:
-            verification = verify(command.verify)
+            num_scans, damaged = verify(command.verify)
         except StoreError as error:
             sys.exit(f"error: {error}")
-        print(verification)
-        sys.exit(1 if verification.damaged else 0)
+        print(f"store     {command.verify}\nscans     {num_scans} read")
+        for name, problem in damaged.items():
+            print(f"damaged   {name}: {problem}")
+        if damaged:
+            print("next      the command that made the store, again: it makes these anew")
+        else:
+            print("whole     every file is as it was written")
+        sys.exit(1 if damaged else 0)
     assert command.annotations is not None and command.store is not None
     root = command.image_root
     try:
@@ -104,7 +110,7 @@ def main(arguments: list[str]) -> None:
         print("stopped; the same command resumes", file=sys.stderr)
         sys.exit(130)
     print(summary)
-    if summary.shard is None and command.sheet_lesions:
+    if summary.num_lesions is not None and command.sheet_lesions:
         print(f"look at   {write_page(summary, command.sheet_lesions, command.identifiers)}")
 
 

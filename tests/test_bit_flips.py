@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from fmcib_ssl.data.patches import LesionPatches
-from fmcib_ssl.data.prepare_plan import read_record
 from fmcib_ssl.data.store import Store, StoreError
+from fmcib_ssl.data.store_files import read_record
 from fmcib_ssl.evaluation.feature_table import FeatureTable, FeatureTableError
 from fmcib_ssl.models import EncoderFileError, encoder_metadata, encoders, export_encoder, load_encoder
 from fmcib_ssl.models.export import read_archive

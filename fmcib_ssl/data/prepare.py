@@ -6,14 +6,17 @@ voxels are made anew only where a scan's files have changed.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import os
 import re
 import shutil
 import sys
-import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,33 +25,36 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from fmcib_ssl.data.annotations import PATH_COLUMN, Coordinates, LesionTable, check_annotations, read_annotations
-from fmcib_ssl.data.geometry import ScanGeometry
-from fmcib_ssl.data.prepare_plan import (
-    REJECTED_FILE,
-    Record,
-    TableScan,
-    judge_rows,
-    lesion_id_of,
-    read_record,
-    records_of,
-    reject,
-    rejection_file,
-    rows_without_scan,
-    scan_states,
-    scans_of,
+from fmcib_ssl.data.annotations import (
+    PATH_COLUMN,
+    Coordinates,
+    LesionTable,
+    ScanReport,
+    check_annotations,
+    places_by_scan,
+    read_annotations,
 )
-from fmcib_ssl.data.prepare_scan import ScanTask, prepare_scan
+from fmcib_ssl.data.geometry import ScanGeometry
+from fmcib_ssl.data.prepare_scan import ScanTask, TableScan, prepare_scan, reject, rejection_file, scan_id_of, state_of
 from fmcib_ssl.data.processes import run_jobs
-from fmcib_ssl.data.store import StoreError, StoreGrid, StoreSettings, sidecar_file
-from fmcib_ssl.data.store_files import claim_store, write_index, write_settings_file
+from fmcib_ssl.data.store import StoreError, StoreGrid, StoreSettings
+from fmcib_ssl.data.store_files import (
+    NUM_IO_THREADS,
+    Record,
+    claim_store,
+    read_record,
+    sidecar_file,
+    write_index,
+    write_settings_file,
+)
 from fmcib_ssl.data.tables import REJECTED_COLUMNS, BadRowsError, OnBadRow, refuse_or_skip
 from fmcib_ssl.io import digest_of, num_cores, write_atomically, write_sealed_json
 
 logger = logging.getLogger(__name__)
 
+REJECTED_FILE = "rejected.csv"
 #: Columns of the lesions' index that are ours; a column of the table by such a name is kept as `table_...`.
-LESION_COLUMNS = (
+_LESION_COLUMNS = (
     "lesion_id", "scan_id", "center_z", "center_y", "center_x",
     "center_x_lps_mm", "center_y_lps_mm", "center_z_lps_mm", "row",
 )  # fmt: skip
@@ -66,32 +72,25 @@ class Summary:
 
     Attributes:
         store: its folder.
-        shard: number and total; None if it was all scans.
         num_scans: of the table, or of the shard.
         num_made: scans read and written now; the other finished ones existed already.
         num_rejected_scans: scans that cannot be used at all.
         num_lesions: in the index; None after a shard, which writes none.
         rejected: rejected rows of the table: row, image_path, value, reason, remedy.
-        num_bytes: compressed size of the scans made now.
-        seconds: all this took.
     """
 
     store: Path
-    shard: tuple[int, int] | None
     num_scans: int
     num_made: int
     num_rejected_scans: int
     num_lesions: int | None
     rejected: pd.DataFrame
-    num_bytes: int
-    seconds: float
 
     def __str__(self) -> str:
         num_finished = self.num_scans - self.num_rejected_scans
         lines = [
-            f"store     {self.store}" + (", shard {}/{}".format(*self.shard) if self.shard else ""),
-            f"scans     {num_finished} of {self.num_scans} finished, {self.num_made} of them now "
-            f"({self.num_bytes / 1e6:.0f} MB), in {self.seconds:.0f} s",
+            f"store     {self.store}",
+            f"scans     {num_finished} of {self.num_scans} finished, {self.num_made} of them now",
         ]
         if self.num_lesions is not None:
             lines.append(f"lesions   {self.num_lesions} in the index")
@@ -99,7 +98,7 @@ class Summary:
             where = f"; all in {self.store / REJECTED_FILE}" if self.num_lesions is not None else ""
             lines.append(f"rejected  {len(self.rejected)} rows; scans as a whole: {self.num_rejected_scans}{where}")
             lines += [f"          {n} x {remedy}" for remedy, n in self.rejected["remedy"].value_counts().items()]
-        if self.shard:
+        if self.num_lesions is None:
             lines.append("next      when all shards have run, the same command with merge=true instead of shard=...")
         return "\n".join(lines)
 
@@ -135,18 +134,11 @@ def store_for_table(
         StoreError: the store cannot be written, or the disk is too small.
     """
     table = read_annotations(annotations, image_root, coordinates, path_prefix)
-    places = [None if path is None else os.path.abspath(path) for path in (annotations, image_root)]  # noqa: PTH100
-    key = digest_of(*places, path_prefix, coordinates, asdict(settings))[:10]
+    paths = [None if path is None else os.path.abspath(path) for path in (annotations, image_root)]  # noqa: PTH100
+    key = digest_of(*paths, path_prefix, coordinates, asdict(settings))[:10]
     folder = stores / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', annotations.stem)}-{key}"
     summary = prepare_store(
-        table,
-        folder,
-        settings,
-        image_root=image_root,
-        num_workers=num_workers,
-        on_bad_row=on_bad_row,
-        compare=False,
-        wait=True,
+        table, folder, settings, image_root=image_root, num_workers=num_workers, on_bad_row=on_bad_row, for_run=True
     )
     if on_bad_row == "refuse":  # what only decoding has shown
         refuse_or_skip(summary.rejected, annotations, len(table), on_bad_row, folder / REJECTED_FILE)
@@ -163,8 +155,7 @@ def prepare_store(
     shard: tuple[int, int] | None = None,
     merge: bool = False,
     on_bad_row: OnBadRow = "skip",
-    compare: bool = True,
-    wait: bool = False,
+    for_run: bool = False,
 ) -> Summary:
     """Bring every scan of a table into a store, or resume what an earlier run left.
 
@@ -181,51 +172,77 @@ def prepare_store(
         shard: number, from 1, and total: only this part of the scans, for job arrays; then `merge` makes the index.
         merge: make the index of a store that shards have filled, after a look whether they did all.
         on_bad_row: "refuse" stops before the first scan is read if rows are bad as far as headers tell.
-        compare: if the store is finished, read all of it and compare check sums; else sizes are compared.
-        wait: until another run on the store has ended.
+        for_run: a training run starts: another run that has the store is waited for, and of a finished store sizes are
+            compared; else it is refused, and all of a finished store is read and compared with its check sums.
 
     Raises:
         BadRowsError: bad rows and `on_bad_row="refuse"`; or nothing at all can be used.
         StoreError: the folder is no store, has other settings, is in use, or cannot be written; to merge, scans are
             missing, or have changed since.
     """
-    began, folder, settings = time.monotonic(), Path(folder), settings or StoreSettings()
+    folder, settings, num_made = Path(folder), settings or StoreSettings(), 0
     if shard is not None and not 1 <= shard[0] <= shard[1]:
         raise StoreError("shard={0}/{1}: the first of {1} is 1/{1}, there is no {0}".format(*shard))
-    num_made = num_bytes = 0
-    with claim_store(folder, settings, shard, wait=wait) as was_finished:
-        scans = scans_of(table, image_root)
+    with claim_store(folder, settings, shard, wait=for_run) as was_finished:
+        scans = _scans_of(table, image_root)
         if shard is not None:
             scans = scans[shard[0] - 1 :: shard[1]]
-        states = scan_states(folder, settings, scans, contents=was_finished and compare and not merge)
+        states = _states(folder, settings, scans, contents=was_finished and not for_run and not merge)
         unfinished = [scan for scan in scans if states[scan.scan_id] != "finished"]
         if merge:
             _refuse_unfinished(folder, scans, states)
         elif unfinished:
             write_settings_file(folder, settings, complete=False, annotations=str(table.source))
-            lesions, rejected, geometries = judge_rows(table, unfinished, on_bad_row, folder)
-            tasks = []
-            for scan in unfinished:
-                own_lesions, own_rejected = lesions.get(scan.scan_id), rejected.get(scan.scan_id, [])
-                sidecar = {"rows": scan.rows, "lesions": own_lesions, "rejected": own_rejected}
-                if not own_lesions:
-                    reject(folder, scan, own_rejected)
-                elif states[scan.scan_id] == "rows changed":
-                    file = sidecar_file(folder, scan.scan_id)
-                    write_sealed_json(file, {**read_record(file), **sidecar})
+            tasks, geometries = _judge_rows(table, unfinished, on_bad_row, folder)
+            to_read = []
+            for task in tasks:
+                if not task.lesions:
+                    reject(folder, task.scan, task.rejected)
+                elif states[task.scan.scan_id] == "rows changed":
+                    file = sidecar_file(folder, task.scan.scan_id)
+                    write_sealed_json(file, {**read_record(file), **task.sidecar})
                 else:
-                    tasks.append(ScanTask(scan.scan_id, scan.source, sidecar))
-            num_workers = _announce(folder, settings, [geometries[task.scan_id] for task in tasks], num_workers)
-            num_made, num_bytes = _run(folder, settings, tasks, scans, num_workers)
-            _reject_changed(folder, settings, tasks, scans)
+                    to_read.append(task)
+            if to_read:
+                chosen = [geometries[task.scan.scan_id] for task in to_read]
+                num_workers = _announce(folder, settings, chosen, num_workers)
+                num_made = _prepare(folder, settings, to_read, len(scans), num_workers)
         sidecars = {scan.scan_id: read_record(sidecar_file(folder, scan.scan_id)) for scan in scans}
-        rejected_rows = _rejected_rows(table, scans, folder, sidecars, nameless=shard is None)
-        num_lesions = None if shard is not None else _finish(folder, settings, table, sidecars, rejected_rows)
+        records = [
+            record
+            for scan_id, sidecar in sidecars.items()
+            for record in (sidecar or read_record(rejection_file(folder, scan_id)))["rejected"]
+        ]
+        num_lesions = None
+        if shard is None:
+            records += _rows_without_scan(table)
+        rejected = pd.DataFrame(records, columns=list(REJECTED_COLUMNS)).sort_values("row", ignore_index=True)
+        if shard is None:
+            num_lesions = _write_index(folder, settings, table, [s for s in sidecars.values() if s], rejected)
     num_rejected_scans = sum(not sidecar for sidecar in sidecars.values())
-    seconds = time.monotonic() - began
-    return Summary(
-        folder, shard, len(scans), num_made, num_rejected_scans, num_lesions, rejected_rows, num_bytes, seconds
-    )
+    return Summary(folder, len(scans), num_made, num_rejected_scans, num_lesions, rejected)
+
+
+def _scans_of(table: LesionTable, image_root: Path | str | None) -> list[TableScan]:
+    """The scans of a table in the order of their names, on which alone shards depend."""
+    root = Path(image_root) if image_root is not None else table.source.parent
+    rows, scans = _records_of(table.rows), []
+    for source, places in places_by_scan(table.scans).items():
+        own = [(int(table.rows.index[place]), rows[place]) for place in places]
+        text = json.dumps([table.coordinates, *own], default=str)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        scans.append(TableScan(scan_id_of(source, root), source, tuple(places.tolist()), digest))
+    return sorted(scans, key=lambda scan: scan.scan_id)
+
+
+def _states(
+    folder: Path, settings: StoreSettings, scans: Sequence[TableScan], *, contents: bool = False
+) -> dict[str, str]:
+    """What a store has of each scan, by `scan_id`: see `state_of`."""
+    with ThreadPoolExecutor(NUM_IO_THREADS) as pool:
+        states = pool.map(lambda scan: state_of(folder, settings, scan, contents=contents), scans)
+        shown = tqdm(states, "Checking", len(scans), unit="scan", disable=not contents)
+        return dict(zip((scan.scan_id for scan in scans), shown, strict=True))
 
 
 def _refuse_unfinished(folder: Path, scans: Sequence[TableScan], states: Mapping[str, str]) -> None:
@@ -239,6 +256,41 @@ def _refuse_unfinished(folder: Path, scans: Sequence[TableScan], states: Mapping
         )
 
 
+def _judge_rows(
+    table: LesionTable, scans: Sequence[TableScan], on_bad_row: OnBadRow, folder: Path
+) -> tuple[list[ScanTask], dict[str, ScanGeometry]]:
+    """Tell the rows of some scans that can be used from those that cannot, as far as headers tell.
+
+    Returns:
+        A task for each scan, and by `scan_id` the geometries of those that have usable rows.
+
+    Raises:
+        BadRowsError: bad rows and `on_bad_row="refuse"`; they are in `rejected.csv` then.
+    """
+    places = [place for scan in scans for place in scan.places]
+    if on_bad_row == "refuse":
+        places += [place for place, source in enumerate(table.scans) if source is None]
+    rejected_csv = folder / REJECTED_FILE if on_bad_row == "refuse" else None
+    try:
+        selected = table.select(sorted(places))
+        usable, rejected = check_annotations(selected, on_bad_row=on_bad_row, rejected_csv=rejected_csv)
+    except BadRowsError as error:
+        if on_bad_row == "refuse" or error.rejected is None:
+            raise
+        logger.warning("%s", error)  # none of these rows can be used; the store may have others
+        usable, rejected = table.select(np.zeros(len(table), dtype=bool)), error.rejected
+    lesions, bad_rows = defaultdict[int, list[Record]](list), defaultdict[int, list[Record]](list)
+    number_of_row = {table.rows.index[place]: number for number, scan in enumerate(scans) for place in scan.places}
+    for columns, row, center in zip(_records_of(usable.rows), usable.rows.index, usable.centers_lps_mm, strict=True):
+        lesion = {"row": int(row), "center_lps_mm": center.tolist(), "columns": columns}
+        lesions[number_of_row[row]].append(lesion)
+    for record in _records_of(rejected):
+        bad_rows[number_of_row[record["row"]]].append(record)
+    reports = {scan.scan_id: usable.reports.get(scan.source) for scan in scans}
+    geometries = {name: report.geometry for name, report in reports.items() if isinstance(report, ScanReport)}
+    return [ScanTask(scan, lesions[number], bad_rows[number]) for number, scan in enumerate(scans)], geometries
+
+
 def _announce(
     folder: Path, settings: StoreSettings, geometries: Sequence[ScanGeometry], num_workers: int | None
 ) -> int:
@@ -247,12 +299,9 @@ def _announce(
     Raises:
         StoreError: the disk has not that much space.
     """
-    if not geometries:
-        return 0
     num_voxels = sum(math.prod(StoreGrid.of(geometry, settings.spacing_mm).shape_zyx) for geometry in geometries)
     num_bytes = num_voxels * _BYTES_PER_VOXEL
-    num_decoded = sum(math.prod(geometry.size_xyz) for geometry in geometries)
-    seconds = (num_voxels + num_decoded) * _SECONDS_PER_VOXEL
+    seconds = (num_voxels + sum(math.prod(geometry.size_xyz) for geometry in geometries)) * _SECONDS_PER_VOXEL
     if num_workers is None:
         num_workers = num_cores() if seconds > _ALONE_S else 0
     minutes = seconds / max(num_workers, 1) / 60
@@ -270,50 +319,30 @@ def _announce(
     return num_workers
 
 
-def _run(
-    folder: Path,
-    settings: StoreSettings,
-    tasks: Sequence[ScanTask],
-    scans: Sequence[TableScan],
-    num_workers: int,
-) -> tuple[int, int]:
-    """Prepare the scans of `tasks`; gives how many were made, and their size in bytes."""
-    by_id = {scan.scan_id: scan for scan in scans}
-    num_made = num_bytes = num_failed = 0
+def _prepare(folder: Path, settings: StoreSettings, tasks: Sequence[ScanTask], num_scans: int, num_workers: int) -> int:
+    """Prepare scans, and reject those that cannot be used; gives how many were made."""
+    made: list[ScanTask] = []
     with tqdm(
-        total=len(scans),
-        initial=len(scans) - len(tasks),
+        total=num_scans,
+        initial=num_scans - len(tasks),
         desc="Preparing",
         unit="scan",
         smoothing=0.05,
         mininterval=0.5 if sys.stderr.isatty() else 60,  # a line a minute in the log of a batch job
-        disable=not tasks,
     ) as progress:
-        for task, outcome in run_jobs(partial(prepare_scan, folder, settings), tasks, num_workers, _killed):
-            scan = by_id[task.scan_id]
-            if isinstance(outcome, int):
-                num_made, num_bytes = num_made + 1, num_bytes + outcome
-                rejection_file(folder, scan).unlink(missing_ok=True)
+        for task, problem in run_jobs(partial(prepare_scan, folder, settings), tasks, num_workers, _killed):
+            if problem is None:
+                made.append(task)
             else:
-                num_failed += 1
-                logger.warning("rejected: %s: %s", task.source.path, outcome[0])
-                reject(folder, scan, _rejected_with_scan(task, *outcome))
-            progress.set_postfix(rejected=num_failed, refresh=False)
+                _reject_scan(folder, task, *problem)
             progress.update()
-    return num_made, num_bytes
-
-
-def _reject_changed(
-    folder: Path, settings: StoreSettings, tasks: Sequence[ScanTask], scans: Sequence[TableScan]
-) -> None:
-    """Leave out scans whose files were written while they, or others after them, were read."""
-    by_id = {task.scan_id: task for task in tasks}
-    made = [scan for scan in scans if scan.scan_id in by_id]
-    states = scan_states(folder, settings, made)
-    for scan in (scan for scan in made if states[scan.scan_id] == "its files have changed"):
-        reason = ("its files have changed while the store was made", "run the same command again once they stay")
-        logger.warning("rejected: %s: %s", scan.source.path, reason[0])
-        reject(folder, scan, _rejected_with_scan(by_id[scan.scan_id], *reason))
+    # Scans whose files were written while they, or others after them, were read.
+    states = _states(folder, settings, [task.scan for task in made])
+    for task in (task for task in made if states[task.scan.scan_id] == "its files have changed"):
+        _reject_scan(
+            folder, task, "its files have changed while the store was made", "run the same command again once they stay"
+        )
+    return len(made)
 
 
 def _killed(_task: ScanTask) -> tuple[str, str]:
@@ -321,55 +350,42 @@ def _killed(_task: ScanTask) -> tuple[str, str]:
     return reason, "prepare it on a larger machine, or with coarser voxels in another store"
 
 
-def _rejected_with_scan(task: ScanTask, reason: str, remedy: str) -> list[Record]:
-    """All rows of a scan: those that were bad by themselves, and the others for what is wrong with the scan."""
-    values = [
-        (lesion["row"], lesion["columns"][PATH_COLUMN], str(task.source.path), reason, remedy)
-        for lesion in task.sidecar["lesions"]
-    ]
-    return [*task.sidecar["rejected"], *(dict(zip(REJECTED_COLUMNS, row, strict=True)) for row in values)]
+def _reject_scan(folder: Path, task: ScanTask, reason: str, remedy: str) -> None:
+    """Reject all rows of a scan: those that were bad by themselves, and the others for what is wrong with the scan."""
+    path = str(task.scan.source.path)
+    logger.warning("rejected: %s: %s", path, reason)
+    values = [(lesion["row"], lesion["columns"][PATH_COLUMN], path, reason, remedy) for lesion in task.lesions]
+    reject(folder, task.scan, [*task.rejected, *(dict(zip(REJECTED_COLUMNS, row, strict=True)) for row in values)])
 
 
-def _rejected_rows(
-    table: LesionTable, scans: Sequence[TableScan], folder: Path, sidecars: dict[str, Record], *, nameless: bool
-) -> pd.DataFrame:
-    """All rejected rows, in the order of the table; those that name no scan only if asked for."""
-    records: list[Record] = []
-    for scan in scans:
-        records += (sidecars[scan.scan_id] or read_record(rejection_file(folder, scan)))["rejected"]
-    if nameless and (places := rows_without_scan(table)):
+def _rows_without_scan(table: LesionTable) -> list[Record]:
+    """What is wrong with the rows that name no scan."""
+    if places := [place for place, source in enumerate(table.scans) if source is None]:
         try:
             check_annotations(table.select(places))
         except BadRowsError as error:
-            if error.rejected is not None:
-                records += records_of(error.rejected)
-    return pd.DataFrame(records, columns=list(REJECTED_COLUMNS)).sort_values("row", ignore_index=True)
+            return _records_of(error.rejected) if error.rejected is not None else []
+    return []
 
 
-def _finish(
-    folder: Path, settings: StoreSettings, table: LesionTable, sidecars: dict[str, Record], rejected: pd.DataFrame
+def _write_index(
+    folder: Path, settings: StoreSettings, table: LesionTable, sidecars: Sequence[Record], rejected: pd.DataFrame
 ) -> int:
-    """Write the index and what was rejected; gives the number of lesions."""
+    """Write the index of the finished scans and what was rejected; gives the number of lesions."""
     write_atomically(folder / REJECTED_FILE, rejected.to_csv(index=False))
-    finished = [sidecar for sidecar in sidecars.values() if sidecar]
-    if not finished:
+    if not sidecars:
         raise BadRowsError(f"{table.source}: no row can be used; see {folder / REJECTED_FILE}", rejected)
-    scans = pd.DataFrame([{**sidecar["scan"], "num_lesions": len(sidecar["lesions"])} for sidecar in finished])
-    lesions = _frame([lesion for sidecar in finished for lesion in _lesions_of(sidecar)])
+    scans = pd.DataFrame([{**sidecar["scan"], "num_lesions": len(sidecar["lesions"])} for sidecar in sidecars])
+    records = [lesion for sidecar in sidecars for lesion in _lesions_of(sidecar)]
+    lesions = pd.DataFrame(records)
+    for name in lesions.columns[lesions.isna().any()]:  # whole numbers stay whole where some are missing
+        values = [record.get(name) for record in records]
+        if all(value is None or type(value) is int for value in values) and lesions[name].notna().any():
+            lesions[name] = pd.array(values, dtype="Int64")
     digests = write_index(folder, scans, lesions.sort_values("row", ignore_index=True))
     counts = {"num_scans": len(scans), "num_lesions": len(lesions), "num_rejected_rows": len(rejected)}
     write_settings_file(folder, settings, complete=True, annotations=str(table.source), **counts, checked=digests)
     return len(lesions)
-
-
-def _frame(records: list[Record]) -> pd.DataFrame:
-    """Records as a table, in which whole numbers stay whole where some are missing."""
-    frame = pd.DataFrame(records)
-    for name in frame.columns[frame.isna().any()]:
-        values = [record.get(name) for record in records]
-        if all(value is None or type(value) is int for value in values) and frame[name].notna().any():
-            frame[name] = pd.array(values, dtype="Int64")
-    return frame
 
 
 def _lesions_of(sidecar: Record) -> list[Record]:
@@ -379,8 +395,18 @@ def _lesions_of(sidecar: Record) -> list[Record]:
     rows = []
     for lesion in sidecar["lesions"]:
         center = np.array(lesion["center_lps_mm"])
-        lesion_id = lesion_id_of(scan["scan_id"], center)
+        text = f"{scan['scan_id']} {' '.join(f'{value:.3f}' for value in center)}"
+        lesion_id = hashlib.sha256(text.encode()).hexdigest()[:12]
         ours = (lesion_id, scan["scan_id"], *grid.to_zyx(center).tolist(), *center.tolist(), lesion["row"])
-        columns = {f"table_{k}" if k in LESION_COLUMNS else k: v for k, v in lesion["columns"].items()}
-        rows.append({**dict(zip(LESION_COLUMNS, ours, strict=True)), **columns})
+        columns = {f"table_{k}" if k in _LESION_COLUMNS else k: v for k, v in lesion["columns"].items()}
+        rows.append({**dict(zip(_LESION_COLUMNS, ours, strict=True)), **columns})
     return rows
+
+
+def _records_of(rows: pd.DataFrame) -> list[Record]:
+    """Rows as plain values, None where there is none."""
+    plain = rows.astype(object)
+    return [
+        {str(key): value.item() if isinstance(value, np.generic) else value for key, value in record.items()}
+        for record in plain.where(plain.notna(), None).to_dict("records")
+    ]

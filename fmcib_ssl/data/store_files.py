@@ -9,11 +9,10 @@ import errno
 import hashlib
 import logging
 import math
-import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,9 @@ from jaxtyping import Int16
 from tqdm import tqdm
 
 from fmcib_ssl.data.mining import CoarseMap
-from fmcib_ssl.data.scan_file import DamagedScanError, OpenScan, ScanSums, encode_voxels
+from fmcib_ssl.data.scan_file import OpenScan, ScanSums, encode_voxels
 from fmcib_ssl.data.store import (
+    CHECKED,
     LESIONS_INDEX,
     SCANS_FOLDER,
     SCANS_INDEX,
@@ -35,7 +35,6 @@ from fmcib_ssl.data.store import (
     StoreError,
     StoreSettings,
     read_settings_file,
-    sidecar_file,
 )
 from fmcib_ssl.io import (
     Held,
@@ -49,8 +48,10 @@ from fmcib_ssl.io import (
 
 logger = logging.getLogger(__name__)
 
+#: What is known of a scan, or of a row of the table.
+Record = dict[str, Any]
 #: Threads that read: they wait for the disk, and hashing takes a fiftieth of that.
-_NUM_THREADS = 16
+NUM_IO_THREADS = 16
 #: A run that is killed may take a moment to let go, and so may shards that look whether a whole run is on.
 PATIENCE_S = 5.0
 
@@ -109,43 +110,34 @@ def _agree_on_settings(folder: Path, settings: StoreSettings) -> bool | None:
     Raises:
         StoreError: the folder is something else, or a store with other settings.
     """
+    if not (folder / SETTINGS_FILE).exists():
+        ours = (".lock", ".claim", f".{SETTINGS_FILE}.")  # the last: a shard is just writing it
+        for path in sorted(folder.iterdir()) if folder.exists() else []:
+            is_empty = path.name == SCANS_FOLDER and path.is_dir() and not any(path.iterdir())
+            if not path.name.startswith(ours) and not is_empty:
+                raise StoreError(
+                    f"{folder} is not a store and not empty (it has {path.name!r}): choose another store=DIR"
+                )
+        return None
     try:
         about = read_settings_file(folder)
-    except DamagedStoreError:
-        about = _described_by_scans(folder)  # the same command mends it
-        if about is None:
+        existing, was_finished = asdict(about["settings"]), about["complete"]
+    except DamagedStoreError:  # the same command mends it; what it said, a scan that is whole says too
+        sidecars = (read_record(file) for file in sorted((folder / SCANS_FOLDER).glob("*.json")))
+        existing, was_finished = next((sidecar["settings"] for sidecar in sidecars if "settings" in sidecar), {}), True
+        if not existing:
             raise
-    if about is None:
-        ours = (".lock", ".claim", f".{SETTINGS_FILE}.")  # the last: a shard is just writing it
-        files = list(folder.iterdir()) if folder.exists() else []
-        empty = [path for path in files if path.name == SCANS_FOLDER and path.is_dir() and not any(path.iterdir())]
-        foreign = [path.name for path in files if not path.name.startswith(ours) and path not in empty]
-        if foreign:
-            raise StoreError(
-                f"{folder} is not a store and not empty (it has {sorted(foreign)[0]!r}): choose another store=DIR"
-            )
-        return None
     differences = [
-        f"{key}={existing} there, {value} asked for"
+        f"{key}={existing.get(key)}, not {value}"
         for key, value in asdict(settings).items()
-        if (existing := about["settings"].get(key)) != value
+        if existing.get(key) != value
     ]
     if differences:
         raise StoreError(
-            f"{folder} was made with other settings ({'; '.join(differences)}): "
-            "ask for the same, or choose another store=DIR"
+            f"{folder} was made with other settings ({'; '.join(differences)}): use the same, or choose another "
+            "store=DIR"
         )
-    return bool(about["complete"])
-
-
-def _described_by_scans(folder: Path) -> dict[str, Any] | None:
-    """What a damaged `store.json` must have said, by the settings of a scan that is whole."""
-    for file in sorted((folder / SCANS_FOLDER).glob("*.json")):
-        try:
-            return {"settings": dict(read_sealed_json(file)["settings"]), "complete": True}
-        except (OSError, ValueError, LookupError, TypeError):
-            continue
-    return None
+    return bool(was_finished)
 
 
 def write_settings_file(folder: Path, settings: StoreSettings, *, complete: bool, **about: object) -> None:
@@ -156,36 +148,43 @@ def write_settings_file(folder: Path, settings: StoreSettings, *, complete: bool
     )
 
 
+def sidecar_file(folder: Path, scan_id: str) -> Path:
+    """The JSON file of a scan."""
+    return folder / SCANS_FOLDER / f"{scan_id}.json"
+
+
+def read_record(path: Path) -> Record:
+    """What a JSON file of a store says; nothing if there is none that is as it was written."""
+    try:
+        return read_sealed_json(path)
+    except (OSError, ValueError):
+        return {}
+
+
 def write_scan(
     folder: Path,
     scan_id: str,
     hu_zyx: Int16[np.ndarray, "z y x"],
     coarse_map: CoarseMap,
     sidecar: Mapping[str, object],
-) -> int:
-    """Write a scan's four files, the JSON last, each whole or not at all; gives the compressed size in bytes.
+) -> None:
+    """Write a scan's four files, the JSON last, each whole or not at all.
 
     Raises:
         StoreError: the folder cannot be written.
     """
+    z, y, x = hu_zyx.shape
     contents = {"b2nd": encode_voxels(hu_zyx), "cells": coarse_map.to_bytes()}
-    contents["sums"] = ScanSums.of(contents["b2nd"], contents["cells"], hu_zyx.shape).to_bytes(scan_id)
+    contents["sums"] = ScanSums.of(contents["b2nd"], contents["cells"], (z, y, x)).to_bytes(scan_id)
     sizes = {suffix: len(content) for suffix, content in contents.items()}
-    sidecar_json = sidecar_file(folder, scan_id)
+    file = sidecar_file(folder, scan_id)
     try:
-        sidecar_json.unlink(missing_ok=True)  # of an earlier version: what follows is not its voxels
+        file.unlink(missing_ok=True)  # of an earlier version: what follows is not its voxels
         for suffix, content in contents.items():
-            write_atomically(sidecar_json.with_name(f"{scan_id}.{suffix}"), content)
-        write_sealed_json(sidecar_json, {**sidecar, "sizes": sizes})
+            write_atomically(file.with_name(f"{scan_id}.{suffix}"), content)
+        write_sealed_json(file, {**sidecar, "sizes": sizes})
     except OSError as error:
-        raise _cannot_write(sidecar_json, error) from error
-    return sum(sizes.values())
-
-
-def is_whole(folder: Path, scan_id: str, sidecar: Mapping[str, Any]) -> bool:
-    """Whether a scan's files are there, as large as its JSON file says."""
-    files = {folder / SCANS_FOLDER / f"{scan_id}.{suffix}": size for suffix, size in sidecar["sizes"].items()}
-    return all(file.is_file() and file.stat().st_size == size for file, size in files.items())
+        raise _cannot_write(file, error) from error
 
 
 def write_index(folder: Path, scans: pd.DataFrame, lesions: pd.DataFrame) -> dict[str, str]:
@@ -205,108 +204,70 @@ def _cannot_write(path: Path, error: OSError) -> StoreError:
     return StoreError(f"{path} cannot be written: {error.strerror}; {remedy}, then run the same command again")
 
 
-@dataclass(frozen=True)
-class Verification:
-    """What `verify` found.
+def verify(folder: Path | str) -> tuple[int, dict[str, str]]:
+    """Read all of a store; nothing is changed.
 
-    Attributes:
-        store: its folder.
-        num_scans: whose files were read.
-        damaged: what is wrong, by the file's path in the store.
-        num_without_sums: scans that an earlier version wrote without check sums, of which only sizes are known.
-        seconds: all this took.
-    """
-
-    store: Path
-    num_scans: int
-    damaged: dict[str, str]
-    num_without_sums: int
-    seconds: float
-
-    def __str__(self) -> str:
-        lines = [f"store     {self.store}", f"scans     {self.num_scans} read in {self.seconds:.0f} s"]
-        if self.num_without_sums:
-            lines.append(
-                f"unknown   {self.num_without_sums} scans of an earlier version have no check sums; the command that "
-                "made the store, again, decodes them and adds these"
-            )
-        if not self.damaged:
-            return "\n".join([*lines, "whole     every file is as it was written"])
-        lines += [f"damaged   {len(self.damaged)} files"]
-        lines += [f"          {name}: {reason}" for name, reason in self.damaged.items()]
-        return "\n".join([*lines, "next      the command that made the store, again: it makes these anew"])
-
-
-def verify(folder: Path | str) -> Verification:
-    """Read all of a store and name what is not as it was written; nothing is changed.
+    Returns:
+        The number of scans, and what is damaged: how, by the name of the scan or of the index.
 
     Raises:
         StoreError: no store, or one of another version.
     """
-    began, folder, damaged = time.monotonic(), Path(folder), dict[str, str]()
+    folder, damaged = Path(folder), dict[str, str]()
     try:
         about = read_settings_file(folder)
-        if about is None:
-            raise StoreError(f"{folder} is not a store (it has no {SETTINGS_FILE}): make one with scripts/prepare.py")
         if about["complete"]:
             _ = Store(folder).lesions
+            if CHECKED not in about:
+                damaged[SETTINGS_FILE] = "it is of an earlier version, and its scans have no check sums"
     except DamagedStoreError as error:
         damaged["index"] = str(error)
-    scans = folder / SCANS_FOLDER
-    scan_ids = sorted(file.stem for file in scans.glob("*.json") if not file.name.endswith(".rejected.json"))
-    num_without_sums = 0
-    with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        results = pool.map(lambda scan_id: _problem(folder, scan_id), scan_ids)
-        for scan_id, (suffix, problem) in zip(
-            scan_ids, tqdm(results, "Reading", len(scan_ids), unit="scan"), strict=True
-        ):
-            num_without_sums += suffix == "sums"
+    files = sorted((folder / SCANS_FOLDER).glob("*.json"))
+    scan_ids = [file.stem for file in files if not file.name.endswith(".rejected.json")]
+    with ThreadPoolExecutor(NUM_IO_THREADS) as pool:
+        problems = pool.map(lambda scan_id: scan_problem(folder, scan_id), scan_ids)
+        for scan_id, problem in zip(scan_ids, tqdm(problems, "Reading", len(scan_ids), unit="scan"), strict=True):
             if problem:
-                damaged[f"{SCANS_FOLDER}/{scan_id}.{suffix}"] = problem
-    return Verification(folder, len(scan_ids), damaged, num_without_sums, time.monotonic() - began)
+                damaged[f"{SCANS_FOLDER}/{scan_id}"] = problem
+    return len(scan_ids), damaged
 
 
-def _problem(folder: Path, scan_id: str) -> tuple[str, str | None]:
-    """What is wrong with the files of a scan, and the suffix of one; of `sums` they are none."""
+def scan_problem(folder: Path, scan_id: str, *, contents: bool = True) -> str | None:
+    """What is damaged of the files of a scan; None if nothing is.
+
+    Args:
+        folder: of the store.
+        scan_id: name of the scan.
+        contents: read them and compare check sums, if there are any; else sizes are compared.
+    """
+    file = sidecar_file(folder, scan_id)
     try:
-        sidecar = read_sealed_json(sidecar_file(folder, scan_id))
-        if not is_whole(folder, scan_id, sidecar):
-            return "b2nd", "one of its files is missing, or has another size than when it was written"
-        if "sums" not in sidecar["sizes"]:
-            return "sums", None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        return "json", str(error)
-    return "b2nd", scan_problem(folder, scan_id)
-
-
-def scan_problem(folder: Path, scan_id: str) -> str | None:
-    """What is wrong with the voxels, the coarse map or the check sums of a scan; None if nothing is."""
-    voxels, cells, sums = (folder / SCANS_FOLDER / f"{scan_id}.{suffix}" for suffix in ("b2nd", "cells", "sums"))
-    try:
-        ScanSums.open(sums, scan_id).check_all(read_regular(voxels), read_regular(cells))
-    except (OSError, DamagedScanError) as error:
+        sizes = read_sealed_json(file)["sizes"]
+        for suffix, size in sizes.items():
+            if (actual := file.with_suffix(f".{suffix}").stat().st_size) != size:
+                return f"{scan_id}.{suffix} has {actual} bytes, not {size}"
+        if contents and "sums" in sizes:
+            sums = ScanSums.open(file.with_suffix(".sums"), scan_id)
+            OpenScan(file.with_suffix(".b2nd"), sums).check()
+            sums.check_coarse_map(read_regular(file.with_suffix(".cells")))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         return str(error)
     return None
 
 
-def add_sums(folder: Path, scan_id: str, sidecar: dict[str, Any]) -> str | None:
-    """Give a scan of an older store its check sums, once all of it can be decoded; what is wrong, if that fails.
+def add_sums(folder: Path, scan_id: str, sidecar: Record) -> str | None:
+    """Write a scan of an older store anew, with check sums; what is wrong, if it cannot be decoded.
 
     Raises:
-        StoreError: they cannot be written.
+        StoreError: it cannot be written.
     """
-    files = [folder / SCANS_FOLDER / f"{scan_id}.{suffix}" for suffix in ("b2nd", "cells", "sums")]
+    file = sidecar_file(folder, scan_id)
     try:
-        voxels, cells = (read_regular(file) for file in files[:2])
-        shape = tuple(sidecar["scan"]["shape_zyx"])
-        content = ScanSums.of(voxels, cells, shape).to_bytes(scan_id)
-        scan, (coarse, _) = OpenScan(files[0], None), CoarseMap.open(files[1])
-        scan.read([(0, n) for n in scan.shape_zyx])
-        if not scan.shape_zyx == coarse.shape_zyx == shape:
-            raise ValueError(f"it has {scan.shape_zyx} voxels, its map {coarse.shape_zyx}, and should have {shape}")
+        scan, (coarse_map, _) = OpenScan(file.with_suffix(".b2nd"), None), CoarseMap.open(file.with_suffix(".cells"))
+        hu = scan.read([(0, n) for n in scan.shape_zyx])
+        if not scan.shape_zyx == coarse_map.shape_zyx == tuple(sidecar["scan"]["shape_zyx"]):
+            raise ValueError(f"it has {scan.shape_zyx} voxels, its coarse map {coarse_map.shape_zyx}")
     except (OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
         return str(error)
-    write_atomically(files[2], content)
-    sidecar["sizes"]["sums"] = len(content)
-    write_sealed_json(sidecar_file(folder, scan_id), sidecar)
+    write_scan(folder, scan_id, hu, coarse_map, sidecar)
     return None

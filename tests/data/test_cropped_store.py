@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import SimpleITK as sitk
 
@@ -44,16 +43,3 @@ def test_crops_become_a_store(real_data: Path, tmp_path: Path, given: str, every
         assert store.read_patch(lesion["scan_id"], voxel, (1, 1, 1)).item() == pytest.approx(
             max(expected, -1024), abs=2
         )
-
-
-def test_crops_and_whole_scans_in_one_table(real_data: Path, tmp_path: Path) -> None:
-    """Whole scans are the pool from which the crops' negatives come."""
-    crops = importers.lidc_crops(real_data / "lidc_crops" / "voi_index.csv").iloc[:3]
-    crops["image_path"] = "lidc_crops/" + crops["image_path"]
-    whole = pd.read_csv(real_data / "ct" / "annotations.csv").iloc[:1]
-    pd.concat([crops, whole]).to_csv(tmp_path / "lesions.csv", index=False)
-    table = read_annotations(tmp_path / "lesions.csv", real_data)
-    prepare_store(table, tmp_path / "store", image_root=real_data, num_workers=0)
-    patches = pytest.importorskip("fmcib_ssl.data.patches").LesionPatches(Store(tmp_path / "store"))
-    from_other = [patches[i]["negative_from_other_scan"] for i in range(len(patches))]
-    assert sorted(from_other) == [False, True, True, True]

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import SimpleITK as sitk
-from prepared import centers, direct_patch, run, scan_image, store_patch, three_scans, write_table
+from prepared import centers, direct_patch, run, scan_image, store_patch, write_table
 from scipy.spatial.transform import Rotation
 
 from fmcib_ssl.data.annotations import read_annotations
@@ -21,7 +18,6 @@ from fmcib_ssl.data.geometry import ScanGeometry
 from fmcib_ssl.data.prepare_scan import resample
 from fmcib_ssl.data.scans import Scan, ScanSource, crop_patch, read_scan
 from fmcib_ssl.data.store import Store, StoreGrid, StoreSettings
-from fmcib_ssl.types import ScanError
 
 AXES = [(a, b, 3 - a - b) for a in range(3) for b in range(3) if a != b]
 FLIPS = [(x, y, z) for x in (False, True) for y in (False, True) for z in (False, True)]
@@ -96,8 +92,7 @@ def test_up_to_the_last_voxel_a_store_is_what_the_direct_reader_gives(seed: int)
     spacing = [(0.7, 1.3, 2.5), (1.0, 0.5, 1.5), tuple(rng.uniform(0.5, 4, 3))][seed % 3]
     size = (15, int(rng.integers(5, 20)), 2 * int(rng.integers(4, 12)) + 1)
     direction = Rotation.random(random_state=rng).as_matrix() if seed >= 6 else np.diag([-1.0, 1, 1])[[2, 0, 1]]
-    rows = tuple(map(tuple, direction.tolist()))
-    geometry = ScanGeometry(size, spacing, tuple(rng.uniform(-300, 300, 3).tolist()), rows)
+    geometry = ScanGeometry.of(size, spacing, rng.uniform(-300, 300, 3), direction)
     scan = Scan(rng.integers(-2000, 2000, size[::-1]).astype(np.int16), geometry)
     grid = StoreGrid.of(geometry, 1.0)
     hu = resample(scan, grid, StoreSettings())
@@ -180,19 +175,6 @@ def test_the_index(tmp_path: Path) -> None:
     assert read_scan(first["source"]).hu.max() == first["hu_max"]
 
 
-def test_gzip_files_of_several_members_are_in_order(tmp_path: Path) -> None:
-    """As parallel compressors write them; half of one is found, wherever the cut is."""
-    sitk.WriteImage(scan_image(), str(tmp_path / "plain.nii"))
-    data = (tmp_path / "plain.nii").read_bytes()
-    parts = [gzip.compress(data[i : i + 5000]) for i in range(0, len(data), 5000)]
-    (tmp_path / "a.nii.gz").write_bytes(b"".join(parts))
-    np.testing.assert_array_equal(read_scan(tmp_path / "a.nii.gz").hu, sitk.GetArrayFromImage(scan_image()))
-    for cut in (3, len(parts[0]) + 1, len(b"".join(parts)) - 1):
-        (tmp_path / "cut.nii.gz").write_bytes(b"".join(parts)[:cut])
-        with pytest.raises(ScanError, match=r"cut\.nii\.gz: is cut off or damaged"):
-            read_scan(tmp_path / "cut.nii.gz")
-
-
 def test_two_series_of_one_folder_are_two_scans(real_data: Path, tmp_path: Path) -> None:
     """Copies of a real series under another series number, in the same folder."""
     pydicom = pytest.importorskip("pydicom")
@@ -222,36 +204,3 @@ def test_two_series_of_one_folder_are_two_scans(real_data: Path, tmp_path: Path)
     data.RescaleIntercept = -1000
     data.save_as(tmp_path / f"1-{file.name}")
     assert run(table, tmp_path / "store").num_made == 1
-
-
-@pytest.mark.parametrize("by_point", [False, True])
-def test_crops_of_lesions(real_data: Path, tmp_path: Path, by_point: bool) -> None:
-    """Files that hold one lesion and little else: each is in the store or in the list."""
-    index = pd.read_csv(real_data / "lidc_crops" / "voi_index.csv").iloc[::30]
-    rows = index.assign(image_path=index["file"], cropped=True)
-    rows = rows.rename(columns={"lps_x": "coordX", "lps_y": "coordY", "lps_z": "coordZ"})
-    columns = ["image_path", "cropped", *(["coordX", "coordY", "coordZ"] if by_point else []), "patient_id", "texture"]
-    rows[columns].to_csv(tmp_path / "crops.csv", index=False)
-    root = real_data / "lidc_crops" / "image"
-    table = read_annotations(tmp_path / "crops.csv", image_root=root)
-    summary = run(table, tmp_path / "store", image_root=root)
-    store = Store(tmp_path / "store")
-    accounted = sorted([*store.lesions["row"], *summary.rejected["row"]])
-    assert accounted == list(range(1, len(index) + 1))
-    assert len(store.lesions) > 0.9 * len(index)
-    for lesion in range(0, len(store.lesions), 5):
-        row = int(store.lesions["row"][lesion]) - 1
-        patch, direct = store_patch(store, lesion), direct_patch(store, lesion, table.scan_of(row))
-        assert np.abs(patch.astype(int) - direct).max() <= 1
-        point = store.lesions[["center_x_lps_mm", "center_y_lps_mm", "center_z_lps_mm"]].to_numpy()[lesion]
-        image = sitk.ReadImage(str(table.scan_of(row).path))
-        middle = image.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in image.GetSize()])
-        expected = index[["lps_x", "lps_y", "lps_z"]].to_numpy()[row] if by_point else middle
-        np.testing.assert_allclose(point, expected, atol=1e-4)
-
-
-def test_the_sidecar_is_plain_json(tmp_path: Path) -> None:
-    run(three_scans(tmp_path), tmp_path / "store")
-    sidecar = json.loads(next((tmp_path / "store" / "scans").glob("a-*.json")).read_text())
-    assert [lesion["row"] for lesion in sidecar["lesions"]] == [1, 3]
-    assert sidecar["source"]["num_bytes"] == (tmp_path / "a.nrrd").stat().st_size

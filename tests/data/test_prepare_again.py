@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from prepared import (
     write_table,
 )
 
-from fmcib_ssl.data import prepare_plan, prepare_scan, store_files
+from fmcib_ssl.data import prepare, prepare_scan, store_files
 from fmcib_ssl.data.annotations import BadRowsError, read_annotations
 from fmcib_ssl.data.scans import read_scan
 from fmcib_ssl.data.store import Store, StoreError, StoreSettings, read_settings_file
@@ -53,7 +52,7 @@ def test_the_second_run_reads_no_scan(tmp_path: Path, monkeypatch: pytest.Monkey
         raise AssertionError("a finished scan is opened")
 
     monkeypatch.setattr(prepare_scan, "read_scan", refuse)
-    monkeypatch.setattr(prepare_plan, "check_annotations", refuse)
+    monkeypatch.setattr(prepare, "check_annotations", refuse)
     again = run(table, tmp_path / "store")
     assert (first.num_made, again.num_made, again.num_scans, again.num_lesions) == (3, 0, 3, 4)
     assert content(tmp_path / "store") == before
@@ -74,27 +73,12 @@ def test_a_changed_source_is_made_anew_and_a_touched_one_is_not(tmp_path: Path) 
     (tmp_path / "c.nrrd").rename(tmp_path / "to tape.nrrd")
     assert run(table, tmp_path / "store").num_lesions == 4  # a source that is gone is no reason to lose a scan
 
-
-def test_the_voxels_of_a_header_in_another_file_count(tmp_path: Path) -> None:
     sitk.WriteImage(scan_image(0), str(tmp_path / "a.mhd"))
-    table = write_table(tmp_path, ["a.mhd,1,2,3"])
+    table, header = write_table(tmp_path, ["a.mhd,1,2,3"]), (tmp_path / "a.mhd").read_bytes()
     run(table, tmp_path / "store")
-    header = (tmp_path / "a.mhd").read_bytes()
-    sitk.WriteImage(scan_image(1), str(tmp_path / "a.mhd"))
+    sitk.WriteImage(scan_image(1), str(tmp_path / "a.mhd"))  # its voxels are in another file
     assert (tmp_path / "a.mhd").read_bytes() == header
     assert run(table, tmp_path / "store").num_made == 1
-
-
-def test_a_damaged_store_is_mended(tmp_path: Path) -> None:
-    table = three_scans(tmp_path)
-    run(table, tmp_path / "store")
-    before = content(tmp_path / "store")
-    names = sorted(Store(tmp_path / "store").scans.index)
-    (tmp_path / "store" / "scans" / f"{names[0]}.b2nd").write_bytes(b"half")
-    (tmp_path / "store" / "scans" / f"{names[1]}.cells").unlink()
-    (tmp_path / "store" / "scans" / f"{names[2]}.json").unlink()
-    assert run(table, tmp_path / "store").num_made == 3
-    assert content(tmp_path / "store") == before
 
 
 def test_changed_rows_change_the_index_and_no_voxels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +96,7 @@ def test_changed_rows_change_the_index_and_no_voxels(tmp_path: Path, monkeypatch
 def test_other_settings_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     table = three_scans(tmp_path)
     run(table, tmp_path / "store")
-    with pytest.raises(StoreError, match=r"other settings \(spacing_mm=1.0 there, 2.0 asked for\): ask for the same"):
+    with pytest.raises(StoreError, match=r"other settings \(spacing_mm=1.0, not 2.0\): use the same"):
         run(table, tmp_path / "store", settings=StoreSettings(2.0))
     with pytest.raises(StoreError, match=r"not a store and not empty \(it has 'a.nrrd'\): choose another"):
         run(table, tmp_path)
@@ -167,7 +151,7 @@ def test_another_shard_is_just_writing_the_settings(tmp_path: Path) -> None:
     (tmp_path / ".store.json.7958.tmp").write_text('{"sett')
     with claim_store(tmp_path, StoreSettings(), (1, 3)):
         found = read_settings_file(tmp_path)
-    assert found is not None and not found["complete"]
+    assert not found["complete"]
 
 
 def test_bad_rows_may_refuse_the_whole_table(tmp_path: Path) -> None:
@@ -177,12 +161,8 @@ def test_bad_rows_may_refuse_the_whole_table(tmp_path: Path) -> None:
         run(table, tmp_path / "store", on_bad_row="refuse")
     assert pd.read_csv(tmp_path / "store" / "rejected.csv")["row"].tolist() == [2, 3]
     assert not list((tmp_path / "store" / "scans").iterdir())
-
-
-def test_a_table_without_a_good_row(tmp_path: Path) -> None:
-    table = write_table(tmp_path, ["nothing.nrrd,0,0,0"])
     with pytest.raises(BadRowsError, match=r"no row can be used; see .*rejected\.csv"):
-        run(table, tmp_path / "store")
+        run(write_table(tmp_path, ["nothing.nrrd,0,0,0"]), tmp_path / "store")
     assert len(pd.read_csv(tmp_path / "store" / "rejected.csv")) == 1
 
 
@@ -227,69 +207,25 @@ def test_a_full_disk_stops_the_run_and_the_next_goes_on(tmp_path: Path, monkeypa
     assert not list(store.rglob("*.tmp"))
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = three_scans(tmp_path)
-    (tmp_path / "store").mkdir(mode=0o500)
-    if os.access(tmp_path / "store", os.W_OK):  # root may do anything
-
-        def refuse(*_args: object, **_options: object) -> None:
-            raise PermissionError(13, os.strerror(13))
-
-        monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(StoreError, match="cannot be written: Permission denied; make it writable, or"):
-        run(table, tmp_path / "store")
-
-
 def write_bad_inputs(folder: Path) -> dict[str, str]:
-    """A file for each way in which a scan can be bad, and what is to be said of it."""
-    good = scan_image()
-    hu = sitk.GetArrayFromImage(good)
-
-    def write(name: str, values: np.ndarray, *, vector: bool = False) -> sitk.Image:
-        image = sitk.GetImageFromArray(values, isVector=vector)
-        sitk.WriteImage(image, str(folder / name))
-        return image
-
-    with_nan, with_inf = hu.astype(np.float32), hu.astype(np.float32)
-    with_nan[3, 4, 5], with_inf[3, 4, 5] = np.nan, np.inf
-    write("nan.nrrd", with_nan)
-    write("inf.nrrd", with_inf)
-    write("constant.nrrd", np.full_like(hu, -1000))
-    write("mr.nrrd", np.abs(hu))
-    write("flat.nii", hu[0])
-    write("four.nii", np.stack([hu, hu]))
-    write("colour.nrrd", np.stack([hu] * 3, -1), vector=True)
-    sitk.WriteImage(good, str(folder / "good.nii.gz"))
+    """Files that are bad in several ways (more of them: test_odd_scans.py), and what is to be said of each."""
+    hu = sitk.GetArrayFromImage(scan_image())
+    with_nan = hu.astype(np.float32)
+    with_nan[3, 4, 5] = np.nan
+    for name, values in {"nan.nrrd": with_nan, "mr.nrrd": np.abs(hu), "flat.nii": hu[0]}.items():
+        sitk.WriteImage(sitk.GetImageFromArray(values), str(folder / name))
+    sitk.WriteImage(scan_image(), str(folder / "good.nii.gz"))
     whole = (folder / "good.nii.gz").read_bytes()
     (folder / "truncated.nii.gz").write_bytes(whole[: len(whole) // 2])
-    sitk.WriteImage(scan_image(0, (60, 60, 60)), str(folder / "damaged.nii.gz"))
-    damaged = bytearray((folder / "damaged.nii.gz").read_bytes())
-    damaged[len(damaged) // 2 : len(damaged) // 2 + 50] = bytes(50)
-    (folder / "damaged.nii.gz").write_bytes(damaged)
     (folder / "empty.nii.gz").touch()
-    shutil.copy(folder / "good.nii.gz", folder / "really nifti.nrrd")
-    sitk.WriteImage(good, str(folder / "metres.mha"))
-    text = (folder / "metres.mha").read_bytes()
-    (folder / "metres.mha").write_bytes(re.sub(rb"ElementSpacing = .*", b"ElementSpacing = 0.0006 0.0006 0.002", text))
-    (folder / "singular.mha").write_bytes(
-        re.sub(rb"TransformMatrix = .*", b"TransformMatrix = 1 0 0 1 0 0 0 0 1", text)
-    )
     (folder / "no slices").mkdir()
     return {
         "missing.nii.gz": "cannot be opened: No such file",
         "truncated.nii.gz": "cut off or damaged",
-        "damaged.nii.gz": "cut off or damaged",
         "empty.nii.gz": r"is empty \(0 bytes\)",
-        "really nifti.nrrd": "content is not what its name says",
         "flat.nii": "is a 2D image",
-        "four.nii": "is a 4D image",
-        "colour.nrrd": "3 values a voxel",
         "nan.nrrd": "NaN or Inf",
-        "inf.nrrd": "NaN or Inf",
-        "constant.nrrd": "is constant",
         "mr.nrrd": "not CT in HU",
-        "metres.mha": "spacing of .*0.0006",
-        "singular.mha": "direction matrix|singular",
         "no slices": "without DICOM slices",
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
@@ -86,14 +85,13 @@ def test_prepare_with_its_page(prepared: tuple[Path, subprocess.CompletedProcess
     assert pd.read_csv(store / "rejected.csv")["row"].tolist() == [7]
 
 
-@pytest.mark.parametrize("num_finished", [0, 2])
 def test_killed_at_any_moment_the_same_command_goes_on(
-    archive: Path, tmp_path: Path, prepared: tuple[Path, object], num_finished: int
+    archive: Path, tmp_path: Path, prepared: tuple[Path, object]
 ) -> None:
     store = tmp_path / "store"
     arguments = (f"annotations={archive / 'lesions.csv'}", f"store={store}", "sheet_lesions=0", "num_workers=1")
     process = subprocess.Popen(command("prepare.py", *arguments), stderr=subprocess.DEVNULL)
-    wait_for(lambda: (store / "store.json").exists() and len(finished(store)) >= num_finished)
+    wait_for(lambda: len(finished(store)) >= 2)
     process.kill()
     assert process.wait() == -signal.SIGKILL  # it was in the middle
     before = len(finished(store))
@@ -119,40 +117,6 @@ def test_ctrl_c_ends_it_quietly(archive: Path, tmp_path: Path) -> None:
     assert process.returncode == 130, errors
     assert "stopped; the same command resumes" in errors
     assert "Traceback" not in errors
-
-
-def test_a_disk_that_is_full(archive: Path, tmp_path: Path) -> None:
-    """A real one: a file system in memory that is too small; root alone may make it."""
-    disk = tmp_path / "small disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("may not mount a file system")
-    try:
-        arguments = (f"annotations={archive / 'lesions.csv'}", f"store={disk / 'store'}", "num_workers=1")
-        ended = run("prepare.py", *arguments)
-        assert ended.returncode == 1
-        assert "preparing 6 scans: about 49.0 MB in" in ended.stderr
-        assert "needs about 49.0 MB for 6 scans, and its disk has 0.0 GB free: make room" in ended.stderr
-        subprocess.run(["mount", "-o", "remount,size=199m", str(disk)], check=True)
-        process = subprocess.Popen(command("prepare.py", *arguments), stderr=subprocess.PIPE, text=True)
-        wait_for(lambda: finished(disk / "store"))
-        with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
-            while filler.write(bytes(1 << 20)):
-                pass
-        _, errors = process.communicate()
-        assert process.returncode == 1
-        assert "cannot be written: No space left on device; make room, then run the same command" in errors
-        assert "Traceback" not in errors
-        assert 1 <= len(finished(disk / "store")) < 6
-        (disk / "filler").unlink()
-        assert run("prepare.py", *arguments, "sheet_lesions=0").returncode == 0
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        assert len(Store(disk / "store").lesions) == 6  # reading needs no leave to write
-        ended = run("prepare.py", *arguments)
-        assert "cannot be written: Read-only file system; make it writable, or choose another store=DIR" in ended.stderr
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_check_data_shows_the_same_without_a_store(archive: Path, tmp_path: Path) -> None:
@@ -208,11 +172,15 @@ def test_a_page_without_the_names_of_scans(
         (["annotations=no such table.csv", "store=s"], "no such table.csv: cannot be opened"),
     ],
 )
-def test_what_is_typed_wrong_is_said(tmp_path: Path, arguments: list[str], message: str) -> None:
-    ended = subprocess.run(
-        command("prepare.py", *arguments), capture_output=True, text=True, cwd=tmp_path, timeout=250, check=False
-    )
-    assert ended.returncode in (1, 2)
-    assert message in ended.stderr
-    assert "Traceback" not in ended.stderr
+def test_what_is_typed_wrong_is_said(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(REPO / "scripts" / "prepare.py"))["main"](arguments)
+    assert message in f"{end.value}{capsys.readouterr().err}"
     assert not list(tmp_path.iterdir())

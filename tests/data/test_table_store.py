@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -61,12 +60,6 @@ def test_a_disk_that_is_too_small_is_refused(tmp_path: Path, monkeypatch: pytest
 
 def made(table: Path) -> int:
     return store_for_table(table, table.parent / "stores", StoreSettings()).num_made
-
-
-def test_of_processes_that_ask_together_one_prepares(tmp_path: Path) -> None:
-    table = three_scans(tmp_path).source
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        assert sorted(pool.map(made, [table] * 2, chunksize=1)) == [0, 3]
 
 
 def test_a_run_at_work_is_waited_for(

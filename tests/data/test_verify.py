@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import pytest
 from prepared import content, run, three_scans
 from stores import as_before_check_sums, body, make_store, reseal
 
+from fmcib_ssl.data import prepare
 from fmcib_ssl.data.patches import LesionPatches
 from fmcib_ssl.data.scan_file import OpenScan, ScanSums
 from fmcib_ssl.data.store import DamagedStoreError, Store, StoreError
@@ -47,29 +47,34 @@ def flip(file: Path, bit: int) -> None:
     file.write_bytes(data)
 
 
-CHANGES: dict[str, tuple[str, Callable[[pd.DataFrame], pd.DataFrame]]] = {
-    "a lesion outside its scan": ("lesions", lambda table: table.assign(center_z=[16.0, 10.0, 41.0])),
-    "a lesion below its scan": ("lesions", lambda table: table.assign(center_x=[20.0, -0.6, 25.0])),
-    "axes exchanged": ("lesions", lambda table: table.rename(columns={"center_z": "center_y", "center_y": "center_z"})),
-    "rows doubled": ("lesions", lambda table: pd.concat([table, table])),
-    "a lesion_id twice": ("lesions", lambda table: table.assign(lesion_id=["x", "x", "y"])),
-    "a scan that is not there": ("lesions", lambda table: table.assign(scan_id=["a", "a", "c"])),
-    "scans doubled": ("scans", lambda table: pd.concat([table, table])),
-    "a scan without a file name": ("scans", lambda table: table.assign(scan_id=["a", "../b"])),
-    "a scan without voxels": ("scans", lambda table: table.assign(shape_zyx=[[0, 140, 60]] * 2)),
-    "a shape of two numbers": ("scans", lambda table: table.assign(shape_zyx=[[40, 140]] * 2)),
-    "no shapes": ("scans", lambda table: table.drop(columns="shape_zyx")),
+ZYX, YZX = [[f"center_{axis}" for axis in axes] for axes in ("zyx", "yzx")]
+CHANGES: dict[str, tuple[str, str, Callable[[pd.DataFrame], pd.DataFrame]]] = {
+    "a lesion outside its scan": ("lesions", "outside its scan", lambda t: t.assign(center_z=[16.0, 10.0, 41.0])),
+    "a lesion below its scan": ("lesions", "outside its scan", lambda t: t.assign(center_x=[20.0, -0.6, 25.0])),
+    "axes exchanged": (
+        "lesions",
+        "outside",
+        lambda t: t.rename(columns={"center_z": "center_y", "center_y": "center_z"}),
+    ),
+    "rows doubled": ("lesions", "duplicate lesion_id", lambda t: pd.concat([t, t])),
+    "a lesion_id twice": ("lesions", "duplicate lesion_id in 1 rows", lambda t: t.assign(lesion_id=["x", "x", "y"])),
+    "no such scan": ("lesions", "not in the index of scans", lambda t: t.assign(scan_id=["a", "a", "c"])),
+    "scans doubled": ("scans", "duplicate scan_id a", lambda t: pd.concat([t, t])),
+    "no file name": ("scans", "no file name", lambda t: t.assign(scan_id=["a", "../b"])),
+    "no voxels": ("scans", r"shape_zyx has \[0, 140, 60\]", lambda t: t.assign(shape_zyx=[[0, 140, 60]] * 2)),
+    "a shape of two numbers": ("scans", "shape_zyx is not three", lambda t: t.assign(shape_zyx=[[40, 140]] * 2)),
+    "no shapes": ("scans", "lacks the columns 'shape_zyx'", lambda t: t.drop(columns="shape_zyx")),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_an_index_that_contradicts_itself_is_refused_when_opened(change: str, store: Path) -> None:
-    name, how = CHANGES[change]
+    name, problem, how = CHANGES[change]
     how(pd.read_parquet(store / f"{name}.parquet")).to_parquet(store / f"{name}.parquet", index=False)
     with pytest.raises(DamagedStoreError, match=r"its digest differs"):
         LesionPatches(store, (8, 8, 8))
     reseal(store)  # as a program would that knows of digests, or an older store has none
-    with pytest.raises(DamagedStoreError, match=rf"{name}\.parquet is damaged.*scripts/prepare\.py again"):
+    with pytest.raises(DamagedStoreError, match=rf"{name}\.parquet is damaged.*{problem}.*prepare\.py again"):
         LesionPatches(store, (8, 8, 8))
 
 
@@ -116,10 +121,6 @@ def test_check_sums_that_are_lost_are_missed(store: Path) -> None:
     (store / "scans" / "a.sums").unlink()
     with pytest.raises(DamagedStoreError, match="check sums are missing"):
         LesionPatches(store, (8, 8, 8))[0]
-
-
-def voxels_of_part(sums: ScanSums, part: int) -> int:
-    return int((sums.blocks == part).sum())
 
 
 def test_a_patch_needs_its_own_blocks_and_no_others(store: Path) -> None:
@@ -178,6 +179,7 @@ def test_a_reader_keeps_few_files_open(tmp_path: Path) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     for name in names:
         reader.read_patch(name, (0, 0, 0), (8, 8, 8))
+        reader.coarse_map(name)
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 4
 
 
@@ -217,11 +219,11 @@ def test_verify_names_a_damaged_file_and_prepare_mends_it(pattern: str, tmp_path
     table = three_scans(tmp_path)
     run(table, tmp_path / "store")
     whole = content(tmp_path / "store")
-    assert verify(tmp_path / "store").damaged == {}
+    assert verify(tmp_path / "store") == (3, {})
     assert content(tmp_path / "store") == whole  # looking changes nothing
     file = sorted((tmp_path / "store").glob(pattern))[0]
     flip(file, 4 * file.stat().st_size)
-    damaged = verify(tmp_path / "store").damaged
+    _, damaged = verify(tmp_path / "store")
     assert len(damaged) == 1 and file.name.partition(".")[0] in str(damaged)
     summary = run(table, tmp_path / "store")
     assert summary.num_made == ("scans/" in pattern)  # the others are kept as they are
@@ -246,8 +248,9 @@ def test_a_store_from_before_check_sums_is_read_and_given_them(tmp_path: Path) -
     whole = content(tmp_path / "store")
     as_before_check_sums(tmp_path / "store")
     old = LesionPatches(tmp_path / "store", (8, 8, 8))[0]["positive"]
-    verification = verify(tmp_path / "store")
-    assert verification.num_without_sums == 3 and verification.damaged == {}
+    assert verify(tmp_path / "store")[1] == {
+        "store.json": "it is of an earlier version, and its scans have no check sums"
+    }
     assert run(table, tmp_path / "store").num_made == 0
     assert (LesionPatches(tmp_path / "store", (8, 8, 8))[0]["positive"] == old).all()
     assert content(tmp_path / "store") == whole
@@ -262,17 +265,15 @@ def test_a_store_from_before_check_sums_is_read_and_given_them(tmp_path: Path) -
 
 
 def test_a_scan_that_is_rewritten_while_the_store_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fmcib_ssl.data import prepare as prepare_module
+    table, prepare_scan = three_scans(tmp_path), prepare.prepare_scan
 
-    table, prepare_scan = three_scans(tmp_path), prepare_module.prepare_scan
-
-    def rewriting(*given: Any) -> Any:
-        outcome = prepare_scan(*given)
-        if given[-1].source.path.name == "b.nrrd":
+    def rewriting(*arguments: Any) -> Any:
+        problem = prepare_scan(*arguments)
+        if arguments[-1].scan.source.path.name == "b.nrrd":
             shutil.copy(tmp_path / "c.nrrd", tmp_path / "b.nrrd")
-        return outcome
+        return problem
 
-    monkeypatch.setattr(prepare_module, "prepare_scan", rewriting)
+    monkeypatch.setattr(prepare, "prepare_scan", rewriting)
     summary = run(table, tmp_path / "store")
     assert summary.rejected["reason"].tolist() == ["its files have changed while the store was made"]
     assert summary.num_lesions == 3 and summary.rejected["row"].tolist() == [2]
@@ -281,44 +282,34 @@ def test_a_scan_that_is_rewritten_while_the_store_is_made(tmp_path: Path, monkey
     assert again.num_made == 1 and again.num_lesions == 4 and not len(again.rejected)
 
 
-def foreign_folders(folder: Path) -> list[Path]:
-    made = [folder / name for name in ("archive", "project", "other")]
-    for each in made:
-        (each / "scans").mkdir(parents=True)
-        (each / "scans" / ".half.tmp").write_text("theirs")
-    (made[0] / "scans" / "patient.nii.gz").write_text("theirs")
-    (made[1] / ".notes.tmp").write_text("theirs")
-    (made[2] / "store.json").write_text('{"version": 1, "name": "a shop"}')
-    return made
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [("scans/patient.nii.gz", ""), (".notes.tmp", ""), ("store.json", '{"version": 1, "name": "a shop"}')],
+)
+def test_a_folder_of_others_is_left_as_it_is(file: str, text: str, tmp_path: Path) -> None:
+    (folder := tmp_path / "other" / "scans").mkdir(parents=True)
+    (folder / ".half.tmp").write_text("theirs")
+    (tmp_path / "other" / file).write_text('{"version": 1, "name": "a shop"}')
+    before = content(tmp_path / "other")
+    with pytest.raises(StoreError, match=r"is not a store and not empty|store\.json is damaged"):
+        run(three_scans(tmp_path), tmp_path / "other")
+    assert content(tmp_path / "other") == before
 
 
-def test_a_folder_of_others_is_left_as_it_is(tmp_path: Path) -> None:
-    table = three_scans(tmp_path)
-    for folder in foreign_folders(tmp_path):
-        before = {path: path.is_dir() or path.read_bytes() for path in folder.rglob("*")}
-        with pytest.raises(StoreError, match=r"is not a store and not empty|store\.json cannot be read"):
-            run(table, folder)
-        assert {path: path.is_dir() or path.read_bytes() for path in folder.rglob("*")} == before
-
-
-def prepared(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPO / "scripts" / "prepare.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(REPO / "scripts" / "prepare.py"))["main"]
     run(three_scans(tmp_path), tmp_path / "store")
-    done = prepared(f"verify={tmp_path / 'store'}")
-    assert done.returncode == 0 and "every file is as it was written" in done.stdout, done.stderr
+    with pytest.raises(SystemExit) as end:
+        main([f"verify={tmp_path / 'store'}"])
+    assert end.value.code == 0 and "every file is as it was written" in capsys.readouterr().out
     file = sorted((tmp_path / "store" / "scans").glob("*.cells"))[0]
     flip(file, 300)
-    done = prepared(f"verify={tmp_path / 'store'}")
-    assert done.returncode == 1 and file.name.partition(".")[0] in done.stdout and "again" in done.stdout
-    assert "Traceback" not in done.stderr
-    for arguments, message in (
-        ((f"verify={tmp_path}",), "is not a store"),
-        ((f"verify={tmp_path / 'store'}", "merge=true"), "stands alone"),
-        ((f"store={tmp_path / 'store'}",), "annotations is missing"),
-    ):
-        done = prepared(*arguments)
-        assert done.returncode and message in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(SystemExit) as end:
+        main([f"verify={tmp_path / 'store'}"])
+    printed = capsys.readouterr().out
+    assert end.value.code == 1 and f"damaged   scans/{file.stem}: the check sum" in printed and "again" in printed
+    with pytest.raises(SystemExit, match="is not a store"):
+        main([f"verify={tmp_path}"])
+    with pytest.raises(SystemExit):
+        main([f"verify={tmp_path / 'store'}", "merge=true"])
+    assert "stands alone" in capsys.readouterr().err
