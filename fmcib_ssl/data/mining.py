@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -24,14 +24,14 @@ from jaxtyping import Bool, Float, Int, Int16
 from scipy import ndimage
 
 from fmcib_ssl.io import open_regular
-from fmcib_ssl.types import PADDING_HU, SampleKey
+from fmcib_ssl.types import PADDING_HU
 
 #: At least this part of a negative is body. With less, air or padding would tell negatives from lesions.
-MIN_BODY_FRACTION = 0.5
+_MIN_BODY_FRACTION = 0.5
 #: Cells proposed for each negative: if a quarter of them is legal, all fail once in a hundred million draws.
 PROPOSALS_PER_NEGATIVE = 64
 
-Cells = Int[np.ndarray, "cells 3"]
+_Cells = Int[np.ndarray, "cells 3"]
 #: Edge of a cell, mm; as near to it as whole voxels allow.
 _CELL_MM = 4.0
 #: Edge of the cube of cells whose voxels are the tissue at a cell.
@@ -175,7 +175,7 @@ class NegativeQuery:
     lesion_zyx: npt.NDArray[np.float64] | npt.NDArray[np.int64] | None
     tissue_hu: Float[np.ndarray, " tissue"]
 
-    def cell_centers(self, cells: Cells) -> Float[np.ndarray, "cells 3"]:
+    def cell_centers(self, cells: _Cells) -> Float[np.ndarray, "cells 3"]:
         """Middle of each cell, in voxels."""
         edge = self.coarse.voxels_per_cell
         centers: npt.NDArray[np.float64] = cells * edge + (edge - 1) / 2
@@ -191,7 +191,7 @@ class NegativeQuery:
         """Whether a patch centred on a cell is at least half body; what lies outside the scan is not."""
         window = self.window_zyx
         box = tuple(slice(max(0, c - w // 2), c + w // 2 + 1) for c, w in zip(cell.tolist(), window, strict=True))
-        return bool(self.coarse.body[box].sum() >= MIN_BODY_FRACTION * np.prod(window))
+        return bool(self.coarse.body[box].sum() >= _MIN_BODY_FRACTION * np.prod(window))
 
 
 class MiningStrategy(Protocol):
@@ -236,11 +236,11 @@ class Background:
         again = legal[rng.integers(len(legal), size=max(num, len(proposed)))]
         return self._place(query, self.preferred(query, again)[:num], rng)
 
-    def propose(self, query: NegativeQuery, num: int, rng: np.random.Generator) -> Cells:
+    def propose(self, query: NegativeQuery, num: int, rng: np.random.Generator) -> _Cells:
         """Cells to consider, drawn independently."""
         return rng.integers(0, query.coarse.cells.shape, size=(num, 3))
 
-    def accepts(self, query: NegativeQuery, cells: Cells) -> Bool[np.ndarray, " cells"]:
+    def accepts(self, query: NegativeQuery, cells: _Cells) -> Bool[np.ndarray, " cells"]:
         """Which cells are in the body and clear of lesions, wherever in the cell the centre will be."""
         accepted: npt.NDArray[np.bool_] = query.coarse.body[tuple(cells.T)].copy()
         centers = query.cell_centers(cells)
@@ -250,20 +250,20 @@ class Background:
             accepted &= (np.abs(centers - lesion) >= reach).any(axis=1)
         return accepted
 
-    def preferred(self, query: NegativeQuery, cells: Cells) -> Cells:
+    def preferred(self, query: NegativeQuery, cells: _Cells) -> _Cells:
         """The cells in the order in which they are to be tried."""
         return cells
 
-    def legal_cells(self, query: NegativeQuery) -> Cells:
+    def legal_cells(self, query: NegativeQuery) -> _Cells:
         """Every cell that may be drawn, by a search of the whole map."""
         fraction = ndimage.uniform_filter(query.coarse.body.astype(np.float32), query.window_zyx, mode="constant")
         # The windows are odd, so no fraction is exactly a half and rounding decides nothing.
-        cells = np.argwhere(query.coarse.body & (fraction > MIN_BODY_FRACTION))
+        cells = np.argwhere(query.coarse.body & (fraction > _MIN_BODY_FRACTION))
         legal: npt.NDArray[np.int64] = cells[self.accepts(query, cells)]
         return legal
 
     @staticmethod
-    def _place(query: NegativeQuery, cells: Cells, rng: np.random.Generator) -> Int[np.ndarray, "num 3"]:
+    def _place(query: NegativeQuery, cells: _Cells, rng: np.random.Generator) -> Int[np.ndarray, "num 3"]:
         """A random voxel of each cell."""
         edge = query.coarse.voxels_per_cell
         first: npt.NDArray[np.int64] = cells * edge
@@ -288,7 +288,7 @@ class Near(Background):
         if not 0 <= self.inner_mm < self.outer_mm:
             raise ValueError(f"inner_mm={self.inner_mm}, outer_mm={self.outer_mm}: need 0 <= inner_mm < outer_mm")
 
-    def propose(self, query: NegativeQuery, num: int, rng: np.random.Generator) -> Cells:
+    def propose(self, query: NegativeQuery, num: int, rng: np.random.Generator) -> _Cells:
         """Cells of the shell, each equally likely."""
         if query.lesion_zyx is None:
             return super().propose(query, num, rng)
@@ -302,7 +302,7 @@ class Near(Background):
         cells: npt.NDArray[np.int64] = np.floor((points + 0.5) / edge).astype(np.int64)
         return cells[((cells >= 0) & (cells < query.coarse.cells.shape)).all(axis=1)]
 
-    def accepts(self, query: NegativeQuery, cells: Cells) -> Bool[np.ndarray, " cells"]:
+    def accepts(self, query: NegativeQuery, cells: _Cells) -> Bool[np.ndarray, " cells"]:
         """As in `Background`, and in the shell."""
         accepted = super().accepts(query, cells)
         if query.lesion_zyx is not None:
@@ -327,11 +327,11 @@ class Hard(Background):
         if self.num_candidates < 1:
             raise ValueError(f"num_candidates={self.num_candidates} must be at least 1")
 
-    def propose(self, query: NegativeQuery, num: int, rng: np.random.Generator) -> Cells:
+    def propose(self, query: NegativeQuery, num: int, rng: np.random.Generator) -> _Cells:
         """As many cells as are to be considered, anywhere."""
         return super().propose(query, num // PROPOSALS_PER_NEGATIVE * self.num_candidates, rng)
 
-    def preferred(self, query: NegativeQuery, cells: Cells) -> Cells:
+    def preferred(self, query: NegativeQuery, cells: _Cells) -> _Cells:
         """The most similar first."""
         tissue = query.coarse.cells[tuple(cells.T)]
         mean, spread = query.tissue_hu
@@ -345,70 +345,3 @@ STRATEGIES: dict[str, Callable[[], MiningStrategy]] = {
     "near": Near,
     "hard": Hard,
 }
-
-
-def mining_strategy(strategy: str | MiningStrategy) -> MiningStrategy:
-    """The strategy of a name, with its default settings; one that is ready is handed through.
-
-    Raises:
-        ValueError: no such name.
-    """
-    if not isinstance(strategy, str):
-        return strategy
-    if strategy not in STRATEGIES:
-        raise ValueError(f"mining={strategy!r} is not one of {', '.join(map(repr, STRATEGIES))}")
-    return STRATEGIES[strategy]()
-
-
-@dataclass(eq=False)
-class NegativeMiner:
-    """Draws the negatives of a lesion: from its own scan, or from another where its own has no legal place.
-
-    What is drawn is a function of the strategy, the scans, `seed` and the key.
-
-    Attributes:
-        strategy: where in a scan.
-        num_scans: scans that may be drawn from.
-        negatives_per_lesion: negatives of one lesion, all from one scan.
-        seed: not negative.
-    """
-
-    strategy: MiningStrategy
-    num_scans: int
-    negatives_per_lesion: int = 1
-    seed: int = 0
-    _without_place: npt.NDArray[np.bool_] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.negatives_per_lesion < 0:
-            raise ValueError(f"negatives_per_lesion={self.negatives_per_lesion} must not be negative")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must not be negative")
-        self._without_place = np.zeros(self.num_scans, dtype=bool)
-
-    def draw(
-        self, key: SampleKey, own_scan: int, query: Callable[[int], NegativeQuery]
-    ) -> tuple[int, Int[np.ndarray, "negatives_per_lesion 3"]] | None:
-        """The scan to cut from and the centres in it; None where no scan has a legal place.
-
-        Args:
-            key: names the draw.
-            own_scan: number of the lesion's scan.
-            query: of a scan, by its number.
-        """
-        if self.negatives_per_lesion == 0:
-            return own_scan, np.empty((0, 3), dtype=np.int64)
-        for scan in self._scans_to_try(key, own_scan):
-            # Begun anew for each scan, so that it does not matter which ones were left out because they are known.
-            stream = np.random.default_rng([self.seed, key.epoch, key.index, 1])
-            centers = self.strategy.draw(query(scan), self.negatives_per_lesion, stream)
-            if centers is not None:
-                return scan, centers
-            # Of the lesion's own scan it may be true for this lesion only.
-            self._without_place[scan] |= scan != own_scan
-        return None
-
-    def _scans_to_try(self, key: SampleKey, own_scan: int) -> Iterator[int]:
-        yield own_scan
-        order = np.random.default_rng([self.seed, key.epoch, key.index, 2]).permutation(self.num_scans)
-        yield from (scan for scan in order.tolist() if scan != own_scan and not self._without_place[scan])

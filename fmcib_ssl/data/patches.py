@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Int16
+from jaxtyping import Int, Int16
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fmcib_ssl.data.mining import MiningStrategy, NegativeMiner, NegativeQuery, mining_strategy
+from fmcib_ssl.data.mining import STRATEGIES, MiningStrategy, NegativeQuery
 from fmcib_ssl.data.store import DamagedStoreError, Store, StoreError
 from fmcib_ssl.data.tables import OnBadRow
 from fmcib_ssl.types import PADDING_HU, Padding, PatchPair, SampleKey
@@ -68,32 +68,32 @@ class LesionPatches(Dataset[PatchPair]):
         self.store = store if isinstance(store, Store) else Store(store)
         if len(patch_size) != 3 or min(patch_size) < 1:
             raise ValueError(f"patch_size={tuple(patch_size)}: need three positive numbers, z, y, x")
+        if negatives_per_lesion < 0 or seed < 0:
+            raise ValueError(f"negatives_per_lesion={negatives_per_lesion}, seed={seed}: must not be negative")
+        if isinstance(mining, str) and mining not in STRATEGIES:
+            raise ValueError(f"mining={mining!r} is not one of {', '.join(map(repr, STRATEGIES))}")
         self.patch_size = np.array(patch_size, dtype=np.int64)
         self.padding_hu = padding_hu
         self.padding = padding
         self.on_bad_row = on_bad_row
+        self.seed = seed
+        self.mining: MiningStrategy = STRATEGIES[mining]() if isinstance(mining, str) else mining
+        self.negatives_per_lesion = negatives_per_lesion
         self._warned: set[str] = set()
         lesions = self.store.lesions
-        if absent := [name for name in ("scan_id", "center_z", "center_y", "center_x") if name not in lesions]:
-            raise StoreError(f"{self.store.path}: its table of lesions has no {', '.join(absent)}: prepare it anew")
         kept = np.arange(len(lesions)) if select is None else np.arange(len(lesions))[np.asarray(select)]
         if len(kept) == 0:
             raise StoreError(f"{self.store.path}: no lesion is selected of the {len(lesions)} it has")
         self.lesions = lesions.iloc[kept].reset_index(drop=True)
 
         # Arrays, not lists of objects: reading them touches no reference count, so forked workers share the pages.
-        scan_ids, scans = np.unique(lesions["scan_id"].to_numpy(dtype=str), return_inverse=True)
+        self._scan_ids, scans = np.unique(lesions["scan_id"].to_numpy(dtype=str), return_inverse=True)
         centers = np.floor(lesions[["center_z", "center_y", "center_x"]].to_numpy(dtype=np.float64) + 0.5)
         by_scan = np.argsort(scans, kind="stable")
-        self._scan_ids = scan_ids
-        if padding == "edge":
-            if absent := sorted(set(scan_ids) - set(self.store.scans.index)):
-                raise StoreError(f"{self.store.path}: its index has no scan {absent[0]}: prepare it anew")
-            self._shapes_zyx = np.array(self.store.scans.loc[scan_ids, "shape_zyx"].tolist(), dtype=np.int64)
         self._annotated_zyx = centers[by_scan].astype(np.int64)
-        self._first_of_scan = np.searchsorted(scans[by_scan], np.arange(len(scan_ids) + 1))
+        self._first_of_scan = np.searchsorted(scans[by_scan], np.arange(len(self._scan_ids) + 1))
         self._scans, self._centers_zyx = scans[kept], centers[kept].astype(np.int64)
-        self._miner = NegativeMiner(mining_strategy(mining), len(scan_ids), negatives_per_lesion, seed)
+        self._without_place = np.zeros(len(self._scan_ids), dtype=bool)  # that is known of, for any lesion's negative
 
     def __len__(self) -> int:
         return len(self._scans)
@@ -115,28 +115,50 @@ class LesionPatches(Dataset[PatchPair]):
         """The lesion itself; then, should its scan fail, others in an order that the seed and the key alone decide."""
         self._scan_of(key.index)  # refuses a number that is none
         yield key.index
-        order = np.random.default_rng([self._miner.seed, *key]).permutation(len(self))
+        order = np.random.default_rng([self.seed, *key]).permutation(len(self))
         yield from (int(i) for i in order if i != key.index)
 
     def _pair(self, key: SampleKey, lesion: int) -> PatchPair:
-        own = self._scan_of(lesion)
-        drawn = self._miner.draw(key, own, lambda scan: self.negative_query(scan, lesion))
-        if drawn is None:
-            extent = " x ".join(f"{edge:g}" for edge in self.patch_size * self.store.settings.spacing_mm)
-            raise StoreError(
-                f"{self.store.path}: no scan has room for a negative: a patch of {extent} mm (z, y, x) that is at "
-                "least half body and overlaps no annotated lesion. Take a smaller patch (patch_size, spacing_mm), add "
-                "scans, or mine none (negatives_per_lesion=0) and contrast lesions with each other "
-                "(loss.negatives=lesions)"
-            )
-        scan, centers = drawn
-        negatives = [self.patch_at(scan, center) for center in centers]
+        scan, centers = self._mine(key, lesion)
+        negatives = torch.empty((len(centers), 1, *self.patch_size.tolist()), dtype=torch.int16)
+        for negative, center in zip(negatives, centers, strict=True):
+            negative[:] = self.patch_at(scan, center)
         return PatchPair(
             positive=self.positive(lesion),
-            negative=negatives[0] if len(negatives) == 1 else self._stacked(negatives),
+            negative=negatives[0] if self.negatives_per_lesion == 1 else negatives,
             lesion=lesion,
-            negative_from_other_scan=scan != own,
+            negative_from_other_scan=scan != self._scan_of(lesion),
         )
+
+    def _mine(self, key: SampleKey, lesion: int) -> tuple[int, Int[np.ndarray, "negatives 3"]]:
+        """The scan to cut negatives from, the lesion's own unless that has no legal place, and their centres in it.
+
+        Raises:
+            StoreError: no scan has a legal place.
+        """
+        own = self._scan_of(lesion)
+        if self.negatives_per_lesion == 0:
+            return own, np.empty((0, 3), dtype=np.int64)
+        for scan in self._scans_to_try(key, own):
+            # Begun anew for each scan, so that it does not matter which ones were left out because they are known.
+            stream = np.random.default_rng([self.seed, *key, 1])
+            centers = self.mining.draw(self.negative_query(scan, lesion), self.negatives_per_lesion, stream)
+            if centers is not None:
+                return scan, centers
+            # Of the lesion's own scan it may be true for this lesion only.
+            self._without_place[scan] |= scan != own
+        extent = " x ".join(f"{edge:g}" for edge in self.patch_size * self.store.settings.spacing_mm)
+        raise StoreError(
+            f"{self.store.path}: no scan has room for a negative: a patch of {extent} mm (z, y, x) that is at "
+            "least half body and overlaps no annotated lesion. Take a smaller patch (patch_size, spacing_mm), add "
+            "scans, or mine none (negatives_per_lesion=0) and contrast lesions with each other "
+            "(loss.negatives=lesions)"
+        )
+
+    def _scans_to_try(self, key: SampleKey, own: int) -> Iterator[int]:
+        yield own
+        order = np.random.default_rng([self.seed, *key, 2]).permutation(len(self._scan_ids))
+        yield from (scan for scan in order.tolist() if scan != own and not self._without_place[scan])
 
     def positive(self, index: int) -> Int16[Tensor, "1 z y x"]:
         """The patch round a lesion; nothing is mined."""
@@ -153,7 +175,7 @@ class LesionPatches(Dataset[PatchPair]):
         if self.padding == "constant":
             hu = self.store.read_patch(scan_id, start.tolist(), self.patch_size.tolist(), self.padding_hu)
             return torch.from_numpy(hu)[None]
-        axes = zip(start.tolist(), self.patch_size.tolist(), self._shapes_zyx[scan].tolist(), strict=True)
+        axes = zip(start.tolist(), self.patch_size.tolist(), self.store.shapes[scan_id], strict=True)
         nearest = [np.clip(np.arange(first, first + size), 0, length - 1) for first, size, length in axes]
         inside = self.store.read_patch(
             scan_id, [int(rows[0]) for rows in nearest], [int(np.ptp(rows)) + 1 for rows in nearest], self.padding_hu
@@ -180,8 +202,3 @@ class LesionPatches(Dataset[PatchPair]):
         if not 0 <= index < len(self):
             raise IndexError(f"lesion {index} of {len(self)}")
         return int(self._scans[index])
-
-    def _stacked(self, patches: list[Tensor]) -> Int16[Tensor, "negatives_per_lesion 1 z y x"]:
-        if patches:
-            return torch.stack(patches)
-        return torch.empty((0, 1, *self.patch_size.tolist()), dtype=torch.int16)

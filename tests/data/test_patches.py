@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import subprocess
 import sys
@@ -12,13 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from stores import body, make_store, reseal
+from stores import body, make_store
 from torch.utils.data import DataLoader
 
 import fmcib_ssl.data
 from fmcib_ssl.data.mining import Near
 from fmcib_ssl.data.patches import LesionPatches
-from fmcib_ssl.data.scan_file import ScanSums
 from fmcib_ssl.data.store import Store, StoreError
 from fmcib_ssl.types import PatchPair, SampleKey
 
@@ -134,7 +132,7 @@ def test_several_negatives_and_none(store: Store) -> None:
     assert none.dtype == torch.int16
 
 
-def test_a_scan_without_room_borrows_from_another_and_says_so(tmp_path: Path) -> None:
+def test_a_scan_without_room_borrows_from_another_and_says_so(tmp_path: Path, monkeypatch: Any) -> None:
     scans = {"crop": body((16, 24, 24)), "room": SCANS["a"], "crop 2": body((16, 24, 24))}
     lesions = [("crop", 8.0, 12.0, 12.0), ("room", 20.0, 30.0, 60.0), ("crop 2", 8.0, 12.0, 12.0)]
     store = make_store(tmp_path / "store", scans, lesions)
@@ -144,6 +142,9 @@ def test_a_scan_without_room_borrows_from_another_and_says_so(tmp_path: Path) ->
     for sample in samples:
         assert find(SCANS["a"], sample["negative"][0].numpy())
     assert equal(samples[3], LesionPatches(store, SIZE)[SampleKey(3, 0)])
+    read, coarse_map = list[str](), store.coarse_map
+    monkeypatch.setattr(store, "coarse_map", lambda scan_id: [read.append(scan_id), coarse_map(scan_id)][1])
+    assert dataset[SampleKey(9, 0)]["negative_from_other_scan"] and "crop 2" not in read  # known to have no place
     near = LesionPatches(store, SIZE, mining=Near(1, 30))  # in the other scan there is nothing to be near to
     far = [find(SCANS["a"], near[SampleKey(epoch, 0)]["negative"][0].numpy())[0] for epoch in range(8)]
     assert max(np.linalg.norm(np.subtract(voxel, (8, 12, 12))) for voxel in far) > 50
@@ -158,8 +159,10 @@ def test_what_cannot_be(store: Store) -> None:
         LesionPatches(store, (16, 18))
     with pytest.raises(StoreError, match="no lesion is selected of the 4"):
         LesionPatches(store, SIZE, select=np.zeros(4, bool))
-    with pytest.raises(ValueError, match="mining='easy'"):
+    with pytest.raises(ValueError, match="mining='easy' is not one of 'uniform', 'background', 'near', 'hard'"):
         LesionPatches(store, SIZE, mining="easy")
+    with pytest.raises(ValueError, match="negatives_per_lesion=-1, seed=0: must not be negative"):
+        LesionPatches(store, SIZE, negatives_per_lesion=-1)
     assert fmcib_ssl.data.LesionPatches is LesionPatches
     assert LesionPatches(store.path, SIZE, select=LESIONS_OF_A).lesions["scan_id"].tolist() == ["a", "a"]
 
@@ -178,37 +181,3 @@ def test_training_from_a_store_needs_no_reader_of_scans(store: Store) -> None:
         "assert 'SimpleITK' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(store.path)], check=True)
-
-
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="private memory is counted on Linux only")
-def test_memory_does_not_grow_with_the_scans_that_are_read(tmp_path: Path) -> None:
-    first = make_store(tmp_path / "store", {"0": SCANS["a"]}, [("0", 20.0, 30.0, 60.0)])
-    num_scans = 600
-    for file in list((first.path / "scans").iterdir()):
-        for number in range(1, num_scans):
-            os.link(file, file.with_name(f"{number}{file.suffix}"))  # as many files, of one content
-    sums = ScanSums.open(first.path / "scans" / "0.sums", "0")
-    for number in range(1, num_scans):
-        (first.path / "scans" / f"{number}.sums").unlink()
-        (first.path / "scans" / f"{number}.sums").write_bytes(sums.to_bytes(str(number)))
-    index = first.scans.reset_index()
-    index.loc[index.index.repeat(num_scans)].assign(scan_id=[str(n) for n in range(num_scans)]).to_parquet(
-        first.path / "scans.parquet"
-    )
-    names = [str(number) for number in range(num_scans)]
-    lesions = first.lesions.loc[[0] * num_scans].assign(scan_id=names, lesion_id=names, row=range(num_scans))
-    lesions.to_parquet(first.path / "lesions.parquet")
-    reseal(first.path)
-    code = (
-        "import sys; from fmcib_ssl.data import LesionPatches\n"
-        "def private_kb():\n"
-        "    lines = open('/proc/self/smaps_rollup').read().splitlines()\n"
-        "    return sum(int(line.split()[1]) for line in lines if line.startswith('Private'))\n"
-        "dataset = LesionPatches(sys.argv[1], (16, 18, 20)); assert len(dataset) == 600\n"
-        "for i in range(100): dataset[i]\n"
-        "before = private_kb()\n"
-        "for i in range(100, 600): dataset[i]\n"
-        "print(private_kb() - before)"
-    )
-    grown = subprocess.run([sys.executable, "-c", code, first.path], check=True, capture_output=True, text=True).stdout
-    assert int(grown) < 1500  # kB, for 500 scans of 540 kB
