@@ -71,9 +71,8 @@ class EpochSampler(Sampler[SampleKey]):
                 f"{batch_size * world_size}: choose a batch size of at most {num_lesions // world_size}, "
                 "fewer devices, or more lesions."
             )
-        self.num_lesions, self.batch_size = num_lesions, batch_size
+        self.num_lesions, self.batch_size, self.seed = num_lesions, batch_size, seed
         self.rank, self.world_size = rank, world_size
-        self.seed = seed
         self.epoch = 0
         self._resumed = (0, 0)
 
@@ -102,8 +101,7 @@ def view_seeds(seed: int, key: SampleKey, num_negatives: int) -> list[int]:
     """Seeds of the views that `key` names: two of the lesion's patch, then two of each negative."""
     # A spawn key, unlike a longer list of entropy, is distinct by its length too: SeedSequence([1, 2]) and
     # SeedSequence([1, 2, 0]) are the same stream.
-    state = np.random.SeedSequence(seed, spawn_key=key).generate_state(2 + 2 * num_negatives)
-    seeds: list[int] = state.tolist()
+    seeds: list[int] = np.random.SeedSequence(seed, spawn_key=key).generate_state(2 + 2 * num_negatives).tolist()
     return seeds
 
 
@@ -126,10 +124,8 @@ class ViewPairDataset(Dataset[dict[str, Any]]):
         seed: int,
         preprocessing: Preprocessing = Preprocessing(),  # noqa: B008  (frozen)
     ) -> None:
-        self.patches = patches
-        self.view_transform = view_transform
-        self.seed = seed
-        self.preprocessing = preprocessing
+        self.patches, self.view_transform = patches, view_transform
+        self.seed, self.preprocessing = seed, preprocessing
 
     def __len__(self) -> int:
         """Number of usable lesions."""
@@ -150,12 +146,11 @@ class ViewPairDataset(Dataset[dict[str, Any]]):
         # Columns: both views of the lesion, then both of its first negative, ... All go in one call, for a GPU's sake.
         by_view = [torch.cat([seeds[:, view], seeds[:, 2 + view :: 2].flatten()]) for view in (0, 1)]
         views_hu = self.view_transform(torch.cat([patches, patches]), torch.cat(by_view))
-        made = self.preprocessing.normalize(views_hu).chunk(2)
-        lesions = [views[: len(positive)] for views in made]
-        mined = [views[len(positive) :].view(*negative.shape[:-4], *views.shape[1:]) for views in made]
+        view0, view1 = self.preprocessing.normalize(views_hu).chunk(2)
+        num, shape = len(positive), (*negative.shape[:-4], *view0.shape[1:])
         return ViewPairs(
-            positive=(lesions[0], lesions[1]),
-            negative=(mined[0], mined[1]),
+            positive=(view0[:num], view1[:num]),
+            negative=(view0[num:].view(shape), view1[num:].view(shape)),
             lesion=batch["lesion"],
             negative_from_other_scan=batch["negative_from_other_scan"],
         )
@@ -189,12 +184,8 @@ class LabelledPatches(Dataset[dict[str, Any]]):
         view_transform: ViewTransform | None = None,
         seed: int = 0,
     ) -> None:
-        self.read = read
-        self.rows = np.asarray(rows)
-        self.labels = labels
-        self.preprocessing = preprocessing
-        self.view_transform = view_transform
-        self.seed = seed
+        self.read, self.rows, self.labels = read, np.asarray(rows), labels
+        self.preprocessing, self.view_transform, self.seed = preprocessing, view_transform, seed
 
     def __len__(self) -> int:
         """Number of lesions served."""
@@ -202,8 +193,8 @@ class LabelledPatches(Dataset[dict[str, Any]]):
 
     def __getitem__(self, key: SampleKey | int) -> dict[str, Any]:
         """One lesion; a plain number means epoch 0."""
-        epoch, place = key if isinstance(key, SampleKey) else (0, key)
-        row = int(self.rows[place])
+        epoch, index = key if isinstance(key, SampleKey) else (0, key)
+        row = int(self.rows[index])
         view_hu = self.read(row)
         if self.view_transform is not None:
             seed = np.random.SeedSequence(self.seed, spawn_key=(epoch, row)).generate_state(1)[0]
@@ -280,11 +271,8 @@ class LesionDataModule(LightningDataModule):
         if augment_on not in ("auto", "workers", "device"):
             raise ValueError(f"augment_on is {augment_on!r}; it must be 'auto', 'workers' or 'device'.")
         self.dataset = ViewPairDataset(patches, view_transform, seed, preprocessing)
-        self.num_workers = num_workers
-        self.seed = seed
-        self.pin_memory = pin_memory
-        self.batch_size = batch_size
-        self._max_batch_size = max_batch_size
+        self.num_workers, self.seed, self.pin_memory = num_workers, seed, pin_memory
+        self.batch_size, self._max_batch_size = batch_size, max_batch_size
         self._augment_on = augment_on
         self._patch_by_patch = getattr(view_transform, "patch_by_patch", False)
 
@@ -303,18 +291,14 @@ class LesionDataModule(LightningDataModule):
 
     def rehearsal(self, batch_size: int, num_batches: int) -> LesionDataModule:
         """Data of the same shapes, made in the same places, but of one lesion over and over."""
+        dataset = copy.copy(self.dataset)
+        dataset.patches = _OneLesion(dataset.patches[SampleKey(0, 0)], batch_size * num_batches)
+        if self._patch_by_patch:
+            dataset.view_transform = lambda patches, seeds: self.dataset.view_transform(patches[:1], seeds[:1]).expand(
+                len(patches), -1, -1, -1, -1
+            )
         rehearsal = copy.copy(self)
-        patches = _OneLesion(self.dataset.patches[SampleKey(0, 0)], batch_size * num_batches)
-        transform = self.dataset.view_transform
-
-        def one_view_for_all(patches: Tensor, seeds: Tensor) -> Tensor:
-            return transform(patches[:1], seeds[:1]).expand(len(patches), -1, -1, -1, -1)
-
-        rehearsal.dataset = ViewPairDataset(
-            patches, one_view_for_all if self._patch_by_patch else transform, self.seed, self.dataset.preprocessing
-        )
-        rehearsal.batch_size = batch_size
-        rehearsal.num_workers = 0
+        rehearsal.dataset, rehearsal.batch_size, rehearsal.num_workers = dataset, batch_size, 0
         return rehearsal
 
     def train_dataloader(self) -> ResumableLoader:
