@@ -31,8 +31,8 @@ from fmcib_ssl.data.annotations import (
     LesionTable,
     ScanReport,
     check_annotations,
-    places_by_scan,
     read_annotations,
+    rows_by_scan,
 )
 from fmcib_ssl.data.geometry import ScanGeometry
 from fmcib_ssl.data.prepare_scan import ScanTask, TableScan, prepare_scan, reject, rejection_file, scan_id_of, state_of
@@ -227,7 +227,7 @@ def _scans_of(table: LesionTable, image_root: Path | str | None) -> list[TableSc
     """The scans of a table in the order of their names, on which alone shards depend."""
     root = Path(image_root) if image_root is not None else table.source.parent
     rows, scans = _records_of(table.rows), []
-    for source, places in places_by_scan(table.scans).items():
+    for source, places in rows_by_scan(table.scans).items():
         own = [(int(table.rows.index[place]), rows[place]) for place in places]
         text = json.dumps([table.coordinates, *own], default=str)
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -112,7 +112,7 @@ def state_of(folder: Path, settings: StoreSettings, scan: TableScan, *, contents
         return "not prepared"
     known = sidecar["source"]
     try:
-        listing = source_listing(scan.source.path)
+        listing = _source_listing(scan.source.path)
     except OSError:
         listing = known["listing"]
     if listing != known["listing"]:
@@ -146,7 +146,7 @@ def prepare_scan(folder: Path, settings: StoreSettings, task: ScanTask) -> tuple
     """
     scan_id, source = task.scan.scan_id, task.scan.source
     try:
-        listing = source_listing(source.path)  # before reading: a change while it is read shows next time
+        listing = _source_listing(source.path)  # before reading: a change while it is read shows next time
         files = _source_files(source)
         sha256 = _checksum(files)
         num_bytes = sum(file.stat().st_size for file in files)
@@ -274,7 +274,7 @@ def _files_at(path: Path) -> list[Path]:
     return files
 
 
-def source_listing(path: Path) -> str:
+def _source_listing(path: Path) -> str:
     """Digest of the names, sizes and modification times of a scan's files, in a folder of everything in it.
 
     Cheap: no file is opened. It may change without the scan; then the files' SHA-256 tells.
