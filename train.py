@@ -18,7 +18,6 @@ from fmcib_ssl.data import end_with_parent  # noqa: E402
 from fmcib_ssl.io import exit_without_teardown, no_world_write  # noqa: E402
 from fmcib_ssl.training import (  # noqa: E402
     CONFIG_NAME,
-    ConfigError,
     Settings,
     check_command_line,
     check_machine,
@@ -26,6 +25,7 @@ from fmcib_ssl.training import (  # noqa: E402
     read_settings,
     requeue,
 )
+from fmcib_ssl.types import UserError  # noqa: E402
 
 CONFIG_DIR = Path(__file__).resolve().parent / "configs"
 
@@ -38,9 +38,6 @@ def main(_: DictConfig) -> float:
         search_path = [o for o in job.overrides.hydra if o.startswith("hydra.searchpath=")]
         composed = compose_run(str(job.job.config_name), [*search_path, *job.overrides.task])
         settings = read_settings(composed.config)
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
-    try:
         signals.listen(starting=True)  # again, because a launcher of sweeps may have taken them over
         if os.environ.get("LOCAL_RANK", "0") != "0":
             end_with_parent()
@@ -48,7 +45,7 @@ def main(_: DictConfig) -> float:
         if composed.dropped and os.environ.get("LOCAL_RANK", "0") == "0":
             logging.getLogger("fmcib_ssl").info("not taken from the experiment: %s", "; ".join(composed.dropped))
         return run(settings)
-    except ConfigError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
     except signals.Stopped as stopped:
         signals.ignore()
@@ -65,14 +62,15 @@ def stop_before_training(stopped: signals.Stopped, settings: Settings) -> int:
 
 def run(settings: Settings) -> float:
     """Do what is asked for; mistakes of the user end the process with a message."""
-    # Imports torch: all that can be is checked before.
-    from fmcib_ssl.run import USER_ERRORS, finetune, pretrain  # noqa: PLC0415
+    import torch  # noqa: PLC0415  (all that can be is checked before)
+
+    from fmcib_ssl.run import finetune, pretrain  # noqa: PLC0415
 
     train = pretrain if settings.finetune is None else finetune
     signals.listen()
     try:
         return train(settings)
-    except USER_ERRORS as error:
+    except torch.OutOfMemoryError as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:
         if "shared memory" not in str(error):
@@ -89,7 +87,7 @@ if __name__ == "__main__":
         try:
             sys.argv[1:] = check_command_line(sys.argv[1:], CONFIG_DIR)
             main()
-        except ConfigError as error:
+        except UserError as error:
             sys.exit(f"error: {error}")
         except signals.Stopped as stopped:  # after training
             sys.exit(stopped.exit_code)

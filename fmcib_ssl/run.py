@@ -6,7 +6,6 @@ Read `pretrain` and `finetune` from top to bottom; everything they call takes pl
 from __future__ import annotations
 
 import logging
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,18 +16,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
-import pandas as pd
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import rank_zero_only
 
 from fmcib_ssl.data import LesionDataModule, no_worker_left
-from fmcib_ssl.io import checksum_of, redacted, without_names, write_json
+from fmcib_ssl.io import checksum_of, redacted, without_names
 from fmcib_ssl.models import Pretraining
 from fmcib_ssl.training import (
     ANEW,
     ConfigError,
-    FineTune,
     MetricsFile,
     RunCheckpoints,
     RunFolder,
@@ -46,36 +43,27 @@ from fmcib_ssl.training import (
     build_trainer,
     build_views,
     check_ranks_agree,
-    check_same_run,
     draw_contact_sheet,
     environment,
     facts_of_rank,
     find_checkpoint,
-    labelled_task,
+    fine_tune,
+    num_saved,
     num_steps,
     open_lesions,
     outcome,
     read_metrics,
     refuse_unused,
     restored_state,
-    results_of,
     run_summary,
-    saved_settings,
     settings_that_fit,
     signals,
-    starting_encoder,
     step_of,
-    task_checksum,
-    task_summary,
-    train_split,
     write_results,
 )
-from fmcib_ssl.types import UserError
 
 logger = logging.getLogger(__name__)
 
-#: Errors whose message is for the user; a traceback would add nothing.
-USER_ERRORS = (UserError, torch.OutOfMemoryError)
 #: Sections that only pretraining uses.
 _ONLY_PRETRAINING = ("method", "loss", "head", "logger", "callbacks", "contact_sheet_rows", "identifiers")
 
@@ -94,7 +82,7 @@ def pretrain(settings: Settings) -> float:
     """
     with _run_folder(settings) as folder:
         checkpoint = _checkpoint_to_resume(folder)
-        changes = _changes(settings, folder) if checkpoint is not None and folder.main_process else []
+        changes = folder.check_settings(settings.shown()) if checkpoint is not None and folder.main_process else []
         if _is_finished(settings, folder):
             logger.info(
                 "the run in %s is finished, after %d steps: nothing to do. To train it for longer raise "
@@ -120,12 +108,10 @@ def _checkpoint_to_resume(folder: RunFolder) -> Path | None:
 
 def _train(settings: Settings, folder: RunFolder, checkpoint: Path | None, step: int) -> float:
     source = open_lesions(settings, main_process=folder.main_process)
-    if checkpoint is not None:
-        data = settings.data  # a run of an earlier version was given the checksum of these files
-        files = (
-            sorted(file for file in data.store.glob("*") if file.suffix in (".json", ".parquet")) if data.store else ()
-        )
-        folder.check_lesions(source.checksum, checksum_of(files or [data.annotations or Path()]))
+    if checkpoint is not None:  # a run of an earlier version has the checksum of these files
+        store, table = settings.data.store, settings.data.annotations
+        files = sorted(f for f in store.glob("*") if f.suffix in (".json", ".parquet")) if store else [table]
+        folder.check_lesions(source.checksum, checksum_of(file for file in files if file is not None))
     view_transform = build_views(settings)
 
     def parts(settings: Settings) -> tuple[Pretraining, LesionDataModule]:
@@ -148,11 +134,11 @@ def _train(settings: Settings, folder: RunFolder, checkpoint: Path | None, step:
     @cache
     def begin() -> None:
         if folder.main_process:
-            _note_start(settings, folder, step)
+            folder.begin(settings.shown(), environment(), step=step)
 
     callbacks = build_parts("callbacks", settings.callbacks)
     if settings.world_size > 1:
-        facts = facts_of_rank(_shown(settings), source.patches)
+        facts = facts_of_rank(settings.shown(), source.patches)
         facts["newest step in the run folder, which all nodes must see"] = f"{step} in {folder.path.name}"
         callbacks.append(LambdaCallback(setup=lambda *_, **__: check_ranks_agree(facts)))
     # Once all others were set up: they may refuse, and what an earlier start has left must not be touched then.
@@ -213,44 +199,7 @@ def finetune(settings: Settings) -> float:
     unused = [*_ONLY_PRETRAINING, *["encoder"] * (options.weights is not None)]
     refuse_unused(unused, "fine-tuning", "finetune", options.model_dump())
     with _run_folder(settings) as folder:
-        return _finetune(settings, options, folder)
-
-
-def _finetune(settings: Settings, options: FineTune, folder: RunFolder) -> float:
-    run, num_done = folder.path, folder.num_saved()
-    for change in _changes(settings, folder):
-        logger.info("with another %s", change)
-    encoder, spec = starting_encoder(settings, options)
-    task = labelled_task(settings, options, getattr(encoder, "preprocessing", None))
-    checksum, num_splits = task_checksum(options, task), len(task.splits)
-    if num_done:
-        folder.check_lesions(checksum)
-        state = "resuming %s: %d of %d parts are done" if num_done < num_splits else "%s is finished: %d of %d parts"
-        logger.info(f"{state}; run=new starts afresh", run, num_done, num_splits)
-    logger.info("%s", task_summary(settings, options, task, spec))
-    if num_done < num_splits:
-        folder.note(data_checksum=checksum)
-        _note_start(settings, folder, num_done)
-    tables = []
-    for split in task.splits:
-        part = run / (f"fold_{split.name}" if options.split is None else split.name)
-        predictions_file = part / "predictions.parquet"
-        if predictions_file.is_file():
-            logger.info("%s is finished", part)
-        else:
-            with no_worker_left():
-                train_split(settings, options, task, split, part)
-        tables.append(pd.read_parquet(predictions_file))
-    predictions = pd.concat(tables, ignore_index=True)
-    predictions.to_parquet(run / "predictions.parquet", index=False)
-    rows = results_of(task, predictions, settings.seed, options.num_bootstrap)
-    about = {"label": task.labels.name, "kind": task.labels.kind, "classes": list(task.labels.classes)}
-    write_json(run / "results.json", {"rows": rows, **about, "train": options.train, "weights": options.weights})
-    lines = [f"{row['metric']:<20} {row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})" for row in rows]
-    logger.info("%s on held-out patients\n%s\nin %s", task.labels.name, "\n".join(lines), run / "results.json")
-    if folder.finished is None:
-        folder.finish(step=num_splits)
-    return float(rows[0]["value"])
+        return fine_tune(settings, options, folder)
 
 
 @contextmanager
@@ -290,21 +239,6 @@ def _prepare_process(settings: Settings, main_process: bool) -> None:
     if not main_process:
         logging.getLogger("fmcib_ssl").setLevel(logging.ERROR)  # what every process would say is said once
         warnings.simplefilter("ignore")
-
-
-def _changes(settings: Settings, folder: RunFolder) -> list[str]:
-    """What is set otherwise than when the run was begun.
-
-    Raises:
-        RunFolderError: what makes it another run.
-    """
-    before = saved_settings(folder.path)
-    return [] if before is None else check_same_run(before, _shown(settings), folder.path)
-
-
-def _shown(settings: Settings) -> dict[str, Any]:
-    values: dict[str, Any] = redacted(settings.model_dump(mode="json"))
-    return values
 
 
 def _length(settings: Settings) -> dict[str, int | None]:
@@ -353,15 +287,10 @@ def _record(settings: Settings, folder: RunFolder) -> dict[str, Any]:
     return {**without_names(values), "environment": about, "data_checksum": folder.state["data_checksum"]}
 
 
-def _note_start(settings: Settings, folder: RunFolder, step: int) -> None:
-    facts, job = environment(), os.environ.get("SLURM_JOB_ID")
-    folder.begin(_shown(settings), facts, step=step, commit=facts["git"]["commit"], job=job)
-
-
 def _check_all_is_saved(trainer: L.Trainer, folder: RunFolder, *, checkpoints: bool) -> None:
     """Refuse to call a run finished of which a full disk has taken less than all."""
     again = "which could not be written: make room, then give the same command again"
-    if checkpoints and folder.num_saved() != trainer.global_step:
+    if checkpoints and num_saved(folder.path) != trainer.global_step:
         raise RunFolderError(f"{folder.checkpoints} lacks the last checkpoint, {again}")
     for tracker in trainer.loggers:
         if isinstance(tracker, MetricsFile) and tracker.unwritten:

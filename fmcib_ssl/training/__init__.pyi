@@ -22,12 +22,7 @@ from .config import CONFIG_NAME as CONFIG_NAME
 from .config import check_command_line as check_command_line
 from .config import compose_run as compose_run
 from .config import read_settings as read_settings
-from .finetuning import labelled_task as labelled_task
-from .finetuning import results_of as results_of
-from .finetuning import starting_encoder as starting_encoder
-from .finetuning import task_checksum as task_checksum
-from .finetuning import task_summary as task_summary
-from .finetuning import train_split as train_split
+from .finetuning import fine_tune as fine_tune
 from .lesions import open_lesions as open_lesions
 from .loggers import MetricsFile as MetricsFile
 from .loggers import RunLogger as RunLogger
@@ -40,8 +35,7 @@ from .online_probe import OnlineProbe as OnlineProbe
 from .run_folder import ANEW as ANEW
 from .run_folder import RunFolder as RunFolder
 from .run_folder import RunFolderError as RunFolderError
-from .run_folder import check_same_run as check_same_run
-from .run_folder import saved_settings as saved_settings
+from .run_folder import num_saved as num_saved
 from .settings import ConfigError as ConfigError
 from .settings import FineTune as FineTune
 from .settings import Settings as Settings

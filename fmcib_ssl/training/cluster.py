@@ -15,13 +15,13 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from fmcib_ssl.training.run_folder import RunFolder, RunFolderError, slurm_job, started_by_slurm
+from fmcib_ssl.training.run_folder import num_saved, slurm_job, started_by_slurm
 from fmcib_ssl.training.settings import ConfigError, Settings
 from fmcib_ssl.training.signals import EXIT_CODES
 
 logger = logging.getLogger(__name__)
 
-#: A job that was requeued so often in a row, and has saved nothing new since, is not requeued again.
+#: A job that was requeued so often and has saved nothing is not requeued again.
 _MAX_IDLE_STARTS = 3
 #: What it exits with then: `EX_CONFIG`, and more than 75, because srun exits with the highest code of its processes.
 EXIT_TOO_SHORT = 78
@@ -95,7 +95,7 @@ def requeue(signum: signal.Signals, run: Path, *, ask: bool = True) -> int:
 
     Args:
         signum: what was received.
-        run: the run folder, where it is noted.
+        run: the run folder.
         ask: whether to ask Slurm; else somebody else does, who goes by the exit code.
     """
     job = slurm_job(os.environ)
@@ -104,11 +104,12 @@ def requeue(signum: signal.Signals, run: Path, *, ask: bool = True) -> int:
     preempted = _is_preempted(job)
     if signum == signal.SIGTERM and not preempted:
         return EXIT_CODES[signum]
-    if _num_idle_starts(run, job) >= _MAX_IDLE_STARTS and not preempted:
+    num_restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    if num_restarts >= _MAX_IDLE_STARTS and not preempted and num_saved(run) == 0:
         logger.error(
-            "job %s is not queued again: it was %d times in a row, and nothing was saved in between. Its time is too "
-            "short to start and to take a step before the signal: raise --time, or lower SECONDS in "
-            "--signal=USR1@SECONDS, and submit it once more; the run folder is kept", job, _MAX_IDLE_STARTS,
+            "job %s is not queued again: it was %d times, and has saved nothing. Its time is too short to start and "
+            "to take a step before the signal: raise --time, or lower SECONDS in --signal=USR1@SECONDS, and submit it "
+            "once more; the run folder is kept", job, num_restarts,
         )  # fmt: skip
         return EXIT_TOO_SHORT
     if ask:
@@ -120,14 +121,6 @@ def requeue(signum: signal.Signals, run: Path, *, ask: bool = True) -> int:
                 "job %s was not queued again (%s); submit it once more to resume: the run folder is kept", job, message
             )
     return EXIT_CODES[signum]
-
-
-def _num_idle_starts(run: Path, job: str) -> int:
-    try:
-        return RunFolder(run, lock=False).note_requeue(job)
-    except RunFolderError as error:  # then there are other worries
-        logger.warning("%s", error)
-        return 0
 
 
 def _scontrol(*arguments: str) -> tuple[int, str]:

@@ -28,7 +28,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fmcib_ssl.io import nearest
-from fmcib_ssl.training.run_folder import LENGTHS, RunFolderError, refuse_foreign, run_key
+from fmcib_ssl.training.run_folder import LENGTHS, refuse_foreign, run_key
 from fmcib_ssl.training.settings import FORMER_KEYS, ConfigError, Settings, settings_of
 from fmcib_ssl.types import current_target
 
@@ -102,8 +102,13 @@ def check_command_line(arguments: Sequence[str], config_dir: Path) -> list[str]:
     anew = any(o.key_or_group == "run" and o.value() == "new" for o in overrides)
     if anew and "hydra.run.dir" in hydras and os.environ.get("LOCAL_RANK", "0") == "0":  # Lightning names it to others
         raise ConfigError("run=new chooses a folder by itself, and hydra.run.dir names one: leave one of them out")
-    where = _search_path(hydras.get("hydra.searchpath"), options.config_dir)
-    where += _lines(o for key, o in hydras.items() if key == "hydra.run.dir")
+    where = _lines(o for key, o in hydras.items() if key in ("hydra.run.dir", "hydra.searchpath"))
+    if options.config_dir:
+        if not Path(options.config_dir).is_dir() or "hydra.searchpath" in hydras:
+            raise ConfigError(
+                f"--config-dir {options.config_dir}: there is no such folder, or hydra.searchpath names more"
+            )
+        where.append(f"hydra.searchpath=[{_quoted(f'file://{Path(options.config_dir).resolve()}')}]")
     with initialize_config_dir(version_base="1.3", config_dir=str(Path(options.config_path or config_dir).resolve())):
         for one_run in _single_runs(overrides):
             composed = compose_run(options.config_name or CONFIG_NAME, [*where, *one_run])
@@ -151,30 +156,12 @@ def _show(config: DictConfig, package: str | None, *, resolve: bool) -> None:
         config.paths.run = None  # known only once Hydra has made the run's folder
         OmegaConf.resolve(config)
     part = config if package in (None, "_global_") else OmegaConf.select(config, str(package))
-    if part is None:
-        raise ConfigError(f"--package {package}: there is no such key.{_nearest_key(str(package), keys_of(config))}")
     print(OmegaConf.to_yaml(part) if OmegaConf.is_config(part) else part, end="")
-
-
-def _search_path(override: Override | None, config_dir: str | None) -> list[str]:
-    """The override that lets the user's own options stand beside the shipped ones; none if there are none."""
-    value = [] if override is None else override.value()
-    folders = [str(folder) for folder in (value if isinstance(value, list) else [value])]
-    urls = []
-    for folder in [*folders, *[config_dir] * bool(config_dir)]:
-        is_url = "://" in str(folder)
-        if not is_url and not Path(str(folder)).is_dir():
-            raise ConfigError(f"{folder}: there is no such folder of configurations")
-        urls.append(_quoted(str(folder) if is_url else f"file://{Path(str(folder)).resolve()}"))
-    return [f"hydra.searchpath=[{','.join(urls)}]"] if urls else []
 
 
 def _check_run_folder(folder: Path) -> None:
     """Refuse a run folder that cannot be made or written, before Hydra fails at it."""
-    try:
-        refuse_foreign(folder)
-    except RunFolderError as error:
-        raise ConfigError(str(error)) from error
+    refuse_foreign(folder)
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not existing.is_dir():
         raise ConfigError(f"the run folder {folder} cannot be made: {existing} is not a folder")

@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
-from fmcib_ssl.data import EpochSampler, LabelledPatches, LesionPatches, WatchedLoader, text_of
+from fmcib_ssl.data import EpochSampler, LabelledPatches, LesionPatches, WatchedLoader, no_worker_left, text_of
 from fmcib_ssl.evaluation import (
     ID_COLUMN,
     METRICS,
@@ -36,7 +36,7 @@ from fmcib_ssl.evaluation import (
     strata,
     value_of,
 )
-from fmcib_ssl.io import atomic_write, checksum_of, digest_of
+from fmcib_ssl.io import atomic_write, checksum_of, digest_of, write_json
 from fmcib_ssl.models import EncoderFileError, FineTuning, encoder_metadata, export_encoder, feature_dim, load_encoder
 from fmcib_ssl.training.build import (
     accelerate,
@@ -47,7 +47,9 @@ from fmcib_ssl.training.build import (
     config_errors_in,
 )
 from fmcib_ssl.training.lesions import open_lesions
+from fmcib_ssl.training.run_folder import RunFolder, num_saved
 from fmcib_ssl.training.settings import Component, ConfigError, FineTune, Settings
+from fmcib_ssl.training.summary import environment
 from fmcib_ssl.training.throughput import Progress
 from fmcib_ssl.types import Array, Preprocessing
 
@@ -55,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class FineTuningTask:
+class _Task:
     """What is learned, on whom.
 
     Attributes:
@@ -75,7 +77,49 @@ class FineTuningTask:
     splits: Sequence[Split]
 
 
-def labelled_task(settings: Settings, options: FineTune, trained_on: Preprocessing | None) -> FineTuningTask:
+def fine_tune(settings: Settings, options: FineTune, folder: RunFolder) -> float:
+    """Train a part for each fold of patients, or for one split, and score what all of them predict; the first metric.
+
+    Raises:
+        UserError: settings that contradict the data or the weights; a folder that holds another run.
+    """
+    run, num_done = folder.path, num_saved(folder.path)
+    for change in folder.check_settings(settings.shown()):
+        logger.info("with another %s", change)
+    encoder, spec = _starting_encoder(settings, options)
+    task = _labelled_task(settings, options, getattr(encoder, "preprocessing", None))
+    checksum, num_splits = _task_checksum(options, task), len(task.splits)
+    if num_done:
+        folder.check_lesions(checksum)
+        state = "resuming %s: %d of %d parts are done" if num_done < num_splits else "%s is finished: %d of %d parts"
+        logger.info(f"{state}; run=new starts afresh", run, num_done, num_splits)
+    logger.info("%s", _task_summary(settings, options, task, spec))
+    if num_done < num_splits:
+        folder.note(data_checksum=checksum)
+        folder.begin(settings.shown(), environment(), step=num_done)
+    tables = []
+    for split in task.splits:
+        part = run / (f"fold_{split.name}" if options.split is None else split.name)
+        predictions_file = part / "predictions.parquet"
+        if predictions_file.is_file():
+            logger.info("%s is finished", part)
+        else:
+            with no_worker_left():
+                _train_split(settings, options, task, split, part)
+        tables.append(pd.read_parquet(predictions_file))
+    predictions = pd.concat(tables, ignore_index=True)
+    predictions.to_parquet(run / "predictions.parquet", index=False)
+    rows = _results_of(task, predictions, settings.seed, options.num_bootstrap)
+    about = {"label": task.labels.name, "kind": task.labels.kind, "classes": list(task.labels.classes)}
+    write_json(run / "results.json", {"rows": rows, **about, "train": options.train, "weights": options.weights})
+    lines = [f"{row['metric']:<20} {row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})" for row in rows]
+    logger.info("%s on held-out patients\n%s\nin %s", task.labels.name, "\n".join(lines), run / "results.json")
+    if folder.finished is None:
+        folder.finish(step=num_splits)
+    return float(rows[0]["value"])
+
+
+def _labelled_task(settings: Settings, options: FineTune, trained_on: Preprocessing | None) -> _Task:
     """Open the lesions, read their labels and split their patients.
 
     Args:
@@ -120,7 +164,7 @@ def labelled_task(settings: Settings, options: FineTune, trained_on: Preprocessi
         splits = [_with_validation(split, labels, patients, options.val_share, settings.seed) for split in splits]
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return FineTuningTask(source.patches, trained_on or source.preprocessing, labels, ids, patients, splits)
+    return _Task(source.patches, trained_on or source.preprocessing, labels, ids, patients, splits)
 
 
 def _with_validation(split: Split, labels: Labels, patients: Array, share: float, seed: int) -> Split:
@@ -133,14 +177,14 @@ def _with_validation(split: Split, labels: Labels, patients: Array, share: float
     return replace(split, train=split.train[fit], val=split.train[val])
 
 
-def task_checksum(options: FineTune, task: FineTuningTask) -> str:
+def _task_checksum(options: FineTune, task: _Task) -> str:
     """Of who is trained on and tested on, with which labels, and of the weights that the training begins with."""
     splits = [(split.name, split.train, split.val, split.test) for split in task.splits]
     weights = None if options.weights is None else checksum_of([options.weights])
     return digest_of(task.ids, task.labels.values, splits, weights)
 
 
-def starting_encoder(settings: Settings, options: FineTune) -> tuple[nn.Module, Component]:
+def _starting_encoder(settings: Settings, options: FineTune) -> tuple[nn.Module, Component]:
     """The encoder to begin with, and what builds it; the same at every call."""
     L.seed_everything(settings.seed, verbose=False)
     if options.weights is None:
@@ -152,7 +196,7 @@ def starting_encoder(settings: Settings, options: FineTune) -> tuple[nn.Module, 
     return encoder, encoder.spec
 
 
-def train_split(settings: Settings, options: FineTune, task: FineTuningTask, split: Split, folder: Path) -> None:
+def _train_split(settings: Settings, options: FineTune, task: _Task, split: Split, folder: Path) -> None:
     """Train until the validation score rises no more, and let the best weights predict.
 
     The score, not the loss: after few steps batch norm's running statistics lag behind the weights, which shifts all
@@ -161,7 +205,7 @@ def train_split(settings: Settings, options: FineTune, task: FineTuningTask, spl
     assert split.val is not None
     if len(np.unique(task.labels.values[split.val])) < 2:
         raise ConfigError(f"the validation lesions of part {split.name} all have one label: nothing to stop by")
-    encoder, spec = starting_encoder(settings, options)
+    encoder, spec = _starting_encoder(settings, options)
     data, hardware = settings.data, settings.hardware
     batch_size = min(data.max_batch_size if data.batch_size == "auto" else data.batch_size, len(split.train))
     if batch_size < 2:
@@ -207,7 +251,7 @@ def train_split(settings: Settings, options: FineTune, task: FineTuningTask, spl
         pd.concat(tables).to_parquet(file, index=False)
 
 
-def _loaders(settings: Settings, task: FineTuningTask, split: Split, batch_size: int) -> Iterator[WatchedLoader]:
+def _loaders(settings: Settings, task: _Task, split: Split, batch_size: int) -> Iterator[WatchedLoader]:
     """Of views of the training lesions, and of the validation and test lesions as they are."""
     assert split.val is not None
     num_workers = settings.hardware.num_workers
@@ -239,7 +283,7 @@ def _loaders(settings: Settings, task: FineTuningTask, split: Split, batch_size:
 
 def _build_module(
     settings: Settings,
-    task: FineTuningTask,
+    task: _Task,
     split: Split,
     *,
     encoder: nn.Module,
@@ -273,14 +317,14 @@ def _build_module(
         )
 
 
-def _score(task: FineTuningTask, labels: Array, scores: Array) -> float:
+def _score(task: _Task, labels: Array, scores: Array) -> float:
     """The first metric of the task."""
     metric = next(iter(METRICS[task.labels.kind].values()))
     scores = scores[:, 1] if task.labels.kind == "binary" else scores
     return value_of(metric, labels, scores)
 
 
-def _predictions(task: FineTuningTask, fold: str, side: str, rows: Array, scores: Array) -> pd.DataFrame:
+def _predictions(task: _Task, fold: str, side: str, rows: Array, scores: Array) -> pd.DataFrame:
     labels = task.labels
     columns: dict[str, Any] = {"patient": task.patients[rows], "fold": fold, "split": side}
     columns["label"] = labels.values[rows]
@@ -293,7 +337,7 @@ def _predictions(task: FineTuningTask, fold: str, side: str, rows: Array, scores
     return pd.DataFrame({ID_COLUMN: task.ids[rows], **columns})
 
 
-def results_of(task: FineTuningTask, predictions: pd.DataFrame, seed: int, num_bootstrap: int) -> list[dict[str, Any]]:
+def _results_of(task: _Task, predictions: pd.DataFrame, seed: int, num_bootstrap: int) -> list[dict[str, Any]]:
     """Each metric within each fold and then their mean, as for frozen features, with an interval over patients."""
     test = predictions[predictions["split"] == "test"]
     rows_of = pd.Series(range(len(task.patients)), index=task.ids)
@@ -313,7 +357,7 @@ def results_of(task: FineTuningTask, predictions: pd.DataFrame, seed: int, num_b
     return results
 
 
-def task_summary(settings: Settings, options: FineTune, task: FineTuningTask, spec: Component) -> str:
+def _task_summary(settings: Settings, options: FineTune, task: _Task, spec: Component) -> str:
     """What a fine-tuning is about to do, one line a split."""
     labels, split = task.labels, task.splits[0]
     counts = ""

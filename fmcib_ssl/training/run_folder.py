@@ -7,7 +7,6 @@ no start is noted before it has passed all checks. Every process asks for the fo
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import math
 import os
@@ -44,11 +43,6 @@ _BEFORE_THE_START = re.compile(
 _KEPT_IN_CHECKPOINTS = ("run_id", "data_checksum", "auto_batch")
 
 
-class _Requeue(BaseModel):
-    job: str
-    saved: int
-
-
 class _State(BaseModel):
     """What `run.json` has to be to be used; it may say more."""
 
@@ -56,7 +50,6 @@ class _State(BaseModel):
     starts: list[dict[str, Any]]
     finished: dict[str, Any] | None = None
     data_checksum: str | None = None
-    requeues: list[_Requeue] = []
     auto_batch: dict[str, int] = {}
 
 
@@ -70,14 +63,13 @@ class RunFolder:
     Args:
         path: the folder; it is made if there is none.
         main_process: whether this one writes; the others only read what an earlier start has left.
-        lock: keep other processes out; not where this one is about to end, and may have the lock already.
 
     Raises:
         RunFolderError: it holds something else, another process trains in it, it cannot be written, or its state is
             damaged.
     """
 
-    def __init__(self, path: Path, *, main_process: bool = True, lock: bool = True) -> None:
+    def __init__(self, path: Path, *, main_process: bool = True) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.main_process = main_process
@@ -86,7 +78,6 @@ class RunFolder:
             if main_process:
                 refuse_foreign(path)
                 path.mkdir(parents=True, exist_ok=True)
-            if main_process and lock:
                 self._lock = Lock(path / _LOCK_FILE, LOCK_PATIENCE_S)
                 for own in (path, self.checkpoints):
                     remove_leftovers(own)
@@ -116,7 +107,9 @@ class RunFolder:
 
     def begin(self, settings: Mapping[str, Any], environment: Mapping[str, Any], **start: Any) -> None:
         """Note a start that nothing refuses any more, with its settings and whatever is worth knowing about it."""
-        self.state["starts"].append({"time": _now(), "host": socket.gethostname(), **start})
+        commit = (environment.get("git") or {}).get("commit")
+        about = {"commit": commit, "job": os.environ.get("SLURM_JOB_ID"), **start}
+        self.state["starts"].append({"time": _now(), "host": socket.gethostname(), **about})
         self.state["finished"] = None
         self._write_state()
         self._write(_CONFIG_FILE, yaml.safe_dump(dict(settings), sort_keys=False))
@@ -137,23 +130,10 @@ class RunFolder:
         self.state["finished"] = {"time": _now(), **results}
         self._write_state()
 
-    def note_requeue(self, job: str) -> int:
-        """Note that a job is about to be put back into its queue.
-
-        Returns:
-            How many times in a row it was before, with as much saved as now.
-        """
-        requeues, saved = self.state.setdefault("requeues", []), self.num_saved()
-        idle = itertools.takewhile(lambda one: (one["job"], one["saved"]) == (job, saved), reversed(requeues))
-        num_idle = len(list(idle))
-        requeues.append({"time": _now(), "job": job, "saved": saved})
-        self._write_state()
-        return num_idle
-
-    def num_saved(self) -> int:
-        """What a restart need not do again: optimizer steps, or parts of a fine-tuning."""
-        names = (CHECKPOINT_NAME.fullmatch(file.name) for file in self.checkpoints.glob("step-*.ckpt"))
-        return max((int(name[1]) for name in names if name), default=len(list(self.path.glob("*/predictions.parquet"))))
+    def check_settings(self, now: Mapping[str, Any]) -> list[str]:
+        """What is set otherwise than when the run was begun; arguments and errors as of `check_same_run`."""
+        before = saved_settings(self.path)
+        return [] if before is None else check_same_run(before, now, self.path)
 
     def check_lesions(self, checksum: str, *of_earlier_versions: str) -> None:
         """Refuse other lesions than those that the run has learned from.
@@ -161,8 +141,8 @@ class RunFolder:
         Raises:
             RunFolderError: they are others.
         """
-        known = self.state.get("data_checksum")
-        if known not in (None, checksum, *of_earlier_versions):
+        known: str | None = self.state.get("data_checksum")
+        if known is not None and known not in (checksum, *of_earlier_versions):
             raise RunFolderError(
                 f"{self.path} was trained on other lesions, labels or weights: they have changed since (checksum "
                 f"{known[:12]}, now {checksum[:12]}). Resume it with those it began with; {ANEW}"
@@ -183,6 +163,12 @@ class RunFolder:
             write_atomically(self.path / name, text)
         except OSError as error:
             raise RunFolderError(f"{self.path / name} cannot be written: {error.strerror or error}") from error
+
+
+def num_saved(folder: Path) -> int:
+    """What a restart need not do again: optimizer steps, or parts of a fine-tuning."""
+    names = (CHECKPOINT_NAME.fullmatch(file.name) for file in folder.glob("checkpoints/step-*.ckpt"))
+    return max((int(name[1]) for name in names if name), default=len(list(folder.glob("*/predictions.parquet"))))
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from fmcib_ssl.io import Identifiers, nearest
+from fmcib_ssl.io import Identifiers, nearest, redacted
 from fmcib_ssl.types import Padding, UserError, with_current_targets
 
 #: A section with a `_target_` and its arguments.
@@ -202,6 +202,11 @@ class Settings(_Section):
                 "or data.negatives_per_lesion=1"
             )
         return self
+
+    def shown(self) -> dict[str, Any]:
+        """Plain values as they are written and compared, without secrets."""
+        values: dict[str, Any] = redacted(self.model_dump(mode="json"))
+        return values
 
     @property
     def world_size(self) -> int:

@@ -14,7 +14,6 @@ from hydra import compose, initialize_config_dir
 
 from fmcib_ssl.training.cluster import EXIT_TOO_SHORT, check_machine, requeue
 from fmcib_ssl.training.config import read_settings
-from fmcib_ssl.training.run_folder import RunFolder
 from fmcib_ssl.training.settings import ConfigError, Settings
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -158,45 +157,28 @@ def test_no_slurm(asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not asked.exists() and not (tmp_path / "run").exists()
 
 
-def save(run: Path, step: int) -> None:
-    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (run / "checkpoints" / f"step-{step:08d}.ckpt").touch()
-
-
-@pytest.mark.parametrize("ask", [True, False])
 def test_a_time_too_short_to_get_anywhere(
-    ask: bool, asked: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    asked: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three starts in a row that saved nothing are the end; a step, or another job, and it counts anew."""
+    """Three restarts that saved nothing are the end; a step, or a part of a fine-tuning, and it is queued again."""
     run = tmp_path / "run"
-
-    def stops() -> list[int]:
-        return [requeue(signal.SIGUSR1, run, ask=ask) for _ in range(4)]
-
-    assert stops() == [75, 75, 75, EXIT_TOO_SHORT]
+    assert requeue(signal.SIGUSR1, run) == 75
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    assert requeue(signal.SIGUSR1, run) == EXIT_TOO_SHORT
     assert "raise --time, or lower SECONDS in --signal=USR1@SECONDS" in caplog.text
-    save(run, 4)
-    assert stops() == [75, 75, 75, EXIT_TOO_SHORT]
-    for step in range(5, 12):
-        save(run, step)
-        assert requeue(signal.SIGUSR1, run, ask=ask) == 75
-    assert stops()[-2:] == [EXIT_TOO_SHORT, EXIT_TOO_SHORT]
-    monkeypatch.setenv("SLURM_JOB_ID", "18")
-    assert stops()[:3] == [75, 75, 75]
-    assert RunFolder(run).state["starts"] == []
-    assert asked.exists() == ask
+    for file in ("checkpoints/step-00000004.ckpt", "fold_0/predictions.parquet"):
+        (run / file).parent.mkdir(parents=True)
+        (run / file).touch()
+        assert requeue(signal.SIGUSR1, run) == 75
+        (run / file).unlink()
+    assert asked.read_text() == "requeue 17\n" * 3
 
 
-def test_a_job_that_others_push_out_is_always_put_back(asked: Path, tmp_path: Path) -> None:
+def test_a_job_that_others_push_out_is_always_put_back(
+    asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answer_with(tmp_path, "JobState=RUNNING PreemptTime=2026-01-01T00:00:00", 0)
-    for signum in [signal.SIGTERM, signal.SIGUSR1] * 4:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "5")
+    for signum in (signal.SIGTERM, signal.SIGUSR1):
         requeue(signum, tmp_path / "run")
-    assert asked.read_text() == "requeue 17\n" * 8
-
-
-def test_parts_of_a_fine_tuning_that_are_done_count(asked: Path, tmp_path: Path) -> None:
-    for part in range(6):
-        folder = tmp_path / "run" / f"fold_{part}"
-        folder.mkdir(parents=True)
-        (folder / "predictions.parquet").touch()
-        assert requeue(signal.SIGUSR1, tmp_path / "run") == 75
+    assert asked.read_text() == "requeue 17\n" * 2

@@ -65,7 +65,6 @@ def test_another_process_is_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
             {"finished": 3},
             {"starts": [1]},
             {"data_checksum": 7},
-            {"requeues": [{}]},
             {"auto_batch": {"batch_size": "x"}},
         )
     ],
@@ -178,7 +177,7 @@ def test_a_state_that_is_lost_is_restored_before_anything_is_written(tmp_path: P
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step-00000004.ckpt").touch()
     folder = RunFolder(tmp_path)
-    folder.note_requeue("17")
+    folder.note(data_checksum="d" * 64)
     assert folder.is_lost and not (tmp_path / "run.json").exists()
     folder.restore({"run_id": "abcd1234", "data_checksum": "c" * 64})
     folder.begin(BEFORE, {}, step=4)
