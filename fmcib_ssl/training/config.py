@@ -278,9 +278,9 @@ def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
         if not error.options:
             raise ConfigError(str(error)) from error
         group, _, option = str(error.missing_cfg_file).rpartition("/")
+        hint = f" Did you mean {close}?" if (close := nearest(option, error.options)) else ""
         raise ConfigError(
-            f"{group}={option}: there is no such option.{_did_you_mean(option, error.options)} "
-            f"There are: {', '.join(error.options)}"
+            f"{group}={option}: there is no such option.{hint} There are: {', '.join(error.options)}"
         ) from error
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(str(error)) from error
@@ -393,18 +393,12 @@ def keys_of(config: DictConfig, prefix: str = "") -> list[str]:
 def _nearest_key(name: str, keys: Sequence[str]) -> str:
     """For a message: the nearest key, also if only its last part was typed (`temperature`), or the siblings."""
     parents = {key.rpartition(".")[0] for key in keys}
-    if suggestion := _did_you_mean(name, [key for key in keys if key not in parents or "." not in name]):
-        return suggestion
     by_leaf = {key.rpartition(".")[2]: key for key in reversed(keys)}
-    if leaf := nearest(name.rpartition(".")[2], by_leaf):
-        return f" Did you mean {by_leaf[leaf]}?"
+    whole = nearest(name, [key for key in keys if key not in parents or "." not in name])
+    if close := whole or by_leaf.get(nearest(name.rpartition(".")[2], by_leaf) or ""):
+        return f" Did you mean {close}?"
     section = name
     while section not in parents:
         section = section.rpartition(".")[0]
     siblings = (key.rpartition(".")[2] for key in keys if key.rpartition(".")[0] == section)
     return f" {section or 'The configuration'} has: {', '.join(key for key in siblings if not key.startswith('_'))}."
-
-
-def _did_you_mean(name: str, names: Iterable[str]) -> str:
-    close = nearest(name, names)
-    return f" Did you mean {close}?" if close else ""

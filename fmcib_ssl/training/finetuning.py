@@ -63,12 +63,15 @@ class _Task:
     Attributes:
         patches: of all lesions of the store.
         preprocessing: of the patches.
+        settings: of the run; `options` is their section `finetune`.
         labels: `labels.rows` says which lesions have one.
         ids: of the labelled lesions; so are `patients` and the rows in `splits`.
         patients: whose lesions stay together.
         splits: who is trained on, validated by (`val` is never None) and tested on.
     """
 
+    settings: Settings
+    options: FineTune
     patches: LesionPatches
     preprocessing: Preprocessing
     labels: Labels
@@ -88,12 +91,12 @@ def fine_tune(settings: Settings, options: FineTune, folder: RunFolder) -> float
         logger.info("with another %s", change)
     encoder, spec = _starting_encoder(settings, options)
     task = _labelled_task(settings, options, getattr(encoder, "preprocessing", None))
-    checksum, num_splits = _task_checksum(options, task), len(task.splits)
+    checksum, num_splits = _task_checksum(task), len(task.splits)
     if num_done:
         folder.check_lesions(checksum)
         state = "resuming %s: %d of %d parts are done" if num_done < num_splits else "%s is finished: %d of %d parts"
         logger.info(f"{state}; run=new starts afresh", run, num_done, num_splits)
-    logger.info("%s", _task_summary(settings, options, task, spec))
+    logger.info("%s", _task_summary(task, spec))
     if num_done < num_splits:
         folder.note(data_checksum=checksum)
         folder.begin(settings.shown(), environment(), step=num_done)
@@ -105,11 +108,11 @@ def fine_tune(settings: Settings, options: FineTune, folder: RunFolder) -> float
             logger.info("%s is finished", part)
         else:
             with no_worker_left():
-                _train_split(settings, options, task, split, part)
+                _train_split(task, split, part)
         tables.append(pd.read_parquet(predictions_file))
     predictions = pd.concat(tables, ignore_index=True)
     predictions.to_parquet(run / "predictions.parquet", index=False)
-    rows = _results_of(task, predictions, settings.seed, options.num_bootstrap)
+    rows = _results_of(task, predictions)
     about = {"label": task.labels.name, "kind": task.labels.kind, "classes": list(task.labels.classes)}
     write_json(run / "results.json", {"rows": rows, **about, "train": options.train, "weights": options.weights})
     lines = [f"{row['metric']:<20} {row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})" for row in rows]
@@ -164,7 +167,7 @@ def _labelled_task(settings: Settings, options: FineTune, trained_on: Preprocess
         splits = [_with_validation(split, labels, patients, options.val_share, settings.seed) for split in splits]
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return _Task(source.patches, trained_on or source.preprocessing, labels, ids, patients, splits)
+    return _Task(settings, options, source.patches, trained_on or source.preprocessing, labels, ids, patients, splits)
 
 
 def _with_validation(split: Split, labels: Labels, patients: Array, share: float, seed: int) -> Split:
@@ -177,10 +180,10 @@ def _with_validation(split: Split, labels: Labels, patients: Array, share: float
     return replace(split, train=split.train[fit], val=split.train[val])
 
 
-def _task_checksum(options: FineTune, task: _Task) -> str:
+def _task_checksum(task: _Task) -> str:
     """Of who is trained on and tested on, with which labels, and of the weights that the training begins with."""
     splits = [(split.name, split.train, split.val, split.test) for split in task.splits]
-    weights = None if options.weights is None else checksum_of([options.weights])
+    weights = None if task.options.weights is None else checksum_of([task.options.weights])
     return digest_of(task.ids, task.labels.values, splits, weights)
 
 
@@ -196,7 +199,7 @@ def _starting_encoder(settings: Settings, options: FineTune) -> tuple[nn.Module,
     return encoder, encoder.spec
 
 
-def _train_split(settings: Settings, options: FineTune, task: _Task, split: Split, folder: Path) -> None:
+def _train_split(task: _Task, split: Split, folder: Path) -> None:
     """Train until the validation score rises no more, and let the best weights predict.
 
     The score, not the loss: after few steps batch norm's running statistics lag behind the weights, which shifts all
@@ -205,16 +208,17 @@ def _train_split(settings: Settings, options: FineTune, task: _Task, split: Spli
     assert split.val is not None
     if len(np.unique(task.labels.values[split.val])) < 2:
         raise ConfigError(f"the validation lesions of part {split.name} all have one label: nothing to stop by")
+    settings, options = task.settings, task.options
     encoder, spec = _starting_encoder(settings, options)
     data, hardware = settings.data, settings.hardware
     batch_size = min(data.max_batch_size if data.batch_size == "auto" else data.batch_size, len(split.train))
     if batch_size < 2:
         raise ConfigError("fine-tuning standardises features over a batch: set data.batch_size to 2 or more")
-    train, val, test = _loaders(settings, task, split, batch_size)
+    train, val, test = _loaders(task, split, batch_size)
 
     L.seed_everything(settings.seed, verbose=False)
     metadata = encoder_metadata(encoder, spec, task.preprocessing, extra={"run": settings.name, "fold": split.name})
-    module = _build_module(settings, task, split, encoder=encoder, batch_size=batch_size, metadata=metadata)
+    module = _build_module(task, split, encoder, batch_size, metadata)
     best = ModelCheckpoint(
         folder / "checkpoints", filename="best", monitor="val/score", mode="max", enable_version_counter=False
     )
@@ -244,17 +248,16 @@ def _train_split(settings: Settings, options: FineTune, task: _Task, split: Spli
     for side, loader, rows in (("val", val, split.val), ("test", test, split.test)):
         batches = cast(list[tuple[torch.Tensor, torch.Tensor]], trainer.predict(module, loader))
         served, scores = (torch.cat(column).cpu().numpy() for column in zip(*batches, strict=True))
-        position = pd.Series(range(len(served)), index=served)
-        scores = scores[position.loc[task.labels.rows[rows]].to_numpy()]
+        assert np.array_equal(served, task.labels.rows[rows])
         tables.append(_predictions(task, split.name, side, rows, scores))
     with atomic_write(folder / "predictions.parquet") as file:
         pd.concat(tables).to_parquet(file, index=False)
 
 
-def _loaders(settings: Settings, task: _Task, split: Split, batch_size: int) -> Iterator[WatchedLoader]:
+def _loaders(task: _Task, split: Split, batch_size: int) -> Iterator[WatchedLoader]:
     """Of views of the training lesions, and of the validation and test lesions as they are."""
     assert split.val is not None
-    num_workers = settings.hardware.num_workers
+    settings, num_workers = task.settings, task.settings.hardware.num_workers
     labels: Array = np.zeros(len(task.patches), np.int64 if task.labels.num_classes else np.float32)
     labels[task.labels.rows] = task.labels.values
     generator = torch.Generator().manual_seed(settings.seed)
@@ -282,16 +285,9 @@ def _loaders(settings: Settings, task: _Task, split: Split, batch_size: int) -> 
 
 
 def _build_module(
-    settings: Settings,
-    task: _Task,
-    split: Split,
-    *,
-    encoder: nn.Module,
-    batch_size: int,
-    metadata: dict[str, Any],
+    task: _Task, split: Split, encoder: nn.Module, batch_size: int, metadata: dict[str, Any]
 ) -> FineTuning:
-    options = settings.finetune
-    assert options is not None
+    settings, options = task.settings, task.options
     values, num_classes = task.labels.values[split.train], task.labels.num_classes
     weights = None
     if num_classes and options.class_weights:
@@ -337,7 +333,7 @@ def _predictions(task: _Task, fold: str, side: str, rows: Array, scores: Array) 
     return pd.DataFrame({ID_COLUMN: task.ids[rows], **columns})
 
 
-def _results_of(task: _Task, predictions: pd.DataFrame, seed: int, num_bootstrap: int) -> list[dict[str, Any]]:
+def _results_of(task: _Task, predictions: pd.DataFrame) -> list[dict[str, Any]]:
     """Each metric within each fold and then their mean, as for frozen features, with an interval over patients."""
     test = predictions[predictions["split"] == "test"]
     rows_of = pd.Series(range(len(task.patients)), index=task.ids)
@@ -349,7 +345,7 @@ def _results_of(task: _Task, predictions: pd.DataFrame, seed: int, num_bootstrap
         chosen = table["predicted"].to_numpy() if "predicted" in table else None
         scores = scores if len(names) > 1 else scores[:, 0]
         splits.append(SplitScores(str(fold), rows, scores, setting=0.0, num_train=0, chosen=chosen))
-    weights = patient_weights(task.patients, num_bootstrap, seed)
+    weights = patient_weights(task.patients, task.options.num_bootstrap, task.settings.seed)
     results = []
     for metric, function in METRICS[task.labels.kind].items():
         result = estimate(function, task.labels.values, splits, weights)
@@ -357,9 +353,9 @@ def _results_of(task: _Task, predictions: pd.DataFrame, seed: int, num_bootstrap
     return results
 
 
-def _task_summary(settings: Settings, options: FineTune, task: _Task, spec: Component) -> str:
+def _task_summary(task: _Task, spec: Component) -> str:
     """What a fine-tuning is about to do, one line a split."""
-    labels, split = task.labels, task.splits[0]
+    settings, options, labels, split = task.settings, task.options, task.labels, task.splits[0]
     counts = ""
     if labels.num_classes:
         per_class = np.bincount(labels.values, minlength=labels.num_classes)
