@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 logger = logging.getLogger(__name__)
 
 #: A claim is renewed so often, and taken over when it was not for so long.
-BEAT_S, SILENCE_S = 10.0, 60.0
+_BEAT_S, _SILENCE_S = 10.0, 60.0
 #: Under which a JSON file has the digest of what else it says.
 _DIGEST = "digest"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
@@ -58,7 +58,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     process that is killed meanwhile leaves `.NAME.*.tmp`, which `remove_leftovers` takes away.
 
     Args:
-        path: of the file; one that is there is replaced.
+        path: an existing file is replaced.
 
     Raises:
         OSError: it cannot be written.
@@ -268,12 +268,12 @@ class Lock:
         self._claim = claim
         logger.warning(
             "%s: this file system has no locks. %s, renewed every %g s, keeps other runs out",
-            self._claim_file.parent, self._claim_file.name, BEAT_S,
+            self._claim_file.parent, self._claim_file.name, _BEAT_S,
         )  # fmt: skip
         threading.Thread(target=self._beat, daemon=True).start()
 
     def _beat(self) -> None:
-        while not self._released.wait(BEAT_S):
+        while not self._released.wait(_BEAT_S):
             if (now := _read_claim(self._claim_file)[0]) and now != self._claim:
                 # This process was suspended for so long that another took its place; a step more, and both would write.
                 sys.stderr.write(f"error: {self._claim_file.parent} was taken over by another run: this one ends\n")
@@ -291,16 +291,16 @@ def _await_silence(claim_file: Path, until: float) -> None:
         Held: it is renewed, and there is no patience left.
     """
     before = _read_claim(claim_file)
-    logger.info("%s was there before: waiting up to %g s whether that run is still at work", before[0], SILENCE_S)
-    silent_at = time.monotonic() + SILENCE_S
+    logger.info("%s was there before: waiting up to %g s whether that run is still at work", before[0], _SILENCE_S)
+    silent_at = time.monotonic() + _SILENCE_S
     while time.monotonic() < silent_at:
-        time.sleep(min(1.0, BEAT_S / 4))
+        time.sleep(min(1.0, _BEAT_S / 4))
         if (now := _read_claim(claim_file)) == ("", 0):
             return  # released
         if now != before:
             if time.monotonic() >= until:
                 raise Held(now[0].rpartition(" ")[0] or "unknown")
-            before, silent_at = now, time.monotonic() + SILENCE_S
+            before, silent_at = now, time.monotonic() + _SILENCE_S
     claim_file.unlink(missing_ok=True)
 
 

@@ -226,8 +226,8 @@ def _prepare_process(settings: Settings, main_process: bool) -> None:
     L.seed_everything(settings.seed, verbose=False)
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)  # our own summary says more
-    warnings.filterwarnings("ignore", message=".* directory .* exists and is not empty")  # it is the run's
     for useless in (  # Lightning's to mend, or meant so; nothing a user can do
+        ".* directory .* exists and is not empty",  # it is the run's
         ".*isinstance.treespec, LeafSpec.* is deprecated",
         ".*all_gather is deprecated",
         ".*Grad strides do not match bucket view strides",  # of 1 x 1 x 1 kernels laid out channels last
@@ -247,12 +247,8 @@ def _length(settings: Settings) -> dict[str, int | None]:
 
 def _is_finished(settings: Settings, folder: RunFolder) -> bool:
     """Whether the folder's run was trained as long as it is to be, and has left its results."""
-    done = folder.finished
-    return (
-        done is not None
-        and {key: done.get(key) for key in _length(settings)} == _length(settings)
-        and (folder.path / "encoder.safetensors").is_file()
-    )
+    done = folder.finished or {}
+    return _length(settings).items() <= done.items() and (folder.path / "encoder.safetensors").is_file()
 
 
 def _last_loss(folder: RunFolder) -> float:

@@ -28,7 +28,7 @@ def lockf(*_):
     raise OSError(errno.ENOLCK, "No locks available")
 
 if len(sys.argv) > 2:
-    fcntl.lockf, io.BEAT_S, io.SILENCE_S = lockf, 0.1, 3.0
+    fcntl.lockf, io._BEAT_S, io._SILENCE_S = lockf, 0.1, 3.0
 lock = io.Lock(Path(sys.argv[1]) / ".lock")
 print("has it", flush=True)
 sys.stdin.read()
@@ -47,8 +47,8 @@ def no_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(request.param, os.strerror(request.param))
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
-    monkeypatch.setattr(io, "BEAT_S", 0.05)
-    monkeypatch.setattr(io, "SILENCE_S", 1.0)
+    monkeypatch.setattr(io, "_BEAT_S", 0.05)
+    monkeypatch.setattr(io, "_SILENCE_S", 1.0)
 
 
 def test_another_process_is_kept_out_until_the_first_lets_go(tmp_path: Path) -> None:

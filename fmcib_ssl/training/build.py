@@ -157,11 +157,11 @@ def build_module(
     """Encoder, optimizer, schedule and the method that trains them; head and loss where the method takes them.
 
     Args:
-        settings: of the run.
-        preprocessing: of its patches.
+        settings: what is built.
+        preprocessing: of the patches; stored with the weights.
         batch_size: lesions a step on each device.
         num_steps: optimizer steps of the whole run.
-        run_id: that checkpoints are to bear.
+        run_id: stored in checkpoints, to tell whose they are.
 
     Raises:
         ConfigError: naming the section that cannot be used.

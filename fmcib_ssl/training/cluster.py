@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 #: A job that was requeued so often and has saved nothing is not requeued again.
 _MAX_IDLE_STARTS = 3
 #: What it exits with then: `EX_CONFIG`, and more than 75, because srun exits with the highest code of its processes.
-EXIT_TOO_SHORT = 78
+_EXIT_TOO_SHORT = 78
 
 _PATIENCE_S = 20
 
@@ -111,7 +111,7 @@ def requeue(signum: signal.Signals, run: Path, *, ask: bool = True) -> int:
             "to take a step before the signal: raise --time, or lower SECONDS in --signal=USR1@SECONDS, and submit it "
             "once more; the run folder is kept", job, num_restarts,
         )  # fmt: skip
-        return EXIT_TOO_SHORT
+        return _EXIT_TOO_SHORT
     if ask:
         returncode, message = _scontrol("requeue", job)
         if returncode == 0:

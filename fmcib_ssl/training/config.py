@@ -214,7 +214,7 @@ def _quoted(text: str) -> str:
 # One configuration.
 
 
-class Composed(NamedTuple):
+class _Composed(NamedTuple):
     """One run's configuration.
 
     Attributes:
@@ -228,7 +228,7 @@ class Composed(NamedTuple):
     dropped: list[str]
 
 
-def compose_run(config_name: str, overrides: Sequence[str]) -> Composed:
+def compose_run(config_name: str, overrides: Sequence[str]) -> _Composed:
     """Compose one run, no sweep, with every name in it checked; Hydra has to be initialised.
 
     Raises:
@@ -263,7 +263,7 @@ def compose_run(config_name: str, overrides: Sequence[str]) -> Composed:
         folder = None
     dropped = [] if declared is None else _drop_replaced(config, declared, choices)
     del config["hydra"]
-    return Composed(config, folder, dropped)
+    return _Composed(config, folder, dropped)
 
 
 def _lines(overrides: Iterable[Override]) -> list[str]:

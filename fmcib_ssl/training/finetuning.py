@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -126,8 +126,8 @@ def _labelled_task(settings: Settings, options: FineTune, trained_on: Preprocess
     """Open the lesions, read their labels and split their patients.
 
     Args:
-        settings: of the run.
-        options: its section `finetune`.
+        settings: whose `data` is opened.
+        options: the section `finetune`.
         trained_on: the patches that the encoder knows; None for random weights.
 
     Raises:
@@ -346,11 +346,10 @@ def _results_of(task: _Task, predictions: pd.DataFrame) -> list[dict[str, Any]]:
         scores = scores if len(names) > 1 else scores[:, 0]
         splits.append(SplitScores(str(fold), rows, scores, setting=0.0, num_train=0, chosen=chosen))
     weights = patient_weights(task.patients, task.options.num_bootstrap, task.settings.seed)
-    results = []
-    for metric, function in METRICS[task.labels.kind].items():
-        result = estimate(function, task.labels.values, splits, weights)
-        results.append({"metric": metric, "value": result.value, "low": result.low, "high": result.high})
-    return results
+    return [
+        {"metric": metric, **asdict(estimate(function, task.labels.values, splits, weights))}
+        for metric, function in METRICS[task.labels.kind].items()
+    ]
 
 
 def _task_summary(task: _Task, spec: Component) -> str:

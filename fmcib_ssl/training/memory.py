@@ -29,7 +29,7 @@ from fmcib_ssl.training.settings import ConfigError, Settings
 logger = logging.getLogger(__name__)
 
 #: Builds the module and the data of a run.
-Parts = Callable[[Settings], tuple[L.LightningModule, LesionDataModule]]
+_Build = Callable[[Settings], tuple[L.LightningModule, LesionDataModule]]
 #: Of what is free, left for fragments and workspaces.
 _SPARE = 0.1
 #: The first step makes the optimizer's state; a scaler of the loss may leave that one out.
@@ -39,7 +39,7 @@ _NUM_STEPS = 3
 def settings_that_fit(
     settings: Settings,
     folder: RunFolder,
-    parts: Parts,
+    parts: _Build,
     *,
     max_: int,
     trained: bool,
@@ -51,9 +51,9 @@ def settings_that_fit(
     process looks, on its GPU; the others read in the run folder what it has found.
 
     Args:
-        settings: of the run.
-        folder: keeps what is found.
-        parts: for the trials.
+        settings: `hardware.auto_batch` asks for the search; the size replaces `data.batch_size` or `method.chunk_size`.
+        folder: remembers the size for later starts.
+        parts: builds what the trials train.
         max_: lesions on each device; no larger batch is tried.
         trained: whether the run has taken a step.
 
@@ -143,7 +143,7 @@ def _size_of_first_process(folder: RunFolder, what: str, patience_s: float) -> i
     raise ConfigError(f"hardware.auto_batch: the first process has found no {what} within {patience_s:g} s")
 
 
-def _take_steps(settings: Settings, parts: Parts, batch_size: int, device: torch.device) -> None:
+def _take_steps(settings: Settings, parts: _Build, batch_size: int, device: torch.device) -> None:
     """Train a module that is thrown away for three optimizer steps, as the run would, on this device alone."""
     # The second batch of a step has gradients beside its activations, and so have all later ones.
     accumulate = min(2, settings.trainer.accumulate_grad_batches)

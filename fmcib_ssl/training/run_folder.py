@@ -29,7 +29,7 @@ from fmcib_ssl.types import UserError, first_target
 STATE_FILE, _CONFIG_FILE, _ENVIRONMENT_FILE = "run.json", "config.yaml", "environment.json"
 _LOCK_FILE = ".lock"
 #: A run that is killed may take a moment to let go.
-LOCK_PATIENCE_S = 10.0
+_LOCK_PATIENCE_S = 10.0
 CHECKPOINT_NAME = re.compile(r"step-(\d+)(-epoch-(\d+))?\.ckpt")
 #: What to do for another run with the same settings, in a message.
 ANEW = "run=new (without hydra.run.dir) starts afresh"
@@ -78,7 +78,7 @@ class RunFolder:
             if main_process:
                 refuse_foreign(path)
                 path.mkdir(parents=True, exist_ok=True)
-                self._lock = Lock(path / _LOCK_FILE, LOCK_PATIENCE_S)
+                self._lock = Lock(path / _LOCK_FILE, _LOCK_PATIENCE_S)
                 for own in (path, self.checkpoints):
                     remove_leftovers(own)
             known = read_state(path)
@@ -292,9 +292,9 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], folder: Pa
     """Compare the settings that a folder was trained with to those of now.
 
     Args:
-        before: as in the folder's `config.yaml`.
-        now: plain values.
-        folder: for the message.
+        before: plain values of the folder's `config.yaml`.
+        now: plain values of this start.
+        folder: named in the message.
 
     Returns:
         What differs and may, in words.

@@ -54,7 +54,7 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
 
-class Phantom(_Section):
+class _Phantom(_Section):
     """The synthetic archive of `data=phantom`."""
 
     folder: Path
@@ -62,7 +62,7 @@ class Phantom(_Section):
     seed: int = Field(ge=0)
 
 
-class Data(_Section):
+class _Data(_Section):
     """Where lesions come from and how they become batches; see `configs/data/`."""
 
     store: Path | None
@@ -79,10 +79,10 @@ class Data(_Section):
     negatives_per_lesion: int = Field(ge=0)
     batch_size: PositiveInt | Literal["auto"]
     max_batch_size: PositiveInt
-    phantom: Phantom | None
+    phantom: _Phantom | None
 
     @model_validator(mode="after")
-    def _has_lesions(self) -> Data:
+    def _has_lesions(self) -> _Data:
         if self.store is None and self.annotations is None:
             raise ValueError(
                 "no lesions are named: set data.annotations=FILE.csv, for which a store is prepared first, or "
@@ -112,7 +112,7 @@ class Hardware(_Section):
     auto_batch: bool
 
 
-class Trainer(BaseModel):
+class _Trainer(BaseModel):
     """How long and how carefully to train. Any other argument of Lightning's Trainer is passed on to it."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -125,7 +125,7 @@ class Trainer(BaseModel):
     deterministic: bool | Literal["warn"]
 
     @model_validator(mode="after")
-    def _ends(self) -> Trainer:
+    def _ends(self) -> _Trainer:
         if self.max_epochs in (None, -1) and self.max_steps == -1:
             raise ValueError("training would never end: set trainer.max_epochs or trainer.max_steps")
         if 0 in (self.max_epochs, self.max_steps):
@@ -133,7 +133,7 @@ class Trainer(BaseModel):
         return self
 
 
-class Paths(_Section):
+class _Paths(_Section):
     """Folders; `run` is this run's own."""
 
     runs: Path
@@ -167,10 +167,10 @@ class Settings(_Section):
     seed: int = Field(ge=0, lt=2**32)
     contact_sheet_rows: int = Field(ge=0)
     identifiers: Identifiers = "show"
-    data: Data
+    data: _Data
     hardware: Hardware
-    trainer: Trainer
-    paths: Paths
+    trainer: _Trainer
+    paths: _Paths
     method: Component
     augment: Component
     encoder: Component

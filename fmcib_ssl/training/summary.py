@@ -170,9 +170,9 @@ def draw_contact_sheet(
     """Draw what the encoder will see: lesions, spread over the table, with the views of epoch 0.
 
     Args:
-        data: of the run.
-        preprocessing: of its patches.
-        path: of the picture.
+        data: makes the views.
+        preprocessing: how they were normalised.
+        path: PNG to write.
         num_rows: lesions on it.
         identifiers: whether lesions are called by their scans, whose names may be patients', or by digits of them.
     """

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from fmcib_ssl.training.cluster import EXIT_TOO_SHORT, check_machine, requeue
+from fmcib_ssl.training.cluster import check_machine, requeue
 from fmcib_ssl.training.config import read_settings
 from fmcib_ssl.training.settings import ConfigError, Settings
 
@@ -164,7 +164,7 @@ def test_a_time_too_short_to_get_anywhere(
     run = tmp_path / "run"
     assert requeue(signal.SIGUSR1, run) == 75
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
-    assert requeue(signal.SIGUSR1, run) == EXIT_TOO_SHORT
+    assert requeue(signal.SIGUSR1, run) == 78
     assert "raise --time, or lower SECONDS in --signal=USR1@SECONDS" in caplog.text
     for file in ("checkpoints/step-00000004.ckpt", "fold_0/predictions.parquet"):
         (run / file).parent.mkdir(parents=True)

@@ -47,7 +47,7 @@ def test_another_process_is_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout and other.stdout.readline() == b"has it\n"
-    monkeypatch.setattr(run_folder, "LOCK_PATIENCE_S", 0.0)
+    monkeypatch.setattr(run_folder, "_LOCK_PATIENCE_S", 0.0)
     with pytest.raises(RunFolderError, match=f"another process trains in this folder .process {other.pid} on"):
         RunFolder(tmp_path)
     RunFolder(tmp_path, main_process=False)  # another rank of the run that has it
