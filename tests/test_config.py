@@ -67,7 +67,6 @@ def test_accepted(arguments: list[str]) -> None:
 REFUSED = [
     # Names.
     (["+experiment=ct_ntxent_mind"], ["experiment=ct_ntxent_mind", "Did you mean ct_ntxent_mined?", "phantom_infonce"]),
-    (["experiment=ct_infonce"], ["+experiment=ct_infonce"]),
     (["+experimnt=ct_infonce"], ["experimnt=ct_infonce", "Did you mean experiment?"]),
     (["los=infonce"], ["los:", "Did you mean loss?"]),
     (["loss=infonc"], ["loss=infonc", "Did you mean infonce?", "ntxent_mined"]),
@@ -77,50 +76,35 @@ REFUSED = [
     (["optimizer.lr=0.1"], ["optimizer.lr", "Did you mean optimizer.base_lr?"]),
     (["data.batchsize=4"], ["data.batchsize", "Did you mean data.batch_size?"]),
     (["+data.batchsize=4"], ["data.batchsize=4", "Did you mean data.batch_size?"]),
-    (["+los.margin=0.1"], ["los: there is no such key", "Did you mean loss?"]),
     (["logger.wandb.project=mine"], ["logger.wandb.project", "logger has: csv"]),
     (["trainer.profiler=simple"], ["trainer.profiler", "+trainer.profiler=..."]),
     (["data.select.fold=1"], ["data.select.fold", "+data.select.fold=..."]),
-    (["~loss.temprature"], ["loss.temprature", "Did you mean loss.temperature?"]),
     (["~loss"], ["loss: has no value"]),
     (["schedule=null"], ["schedule=null", "warmup_cosine", "~schedule"]),
     (["encoder={_target_: my.Net}"], ["mixed", "~encoder '+encoder={_target_: my.Net, ...}'"]),
     # Values.
     (["data.batch_size=0"], ["data.batch_size=0", "greater than 0", "'auto'"]),
-    (["data.batch_size=big"], ["data.batch_size=big", "valid integer", "'auto'"]),
     (["data.patch_size=50"], ["data.patch_size=50", "[50, 50, 50]"]),
     (["data.patch_size=[50,50,0]"], ["data.patch_size.2=0", "greater than 0"]),
     (["data.patch_size=[32,32]"], ["data.patch_size=[32, 32]", "three numbers", "[50, 50, 50]"]),
-    (["data.patch_size=[32,32,32,1]"], ["data.patch_size=[32, 32, 32, 1]", "three numbers"]),
     (["optimizer.base_lr=1e-3x"], ["optimizer.base_lr=1e-3x", "a number", "optimizer.base_lr=0.001"]),
-    (["--cfg", "job", "optimizer.base_lr=1e-3x"], ["optimizer.base_lr=1e-3x", "a number"]),
     (["head.batch_norm=yes"], ["head.batch_norm=yes", "true or false"]),
     (["augment.crop_edge=half"], ["augment.crop_edge=half", "a list", "[0.5, 1.0]"]),
     (["callbacks.collapse_monitor.window=two"], ["callbacks.collapse_monitor.window=two", "a number"]),
     (["data.select={split: train"], ["data.select={split: train: is not of the form key=value"]),
-    (["data.spacing_mm=-1"], ["data.spacing_mm=-1"]),
     (["data.coordinates=LPS"], ["data.coordinates=LPS", "'lps', 'ras' or 'voxel'"]),
-    (["data.on_bad_row=ignore"], ["data.on_bad_row=ignore", "'refuse' or 'skip'"]),
-    (["hardware.devices=two"], ["hardware.devices=two", "valid integer"]),
     (["hardware.accelerator=tpu"], ["hardware.accelerator=tpu", "'gpu'"]),
-    (["seed=-1"], ["seed=-1"]),
     (["seed=-1", "data.spacing_mm=0"], ["seed=-1", "data.spacing_mm=0"]),
     (["name=${nosuch}"], ["nosuch"]),
     (["data.image_root"], ["data.image_root"]),
     (["data.cache_scans=3"], ["data.cache_scans is gone", "Leave it out"]),
     (["hardware.views_on=device"], ["hardware.views_on is now called hardware.augment_on"]),
-    (["callbacks.guards.keep=1"], ["callbacks.guards is now called callbacks.non_finite"]),
     (["~callbacks.signals"], ["callbacks.signals is now called callbacks.collapse_monitor"]),
-    (["data.per_lesion=3"], ["data.per_lesion is now called data.negatives_per_lesion"]),
     # Contradictions.
     (["trainer.max_epochs=-1"], ["never end", "trainer.max_steps"]),
-    (["trainer.max_epochs=null"], ["never end", "trainer.max_epochs"]),
     (["trainer.max_steps=0"], ["no step", "trainer.max_steps"]),
     (["hardware.sync_batchnorm=true"], ["hardware.sync_batchnorm=true", "Set it to false"]),
-    (["hardware=ddp", "hardware.accelerator=cpu"], ["hardware.sync_batchnorm=true", "Set it to false"]),
     # Sweeps: a wrong value anywhere in one.
-    (["-m", "loss.temperature=0.1,0.2", "data.batch_size=2,zero"], ["data.batch_size=zero"]),
-    (["-m", "loss=ntxent_mined,infonc"], ["loss=infonc", "Did you mean infonce?"]),
     (["-m", "+experiment=ct_infonce,ct_infonec"], ["ct_infonec", "Did you mean ct_infonce?"]),
     (["-m", "loss=infonce,ntxent_mined", "loss.margin=0.1"], ["loss.margin"]),
     (["loss.temperature=0.1,x", "-m"], ["loss.temperature=x", "a number"]),
@@ -351,17 +335,10 @@ def test_what_is_declared_is_what_the_code_takes(group: str, option: str) -> Non
 
 def test_an_experiment_reads_into_typed_settings() -> None:
     settings = read_settings(composed("experiment", "deeplesion_ntxent_mined"))
-    published = {
-        "temperature": 0.1,
-        "patch_size": (50, 50, 50),
-        "spacing_mm": 1.0,
-        "max_epochs": 100,
-        "forwards": "separate",
-    }
-    values = {**settings.loss, **dict(settings.data), **dict(settings.trainer), **dict(settings.method)}
-    assert {key: values[key] for key in published} == published
-    assert settings.encoder["widen_factor"] == 2 and settings.optimizer["_target_"].endswith(".lars")
-    assert settings.world_size == 2
+    assert (settings.loss["temperature"], settings.method["forwards"]) == (0.1, "separate")
+    assert (settings.data.patch_size, settings.data.spacing_mm) == ((50, 50, 50), 1.0)
+    assert (settings.trainer.max_epochs, settings.encoder["widen_factor"]) == (100, 2)
+    assert settings.optimizer["_target_"].endswith(".lars") and settings.world_size == 2
 
 
 # Folders on the command line: of configurations, and of the run.

@@ -73,18 +73,7 @@ def test_the_search_finds_each(line: str, tmp_path: Path) -> None:
 
 def test_ruffs_rules_against_shells_and_pickles() -> None:
     rules = "S102,S301,S302,S307,S506,S602,S604,S605,S609,S612"
-    command = [
-        sys.executable,
-        "-m",
-        "ruff",
-        "check",
-        "--isolated",
-        "--select",
-        rules,
-        "fmcib_ssl",
-        "scripts",
-        "train.py",
-    ]
+    command = [sys.executable, *f"-m ruff check --isolated --select {rules} fmcib_ssl scripts train.py".split()]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
     if "No module named ruff" in done.stderr:
         pytest.skip("ruff is not installed")
