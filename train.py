@@ -61,7 +61,7 @@ def stop_before_training(stopped: signals.Stopped, settings: Settings) -> int:
 
 
 def run(settings: Settings) -> float:
-    """Do what is asked for; mistakes of the user end the process with a message."""
+    """Pretrain or fine-tune; running out of memory ends the process with a message instead of a traceback."""
     import torch  # noqa: PLC0415  (all that can be is checked before)
 
     from fmcib_ssl.run import finetune, pretrain  # noqa: PLC0415

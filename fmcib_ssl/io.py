@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 logger = logging.getLogger(__name__)
 
-#: A claim is renewed so often, and taken over when it was not for so long.
+#: Seconds between renewals of a claim, and without one after which another process takes it over.
 _BEAT_S, _SILENCE_S = 10.0, 60.0
 #: Under which a JSON file has the digest of what else it says.
 _DIGEST = "digest"
@@ -52,7 +52,7 @@ _NAMES_LESIONS = ("store", "annotations", "path_prefix", "select")
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Write a file under another name, flush it to the disk, then rename it; its folder is made if there is none.
+    """Write a file under another name, flush it to the disk, then rename it; creating its folder if needed.
 
     If the block ends with an error, or the disk is full, what was there before stays and nothing else is left. A
     process that is killed meanwhile leaves `.NAME.*.tmp`, which `remove_leftovers` takes away.
@@ -99,14 +99,14 @@ def open_regular(path: Path) -> int:
     """A descriptor to read a file with.
 
     Raises:
-        OSError: there is no such file, or it is a pipe, which would wait for ever, a device or a folder.
+        OSError: there is no such file, or it is a pipe, which could block forever, a device or a folder.
     """
     flags = (getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))  # not every system has them all
     descriptor = os.open(path, os.O_RDONLY | sum(flags))
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
     os.close(descriptor)
-    raise OSError(f"{path.name} is no regular file")
+    raise OSError(f"{path.name} is not a regular file")
 
 
 def read_regular(path: Path) -> bytes:
@@ -130,7 +130,7 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no such file, or not as it was written.
+        ValueError: not such a file, or changed since it was written.
     """
     values = parse_json(read_regular(path))
     if not isinstance(values, dict):
@@ -145,7 +145,7 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed left half written; only for who knows that nobody else writes there.
+    """Remove temporary files that killed processes left; only while no other process writes to the folder.
 
     Raises:
         OSError: a file cannot be removed.
@@ -197,11 +197,11 @@ class Lock:
     A process takes a lock once: closing any descriptor of the file ends the kernel's lock. That one ends with the
     process, however it ends, and its children do not inherit it, as they would that of `flock` and so of filelock. Over
     a network, and on Windows, there may be none. Then a file `.claim...` names the process and is touched every ten
-    seconds; who finds one watches whether it is.
+    seconds; another process that finds one watches whether it is.
 
     Args:
-        file: `.lock...`, made if there is none; its folder exists.
-        patience_s: so long a lock that another process has is waited for.
+        file: `.lock...`, created if needed; its folder must exist.
+        patience_s: how long to wait for another process's lock, seconds.
 
     Raises:
         OSError: the file cannot be written.
@@ -285,13 +285,13 @@ class Lock:
 
 
 def _await_silence(claim_file: Path, until: float) -> None:
-    """Wait until a claim is released, or take it away if nobody renews it; clocks of machines are not compared.
+    """Wait until a claim is released, or remove it if it is no longer renewed; clocks of machines are not compared.
 
     Raises:
-        Held: it is renewed, and there is no patience left.
+        Held: it is still renewed when the time is up.
     """
     before = _read_claim(claim_file)
-    logger.info("%s was there before: waiting up to %g s whether that run is still at work", before[0], _SILENCE_S)
+    logger.info("%s holds a claim: waiting up to %g s to see whether that run is still alive", before[0], _SILENCE_S)
     silent_at = time.monotonic() + _SILENCE_S
     while time.monotonic() < silent_at:
         time.sleep(min(1.0, _BEAT_S / 4))
@@ -322,7 +322,7 @@ def read_yaml(file: Path) -> Any:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it cannot be read, is no YAML, is too large or too deep, or has aliases.
+        ValueError: it cannot be read, is not YAML, is too large or too deep, or has aliases.
     """
     return _read_plain(file, _parse_yaml)
 
@@ -332,7 +332,7 @@ def read_json(file: Path) -> Any:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it cannot be read, is no JSON, too large or too deep.
+        ValueError: it cannot be read, is not JSON, is too large or too deep.
     """
     return _read_plain(file, parse_json)
 
@@ -341,7 +341,7 @@ def parse_json(text: str | bytes) -> Any:
     """Plain values of a JSON text that may come from elsewhere.
 
     Raises:
-        ValueError: it is no JSON, too large or too deep.
+        ValueError: it is not JSON, is too large or too deep.
     """
     if len(text) > _MAX_JSON_BYTES:
         raise ValueError(f"it has more than {_MAX_JSON_BYTES / 1e6:g} MB")
@@ -387,7 +387,7 @@ def _parse_yaml(text: bytes) -> Any:
 def redacted(values: Any, *, secret: bool = False) -> Any:
     """Plain values, with what looks like a secret hidden: by its key, after `key=` in a text, or the login of a URL.
 
-    All texts that are nested below a `secret` key are hidden too; a count or a switch is no secret.
+    All texts that are nested below a `secret` key are hidden too; numbers and booleans are not secrets.
     """
     if isinstance(values, Mapping):
         return {
@@ -409,8 +409,8 @@ def redacted(values: Any, *, secret: bool = False) -> Any:
 def identifier(name: object, identifiers: Identifiers) -> str:
     """A name of a scan or patient as it is, or for `hash` the first 8 hexadecimal digits of its SHA-256.
 
-    One name has the same digits on every page, so that pages can be compared. This is no anonymisation against someone
-    who has the names, or can guess them: they need only be hashed in turn.
+    One name has the same digits on every page, so that pages can be compared. This does not anonymise against someone
+    who has the names or can guess them, and hashes them in turn.
     """
     return str(name) if identifiers == "show" else hashlib.sha256(str(name).encode()).hexdigest()[:8]
 
@@ -432,7 +432,7 @@ def _without_places(values: Any) -> Any:
 
 
 def no_world_write() -> None:
-    """From here on this process, and those it starts, make no file that everybody may write, whatever the umask."""
+    """From here on no file of this process and its children is world-writable, whatever the umask."""
     umask = os.umask(0o077)
     os.umask(umask | 0o002)
 
@@ -538,7 +538,7 @@ def exit_without_teardown() -> Iterator[None]:
 
     def end() -> None:
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # a pipe that nobody reads any more, or closed
+            with contextlib.suppress(OSError, ValueError):  # closed, or a pipe without a reader
                 stream.flush()
         os._exit(code if isinstance(code, int) else int(code is not None))
 

@@ -50,7 +50,7 @@ RENAMED_TARGETS = {
 
 
 class UserError(Exception):
-    """What a user can mend: the message says which file, row, value or option, what is allowed, and what to do.
+    """What a user can fix: the message says which file, row, value or option, what is allowed, and what to do.
 
     Commands print it without a traceback and end with exit code 1; every error of this package's own is one.
     """

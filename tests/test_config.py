@@ -109,9 +109,9 @@ REFUSED = [
     (["-m", "loss=infonce,ntxent_mined", "loss.margin=0.1"], ["loss.margin"]),
     (["loss.temperature=0.1,x", "-m"], ["loss.temperature=x", "a number"]),
     # Options.
-    (["--experiment", "ct_infonce"], ["--experiment: there is no such option", "+experiment=ct_infonce"]),
-    (["--loss.temperature=0.2"], ["no such option", "such as loss.temperature=0.2"]),
-    (["--experimental-rerun", "job.pickle"], ["--experimental-rerun: there is no such option"]),
+    (["--experiment", "ct_infonce"], ["--experiment: unknown option", "+experiment=ct_infonce"]),
+    (["--loss.temperature=0.2"], ["unknown option", "such as loss.temperature=0.2"]),
+    (["--experimental-rerun", "job.pickle"], ["--experimental-rerun: unknown option"]),
     # Folders.
     (["--config-dir", "no_such_folder"], ["--config-dir no_such_folder: there is no such folder"]),
 ]

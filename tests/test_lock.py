@@ -88,7 +88,7 @@ def test_a_claim_of_the_dead_is_taken_over(tmp_path: Path, caplog: pytest.LogCap
     (tmp_path / ".claim").write_text(OTHER)
     with caplog.at_level(logging.INFO):
         lock = Lock(tmp_path / ".lock")
-    assert "waiting up to 1 s whether that run is still at work" in caplog.text and "has no locks" in caplog.text
+    assert "waiting up to 1 s to see whether that run is still alive" in caplog.text and "has no locks" in caplog.text
     assert f"process {os.getpid()} on" in (tmp_path / ".claim").read_text()
     lock.release()
     assert not (tmp_path / ".claim").exists()

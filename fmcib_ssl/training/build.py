@@ -263,7 +263,7 @@ def _flops_per_lesion(module: Pretraining, settings: Settings) -> int | None:
             num_views=module.trained_views(settings.data.negatives_per_lesion),
             num_watched=module.watched_views,
         )
-    except Exception as error:  # an encoder of the user's may do what only numbers can; then there is no such figure
+    except Exception as error:  # a user's encoder may need real numbers; then this figure is missing
         logger.info("operations of a step cannot be counted, so metrics have no perf/tflops: %s", error)
         return None
 

@@ -90,13 +90,13 @@ def requeue(signum: signal.Signals, run: Path, *, ask: bool = True) -> int:
     """Requeue this process's Slurm job after SIGUSR1, or when it is preempted; gives the exit code of the process.
 
     SIGUSR1 is what a job asks for with `--signal=USR1@SECONDS`. A plain SIGTERM also comes from `scancel` and then
-    means the end; Slurm is asked which it was. A job whose time is too short to get anywhere is not requeued for ever.
+    means the end; Slurm is asked which it was. A job whose time is too short to make progress is not requeued forever.
     If Slurm does not take the job, a message says what to do.
 
     Args:
         signum: what was received.
         run: the run folder.
-        ask: whether to ask Slurm; else somebody else does, who goes by the exit code.
+        ask: whether to run `scontrol requeue`; if not, a batch script may, going by the exit code.
     """
     job = slurm_job(os.environ)
     if job is None or signum.name in ("SIGINT", "SIGHUP"):
@@ -124,7 +124,7 @@ def requeue(signum: signal.Signals, run: Path, *, ask: bool = True) -> int:
 
 
 def _scontrol(*arguments: str) -> tuple[int, str]:
-    """Exit code of Slurm's command, and what it prints, or why there is none."""
+    """Exit code and output of Slurm's command, or why it could not run."""
     try:
         done = subprocess.run(
             ["scontrol", *arguments], capture_output=True, text=True, check=False, timeout=_PATIENCE_S

@@ -44,7 +44,7 @@ def _run_key(folder: str, *keyed: str, _root_: DictConfig) -> str:
     """`run_key` of the configuration that asks for it: `${run_key:FOLDER}`."""
     values = cast(dict[str, Any], OmegaConf.to_container(_root_, resolve=False))
     values.pop("hydra", None)
-    values["paths"]["run"] = folder  # it is what is asked for
+    values["paths"]["run"] = folder  # the value that is being resolved
     return run_key(read_settings(OmegaConf.create(values)), Path(folder), keyed)
 
 
@@ -141,11 +141,11 @@ def _hydra_options() -> argparse.ArgumentParser:
 
 
 def _refuse_option(argument: str, overrides: Sequence[str]) -> NoReturn:
-    """Refuse what begins with a dash and is no option of Hydra's, with the form that it should have."""
+    """Refuse an option that Hydra does not have, with the `key=value` that was probably meant."""
     key, _, value = argument.lstrip("-").partition("=")
     value = value or next((o for o in overrides if "=" not in o), "...")
     raise ConfigError(
-        f"{argument}: there is no such option. What is trained is chosen without dashes, such as "
+        f"{argument}: unknown option. Settings are written without dashes, such as "
         f"{'+' * (key == 'experiment')}{key}={value}; --help lists the groups and keys, --hydra-help the options"
     )
 

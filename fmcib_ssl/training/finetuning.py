@@ -1,4 +1,4 @@
-"""Fine-tuning: what is learned, and on whom (lesions with labels, parted by patient), and the training of one part."""
+"""Fine-tuning: labelled lesions split by patient, one training for each split, and metrics on the test patients."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Task:
-    """What is learned, on whom.
+    """Labelled lesions, their splits, and the settings of the run.
 
     Attributes:
         patches: of all lesions of the store.
@@ -81,7 +81,7 @@ class _Task:
 
 
 def fine_tune(settings: Settings, options: FineTune, folder: RunFolder) -> float:
-    """Train a part for each fold of patients, or for one split, and score what all of them predict; the first metric.
+    """Train on each fold of patients, or on one split, and score all test predictions; gives the first metric.
 
     Raises:
         UserError: settings that contradict the data or the weights; a folder that holds another run.
@@ -181,7 +181,7 @@ def _with_validation(split: Split, labels: Labels, patients: Array, share: float
 
 
 def _task_checksum(task: _Task) -> str:
-    """Of who is trained on and tested on, with which labels, and of the weights that the training begins with."""
+    """Digest of lesions, labels, splits and initial weights."""
     splits = [(split.name, split.train, split.val, split.test) for split in task.splits]
     weights = None if task.options.weights is None else checksum_of([task.options.weights])
     return digest_of(task.ids, task.labels.values, splits, weights)

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 #: Builds the module and the data of a run.
 _Build = Callable[[Settings], tuple[L.LightningModule, LesionDataModule]]
-#: Of what is free, left for fragments and workspaces.
+#: Share of the free memory that is left for fragments and workspaces.
 _SPARE = 0.1
 #: The first step makes the optimizer's state; a scaler of the loss may leave that one out.
 _NUM_STEPS = 3
@@ -128,8 +128,7 @@ def _fits(step: Callable[[int], None], size: int) -> bool:
 def _gpu_of_this_process() -> torch.device:
     if not torch.cuda.is_available():
         raise ConfigError(
-            "hardware.auto_batch looks for what a GPU's memory holds, and there is none: set hardware.auto_batch=false "
-            "and data.batch_size"
+            "hardware.auto_batch needs a GPU, and there is none: set hardware.auto_batch=false and data.batch_size"
         )
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))))
 
@@ -172,7 +171,7 @@ def _take_steps(settings: Settings, parts: _Build, batch_size: int, device: torc
 
 @contextmanager
 def _room_left(device: torch.device, reserve: int) -> Iterator[None]:
-    """Let torch take what is free on a GPU, less a tenth and `reserve` bytes."""
+    """Limit torch to the free memory of a GPU, less a tenth and `reserve` bytes."""
     if device.type != "cuda":
         yield
         return

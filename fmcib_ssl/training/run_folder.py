@@ -28,7 +28,7 @@ from fmcib_ssl.types import UserError, first_target
 
 STATE_FILE, _CONFIG_FILE, _ENVIRONMENT_FILE = "run.json", "config.yaml", "environment.json"
 _LOCK_FILE = ".lock"
-#: A run that is killed may take a moment to let go.
+#: A killed run may take a moment to release its lock.
 _LOCK_PATIENCE_S = 10.0
 CHECKPOINT_NAME = re.compile(r"step-(\d+)(-epoch-(\d+))?\.ckpt")
 #: What to do for another run with the same settings, in a message.
@@ -61,7 +61,7 @@ class RunFolder:
     """The state of a run, kept in its folder.
 
     Args:
-        path: the folder; it is made if there is none.
+        path: the folder; created if needed.
         main_process: whether this one writes; the others only read what an earlier start has left.
 
     Raises:
@@ -106,7 +106,7 @@ class RunFolder:
         return cast(dict[str, Any] | None, self.state["finished"])
 
     def begin(self, settings: Mapping[str, Any], environment: Mapping[str, Any], **start: Any) -> None:
-        """Note a start that nothing refuses any more, with its settings and whatever is worth knowing about it."""
+        """Record a start that has passed all checks, with its settings and environment."""
         commit = (environment.get("git") or {}).get("commit")
         about = {"commit": commit, "job": os.environ.get("SLURM_JOB_ID"), **start}
         self.state["starts"].append({"time": _now(), "host": socket.gethostname(), **about})
@@ -272,7 +272,7 @@ def settings_digest(settings: Mapping[str, Any], keyed: Collection[str] = ()) ->
 
     Args:
         settings: plain values; relative paths start from the current folder.
-        keyed: settings that count besides, such as lengths that a sweep compares.
+        keyed: further settings that count, such as lengths of training that a sweep compares.
     """
     fixed = {
         key: _plain(value)
@@ -297,7 +297,7 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], folder: Pa
         folder: named in the message.
 
     Returns:
-        What differs and may, in words.
+        Differences that are allowed, one line each.
 
     Raises:
         RunFolderError: naming what differs and may not.
@@ -325,7 +325,7 @@ def _is_free(key: str) -> bool:
 
 
 def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key, without `run`, which says which folder and not what is in it."""
+    """Values by dotted key, without `run`, which selects a folder and does not describe the run in it."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = RENAMED_KEYS.get(f"{prefix}{key}", f"{prefix}{key}")
@@ -360,7 +360,7 @@ def run_key(
     Args:
         settings: of the run; its own folder may be anything.
         folder: that holds the run folders.
-        keyed: settings that count besides those that may not change.
+        keyed: further settings that the digest depends on.
         environ: of this process.
 
     Raises:
@@ -388,7 +388,7 @@ def _last_start(run: Path, *, job: str | None) -> tuple[bool, float]:
 
 
 def started_by_slurm(environ: Mapping[str, str]) -> bool:
-    """Whether this process is in a Slurm job, and no shell at work, in which Lightning starts the processes itself."""
+    """Whether this is a batch job of Slurm; in an interactive one Lightning starts the processes itself."""
     return "SLURM_JOB_ID" in environ and environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
 
 

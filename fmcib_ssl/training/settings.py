@@ -38,7 +38,7 @@ _REMOVED_KEYS = {
     "data.cache_scans": "patches are read from the table's store",
     "method.gather": "loss.gather_distributed=true (default) gathers negatives of all devices",
 }
-#: Both, with what is said to who still uses them.
+#: Both, with the message for a command that still uses them.
 FORMER_KEYS = {
     **{old: f"is now called {new}" for old, new in RENAMED_KEYS.items()},
     **{key: f"is gone: {reason}. Leave it out" for key, reason in _REMOVED_KEYS.items()},
@@ -189,7 +189,7 @@ class Settings(_Section):
         if self.hardware.auto_batch and not self.method.get("chunk_size") and self.data.batch_size != "auto":
             raise ValueError(
                 f"hardware.auto_batch=true looks for the batch, and data.batch_size={self.data.batch_size} names one: "
-                "set data.batch_size=auto and data.max_batch_size to the most that you want, or, to keep the batch "
+                "set data.batch_size=auto and data.max_batch_size to your upper limit, or, to keep the batch "
                 "and look for the largest chunk of it, method.chunk_size=1"
             )
         if self.hardware.auto_batch and self.finetune is not None:
@@ -238,7 +238,7 @@ def settings_of(values: dict[str, Any]) -> Settings:
         raise ConfigError("the configuration has values that are not allowed:\n" + _describe(error)) from error
 
 
-#: What pydantic says in words of Python.
+#: Messages in place of pydantic's.
 _PLAIN_WORDS = {
     "extra_forbidden": "there is no such key",
     "missing": "has no value",

@@ -26,12 +26,12 @@ _listener = 0  # the process that listens; what it forks does not
 
 
 class Stopped(BaseException):
-    """A signal has ended the run. Not an `Exception`: nobody who handles errors is meant.
+    """A signal has ended the run. Not an `Exception`, so that handlers of errors do not catch it.
 
     Attributes:
         signum: what was received.
         exit_code: of the process.
-        acted_on: whether the training has done what the signal asks for; before it begins, nobody has.
+        acted_on: whether the run has been saved and requeued; False before training begins.
     """
 
     def __init__(self, signum: signal.Signals, exit_code: int | None = None, *, acted_on: bool = False) -> None:
@@ -47,8 +47,8 @@ def listen(*, starting: bool = False) -> None:
     One that is ignored (`nohup`, a job in the background) stays so.
 
     Args:
-        starting: things are going to be imported, and an exception in the midst of that may be lost: remember what
-            comes until the next call. Ctrl-C ends the process all the same.
+        starting: imports follow, in which an exception may be lost: remember signals until the next call. Ctrl-C
+            ends the process all the same.
 
     Raises:
         Stopped: one was received before.
@@ -69,7 +69,7 @@ def take_back() -> None:
 
 
 def ignore() -> None:
-    """Let go of the signals: the process is about to end, and another one changes nothing."""
+    """Ignore signals: the process is about to end."""
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 

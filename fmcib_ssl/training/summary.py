@@ -55,7 +55,7 @@ def environment() -> dict[str, Any]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "cuda": torch.version.cuda,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        # In a container there is no checkout; its image says what it was made from.
+        # In a container there is no checkout; its image names its commit.
         "git": _git_state(Path(__file__).parent) or {"commit": os.environ.get("FMCIB_SSL_REVISION") or None},
     }
 

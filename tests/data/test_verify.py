@@ -113,7 +113,7 @@ def test_a_scan_of_another_shape(suffix: str, store: Path, tmp_path: Path) -> No
 def test_a_pipe_in_place_of_a_file_does_not_wait(file: str, store: Path) -> None:
     (store / file).unlink()
     os.mkfifo(store / file)
-    with pytest.raises(StoreError, match="no regular file"):
+    with pytest.raises(StoreError, match="not a regular file"):
         LesionPatches(store, (8, 8, 8))[0]
 
 
