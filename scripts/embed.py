@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -54,9 +53,8 @@ class Embed(Command):
     views: Literal["1", "8"] = Field("1", description="8: mean over the patch and its mirror images")
     batch_size: PositiveInt = Field(32, description="patches in one forward")
     device: str | None = Field(None, description="cpu, cuda, mps; null: a GPU if there is one")
-    devices: PositiveInt = Field(1, description="processes to start on this machine, a GPU each")
     num_workers: NonNegativeInt | None = Field(None, description="that read patches; null: 0 on the CPU, else up to 4")
-    shard: str | None = Field(None, pattern=r"^\d+/\d+$", description="part of the lesions, such as 1/8")
+    shard: str | None = Field(None, pattern=r"^[1-9]\d*/\d+$", description="part of the lesions, 1/8 to 8/8")
     restart: bool = Field(False, description="true: replace a table or parts that another request made")
     trusted_targets: list[str] = Field([], description="foreign encoders to build, commas between them")
 
@@ -66,6 +64,9 @@ class Embed(Command):
             raise ValueError("give store=DIR or annotations=FILE.csv, one of them")
         if self.checkpoint in ("random", "raw_voxels") and self.like is None:
             raise ValueError(f"checkpoint={self.checkpoint}: whose network and patches? give like=ENCODER.safetensors")
+        number, _, total = (self.shard or "1/1").partition("/")
+        if int(number) > int(total):
+            raise ValueError(f"shard={self.shard}: there are {total} parts")
         if self.checkpoint == "raw_voxels" and self.views != "1":
             raise ValueError("views=8: the mean of mirrored voxels says nothing")
         return self
@@ -75,8 +76,6 @@ def main(arguments: list[str]) -> None:
     """Embed, print a summary."""
     renamed = [OTHER_NAMES.get(key, key) + sign + value for key, sign, value in (a.partition("=") for a in arguments)]
     command = parse_command(Embed, renamed)
-    if command.devices > 1 and command.shard is None and "RANK" not in os.environ:
-        sys.exit(start_processes(command.devices, renamed))
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     from fmcib_ssl.evaluation import embed_to_file  # noqa: PLC0415  # the help is quick
 
@@ -93,21 +92,6 @@ def main(arguments: list[str]) -> None:
         print("stopped; the same command resumes from here", file=sys.stderr)
         sys.exit(130)
     report(outcome)
-
-
-def start_processes(number: int, arguments: list[str]) -> int:
-    """Run this command in several processes; none waits for another, so what one has done stays if another fails."""
-    threads = str(max(1, num_cores() // number))
-    children = []
-    for rank in range(number):
-        place = {"RANK": str(rank), "WORLD_SIZE": str(number), "LOCAL_RANK": str(rank)}
-        environment = {"OMP_NUM_THREADS": threads, **os.environ, **place}
-        children.append(subprocess.Popen([sys.executable, __file__, *arguments], env=environment))
-    while True:
-        try:
-            return max(abs(child.wait()) for child in children)
-        except KeyboardInterrupt:  # the terminal has told the children too
-            continue
 
 
 def process(command: Embed) -> tuple[tuple[int, int], int]:

@@ -10,7 +10,7 @@ import logging
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from fmcib_ssl.evaluation import Evaluation, FeatureTable
 
 TASKS = Path(__file__).resolve().parent / "tasks"
+Probe = Literal["logistic", "knn", "ridge", "cox"]
+Share = Annotated[float, Field(gt=0, le=1)]
 #: Other spellings that are taken.
 ALIASES = {"out": "output", "groups": "group", "seeds": "repeats"}
 
@@ -48,10 +50,9 @@ class Evaluate(Command):
     split: str | None = Field(None, description="column with train, test and perhaps val, instead of folds")
     repeats: PositiveInt = Field(1, description="times that the folds are drawn anew")
     group: str | None = Field("PatientID", description="column of the patient; null: each lesion is its own")
-    probe: list[str] | None = Field(None, description="logistic, knn, ridge, cox; null: the linear one of the label")
-    fractions: list[float] = Field([1.0], description="shares of the training patients, such as 1,0.5,0.2,0.1")
+    probe: list[Probe] | None = Field(None, description="logistic, knn, ridge, cox; null: the linear one of the label")
+    fractions: list[Share] = Field([1.0], description="shares of the training patients, such as 1,0.5,0.2,0.1")
     size: list[str] | None = Field(["diameter_mm"], description="columns with the lesion's size, a baseline of its own")
-    extent: list[str] | None = Field(None, description="columns with the extent of crops; null: those named like one")
     baselines: bool = Field(True, description="false: no random weights, no raw voxels")
     allow_leakage: list[Literal["patients", "duplicates", "padding"]] = Field([], description="checks that may fire")
     num_bootstrap: PositiveInt = Field(2000, description="resamples of the patients for the intervals")
@@ -97,7 +98,7 @@ def run(command: Evaluate) -> None:
         make = partial(baseline_tables, seed=command.seed, device=command.device)
     candidates = gather(tables, lesions, command.size or [], make)
     allowed = {*command.allow_leakage, *(published.allow_leakage if published else ())}
-    findings = find_leakage(protocol, lesions, candidates, command.extent)
+    findings = find_leakage(protocol, lesions, candidates)
     for finding in findings:
         verdict = ("refused" if finding.refuses else "warning") if finding.found else "ok"
         verdict = "allowed" if finding.found and finding.check in allowed else verdict
@@ -122,7 +123,7 @@ def run(command: Evaluate) -> None:
     values: dict[str, Any] = {name: value for name, value in vars(result).items() if name != "predictions"}
     values |= {
         "leakage": [vars(finding) for finding in findings],
-        "published": [figure.model_dump() for figure in published.published] if published else [],
+        "published": published.published if published else [],
         "notes": notes,
         "label": {"name": labels.name, "kind": labels.kind, "classes": list(labels.classes)},
         "provenance": {
@@ -134,7 +135,7 @@ def run(command: Evaluate) -> None:
     write_json(command.output / "results.json", values)
     show(result)
     for figure in published.published if published else ():
-        print(f"published {figure.method}: {figure.metric} {figure.value:.3f}")
+        print(f"published {figure['method']}: {figure['metric']} {figure['value']:.3f}")
     print(f"\nresults   {command.output / 'results.json'}\nscores    {command.output / 'predictions.parquet'}")
 
 

@@ -40,7 +40,7 @@ from fmcib_ssl.evaluation.embedding_sources import (
     random_encoder,
     raw_voxels,
 )
-from fmcib_ssl.evaluation.feature_table import ID_COLUMN, FeatureTable, FeatureTableError
+from fmcib_ssl.evaluation.feature_table import ID_COLUMN, FeatureTable, FeatureTableError, some_of
 from fmcib_ssl.models import evaluation_mode
 from fmcib_ssl.types import Preprocessing
 
@@ -53,16 +53,16 @@ _DECISIVE = ("kind", "sha256", "encoder", "seed", "preprocessing", "views", "pre
 
 
 class _Reader(Dataset[tuple[int, "Tensor | str"]]):
-    """Patches by place; for one that cannot be read, the reason."""
+    """Patches by the lesion's number; for one that cannot be read, the reason."""
 
     def __init__(self, patches: SourcePatches) -> None:
         self.patches = patches
 
-    def __getitem__(self, place: int) -> tuple[int, Tensor | str]:
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
         try:
-            return place, self.patches[place]
+            return index, self.patches.read(index)
         except (StoreError, OSError, MemoryError) as error:  # anything else is an error of ours
-            return place, str(error) or type(error).__name__
+            return index, str(error) or type(error).__name__
 
 
 def _embed(
@@ -72,7 +72,7 @@ def _embed(
     inference: Inference,
     advance: Callable[[int], object] = int,
 ) -> Iterator[tuple[int, FeatureTable]]:
-    """Embed shards, places of lesions by number, one after the other, and yield each when it is whole.
+    """Embed shards, numbers of lesions, one after the other, and yield each when it is whole.
 
     Of each a table of ids and features; its provenance says under `failures` why other lesions of it have none. What a
     shard's features are does not depend on the other shards: batches do not cross its border. `advance` is told after
@@ -87,7 +87,7 @@ def _embed(
         num_workers=inference.num_workers,
         collate_fn=list,
         pin_memory=device.type == "cuda",
-        title=lambda place: ids[place],
+        title=lambda index: ids[index],
         generator=torch.Generator(),  # or it would draw from torch's own
     )
     module = encoder.module.to(device)
@@ -99,8 +99,8 @@ def _embed(
             failures: dict[str, str] = {}
             for _ in range(0, len(shard), size):
                 read = next(results)
-                failures |= {ids[place]: reason for place, reason in read if isinstance(reason, str)}
-                loaded = [(ids[place], patch) for place, patch in read if isinstance(patch, Tensor)]
+                failures |= {ids[index]: reason for index, reason in read if isinstance(reason, str)}
+                loaded = [(ids[index], patch) for index, patch in read if isinstance(patch, Tensor)]
                 if loaded:
                     batch = torch.stack([patch for _, patch in loaded]).to(device, non_blocking=True)
                     options: Any = {"precision": inference.precision, "views": inference.views}
@@ -162,25 +162,25 @@ def embed_source(
         lesion_ids: embed these and no others, in this order.
 
     Raises:
-        FeatureTableError: a source or a value that cannot be, no lesion left, or a lesion asked for that is absent.
+        FeatureTableError: as `open_patches`, no lesion embedded, or a lesion that the source does not have.
         fmcib_ssl.data.store.StoreError: as `open_patches`.
         fmcib_ssl.data.tables.AnnotationsError: as `open_patches`.
     """
     inference = inference or Inference()
     patches = open_patches(source, encoder.preprocessing)
     lesions = patches.lesions
-    places = np.arange(len(lesions))
+    rows = np.arange(len(lesions))
     if lesion_ids is not None:
-        places = pd.Index(lesions[ID_COLUMN]).get_indexer(pd.Index(lesion_ids))
-        if absent := [lesion for lesion, place in zip(lesion_ids, places, strict=True) if place < 0]:
-            raise FeatureTableError(f"the source {dict(source)} has not the lesions {', '.join(absent[:5])} (...)")
-    order = places[_reading_order(lesions.iloc[places])]
+        rows = pd.Index(lesions[ID_COLUMN]).get_indexer(pd.Index(lesion_ids))
+        if absent := [lesion for lesion, row in zip(lesion_ids, rows, strict=True) if row < 0]:
+            raise FeatureTableError(f"no lesions {some_of(absent)} in the source {dict(source)}")
+    order = rows[_reading_order(lesions.iloc[rows])]
     ((_, part),) = _embed(encoder, patches, {0: order.tolist()}, inference)
     failures = part.provenance["failures"]
     for lesion, reason in failures.items():
         logger.warning("lesion %s is left out: %s", lesion, reason)
     table = _joined([part], lesions, _provenance(encoder, source, patches, inference))
-    return table.aligned([lesion for lesion in lesions[ID_COLUMN].iloc[places] if lesion not in failures])
+    return table.aligned([lesion for lesion in lesions[ID_COLUMN].iloc[rows] if lesion not in failures])
 
 
 def baseline_tables(
@@ -204,7 +204,7 @@ def baseline_tables(
     provenance, ids = table.provenance, table.lesions[ID_COLUMN]
     if not provenance.get("source") or not provenance.get("preprocessing"):
         raise FeatureTableError(
-            f"{provenance.get('name')!r} does not say where its lesions are, so no baseline can be made of them: "
+            f"{table.name!r} does not say where its lesions are, so no baseline can be made of them: "
             "embed them with scripts/embed.py"
         )
     preprocessing = Preprocessing.from_dict(provenance["preprocessing"])
@@ -290,8 +290,8 @@ def embed_to_file(
     if output.exists() and not restart:
         _check_finished(output, provenance)
         return Outcome(output, len(lesions))
-    places = _reading_order(lesions)
-    shards = dict(enumerate(np.split(places, range(shard_size, len(places), shard_size))))
+    order = _reading_order(lesions)
+    shards = dict(enumerate(np.split(order, range(shard_size, len(order), shard_size))))
     ids = {number: lesions[ID_COLUMN].iloc[shard].tolist() for number, shard in shards.items()}
     begun = next(filter(None, map(_read_part, sorted(folder.glob("*.parquet")))), None)
     if begun is not None and not restart:
@@ -371,14 +371,14 @@ def _check_finished(output: Path, provenance: Mapping[str, Any]) -> None:
         existing = FeatureTable.read(output).provenance
     except FeatureTableError as error:
         raise FeatureTableError(
-            f"{output} exists, and is no table of features: choose another output=FILE.parquet, or restart=true"
+            f"{output} exists and is not a table of features: choose another output=FILE.parquet, or restart=true"
         ) from error
     _check_same_request(output, _decisive(existing), _decisive(provenance))
 
 
 def _check_same_request(where: Path, existing: Mapping[str, Any], request: Mapping[str, Any]) -> None:
     differences = [
-        f"  {key}: {json.dumps(existing.get(key))} there, {json.dumps(value)} asked for"
+        f"  {key}: {json.dumps(existing.get(key))}, now {json.dumps(value)}"
         for key, value in request.items()
         if existing.get(key) != value
     ]

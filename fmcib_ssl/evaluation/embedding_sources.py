@@ -26,7 +26,16 @@ import torch
 from jaxtyping import Float, Int16
 from torch import Tensor, nn
 
-from fmcib_ssl.data import REJECTED_COLUMNS, selected, text_of
+from fmcib_ssl.data import (
+    LESIONS_INDEX,
+    REJECTED_COLUMNS,
+    SCANS_INDEX,
+    LesionPatches,
+    Store,
+    StoreSettings,
+    selected,
+    text_of,
+)
 from fmcib_ssl.evaluation.feature_table import FEATURES_COLUMN, ID_COLUMN, FeatureTableError
 from fmcib_ssl.io import checksum_of, digest_of
 from fmcib_ssl.models import find_builder, load_encoder
@@ -44,11 +53,11 @@ _STORES = Path("data") / "stores"
 
 @dataclass(frozen=True)
 class SourcePatches:
-    """The patch round each lesion of a source, int16 HU `(1, z, y, x)`: `patches[i]` is of `lesions.iloc[i]`.
+    """The patch round each lesion of a source, int16 HU `(1, z, y, x)`: `read(i)` is of `lesions.iloc[i]`.
 
     Attributes:
         lesions: one row a lesion, with `lesion_id` and `scan_id`.
-        read: gives a patch by its place.
+        read: gives a patch by its lesion's number.
         rejected: rows of the table that cannot be used: `REJECTED_COLUMNS`.
         fingerprint: of the table, or of a store's index of lesions and scans, and of how it is read.
         preprocessing: how the patches are cut.
@@ -63,11 +72,6 @@ class SourcePatches:
     def __len__(self) -> int:
         return len(self.lesions)
 
-    def __getitem__(self, index: int) -> Int16[Tensor, "1 z y x"]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"lesion {index} of {len(self)}")
-        return self.read(index)
-
 
 def open_patches(source: Mapping[str, Any], preprocessing: Preprocessing | None = None) -> SourcePatches:
     """Open the lesions of a source.
@@ -78,22 +82,14 @@ def open_patches(source: Mapping[str, Any], preprocessing: Preprocessing | None 
             50 voxels of 1 mm, or of the store's spacing.
 
     Raises:
-        FeatureTableError: a source that is none, a selection that leaves nothing, or a store whose voxels are not
-            those of `preprocessing`.
+        FeatureTableError: a source of another kind, no lesion selected, or a store whose voxels are not those of
+            `preprocessing`.
         fmcib_ssl.data.tables.SelectionError: a selection by a column that is missing.
-        fmcib_ssl.data.store.StoreError: no store that can be read or made.
+        fmcib_ssl.data.store.StoreError: the store cannot be read or prepared.
         fmcib_ssl.data.tables.AnnotationsError: no table that can be read, or no row that can be used.
     """
     if preprocessing is None and source.get("preprocessing"):
         preprocessing = Preprocessing.from_dict(source["preprocessing"])
-    from fmcib_ssl.data import (  # noqa: PLC0415  (a table of features is read without Blosc2)
-        LESIONS_INDEX,
-        SCANS_INDEX,
-        LesionPatches,
-        Store,
-        StoreSettings,
-    )
-
     rejected, how = pd.DataFrame(columns=[*REJECTED_COLUMNS]), {}
     if source.get("kind") == "store":
         store = Store(source["path"])
@@ -111,7 +107,7 @@ def open_patches(source: Mapping[str, Any], preprocessing: Preprocessing | None 
         # The fingerprint is of what was asked for, not of what can be read of it: a scan may come back before a resume.
         store, rejected, contents = Store(summary.store), summary.rejected, [table]
     else:
-        raise FeatureTableError(f"a source is of kind 'store' or 'scans', not {source.get('kind')!r}")
+        raise FeatureTableError(f"a source's kind is 'store' or 'scans', not {source.get('kind')!r}")
     grid = store.settings
     cut = preprocessing or Preprocessing(spacing_mm=grid.spacing_mm, padding_hu=grid.padding_hu)
     if (cut.spacing_mm, cut.padding_hu) != (grid.spacing_mm, grid.padding_hu):

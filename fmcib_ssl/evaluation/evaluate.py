@@ -5,7 +5,7 @@ Beside the features stand their baselines: random weights, raw voxels, and the l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fmcib_ssl.evaluation.feature_table import ID_COLUMN, FeatureTable
 from fmcib_ssl.evaluation.labels import EvaluationError, Labels, shared_patients, without_shared
-from fmcib_ssl.evaluation.leakage import Finding, check_duplicates, check_extent, check_patch_borders, check_patients
+from fmcib_ssl.evaluation.leakage import Finding, check_duplicates, check_patch_borders, check_patients
 from fmcib_ssl.evaluation.metrics import ERRORS, METRICS, interval, risk_halves
 from fmcib_ssl.evaluation.probes import LINEAR_PROBE, PROBES, Inputs, Protocol, SplitScores, resampled, score
 from fmcib_ssl.types import Array, Preprocessing
@@ -62,9 +62,9 @@ def gather(
     kinds = {name: table.provenance.get("kind") for name, table in own.items()}
     encoders = [name for name in own if kinds[name] not in _BASELINES.values()] or list(own)
     others = {name: table for name, table in own.items() if name not in encoders}
-    wanted = [title for title, kind in _BASELINES.items() if kind not in kinds.values()]
+    titles = [title for title, kind in _BASELINES.items() if kind not in kinds.values()]
     for name in encoders:
-        if make_baselines is None or not wanted:
+        if make_baselines is None or not titles:
             break
         baselines: dict[str, FeatureTable] = {}
         reason = "the table does not say what builds its encoder"
@@ -72,10 +72,10 @@ def gather(
             baselines = {title: table.aligned(ids) for title, table in make_baselines(own[name]).items()}
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error)
-        candidates.missing += [{"features": f"{t} of {name}", "reason": reason} for t in wanted if t not in baselines]
+        candidates.missing += [{"features": f"{t} of {name}", "reason": reason} for t in titles if t not in baselines]
         for title, table in baselines.items():
             is_new = not any(np.array_equal(other.features, table.features) for other in others.values())
-            if title in wanted and is_new:
+            if title in titles and is_new:
                 others[title if title not in others else f"{title} ({name})"] = table
     for name, table in {**{name: own[name] for name in encoders}, **others}.items():
         if table.provenance.get("kind") != "raw_voxels":
@@ -106,7 +106,7 @@ def _add_size(candidates: Candidates, encoders: Sequence[str], lesions: pd.DataF
     if not size:
         alone, reason = "size", "no column was named: size=diameter_mm, or a volume"
     elif absent := [name for name in size if name not in lesions]:
-        reason = f"there is no column {', '.join(map(repr, absent))}; name the lesion's diameter or volume with size="
+        reason = f"no column {', '.join(map(repr, absent))}; name the lesion's diameter or volume with size="
     elif lacking := int((~np.isfinite(values)).any(axis=1).sum()):
         reason = f"{lacking} of {len(lesions)} lesions have no {', '.join(size)}"
     if reason:
@@ -122,29 +122,18 @@ def _add_size(candidates: Candidates, encoders: Sequence[str], lesions: pd.DataF
         candidates.compared += [(inputs.name, alone), (name, alone)]
 
 
-def find_leakage(
-    protocol: Protocol, lesions: pd.DataFrame, candidates: Candidates, extent: Sequence[str] | None = None
-) -> list[Finding]:
-    """Run every check that the tables allow.
-
-    Args:
-        protocol: of the evaluation.
-        lesions: one row a lesion, in the order of `protocol`.
-        candidates: the features; images are compared by their voxels where there are any, else by their features.
-        extent: columns with the extent of crops; None: those that are named like one.
-    """
+def find_leakage(protocol: Protocol, lesions: pd.DataFrame, candidates: Candidates) -> list[Finding]:
+    """Run every check: images are compared by their voxels where there are any, else by the first features."""
     # A patient that is shared has its own finding; its images are compared all the same.
     ids, first = lesions[ID_COLUMN].to_numpy(), candidates.inputs[0]
     findings = [check_patients(protocol.splits, protocol.patients)]
-    if candidates.voxels is not None:
-        voxels, preprocessing = candidates.voxels
-        findings.append(check_duplicates("patches", voxels, protocol.splits, ids))
-        findings += check_patch_borders(voxels, preprocessing, protocol)
-    else:
-        findings.append(check_duplicates(first.name, first.x, protocol.splits, ids))
+    if candidates.voxels is None:
         unseen = "not checked: there are no voxels, since the patches could not be opened again"
-        findings.append(Finding("padding", False, True, unseen))
-    return findings + check_extent(lesions, protocol, extent)
+        duplicates = check_duplicates(first.name, first.x, protocol.splits, ids)
+        return [*findings, duplicates, Finding("padding", False, True, unseen)]
+    voxels, preprocessing = candidates.voxels
+    findings.append(check_duplicates("patches", voxels, protocol.splits, ids))
+    return findings + check_patch_borders(voxels, preprocessing, protocol)
 
 
 def without_shared_patients(protocol: Protocol) -> Protocol | None:
@@ -202,10 +191,13 @@ def evaluate_features(
         progress: show a bar.
 
     Raises:
-        EvaluationError: a probe that cannot learn such labels, or a fraction that is none.
+        EvaluationError: a probe that cannot learn such labels.
     """
     labels = protocols[0].labels
-    _check_options(labels.kind, probes, fractions)
+    for name in probes:
+        if labels.kind not in PROBES[name].kinds:
+            fitting = ", ".join(other for other, probe in PROBES.items() if labels.kind in probe.kinds)
+            raise EvaluationError(f"probe={name} cannot learn {labels.kind} labels; {fitting} can")
     linear, metrics = LINEAR_PROBE[labels.kind], METRICS[labels.kind]
     jobs = [
         (protocol, inputs, name, fraction)
@@ -273,17 +265,6 @@ def _differences(
                 for metric, value in values.items()
             ]
     return differences
-
-
-def _check_options(kind: str, probes: Sequence[str], fractions: Collection[float]) -> None:
-    for name in probes:
-        if name not in PROBES:
-            raise EvaluationError(f"probe={name}: there is {', '.join(PROBES)}")
-        if kind not in PROBES[name].kinds:
-            fitting = ", ".join(other for other, probe in PROBES.items() if kind in probe.kinds)
-            raise EvaluationError(f"probe={name} cannot learn {kind} labels; {fitting} can")
-    if wrong := [value for value in fractions if not 0 < value <= 1]:
-        raise EvaluationError(f"fractions={wrong[0]:g}: a share of the training patients is above 0 and at most 1")
 
 
 def _interval(drawn: Array) -> dict[str, float | None]:

@@ -82,20 +82,22 @@ class FeatureTable:
     def __len__(self) -> int:
         return len(self.lesions)
 
+    @property
+    def name(self) -> str:
+        """For people."""
+        return str(self.provenance.get("name") or "features")
+
     def aligned(self, lesion_ids: Iterable[str]) -> FeatureTable:
         """The rows of these lesions, in this order; joined by `lesion_id`, never by position.
 
         Raises:
             FeatureTableError: a lesion that this table has not, or one that is asked for twice.
         """
-        wanted = pd.Index(lesion_ids)
-        if wanted.has_duplicates:
-            raise FeatureTableError(f"lesions asked for twice: {some_of(wanted[wanted.duplicated()].unique())}")
-        rows = pd.Index(self.lesions[ID_COLUMN]).get_indexer(wanted)
-        if len(absent := wanted[rows < 0]):
-            name = self.provenance.get("name", "this table")
+        ids = pd.Index(lesion_ids)
+        rows = pd.Index(self.lesions[ID_COLUMN]).get_indexer(ids)
+        if len(absent := ids[rows < 0]):
             raise FeatureTableError(
-                f"{name!r} has no features of {len(absent)} of {len(wanted)} lesions: {some_of(absent)}"
+                f"{self.name!r} has no features of {len(absent)} of {len(ids)} lesions: {some_of(absent)}"
             )
         return FeatureTable(self.lesions.iloc[rows].reset_index(drop=True), self.features[rows], self.provenance)
 
@@ -140,7 +142,7 @@ class FeatureTable:
         """
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: there is no such file; scripts/embed.py makes one")
+            raise FileNotFoundError(f"{path}: no such file; scripts/embed.py makes one")
         try:
             if (num_rows := pq.read_metadata(path).num_rows) > _MAX_ROWS:  # a file of kilobytes may claim any number
                 raise ValueError(f"it claims {num_rows} rows")

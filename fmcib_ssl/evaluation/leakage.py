@@ -1,18 +1,16 @@
 """Data leakage, which would make results optimistic: named checks, which run before anything is scored.
 
 `patients`: a patient on two sides. `duplicates`: the same image on two sides. `padding`: how far a patch is padded
-predicts the label by itself. Those refuse. `repeated_layers` and `extent` only warn: where an edge was repeated to fill
-a patch, and columns that say how large a crop was; what they predict by themselves stands in the results.
+predicts the label by itself. Those refuse. `repeated_layers` only warns: where an edge was repeated to fill a patch.
+What the layers predict by themselves stands in the results.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import pandas as pd
 
 from fmcib_ssl.evaluation.labels import Split, shared_patients
 from fmcib_ssl.evaluation.metrics import METRICS
@@ -25,9 +23,6 @@ _SAME_IMAGE = 0.02
 _MIN_DIM = 16
 #: An interval wholly above this is taken for a leak: chance is 0.5 for an AUC, 0 for a rank correlation.
 _MARGIN = {"AUC": 0.6, "C-index": 0.6, "Spearman": 0.2}
-#: Columns that say how large a crop was.
-_EXTENT_COLUMN = re.compile(r"n[xyz]|num_slices|(crop_|patch_)?(size|extent|shape)(_mm)?_[xyz](_mm)?", re.IGNORECASE)
-
 _NUM_RESAMPLES = 1000
 
 
@@ -70,7 +65,7 @@ def check_duplicates(name: str, x: Array, splits: Sequence[Split], lesion_ids: A
     """Whether two lesions with the same features stand on two sides."""
     if x.shape[1] < _MIN_DIM:
         return Finding("duplicates", False, True, f"{name}: {x.shape[1]} columns are too few to tell images apart")
-    pairs = same_images(x)
+    pairs = _same_images(x)
     across = np.zeros(len(pairs), dtype=bool)
     for split in splits:
         side = np.zeros(len(x), dtype=np.int64)
@@ -87,7 +82,7 @@ def check_duplicates(name: str, x: Array, splits: Sequence[Split], lesion_ids: A
     return Finding("duplicates", True, True, text)
 
 
-def same_images(x: Array, tolerance: float = _SAME_IMAGE, chunk: int = 1024, max_pairs: int = 100_000) -> Array:
+def _same_images(x: Array, tolerance: float = _SAME_IMAGE, chunk: int = 1024, max_pairs: int = 100_000) -> Array:
     """Pairs of rows nearer than `tolerance` in standardised root mean squared distance, `(pairs, 2)`."""
     spread = x.std(axis=0)
     z = ((x - x.mean(axis=0)) / np.where(spread > 0, spread, 1)).astype(np.float32)[:, spread > 0]
@@ -105,7 +100,7 @@ def same_images(x: Array, tolerance: float = _SAME_IMAGE, chunk: int = 1024, max
     return np.concatenate(pairs)[:max_pairs]
 
 
-def border_layers(voxels: Array, padding: float) -> tuple[Array, Array]:
+def _border_layers(voxels: Array, padding: float) -> tuple[Array, Array]:
     """How many layers at each of the six faces are nothing but padding, and how many repeat the one further in.
 
     Args:
@@ -136,23 +131,12 @@ def check_patch_borders(voxels: Array, preprocessing: Preprocessing, protocol: P
         protocol: of the evaluation.
     """
     padding = (preprocessing.padding_hu + preprocessing.hu_offset) / preprocessing.hu_scale
-    padded, repeated = border_layers(voxels.reshape(len(voxels), *preprocessing.patch_size_zyx), padding)
+    padded, repeated = _border_layers(voxels.reshape(len(voxels), *preprocessing.patch_size_zyx), padding)
     finding = _measured("padding", "layers of padding at the patch's faces", padded, protocol, refuses=True)
     if finding.found:
         cure = "Patches that repeat the scan's nearest voxel have none: train with data.padding=edge, and embed again"
         finding = replace(finding, message=f"{finding.message}. {cure}")
     return [finding, _measured("repeated_layers", "layers repeated to fill the patch", repeated, protocol)]
-
-
-def check_extent(lesions: pd.DataFrame, protocol: Protocol, columns: Sequence[str] | None = None) -> list[Finding]:
-    """Whether columns with the extent of a crop predict the label; by default those that are named like one."""
-    if columns is None:
-        columns = [str(name) for name in lesions if _EXTENT_COLUMN.fullmatch(str(name))]
-    numbers = lesions[list(columns)].apply(pd.to_numeric, errors="coerce").dropna(axis=1)
-    if not numbers.shape[1]:
-        return []
-    text = f"the columns {', '.join(map(str, numbers))} (not given to any probe)"
-    return [_measured("extent", text, numbers.to_numpy(np.float64), protocol)]
 
 
 def _measured(check: str, what: str, x: Array, protocol: Protocol, *, refuses: bool = False) -> Finding:

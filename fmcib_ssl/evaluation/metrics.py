@@ -232,10 +232,10 @@ def risk_halves(labels: Array, is_high: Array) -> dict[str, Any]:
     """
     halves, samples = [], []
     for name, rows in (("low risk", labels[~is_high]), ("high risk", labels[is_high])):
-        seen = rows[:, 1].astype(bool)
-        curve = {"name": name, "num": len(rows), "num_events": int(seen.sum()), "times": [0.0], "survival": [1.0]}
+        event = rows[:, 1].astype(bool)
+        curve = {"name": name, "num": len(rows), "num_events": int(event.sum()), "times": [0.0], "survival": [1.0]}
         if len(rows):
-            samples.append(CensoredData(uncensored=rows[seen, 0], right=rows[~seen, 0]))
+            samples.append(CensoredData(uncensored=rows[event, 0], right=rows[~event, 0]))
             function = ecdf(samples[-1]).sf
             curve["times"] += function.quantiles.tolist()
             curve["survival"] += function.probabilities.tolist()

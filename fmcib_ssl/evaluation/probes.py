@@ -81,7 +81,7 @@ class Protocol:
     seed: int = 0
     num_inner_folds: int = 5
 
-    @lru_cache(256)  # noqa: B019  # they are drawn once for all features; what is kept is small
+    @lru_cache(256)  # noqa: B019  # drawn once for all features; the rows are few
     def training(self, split: Split, fraction: float) -> tuple[Array, list[tuple[Array, Array]]]:
         """Rows to train on, a share of the split's, and pairs of rows to fit and to check by which a setting is chosen.
 
@@ -119,7 +119,6 @@ class Probe:
     """A family of models with one setting.
 
     Attributes:
-        name: as it is asked for.
         kinds: labels that it can learn.
         settings: among which the training rows choose, from the strongest regularisation to the weakest.
         path: from training rows, their labels, test rows, the number of classes and the settings to the test rows'
@@ -128,7 +127,6 @@ class Probe:
             penalties of a single column, that with the best log loss is chosen.
     """
 
-    name: str
     kinds: tuple[Kind, ...]
     settings: tuple[float, ...]
     path: Callable[[Array, Array, Array, int, Sequence[float]], Iterable[Array]]
@@ -240,13 +238,10 @@ def _grid(first: float, last: float, num: int) -> tuple[float, ...]:
 _CLASSES: tuple[Kind, ...] = ("binary", "multiclass")
 _VALUES: tuple[Kind, ...] = ("ordinal", "continuous")
 PROBES = {
-    probe.name: probe
-    for probe in (
-        Probe("logistic", _CLASSES, _grid(-5, 2, 15), _logistic, probabilities=True),  # inverse strengths
-        Probe("knn", _CLASSES + _VALUES, (80.0, 40.0, 20.0, 10.0, 5.0, 3.0, 1.0), _neighbors),
-        Probe("ridge", _VALUES, _grid(6, -1, 15), _ridge),
-        Probe("cox", ("survival",), _grid(5, 0, 11), _cox),
-    )
+    "logistic": Probe(_CLASSES, _grid(-5, 2, 15), _logistic, probabilities=True),  # inverse strengths
+    "knn": Probe(_CLASSES + _VALUES, (80.0, 40.0, 20.0, 10.0, 5.0, 3.0, 1.0), _neighbors),
+    "ridge": Probe(_VALUES, _grid(6, -1, 15), _ridge),
+    "cox": Probe(("survival",), _grid(5, 0, 11), _cox),
 }
 #: The linear probe of each kind of label; it is the one that is used unless another is asked for.
 LINEAR_PROBE: dict[Kind, str] = {

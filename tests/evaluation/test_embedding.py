@@ -137,7 +137,7 @@ def test_edges_are_repeated_as_the_weights_say(archive: Archive) -> None:
     plain = open_patches(archive.store_source, Preprocessing(size))
     assert patches.preprocessing.padding == "edge"
     for index in range(len(patches)):
-        patch, constant = patches[index][0].numpy(), plain[index][0].numpy()
+        patch, constant = patches.read(index)[0].numpy(), plain.read(index)[0].numpy()
         columns = [np.flatnonzero((constant != -1024).any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
         widths = [(c[0], n - 1 - c[-1]) for c, n in zip(columns, size, strict=True)]
         assert len(columns[1]) < 90
@@ -325,9 +325,9 @@ def test_a_damaged_part_is_made_again(run: Run, whole: Path, tmp_path: Path) -> 
 
 
 CHANGES: list[tuple[dict[str, Any], str]] = [
-    ({"inference": Inference(2, "bf16", device="cpu")}, 'precision: "32" there, "bf16" asked for'),
+    ({"inference": Inference(2, "bf16", device="cpu")}, 'precision: "32", now "bf16"'),
     ({"source": {"select": {"label": 1}}}, "lesions: "),
-    ({"encoder": None}, 'kind: "encoder" there, "random_weights" asked for'),
+    ({"encoder": None}, 'kind: "encoder", now "random_weights"'),
 ]
 
 
@@ -353,7 +353,7 @@ def test_another_request_is_refused_unless_told(
 def test_a_file_that_is_no_table_is_not_replaced(run: Run, tmp_path: Path) -> None:
     output = tmp_path / "features.parquet"
     output.write_text("somebody's work")
-    with pytest.raises(FeatureTableError, match="no table of features"):
+    with pytest.raises(FeatureTableError, match="is not a table of features"):
         run(output)
     assert output.read_text() == "somebody's work"
     with pytest.raises(FeatureTableError, match=r"NAME\.parquet"):

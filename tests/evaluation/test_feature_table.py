@@ -82,7 +82,7 @@ def test_rows_are_joined_by_id() -> None:
     ("wanted", "message"),
     [
         (["lesion 1", "lesion 7", "lesion 8"], "'test' has no features of 2 of 3 lesions: 'lesion 7', 'lesion 8'"),
-        (["lesion 1", "lesion 1"], "asked for twice: 'lesion 1'"),
+        (["lesion 1", "lesion 1"], "duplicate lesion_id: 'lesion 1'"),
     ],
 )
 def test_lesions_that_cannot_be_joined_are_named(wanted: list[str], message: str) -> None:

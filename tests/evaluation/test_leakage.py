@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from fmcib_ssl.evaluation.labels import Labels, Split, cross_validation
 from fmcib_ssl.evaluation.leakage import (
-    border_layers,
+    _border_layers,
+    _same_images,
     check_duplicates,
-    check_extent,
     check_patch_borders,
     check_patients,
-    same_images,
 )
 from fmcib_ssl.evaluation.probes import Protocol
 from fmcib_ssl.types import Preprocessing
@@ -77,7 +75,7 @@ def test_pairs_are_those_of_a_loop_whatever_the_chunks() -> None:
     z = (x - x.mean(0)) / x.std(0)
     expected = [(i, j) for i in range(40) for j in range(i + 1, 40) if np.sqrt(np.square(z[i] - z[j]).mean()) < 0.02]
     for chunk in (7, 1024):
-        assert [tuple(pair) for pair in same_images(x, chunk=chunk).tolist()] == expected
+        assert [tuple(pair) for pair in _same_images(x, chunk=chunk).tolist()] == expected
 
 
 def test_layers_of_padding_and_repeated_layers() -> None:
@@ -86,7 +84,7 @@ def test_layers_of_padding_and_repeated_layers() -> None:
     voxels[1, -3:] = voxels[1, -3]  # two of three repeat
     voxels[2, :, :, 0] = 0
     voxels[3, :, 3] = 0  # inside: no border
-    padded, repeated = border_layers(voxels, 0.0)
+    padded, repeated = _border_layers(voxels, 0.0)
     assert padded[0].tolist() == [2, 0, 0, 0, 0, 0]
     assert padded[2].tolist() == [0, 0, 0, 0, 1, 0]
     assert padded[[1, 3]].sum() == 0
@@ -109,17 +107,3 @@ def test_borders_that_follow_the_label_are_measured(fill: str) -> None:
     other = np.random.default_rng(3).permutation(y)
     silent = check_patch_borders(voxels.reshape(NUM, -1), PREPROCESSING, setup(other))
     assert not any(finding.found for finding in silent)
-
-
-def test_columns_with_the_extent_of_a_crop_warn_and_do_not_refuse() -> None:
-    y = np.arange(NUM) % 2
-    noise = np.random.default_rng(0).normal(size=NUM)
-    lesions = pd.DataFrame({"lesion_id": IDS, "nz": 5 + 4 * y + noise, "diameter_mm": 9.0 * y})
-    (found,) = check_extent(lesions, setup(y))
-    assert (found.check, found.found, found.refuses) == ("extent", True, False)
-    assert "nz" in found.message
-    assert "diameter" not in found.message
-    (silent,) = check_extent(lesions.assign(nz=noise), setup(y))
-    assert not silent.found
-    assert check_extent(lesions.drop(columns="nz"), setup(y)) == []
-    assert check_extent(lesions, setup(y), ["diameter_mm"])[0].found

@@ -188,8 +188,12 @@ def test_two_processes_share_an_archive(tmp_path: Path, weights: Path) -> None:
     names = [f"{number}.nrrd" for number in range(300)]
     pd.DataFrame({"image_path": names, "cropped": True}).to_csv(tmp_path / "crops.csv", index=False)
     embed_apart(tmp_path, f"weights={weights}", "annotations=crops.csv", "out=one.parquet", "num_workers=0")
-    said = embed_apart(tmp_path, f"weights={weights}", "annotations=crops.csv", "out=two.parquet", "devices=2")
-    assert "process 1 of 2" in said and "features  two.parquet" in said
+    for shard in ("1/2", "2/2"):
+        message = embed_apart(
+            tmp_path, f"weights={weights}", "annotations=crops.csv", "out=two.parquet", f"shard={shard}"
+        )
+        assert f"process {shard[0]} of 2" in message
+    assert "features  two.parquet" in message
     assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
     assert not list(tmp_path.glob("*.parts"))
     assert len(FeatureTable.read(tmp_path / "one.parquet")) == 299
@@ -227,6 +231,7 @@ REFUSED = [
     ("weights=raw_voxels store=s out=f.parquet", 2, "whose network and patches"),
     ("weights=w.safetensors store=s out=f.parquet views=3", 2, "views"),
     ("weights=w.safetensors checkpoint=w.ckpt store=s out=f.parquet", 2, "given twice"),
+    ("weights=w.safetensors store=s out=f.parquet shard=3/2", 2, "shard=3/2: there are 2 parts"),
     ("weights=w.safetensors store=s out=f.parquet precison=bf16", 2, "do you mean 'precision'"),
     ("weights=absent.safetensors store=s out=f.parquet", 1, "there is no such file"),
 ]

@@ -119,11 +119,13 @@ def test_a_shared_patient_refuses_unless_it_is_allowed_and_then_there_are_both_n
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["label=textur"], "label=textur: there is no such column"),
-        (["label=texture", "group=patient"], "group=patient: there is no such column"),
-        (["label=texture", "task=lung2"], "task=lung2: there is no such kind of label and no such task"),
+        (["label=textur"], "label=textur: no such column"),
+        (["label=texture", "group=patient"], "group=patient: no such column"),
+        (["label=texture", "task=lung2"], "task=lung2: neither a kind of label nor a published task"),
         (["task=luna16_malignancy"], "needs tables="),
         (["label=texture", "allow_leakage=all"], "'patients', 'duplicates' or 'padding'"),
+        (["label=texture", "probe=svm"], "'logistic', 'knn', 'ridge' or 'cox'"),
+        (["label=texture", "fractions=1,1.5"], "fractions.1 is '1.5': Input should be less than or equal to 1"),
         (["label=texture", "probe=cox"], "probe=cox cannot learn binary labels; logistic, knn can"),
     ],
 )
