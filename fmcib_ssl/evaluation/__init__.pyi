@@ -1,4 +1,3 @@
-from .charts import training_curves as training_curves
 from .embedding import Outcome as Outcome
 from .embedding import baseline_tables as baseline_tables
 from .embedding import embed_to_file as embed_to_file
@@ -23,12 +22,15 @@ from .feature_table import FeatureTable as FeatureTable
 from .figures import ContactRow as ContactRow
 from .figures import SheetLesion as SheetLesion
 from .figures import contact_sheet as contact_sheet
+from .figures import training_curves as training_curves
 from .labels import Labels as Labels
 from .labels import Split as Split
 from .labels import column_text as column_text
 from .labels import cross_validation as cross_validation
 from .labels import given_split as given_split
 from .labels import grouped_folds as grouped_folds
+from .labels import join_task as join_task
+from .labels import load_task as load_task
 from .labels import read_labels as read_labels
 from .labels import shared_patients as shared_patients
 from .labels import strata as strata
@@ -58,5 +60,3 @@ from .report import results_table as results_table
 from .report import write_lesion_page as write_lesion_page
 from .report_features import FeatureOptions as FeatureOptions
 from .report_results import results_lines as results_lines
-from .tasks import join_task as join_task
-from .tasks import load_task as load_task

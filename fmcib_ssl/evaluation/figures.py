@@ -1,7 +1,7 @@
-"""Sheets of patches: what goes into an encoder, lesions in their scans, neighbours, and what an answer rests on.
+"""Pictures: curves of a training and what all charts share, then sheets of patches.
 
-The patient's right is on the left, the head is up. Figures are made with matplotlib's objects, never `pyplot`: nothing
-global is touched, no display is needed.
+On sheets the patient's right is on the left, the head is up. Figures are made with matplotlib's objects, never
+`pyplot`: nothing global is touched, no display is needed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float, Int16
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -27,6 +28,30 @@ from fmcib_ssl.types import Array, Preprocessing
 
 WINDOWS_HU = {"lung": (-1350.0, 150.0), "soft_tissue": (-160.0, 240.0)}
 INK, MUTED, LINE = "#1f2933", "#7b8794", "#cbd2d9"
+COLORS = ("#2f6fb3", "#d9622b", "#3c8d5a", "#8a5fbf", "#b3892f", "#c2456b", "#3a9ea5", "#5f6b7a")
+#: One for each colour, so that classes can be told apart without them.
+_MARKERS = "osD^vPX*"
+
+#: Panels of the training curves: title, unit of the vertical axis, and the columns drawn with their labels.
+_PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
+    ("Loss", "loss", {"train/loss": "training", "val/loss": "validation"}),
+    ("Validation", "score", {"val/score": "validation"}),
+    ("Cosine similarity", "mean cosine", {
+        "train/positive_cosine": "two views of a lesion", "train/negative_cosine": "lesion and mined negative",
+        "train/lesion_cosine": "two lesions",
+    }),
+    ("Held-out lesions, online", "AUC", {"online/linear_auc": "linear probe", "online/knn_auc": "nearest neighbours"}),
+    ("What is left to learn", "share of the softmax", {
+        "train/mined_share": "on mined negatives", "train/lesion_share": "on other lesions",
+    }),
+    ("Effective rank", "directions", {"train/rank": "embeddings", "online/rank": "features, held out"}),
+    ("Alignment", "mean squared distance", {"train/alignment": "two views of a lesion"}),
+    ("Uniformity", "log mean potential", {"train/uniformity": "lesions"}),
+    ("Learning rate", "learning rate", {"lr": "rate"}),
+    ("Gradient norm", "norm", {"train/grad_norm": "all parameters"}),
+    ("Speed", "samples / s", {"perf/samples_per_s": "lesions"}),
+    ("Waiting for data", "share of time", {"perf/data_wait_share": "waiting"}),
+)  # fmt: skip
 
 
 def save_figure(figure: Figure, path: Path | str, dpi: int = 150, *, svg: bool = False) -> Path:
@@ -50,6 +75,90 @@ def save_figure(figure: Figure, path: Path | str, dpi: int = 150, *, svg: bool =
         with atomic_write(path.with_suffix(".svg")) as file, rc_context({"svg.hashsalt": "fmcib_ssl"}):
             figure.savefig(file, format="svg", metadata={"Date": None})
     return path
+
+
+class Palette(dict[str, tuple[str, str]]):
+    """Colour and marker of a series by its name: those that it was first drawn with, in all figures of a page."""
+
+    def __missing__(self, name: str) -> tuple[str, str]:
+        self[name] = COLORS[len(self) % len(COLORS)], _MARKERS[len(self) % len(_MARKERS)]
+        return self[name]
+
+
+def read_metrics(metrics_csv: Path | str) -> pd.DataFrame:
+    """The table of a run's figures, by step.
+
+    Raises:
+        ValueError: it has no column `step`.
+    """
+    table = pd.read_csv(metrics_csv)
+    if "step" not in table:
+        raise ValueError(f"{metrics_csv} has no column 'step'; it has {', '.join(table.columns)}")
+    return table.sort_values("step", kind="stable")
+
+
+def training_curves(metrics_csv: Path | str, path: Path | str) -> Path:
+    """Draw how a run went, from its table of figures; panels without data are left out.
+
+    Faint: each step. Strong: the running mean over a twentieth of the run.
+
+    Args:
+        metrics_csv: a column `step` and any of those of the panels; empty cells are skipped.
+        path: of the PNG.
+
+    Raises:
+        ValueError: the table has no column `step`, or none of the columns holds a number.
+    """
+    table = read_metrics(metrics_csv)
+    filled = {name for name in table.select_dtypes("number") if table[name].notna().any()}
+    panels = [panel for panel in _PANELS if filled & panel[2].keys()]
+    if not panels:
+        drawn = ", ".join(name for _, _, columns in _PANELS for name in columns)
+        raise ValueError(f"{metrics_csv} holds no numbers to draw; it should have any of {drawn}")
+    figure, all_axes = panels_of(len(panels), 3, (3.7, 2.6))
+    for axes, (title, unit, columns) in zip(all_axes, panels, strict=True):
+        for color, (name, label) in zip(COLORS, columns.items(), strict=False):
+            if name not in filled:
+                continue
+            series = table.dropna(subset=[name]).groupby("step")[name].mean()
+            window = max(1, len(series) // 20)
+            marker = "o" if len(series) < 10 else None
+            axes.plot(series.index, series, color=color, alpha=0.25 if window > 1 else 1, lw=1, marker=marker, ms=3)
+            smooth = series.rolling(window, min_periods=1, center=True).mean()
+            axes.plot(series.index, smooth, color=color, lw=1.6, label=label)
+        tidy(axes, title, "step", unit)
+        if len(filled & columns.keys()) > 1:
+            axes.legend(frameon=False, fontsize=7.5, labelcolor=INK)
+    return save_chart(figure, path)
+
+
+def tidy(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+    """Title, labels and quiet axes, alike in all pictures."""
+    axes.set_title(title, loc="left", fontsize=9.5, color=INK, weight="bold")
+    axes.set_xlabel(x_label, fontsize=8, color=INK)
+    axes.set_ylabel(y_label, fontsize=8, color=INK)
+    axes.tick_params(labelsize=7.5, colors=MUTED)
+    axes.grid(color="#e4e7eb", lw=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(LINE)
+
+
+def panels_of(num: int, max_across: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels, row by row, each of a size in inches."""
+    across = min(num, max_across)
+    down = -(-num // across)
+    figure = Figure(figsize=(size[0] * across, size[1] * down), facecolor="white", layout="constrained")
+    return figure, [figure.add_subplot(down, across, number) for number in range(1, num + 1)]
+
+
+def save_chart(figure: Figure, path: Path | str, *, legend_columns: int = 0) -> Path:
+    """Write a PNG, and an SVG beside it; with so many columns a legend of all series below the panels."""
+    if legend_columns:
+        figure.legend(
+            frameon=False, fontsize=8, labelcolor=INK, loc="outside lower left", ncols=legend_columns
+        )  # fmt: skip
+    return save_figure(figure, path, svg=True)
 
 
 class _Sheet:
@@ -77,13 +186,13 @@ class _Sheet:
         )  # fmt: skip
 
     def draw(
-        self, place: tuple[int, int], image: Array, window: tuple[float, float], title: str = "", caption: str = ""
+        self, cell: tuple[int, int], image: Array, window: tuple[float, float], title: str = "", caption: str = ""
     ) -> Axes:
-        axes = self.figure.add_subplot(self.grid[place])
+        axes = self.figure.add_subplot(self.grid[cell])
         axes.imshow(image, cmap="gray", vmin=window[0], vmax=window[1], interpolation="nearest")
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
-        if place[0] == 0 and title:
+        if cell[0] == 0 and title:
             axes.set_title(title, fontsize=8, color=MUTED, pad=3)
         if caption:
             axes.text(0, -0.04, caption, transform=axes.transAxes, va="top", fontsize=7.5, color=INK)
@@ -154,8 +263,8 @@ def contact_sheet(rows: Sequence[ContactRow], path: Path | str, preprocessing: P
             sheet.draw((line, column), _planes(_array(view))[0], (low, high), f"view {number % 2}")
     heads = ((0, 2, "lesion, as read"), (4, 5, "anchor: two views"), (7, 8, "mined negative: two views"))
     for first, last, text in heads:
-        left, right = (sheet.grid[0, column].get_position(sheet.figure) for column in (first, last))
-        middle, top = (left.x0 + right.x1) / 2, left.y1 + 0.36 / sheet.height
+        begin, end = (sheet.grid[0, column].get_position(sheet.figure) for column in (first, last))
+        middle, top = (begin.x0 + end.x1) / 2, begin.y1 + 0.36 / sheet.height
         sheet.figure.text(middle, top, text, ha="center", weight="bold", fontsize=9, color=INK)
     size = " x ".join(str(n) for n in rows[0].patch_hu.shape[1:])
     return sheet.save(
@@ -194,8 +303,8 @@ def lesion_sheet(lesions: Sequence[SheetLesion], path: Path | str, spacing_mm: f
             ("sagittal", sagittal, lung),
         )
         for column, (name, plane, window) in enumerate(panels):
-            place = number // 2, column + 5 * (number % 2)
-            axes = sheet.draw(place, plane, window, name, "" if column else lesion.title)
+            cell = number // 2, column + 5 * (number % 2)
+            axes = sheet.draw(cell, plane, window, name, "" if column else lesion.title)
             _mark_center(axes, plane.shape, head_up=column > 1)
     edge_mm = lesions[0].patch_hu.shape[-1] * spacing_mm
     windows = " and ".join(f"{low:.0f} to {high:.0f}" for low, high in (lung, soft_tissue))

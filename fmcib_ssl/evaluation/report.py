@@ -18,9 +18,8 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import fmcib_ssl
-from fmcib_ssl.evaluation import charts
 from fmcib_ssl.evaluation.feature_table import FeatureTable
-from fmcib_ssl.evaluation.figures import SheetLesion, lesion_sheet
+from fmcib_ssl.evaluation.figures import Palette, SheetLesion, lesion_sheet, read_metrics, training_curves
 from fmcib_ssl.evaluation.report_features import FeatureOptions, feature_sections
 from fmcib_ssl.evaluation.report_results import (
     RESULTS_FILE,
@@ -180,7 +179,7 @@ def report_all(
     if run is not None:
         run = Path(run)
         if not run.is_dir():
-            raise FileNotFoundError(f"{run}: there is no such run folder")
+            raise FileNotFoundError(f"{run}: no such run folder")
         if is_own_file(run / RESULTS_FILE) and run not in folders:
             folders.insert(0, run)
         after = _run_sections(run, pictures, options.identifiers)
@@ -188,14 +187,14 @@ def report_all(
         whose = f"{run.name if options.identifiers == 'hash' else run}, "
     evaluations = [read_results(folder) for folder in folders]
     sections = [*before, *_learned(run, [answer(evaluation) for evaluation in evaluations])]
-    palette = charts.Palette()
+    palette = Palette()
     for folder, evaluation in zip(folders, evaluations, strict=True):
         logger.info("results of %s", folder)
         sections += result_sections(evaluation, folder, pictures / folder.name, palette, options.identifiers)
     labels = [evaluation.get("provenance", {}).get("arguments", {}).get("label") for evaluation in evaluations]
     for file in features:
         table = FeatureTable.read(file)
-        logger.info("features %s: maps, neighbours, saliency", table.provenance.get("name"))
+        logger.info("features %s: maps, neighbours, saliency", table.name)
         evaluated = next((label for label in labels if label in table.lesions), None)
         own = replace(options, label=options.label or evaluated)
         # Two tables may have one name.
@@ -221,7 +220,7 @@ def _learned(run: Path | None, answers: Sequence[str]) -> list[Section]:
     text = [answer for answer in answers if answer]
     rows: list[dict[str, Any]] = []
     if run is not None and is_own_file(run / "metrics.csv"):
-        metrics = charts.read_metrics(run / "metrics.csv")
+        metrics = read_metrics(run / "metrics.csv")
         watched = [column for column in _SIGNALS if column in metrics]
         fired = [column for column in watched if (metrics[column] == 1).any()]
         for column in fired:
@@ -244,19 +243,19 @@ def _run_sections(run: Path, pictures: Path, identifiers: Identifiers) -> list[S
     caption, figures, sections = "By step; strong lines are running means.", [], []
     for file in filter(is_own_file, (run / "metrics.csv", *sorted(run.glob("*/metrics.csv")))):
         own = file.parent == run
-        picture = charts.training_curves(file, pictures / ("curves.png" if own else f"curves_{file.parent.name}.png"))
+        picture = training_curves(file, pictures / ("curves.png" if own else f"curves_{file.parent.name}.png"))
         text = f"{caption} docs/training.md says what is good and bad." if own else f"{file.parent.name}. {caption}"
         figures.append(ReportFigure(picture, text, wide=own))
     if figures:
         sections.append(Section("Training", figures=figures))
-    sheet, seen = run / "contact_sheet.png", "What the encoder saw"
+    sheet, title = run / "contact_sheet.png", "What the encoder saw"
     if sheet.is_symlink():
-        sections.append(Section(seen, f"{sheet.name} is a link, which is not followed."))
+        sections.append(Section(title, f"{sheet.name} is a link, which is not followed."))
     elif sheet.is_file() and identifiers == "hash":
-        sections.append(Section(seen, f"{sheet.name} of the run is not shown: the names of scans stand on it."))
+        sections.append(Section(title, f"{sheet.name} of the run is not shown: the names of scans stand on it."))
     elif sheet.is_file():
         caption = "Lesions, their two views, and those of the negatives mined for them, before the first step"
-        sections.append(Section(seen, figures=[ReportFigure(sheet, caption, wide=True)]))
+        sections.append(Section(title, figures=[ReportFigure(sheet, caption, wide=True)]))
     if values := _provenance(run, identifiers):
         sections.append(Section("How it was made", table=pd.DataFrame(values.items(), columns=["", "value"])))
     return sections

@@ -7,20 +7,17 @@ to the patch fall when that place is blurred.
 
 from __future__ import annotations
 
-import base64
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int16
-from PIL import Image
 from scipy.ndimage import gaussian_filter
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -28,19 +25,24 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from fmcib_ssl.data import AnnotationsError, StoreError, text_of
-from fmcib_ssl.evaluation import charts
 from fmcib_ssl.evaluation.embedding_sources import open_patches
 from fmcib_ssl.evaluation.feature_table import ID_COLUMN, FeatureTable, FeatureTableError
 from fmcib_ssl.evaluation.figures import WINDOWS_HU, SalientLesion, retrieval_sheet, saliency_sheet
 from fmcib_ssl.evaluation.probes import Neighbors, nearest_lesions
+from fmcib_ssl.evaluation.report_maps import (
+    MAX_POINTS,
+    columns_to_color,
+    is_measurement,
+    is_name,
+    map_section,
+    shortened,
+    spread,
+)
 from fmcib_ssl.evaluation.report_results import ReportFigure, Section, safe_name
 from fmcib_ssl.io import Identifiers, identifier
 from fmcib_ssl.models import EncoderFileError, load_encoder
 from fmcib_ssl.types import Array, Preprocessing
 
-#: Patches that the map can show, of lesions spread over the table, about 1 KB each.
-_MAX_TILES = 600
-_TILE_EDGE, _TILES_ACROSS = 64, 30
 #: What keeps patches from being shown; the page says so and shows the rest.
 _UNREADABLE = (FeatureTableError, StoreError, AnnotationsError, OSError)
 
@@ -94,7 +96,7 @@ def feature_sections(table: FeatureTable, options: FeatureOptions, pictures: Pat
     except _UNREADABLE as error:
         text = f"The patches cannot be read, so neighbours and saliency are not shown{report.why(error)}"
         report.patch = None
-        sections = [report.map(), Section(f"Patches: {report.name}", text)]
+        sections = [report.map(), Section(f"Patches: {table.name}", text)]
     return sections
 
 
@@ -103,23 +105,22 @@ class _FeatureReport:
 
     def __init__(self, table: FeatureTable, options: FeatureOptions, pictures: Path) -> None:
         self.table, self.lesions, self.options, self.pictures = table, table.lesions, options, pictures
-        self.name = str(table.provenance.get("name") or "features")
         self.window_hu = WINDOWS_HU[options.window]
         self.patch: Callable[[int], Tensor] | None = None
         lesions, named = table.lesions, {*(options.color_by or ()), *filter(None, [options.label])}
         for column in (*sorted(named), options.group):
             if column is not None and column not in lesions:
-                raise FeatureTableError(f"{self.name} has no column {column!r}; it has {', '.join(map(str, lesions))}")
+                raise FeatureTableError(f"{table.name} has no column {column!r}; it has {', '.join(map(str, lesions))}")
         group = options.group or next(column for column in ("PatientID", "scan_id", ID_COLUMN) if column in lesions)
         self.patients: Array = text_of(lesions[group]).fillna("").to_numpy()
         is_hidden = options.identifiers == "hash"
-        if is_hidden and (names := {group, *filter(charts.is_name, map(str, lesions))} & named):
+        if is_hidden and (names := {group, *filter(is_name, map(str, lesions))} & named):
             raise FeatureTableError(
                 f"identifiers=hash shows no names, but {', '.join(sorted(names))} has such: leave it out"
             )
-        columns = list(options.color_by or charts.columns_to_color(lesions.drop(columns=group if is_hidden else [])))
-        self.columns = columns if options.label in (None, *columns) else [options.label, *columns]
-        kinds = (column for column in self.columns if not charts.is_measurement(lesions[column]))
+        columns = list(options.color_by or columns_to_color(lesions.drop(columns=group if is_hidden else [])))
+        self.columns = list(dict.fromkeys(columns if options.label is None else [options.label, *columns]))
+        kinds = (column for column in self.columns if not is_measurement(lesions[column]))
         self.label = options.label or next(kinds, None)
 
     def open_patches(self) -> None:
@@ -132,64 +133,18 @@ class _FeatureReport:
             raise FeatureTableError(
                 f"{absent.size} of its lesions are not in its source any more, such as {absent.iloc[0]}"
             )
-        self.patch, self.preprocessing = (lambda row: patches[int(rows[row])]), patches.preprocessing
+        self.patch, self.preprocessing = (lambda row: patches.read(int(rows[row]))), patches.preprocessing
 
     def why(self, error: Exception) -> str:
         """The reason, which names files and lesions, behind a colon."""
         return f": {error}" if self.options.identifiers == "show" else ""
 
     def _picture(self, kind: str) -> Path:
-        return self.pictures / f"{safe_name(self.name)}_{kind}.png"
+        return self.pictures / f"{safe_name(self.table.name)}_{kind}.png"
 
     def map(self) -> Section:
-        """The lesions by PCA and UMAP, as a picture, and as points that show their patch."""
-        rows, note = np.arange(len(self.table)), ""
-        if len(rows) > charts.MAX_POINTS:
-            rows = np.sort(np.random.default_rng(0).permutation(rows)[: charts.MAX_POINTS])
-            note = f" {len(rows)} of {len(self.table)} lesions, drawn at random."
-        features, lesions = self.table.features[rows], self.lesions.iloc[rows]
-        points, shares = charts.principal_components(features)
-        first, second = (f"component {k + 1} ({100 * share:.0f} % of variance)" for k, share in enumerate(shares))
-        layouts = {"PCA": (points, (first, second))}
-        if len(rows) < charts.MIN_UMAP:
-            note = f" Fewer than {charts.MIN_UMAP} lesions have no neighbourhoods that UMAP could lay out.{note}"
-        elif charts.has_umap():
-            layouts["UMAP"] = (charts.umap_layout(features), ("UMAP 1", "UMAP 2"))
-        else:
-            note = f" For a UMAP beside it: pip install 'fmcib_ssl[report]'.{note}"
-        shown = lesions[self.columns] if self.columns else pd.DataFrame({"all lesions": [""] * len(rows)})
-        picture = charts.map_of_columns(layouts, shown, self._picture("maps"))
-        caption = (
-            "Each point a lesion. PCA of standardised features shows what varies most; UMAP, who is near whom by "
-            "cosine."
-        )
-        text = f"{len(self.table)} lesions, {features.shape[1]} features, nothing fitted to any label.{note}"
-        columns = {}
-        for name in map(str, shown):
-            colors, legend = charts.point_colors(shown[name])
-            columns[name] = {
-                "values": [_short(value) for value in shown[name]], "colors": colors, "legend": list(legend.items())
-            }  # fmt: skip
-        places = {name: np.asarray(points, float).round(3).tolist() for name, (points, _) in layouts.items()}
-        data = {"layouts": places, "columns": columns, **self._tiles(rows)}
-        return Section(f"Map: {self.name}", text, figures=[ReportFigure(picture, caption, wide=True)], points=data)
-
-    def _tiles(self, rows: Array) -> dict[str, Any]:
-        """The axial plane through the middle of lesions spread over the table, as one JPEG, and where each is in it."""
-        tile_of, tiles, file = np.full(len(rows), -1), "", BytesIO()
-        if self.patch is not None:
-            chosen = _spread(np.arange(len(rows)), _MAX_TILES)
-            tile_of[chosen] = np.arange(len(chosen))
-            sheet = Image.new("L", (_TILES_ACROSS * _TILE_EDGE, -(-len(chosen) // _TILES_ACROSS) * _TILE_EDGE))
-            low, high = self.window_hu
-            for k, index in enumerate(chosen):
-                patch = self.patch(int(rows[index]))[0].float().numpy()
-                grey = np.clip(255 * (patch[len(patch) // 2] - low) / (high - low), 0, 255).astype(np.uint8)
-                tile = Image.fromarray(grey).resize((_TILE_EDGE, _TILE_EDGE))
-                sheet.paste(tile, (k % _TILES_ACROSS * _TILE_EDGE, k // _TILES_ACROSS * _TILE_EDGE))
-            sheet.save(file, "JPEG", quality=80)
-            tiles = base64.b64encode(file.getvalue()).decode()
-        return {"tiles": tiles, "tile_of": tile_of.tolist(), "num_across": _TILES_ACROSS, "tile_edge": _TILE_EDGE}
+        """The map, with patches where they can be read."""
+        return map_section(self.table, self.columns, self._picture("maps"), self.patch, self.window_hu)
 
     def neighbors(self) -> Section:
         """Lesions of each label, with the nearest of other patients."""
@@ -200,12 +155,12 @@ class _FeatureReport:
         features, patients = self.table.features[rows], self.patients[rows]
         groups = [np.flatnonzero(labels == kind) for kind in np.unique(labels)]
         share = max(1, options.queries // len(groups))
-        queries = np.concatenate([_spread(group, share) for group in groups])[: options.queries].tolist()
+        queries = np.concatenate([spread(group, share) for group in groups])[: options.queries].tolist()
 
         def caption(row: int) -> str:
             if label is not None:
-                return f"{label} {_short(labels[row])}"
-            return _short(identifier(patients[row], options.identifiers))
+                return f"{label} {shortened(labels[row])}"
+            return shortened(identifier(patients[row], options.identifiers))
 
         picture = retrieval_sheet(
             queries,
@@ -216,20 +171,20 @@ class _FeatureReport:
             window_hu=self.window_hu,
         )
         text = "Lesions spread over the table, and those of other patients whose features have the highest cosine."
-        everyone = range(min(len(rows), charts.MAX_POINTS))
-        neighbors = nearest_lesions(features, patients, everyone, options.neighbors)
-        if label is not None and (neighbors.rows >= 0).any():
+        if label is not None and len(np.unique(patients)) > 1:
+            everyone = range(min(len(rows), MAX_POINTS))
+            neighbors = nearest_lesions(features, patients, everyone, options.neighbors)
             hits, chance = agreement(neighbors, everyone, labels, patients)
             text += (
                 f" Over all {len(everyone)} lesions {hits:.1%} of the {options.neighbors} nearest have the same "
                 f"{label}; by chance {chance:.1%} would."
             )
         figure = ReportFigure(picture, "Framed: the query. Under each patch its label and the cosine", wide=True)
-        return Section(f"Nearest neighbours: {self.name}", text, figures=[figure])
+        return Section(f"Nearest neighbours: {self.table.name}", text, figures=[figure])
 
     def saliency(self) -> Section:
         """What a probe's answer rests on, or why that cannot be shown."""
-        title, label, read = f"What the answer rests on: {self.name}", self.label, self.patch
+        title, label, read = f"What the answer rests on: {self.table.name}", self.label, self.patch
         assert read is not None
         values = pd.Series(dtype=object) if label is None else self.lesions[label].astype(object)
         kinds, reason = sorted(values.dropna().unique(), key=str), ""
@@ -253,16 +208,14 @@ class _FeatureReport:
         names = np.unique(patients)
         fitting = np.isin(patients, np.random.default_rng(0).permutation(names)[: (len(names) + 1) // 2])
         if labels[fitting].nunique() < 2 or fitting.all():
-            return Section(
-                title, "Saliency is not shown: half of the patients do not have both classes to fit a probe on."
-            )
+            return Section(title, "Saliency is not shown: half of the patients lack a class to fit a probe on.")
         readout = linear_readout(encoder, features[fitting], labels[fitting].to_numpy(int))
         logits = readout[1:](torch.from_numpy(features)).detach().numpy()
         answers = pd.DataFrame({"row": rows, "one": labels.to_numpy(int), "logit": logits})[~fitting]
         answers["wrong"] = (answers["logit"] > 0) != answers["one"]
         surest = answers["logit"].abs().groupby([answers["one"], answers["wrong"]]).rank("first", ascending=False)
         answers = answers.assign(rank=surest).sort_values(["rank", "wrong", "one"], ascending=[True, True, False])
-        lesions, (zero, one) = [], map(_short, kinds)
+        lesions, (zero, one) = [], map(shortened, kinds)
         for answer in answers[: self.options.salient].to_dict("records"):
             patch, verdict = read(answer["row"]), "wrong" if answer["wrong"] else "right"
             text = f"{label} {(zero, one)[answer['one']]}; log-odds of {one}: {answer['logit']:+.1f} ({verdict})"
@@ -274,11 +227,6 @@ class _FeatureReport:
         )
         caption = "The surest right answers of both classes, and the surest mistakes"
         return Section(title, text, figures=[ReportFigure(picture, caption, wide=True)])
-
-
-def _spread(rows: Array, number: int) -> Array:
-    """At most so many of the rows, evenly spread."""
-    return np.asarray(rows[np.linspace(0, len(rows) - 1, min(number, len(rows))).round().astype(int)])
 
 
 def agreement(neighbors: Neighbors, queries: Sequence[int], labels: Array, patients: Array) -> tuple[float, float]:
@@ -346,8 +294,3 @@ def occlusion(
         )
     result: Float[np.ndarray, "z y x"] = falls[0, 0].numpy()
     return result
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 18 else f"{text[:17]}…"

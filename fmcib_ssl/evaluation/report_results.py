@@ -7,12 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from sklearn.metrics import roc_curve
 
-from fmcib_ssl.evaluation import charts
-from fmcib_ssl.evaluation.charts import Palette
+from fmcib_ssl.evaluation.figures import COLORS, INK, MUTED, Palette, panels_of, save_chart, tidy
 from fmcib_ssl.evaluation.metrics import Estimate, calibration
 from fmcib_ssl.io import Identifiers, parse_json
+from fmcib_ssl.types import Array
 
 #: What `scripts/evaluate.py` and a fine-tuning leave in their folders.
 RESULTS_FILE, PREDICTIONS_FILE = "results.json", "predictions.parquet"
@@ -178,10 +180,6 @@ def results_lines(rows: pd.DataFrame, names: Sequence[str], digits: int) -> pd.D
 
 def _task(rows: pd.DataFrame, differences: pd.DataFrame, title: str, stem: Path, palette: Palette) -> Section:
     """A table and pictures of one task; those are called `STEM_....png`."""
-
-    def picture(kind: str) -> Path:
-        return stem.with_name(f"{stem.name}_{kind}.png")
-
     whole = rows[rows["fraction"] == rows["fraction"].max()]
     first, probes = whole["metric"].iloc[0], whole["probe"].unique()
     table = results_lines(whole, ["features", "probe"], 2)
@@ -190,24 +188,63 @@ def _task(rows: pd.DataFrame, differences: pd.DataFrame, title: str, stem: Path,
         table["trained / tested on"] = (sizes["num_train"] + " / " + sizes["num_test"]).to_list()
     own = whole[whole["metric"] == first].assign(name=lambda table: table["features"])
     panels = {f"{first}, {probe}": own[own["probe"] == probe] for probe in probes}
-    intervals = charts.interval_plot(panels, picture("intervals"), palette, first)
-    figures = [ReportFigure(intervals, f"{first} with 95 % intervals, bootstrap over patients")]
+    figures = [_intervals(panels, stem, palette, first)]
     if len(differences):
         named = differences.assign(name=differences["features"] + " less " + differences["against"])
         named = named[(named["metric"] == first) & (named["fraction"] == whole["fraction"].iloc[0])]
         panels = {f"Difference in {first}, {probe}": part for probe, part in named.groupby("probe", sort=False)}
         if panels:
-            ahead = charts.interval_plot(panels, picture("differences"), palette, f"difference in {first}", zero=True)
-            caption = "Paired differences on the same resamples; an interval right of zero is an advantage"
-            figures.append(ReportFigure(ahead, caption))
+            figures.append(_intervals(panels, stem, palette, first, differences=True))
     if rows["fraction"].nunique() > 1:
-        one = rows[(rows["metric"] == first) & (rows["probe"] == probes[0])].rename(columns={"features": "name"})
-        fractions = charts.label_fractions(one, picture("fractions"), palette, first)
-        figures.append(ReportFigure(fractions, f"{first} with a part of the labels, {probes[0]}"))
+        figures.append(_fewer_labels(rows[(rows["metric"] == first) & (rows["probe"] == probes[0])], stem, palette))
     split = f" Split: {rows['split'].iloc[0]}." if rows["split"].iloc[0] else ""
     what = "Fine-tuned networks" if str(probes[0]).startswith("fine-tuned") else "Probes on frozen features"
     text = f"{what}, tested on patients that were held out. In brackets 95 % intervals, bootstrap over patients.{split}"
     return Section(title, text, table, figures)
+
+
+def _intervals(
+    panels: Mapping[str, pd.DataFrame], stem: Path, palette: Palette, metric: str, *, differences: bool = False
+) -> ReportFigure:
+    """Values with their intervals, a panel a probe, a line a row, the first at the top."""
+    max_rows = max(len(rows) for rows in panels.values())
+    figure, all_axes = panels_of(len(panels), 3, (4.0, 0.9 + 0.32 * max_rows))
+    kind, unit, caption = "intervals", metric, f"{metric} with 95 % intervals, bootstrap over patients"
+    if differences:
+        kind, unit = "differences", f"difference in {metric}"
+        caption = "Paired differences on the same resamples; an interval right of zero is an advantage"
+    for axes, (title, rows) in zip(all_axes, panels.items(), strict=True):
+        if differences:
+            axes.axvline(0, color=MUTED, lw=0.8, ls=":")
+        numbers = rows[["value", "low", "high"]].to_numpy(float)
+        for line, (features, (value, low, high)) in enumerate(zip(rows["features"], numbers, strict=True)):
+            color = palette[features][0]
+            axes.plot([low, high], [line, line], color=color, lw=2.2, alpha=0.55, solid_capstyle="butt")
+            axes.plot(value, line, "o", color=color, ms=5.5)
+        tidy(axes, title, unit, "")
+        axes.set(ylim=(len(rows) - 0.4, -0.6), yticks=range(len(rows)))
+        axes.set_yticklabels(rows["name"], fontsize=8, color=INK)
+        axes.margins(x=0.08)
+        axes.grid(False, axis="y")
+        axes.tick_params(axis="y", length=0)
+    return ReportFigure(save_chart(figure, stem.with_name(f"{stem.name}_{kind}.png")), caption)
+
+
+def _fewer_labels(rows: pd.DataFrame, stem: Path, palette: Palette) -> ReportFigure:
+    """What a probe reaches with a part of the labels."""
+    metric, probe = rows[["metric", "probe"]].iloc[0]
+    figure, (axes,) = panels_of(1, 1, (5.4, 4.0))
+    for features, part in rows.sort_values("fraction").groupby("features", sort=False):
+        color, marker = palette[str(features)]
+        axes.fill_between(100 * part["fraction"], part["low"], part["high"], color=color, alpha=0.12, lw=0)
+        axes.plot(100 * part["fraction"], part["value"], color=color, marker=marker, ms=5, lw=1.6, label=str(features))
+    ticks = sorted(100 * rows["fraction"].unique())
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:g} %" for tick in ticks])
+    axes.minorticks_off()
+    tidy(axes, "Fewer labels", "labels of the training set", metric)
+    picture = save_chart(figure, stem.with_name(f"{stem.name}_fractions.png"), legend_columns=2)
+    return ReportFigure(picture, f"{metric} with a part of the labels, {probe}")
 
 
 def _range(values: pd.Series[Any]) -> str:
@@ -217,7 +254,7 @@ def _range(values: pd.Series[Any]) -> str:
 
 
 def _curves(predictions: pd.DataFrame, name: str, pictures: Path, palette: Palette) -> list[Section]:
-    """ROC and calibration of every probe on a label of two classes."""
+    """ROC and calibration of every probe on a label of two classes, of at most eight tables of features."""
     if "score" not in predictions or "event" in predictions:
         return []
     if "fraction" in predictions:
@@ -229,30 +266,64 @@ def _curves(predictions: pd.DataFrame, name: str, pictures: Path, palette: Palet
         classes = sorted(judged["label"].unique())
         if len(classes) != 2:
             continue
-        curves, calibrated = {}, {}
-        for features, one in list(judged.groupby("features", sort=False))[: len(charts.COLORS)]:
+        (roc, (roc_axes,)), (calibrated, (axes,)) = (panels_of(1, 1, (4.6, height)) for height in (4.4, 4.2))
+        for square in (roc_axes, axes):
+            square.plot([0, 1], [0, 1], color=MUTED, lw=0.8, ls=":")
+            square.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        are_probabilities = judged["score"].between(0, 1).all()
+        for features, one in list(judged.groupby("features", sort=False))[: len(COLORS)]:
             labels, scores = (one["label"] == classes[1]).to_numpy(int), one["score"].to_numpy(float)
-            curves[str(features)] = charts.mean_roc(labels, scores, one["fold"].to_numpy())
-            if scores.min() >= 0 and scores.max() <= 1:
-                calibrated[str(features)] = calibration(labels, scores)
+            color, marker = palette[str(features)]
+            roc_axes.plot(*_mean_roc(labels, scores, one["fold"].to_numpy()), color=color, lw=1.6, label=str(features))
+            if are_probabilities:
+                found = calibration(labels, scores)
+                errors = (found.observed - found.low, found.high - found.observed)
+                axes.errorbar(found.predicted, found.observed, errors, color=color, lw=0.9, alpha=0.4, fmt="none")
+                label = f"{features} (error {found.error:.2f}, Brier {found.brier:.2f})"
+                axes.plot(found.predicted, found.observed, color=color, marker=marker, ms=5, lw=1.6, label=label)
         title, stem = ", ".join(map(str, key)), safe_name(f"{name}_{len(figures)}")
-        roc = charts.mean_roc_curves(curves, pictures / f"{stem}_roc.png", palette, f"ROC, {title}")
-        figures.append(ReportFigure(roc, f"ROC curves, {title}; of several folds the mean"))
-        if calibrated:
-            file = pictures / f"{stem}_calibration.png"
-            picture = charts.calibration_curves(calibrated, file, palette, f"Calibration, {title}")
+        tidy(roc_axes, f"ROC, {title}", "false positive rate", "true positive rate")
+        picture = save_chart(roc, pictures / f"{stem}_roc.png", legend_columns=2)
+        figures.append(ReportFigure(picture, f"ROC curves, {title}; of several folds the mean"))
+        if are_probabilities:
+            tidy(axes, f"Calibration, {title}", "predicted probability", "observed share")
+            picture = save_chart(calibrated, pictures / f"{stem}_calibration.png", legend_columns=1)
             caption = f"Calibration, {title}: bins of equal size with 95 % intervals; dotted: perfect"
             figures.append(ReportFigure(picture, caption))
     return [Section(f"ROC and calibration: {name}", _HELD_OUT, figures=figures)] if figures else []
 
 
-def _survival(halves: Sequence[Mapping[str, Any]], name: str, pictures: Path) -> list[Section]:
+def _mean_roc(labels: Array, scores: Array, folds: Array) -> tuple[Array, Array]:
+    """False and true positive rates: the ROC curve of each fold, averaged at equal false positive rates.
+
+    Scores of two folds come from two models and share no scale, so they are not put into one curve. Folds without one
+    of the classes have no curve.
+    """
+    grid, curves = np.linspace(0, 1, 201), []
+    for fold in np.unique(folds):
+        own = folds == fold
+        if len(np.unique(labels[own])) == 2:
+            false_positives, true_positives, _ = roc_curve(labels[own], scores[own])
+            curves.append(np.interp(grid, false_positives, true_positives))
+    if not curves:
+        raise ValueError("no fold holds both classes: there is no ROC curve")
+    return np.r_[0, grid], np.r_[0, np.mean(curves, axis=0)]
+
+
+def _survival(curves: Sequence[Mapping[str, Any]], name: str, pictures: Path) -> list[Section]:
     """Kaplan-Meier curves of the halves by predicted risk."""
     figures = []
-    largest = max((item.get("fraction", 1.0) for item in halves), default=1.0)
-    for number, item in enumerate(item for item in halves if item.get("fraction", 1.0) == largest):
+    largest = max((item.get("fraction", 1.0) for item in curves), default=1.0)
+    for number, item in enumerate(item for item in curves if item.get("fraction", 1.0) == largest):
+        figure, (axes,) = panels_of(1, 1, (4.6, 3.9))
+        for color, half in zip(COLORS, item["halves"], strict=False):
+            label = f"{half['name']} (n = {half['num']}, {half['num_events']} events)"
+            axes.step(half["times"], half["survival"], where="post", color=color, lw=1.6, label=label)
+        axes.set(ylim=(0, 1.03))
+        axes.set_xlim(left=0)
         title, p = f"{item['features']}, {item['probe']}", item["log_rank_p"]
-        picture = charts.survival_curves(item["halves"], pictures / f"{safe_name(name)}_survival_{number}.png", title)
+        tidy(axes, title, "time", "share without the event")
+        picture = save_chart(figure, pictures / f"{safe_name(name)}_survival_{number}.png", legend_columns=1)
         test = "log-rank test without a value" if p is None else f"log-rank p = {p:.2g}"
         figures.append(ReportFigure(picture, f"Kaplan-Meier curves above and below the median risk, {title}; {test}"))
     return [Section(f"Survival: {name}", _HELD_OUT, figures=figures)] if figures else []

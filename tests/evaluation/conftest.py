@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from fmcib_ssl.evaluation import charts, figures
+from fmcib_ssl.evaluation import figures, report_maps
 
 
 @pytest.fixture
@@ -21,6 +21,6 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
         saved.append(figure)
         return save(figure, *args, **kwargs)
 
-    for module in (charts, figures):
+    for module in (figures, report_maps):
         monkeypatch.setattr(module, "save_figure", keep)
     return saved

@@ -1,4 +1,4 @@
-"""Sheets: that they show what they say is read from their pixels and axes; how they look, people judge."""
+"""Pictures: that they show what they say is read from their pixels and axes; how they look, people judge."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -20,9 +21,47 @@ from fmcib_ssl.evaluation.figures import (
     lesion_sheet,
     retrieval_sheet,
     saliency_sheet,
+    training_curves,
 )
 from fmcib_ssl.evaluation.probes import nearest_lesions
 from fmcib_ssl.types import Preprocessing
+
+
+def test_curves_draw_the_columns_that_hold_numbers(drawn: list[Figure], tmp_path: Path) -> None:
+    steps = np.arange(100)
+    table = pd.DataFrame(
+        {
+            "epoch": 0,
+            "step": steps,
+            "train/loss": np.where(steps % 2, np.nan, 4 - steps / 50),
+            "train/positive_cosine": steps / 100,
+            "train/alignment": np.nan,
+            "lr": 0.001,
+            "note": "text",
+        }
+    )
+    table.to_csv(tmp_path / "metrics.csv", index=False)
+    assert training_curves(tmp_path / "metrics.csv", tmp_path / "curves.png").is_file()
+    axes = drawn[0].axes
+    assert [ax.get_title(loc="left") for ax in axes] == ["Loss", "Cosine similarity", "Learning rate"]
+    assert all(ax.get_xlabel() and ax.get_ylabel() for ax in axes)
+    x, y = axes[0].lines[0].get_data()
+    np.testing.assert_array_equal(x, steps[::2])
+    np.testing.assert_allclose(np.asarray(y, float), 4 - steps[::2] / 50)
+    # on a straight line a centred running mean is the line itself, away from the ends
+    x, y = axes[1].lines[1].get_data()
+    np.testing.assert_allclose(np.asarray(y, float)[5:-5], steps[5:-5] / 100, atol=0.006)
+
+
+def test_curves_of_a_single_step_and_of_nothing(tmp_path: Path) -> None:
+    pd.DataFrame({"step": [0], "train/loss": [1.0]}).to_csv(tmp_path / "one.csv", index=False)
+    assert training_curves(tmp_path / "one.csv", tmp_path / "one.png").is_file()
+    pd.DataFrame({"step": [0], "other": [1.0]}).to_csv(tmp_path / "none.csv", index=False)
+    with pytest.raises(ValueError, match=r"none\.csv holds no numbers to draw; it should have any of train/loss"):
+        training_curves(tmp_path / "none.csv", tmp_path / "none.png")
+    pd.DataFrame({"train/loss": [1.0]}).to_csv(tmp_path / "no_step.csv", index=False)
+    with pytest.raises(ValueError, match="no column 'step'; it has train/loss"):
+        training_curves(tmp_path / "no_step.csv", tmp_path / "none.png")
 
 
 def contact_row(size: tuple[int, int, int] = (8, 10, 12)) -> ContactRow:

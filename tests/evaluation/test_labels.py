@@ -1,4 +1,4 @@
-"""What becomes of a column, and of a table that is joined to the lesions."""
+"""What becomes of a column, of a joined table and of a published task; no patient on two sides."""
 
 from __future__ import annotations
 
@@ -8,7 +8,24 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fmcib_ssl.evaluation.labels import EvaluationError, join_labels, read_labels
+from fmcib_ssl.data.importers import IMPORTERS
+from fmcib_ssl.evaluation.labels import (
+    EvaluationError,
+    PublishedTask,
+    Split,
+    column_text,
+    cross_validation,
+    given_split,
+    grouped_folds,
+    join_labels,
+    join_task,
+    load_task,
+    nested_share,
+    read_labels,
+    shared_patients,
+    without_shared,
+)
+from fmcib_ssl.evaluation.metrics import Kind
 
 LESIONS = pd.DataFrame(
     {
@@ -43,7 +60,7 @@ def test_kinds() -> None:
     ("kind", "options", "message"),
     [
         ("binary", {"label": "grade"}, "3 different values.*threshold='>3'"),
-        ("binary", {"label": "texture"}, "label=texture: there is no such column; there is lesion_id, grade"),
+        ("binary", {"label": "texture"}, "label=texture: no such column; the columns are lesion_id, grade"),
         ("binary", {"label": "site", "threshold": "<5"}, "'site' should hold numbers; 3 do not, such as 'lung'"),
         ("binary", {"label": "grade", "threshold": "5"}, "should be a comparison such as '<5'"),
         ("binary", {"label": "grade", "threshold": "<9"}, "3 lesions have a label, and it is the same"),
@@ -78,10 +95,169 @@ def test_a_table_is_joined_by_name_and_never_by_position(tmp_path: Path) -> None
         ("name,grade\n1.nii,2\n1.nii,3\n", "file:name", "duplicate name '1.nii'"),
         ("name,grade\n1.mhd,2\n", "file:name", "no file of the features is a name of"),
         ("name,grade\n1.nii,2\n", "file", "has no column 'file'; it has 'name', 'grade'"),
-        ("name,grade\n1.nii,2\n", "path:name", "label=path: there is no such column"),
+        ("name,grade\n1.nii,2\n", "path:name", "label=path: no such column"),
     ],
 )
 def test_a_table_that_cannot_be_joined_is_refused(tmp_path: Path, text: str, on: str, message: str) -> None:
     (tmp_path / "more.csv").write_text(text)
     with pytest.raises(EvaluationError, match=message):
         join_labels(LESIONS, tmp_path / "more.csv", on)
+
+
+RNG = np.random.default_rng(0)
+PATIENTS = np.array([f"p{k}" for k in RNG.integers(0, 150, 400)])
+LABELS: dict[Kind, np.ndarray] = {
+    "binary": (RNG.random(400) < 0.3).astype(int),
+    "multiclass": RNG.choice(4, 400, p=[0.5, 0.3, 0.15, 0.05]),
+    "ordinal": np.rint(RNG.normal(3, 1, 400)),
+    "continuous": RNG.normal(size=400),
+    "survival": np.column_stack([RNG.exponential(size=400), RNG.random(400) < 0.6]),
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_folds_part_patients_and_test_every_lesion_once_a_repeat(kind: Kind) -> None:
+    parts = cross_validation(kind, LABELS[kind], PATIENTS, num_folds=5, num_repeats=2)
+    assert [part.name for part in parts] == [f"{r}.{k}" for r in range(2) for k in range(5)]
+    for part in parts:
+        assert not len(shared_patients(part, PATIENTS))
+        assert len(part.train) + len(part.test) == 400
+    for repeat in (parts[:5], parts[5:]):
+        assert sorted(np.concatenate([part.test for part in repeat])) == list(range(400))
+    assert {tuple(p.test) for p in parts[:5]}.isdisjoint({tuple(p.test) for p in parts[5:]})
+
+
+def test_classes_have_about_equal_shares_in_every_fold() -> None:
+    y = LABELS["binary"]
+    for _, test in grouped_folds("binary", y, PATIENTS, 5, 0):
+        assert abs(y[test].mean() - y.mean()) < 0.04
+
+
+def test_there_are_no_more_folds_than_patients_of_the_rarest_class() -> None:
+    y = np.zeros(40, dtype=int)
+    y[:3] = 1
+    assert len(list(grouped_folds("binary", y, np.arange(40), 5, 0))) == 3
+    with pytest.raises(ValueError, match="rarest with 1 patient"):
+        list(grouped_folds("binary", y, np.repeat([0, 1], [3, 37]), 5, 0))
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_shares_of_the_labels_are_nested_whole_patients_and_seeded(kind: Kind) -> None:
+    rows = np.sort(RNG.permutation(400)[:300])
+    num_patients = len(np.unique(PATIENTS[rows]))
+    larger = rows
+    for fraction in (0.5, 0.2, 0.1):
+        found = nested_share(kind, LABELS[kind], PATIENTS, rows, fraction=fraction, seed=3)
+        taken = np.unique(PATIENTS[found])
+        assert len(taken) == round(fraction * num_patients)
+        assert set(found) == set(rows[np.isin(PATIENTS[rows], taken)])
+        assert set(found) < set(larger)
+        again = nested_share(kind, LABELS[kind], PATIENTS, rows, fraction=fraction, seed=3)
+        np.testing.assert_array_equal(found, again)
+        assert set(found) != set(nested_share(kind, LABELS[kind], PATIENTS, rows, fraction=fraction, seed=4))
+        larger = found
+    np.testing.assert_array_equal(nested_share(kind, LABELS[kind], PATIENTS, rows, fraction=1, seed=3), rows)
+
+
+def test_shares_of_the_labels_hold_the_classes_in_their_shares() -> None:
+    patients, y = np.arange(1000), (np.arange(1000) % 10 == 0).astype(int)
+    for seed in range(5):
+        found = nested_share("binary", y, patients, patients, fraction=0.1, seed=seed)
+        assert 9 <= y[found].sum() <= 11
+
+
+def test_a_given_split_is_taken_as_it_is() -> None:
+    part = given_split(np.array(["train", "Test ", "tune", "train"]))
+    assert (part.train.tolist(), part.test.tolist(), list(part.val)) == ([0, 3], [1], [2])  # type: ignore[arg-type]
+    assert given_split(np.array(["train", "test"])).val is None
+    with pytest.raises(ValueError, match=r"names 'train', 'val' and 'test', not \['hold-out'\]"):
+        given_split(np.array(["train", "test", "hold-out"]))
+    with pytest.raises(ValueError, match="0 rows to train"):
+        given_split(np.array(["test", "test"]))
+
+
+def test_shared_patients_leave_what_is_trained_on_and_the_test_stays() -> None:
+    patients = np.array(["a", "b", "c", "a", "c", "d", "b"])
+    part = Split("split", np.array([0, 1, 2]), np.array([3]), np.array([4, 5, 6]))
+    assert shared_patients(part, patients).tolist() == ["a", "b", "c"]
+    apart = without_shared(part, patients)
+    assert (apart.train.tolist(), apart.test.tolist()) == ([], [3])
+    part = Split("split", np.array([0, 1, 2, 5]), np.array([3]), None)
+    assert without_shared(part, patients).train.tolist() == [1, 2, 5]
+    assert not len(shared_patients(without_shared(part, patients), patients))
+
+
+TASKS = Path(__file__).resolve().parents[2] / "scripts" / "tasks"
+NAMES = sorted(path.stem for path in TASKS.glob("*.yaml"))
+
+
+def as_embedded(task: PublishedTask, folder: Path) -> pd.DataFrame:
+    """Lesions as a table of features has them: shuffled, without the split, points after a journey through CSV."""
+    tables = [IMPORTERS[task.importer](folder / path) for path in task.tables.values()]
+    rows = pd.concat(tables).sample(frac=1, random_state=0).reset_index(drop=True)
+    rows["image_path"] = "elsewhere/" + rows["image_path"].str.replace(".mhd", ".nii.gz")
+    rows[["coordX", "coordY", "coordZ"]] = rows[["coordX", "coordY", "coordZ"]].round(3)
+    rows["lesion_id"] = [f"l{k}" for k in range(len(rows))]
+    return rows.drop(columns=[name for name in ("split", task.label) if name in rows])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_figure_says_where_it_is_from(name: str) -> None:
+    task = load_task(name, TASKS)
+    for figure in task.published:
+        assert 0 < figure["value"] < 1
+        assert "doi:10.1038/s42256-024-00807-9" in figure["source"]
+    assert task.published or "no published figure" in task.note
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "num_shared"),
+    [
+        ("deeplesion_site", {"train": 2610, "val": 1220, "test": 1221}, 291),
+        ("luna16_malignancy", {"train": 338, "val": 169, "test": 170}, 115),
+        ("lung1_survival", {"all": 421}, None),
+    ],
+)
+def test_published_tables_join_whatever_the_order(
+    real_data: Path, name: str, sizes: dict[str, int], num_shared: int | None
+) -> None:
+    task, folder = load_task(name, TASKS), real_data / "annotations"
+    lesions = as_embedded(task, folder)
+    joined, notes = join_task(task, lesions, folder)
+    assert joined["split"].value_counts().to_dict() == sizes
+    assert notes == [task.note]
+    # the same lesion, not only the same number of them
+    told = joined.set_index("lesion_id").loc[lesions["lesion_id"]]
+    if task.join == "point":
+        np.testing.assert_allclose(told["coordX"], lesions["coordX"], atol=1e-3)
+    else:
+        assert told["PatientID"].tolist() == lesions["PatientID"].tolist()
+    labels = read_labels(joined, task.kind, label=task.label, time=task.time, event=task.event)
+    assert len(labels.rows) == sum(sizes.values())
+    if num_shared is not None:
+        part = given_split(column_text(joined, "split", "split"))
+        assert len(shared_patients(part, column_text(joined, task.group, "group"))) == num_shared
+        assert len(labels.classes) == len(task.classes)
+
+
+def test_lesions_without_features_are_said_and_none_at_all_is_refused(real_data: Path) -> None:
+    task, folder = load_task("luna16_malignancy", TASKS), real_data / "annotations"
+    lesions = as_embedded(task, folder)
+    joined, notes = join_task(task, lesions.iloc[:600], folder)
+    assert len(joined) == 600
+    assert notes[-1].startswith("77 of 677 published lesions have no features: ")
+    moved = lesions.assign(coordX=lesions["coordX"] + 1)
+    with pytest.raises(EvaluationError, match="none of the 677 lesions of LUNA16, malignancy is among the 677"):
+        join_task(task, moved, folder)
+    with pytest.raises(EvaluationError, match=r"task2_train\.csv: no such table"):
+        join_task(task, lesions, folder / "luna16")
+    with pytest.raises(EvaluationError, match="no column 'coordZ'"):
+        join_task(task, lesions.drop(columns="coordZ"), folder)
+
+
+def test_a_task_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"task=lung2: neither a kind .* tasks are deeplesion_site, luna16"):
+        load_task("lung2", TASKS)
+    (tmp_path / "mine.yaml").write_text("title: mine\nkind: binary\nlables: y\n")
+    with pytest.raises(EvaluationError, match=r"mine.yaml: (.|\n)*lables"):
+        load_task("mine", tmp_path)

@@ -1,19 +1,25 @@
-"""Weighted metrics against scikit-learn, SciPy and scikit-survival on the expanded rows."""
+"""Metrics against scikit-learn, SciPy and scikit-survival on the expanded rows, intervals against known truths."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
+from sklearn.calibration import calibration_curve
 from sklearn.metrics import (
     average_precision_score,
     balanced_accuracy_score,
+    brier_score_loss,
     cohen_kappa_score,
     mean_absolute_error,
     roc_auc_score,
 )
 
 from fmcib_ssl.evaluation import metrics
+from fmcib_ssl.evaluation.metrics import Estimate, calibration, interval, patient_weights
+from fmcib_ssl.evaluation.probes import SplitScores, estimate, resampled
 
 PRECISION, SPEARMAN = metrics.METRICS["binary"]["average precision"], metrics.METRICS["ordinal"]["Spearman"]
 RNG = np.random.default_rng(0)
@@ -95,3 +101,122 @@ def test_without_one_of_the_classes_there_is_no_value() -> None:
     for metric in (metrics.auc, PRECISION):
         assert np.isnan(metric(y, scores, weights)).tolist() == [True, True, False]
     assert np.isnan(SPEARMAN(np.ones(3), scores, weights)).all()
+
+
+#: Phi(1 / sqrt 2): the AUC of two normal scores one standard deviation apart.
+BINORMAL_AUC = 0.7602499389
+
+
+def test_every_resample_has_scikit_learns_auc() -> None:
+    rng = np.random.default_rng(3)
+    y = rng.integers(0, 2, 50)
+    scores = np.round(rng.normal(y, 1.0), 1)
+    patients = rng.integers(0, 20, 50)
+    aucs = metrics.auc(y, scores, patient_weights(patients, 50, seed=4))
+    assert aucs[0] == pytest.approx(roc_auc_score(y, scores), abs=1e-12)
+    names, draws = np.unique(patients), np.random.default_rng(4)
+    for value in aucs[1:]:
+        drawn = draws.integers(len(names), size=len(names))
+        rows = np.concatenate([np.flatnonzero(patients == names[k]) for k in drawn])
+        assert value == pytest.approx(roc_auc_score(y[rows], scores[rows]), abs=1e-12)
+
+
+def test_the_draws_do_not_depend_on_the_order_of_the_rows() -> None:
+    patients = np.array(["a", "b", "b", "c", "d"])
+    order = np.array([4, 2, 0, 1, 3])
+    weights = patient_weights(patients, 30, seed=1)
+    np.testing.assert_array_equal(patient_weights(patients[order], 30, seed=1), weights[:, order])
+    assert (weights[:, 1] == weights[:, 2]).all()
+
+
+@pytest.mark.parametrize("num_parts", [1, 5])
+def test_intervals_over_patients_hold_the_truth_and_intervals_over_rows_do_not(num_parts: int) -> None:
+    """Three lesions a patient whose scores share three quarters of their variance, 200 times."""
+    rng = np.random.default_rng(0)
+    covered, tried = {"patients": 0, "rows": 0}, {"patients": 200, "rows": 80}
+    num_patients, per_patient = 80, 3
+    for trial in range(200):
+        y = np.repeat(np.arange(num_patients) % 2, per_patient)
+        shared = np.repeat(rng.normal(scale=np.sqrt(0.75), size=num_patients), per_patient)
+        scores = y + shared + rng.normal(scale=0.5, size=len(y))
+        patients = np.repeat(np.arange(num_patients), per_patient)
+        fold = patients // 2 % num_parts
+        parts = [SplitScores(str(k), np.flatnonzero(fold == k), scores[fold == k], 1.0, 0) for k in range(num_parts)]
+        for name, groups in (("patients", patients), ("rows", np.arange(len(y)))):
+            if trial < tried[name]:
+                estimated = estimate(metrics.auc, y, parts, patient_weights(groups, 200, trial))
+                covered[name] += estimated.low <= BINORMAL_AUC <= estimated.high
+    assert 0.90 <= covered["patients"] / tried["patients"] <= 0.985
+    assert covered["rows"] / tried["rows"] < 0.87
+
+
+def test_lesions_of_two_parts_are_not_compared() -> None:
+    y = np.array([0, 1, 0, 1])
+    parts = [SplitScores("0", np.array([0, 1]), np.array([0.1, 0.2]), 1.0, 2)]
+    parts += [SplitScores("1", np.array([2, 3]), np.array([5.0, 6.0]), 1.0, 2)]
+    assert resampled(metrics.auc, y, parts, np.ones((1, 4)))[0] == 1.0  # all pooled it would be 0.75
+
+
+def test_what_has_no_value_is_said() -> None:
+    assert interval(np.array([0.5, np.nan, 0.4, 0.6])) == Estimate(0.5, pytest.approx(0.405), pytest.approx(0.595))
+    with pytest.raises(ValueError, match="no bootstrap resample"):
+        interval(np.array([0.5, np.nan]))
+
+
+def outcomes(n: int = 400, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    p = rng.uniform(size=n)
+    return (rng.uniform(size=n) < p**2).astype(int), p
+
+
+@pytest.mark.parametrize(("num_bins", "are_tied"), [(4, False), (10, False), (10, True)])
+def test_bins_are_those_of_scikit_learn(num_bins: int, are_tied: bool) -> None:
+    labels, p = outcomes()
+    p = np.where(p < 0.7, 0.2, 0.9) if are_tied else p  # equal probabilities share a bin
+    result = calibration(labels, p, num_bins)
+    observed, predicted = calibration_curve(labels, p, n_bins=num_bins, strategy="quantile")
+    np.testing.assert_allclose(result.observed, observed)
+    np.testing.assert_allclose(result.predicted, predicted)
+    assert result.brier == pytest.approx(brier_score_loss(labels, p))
+    assert result.counts.sum() == len(p)
+
+
+def test_the_error_is_the_mean_distance_over_rows() -> None:
+    labels, p = outcomes()
+    result = calibration(labels, p, 5)
+    parts = zip(result.counts, result.observed, result.predicted, strict=True)
+    assert result.error == pytest.approx(sum(n * abs(o - q) for n, o, q in parts) / len(p))
+    rng = np.random.default_rng(1)
+    fair = rng.uniform(size=20000)
+    assert calibration(rng.uniform(size=20000) < fair, fair).error < 0.02 < result.error
+
+
+def test_intervals_are_wilsons() -> None:
+    labels, p = outcomes(200)
+    result = calibration(labels, p, 4)
+    for n, share, low, high in zip(result.counts, result.observed, result.low, result.high, strict=True):
+        for end in (low, high):  # the ends solve |share - end| = z sqrt(end (1 - end) / n)
+            assert abs(share - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / n))
+
+
+def test_few_rows_and_probabilities_that_say_nothing_have_one_bin() -> None:
+    assert len(calibration([0, 1, 1], [0.1, 0.5, 0.9]).counts) == 1
+    labels, p = outcomes()
+    assert len(calibration(labels, 0.5 + 0.01 * p).counts) == 1
+
+
+def test_halves_have_the_curves_and_the_test_of_scikit_survival() -> None:
+    nonparametric = pytest.importorskip("sksurv.nonparametric")
+    compare = pytest.importorskip("sksurv.compare")
+    rng = np.random.default_rng(0)
+    labels = np.column_stack([np.ceil(8 * rng.exponential(size=150)), rng.random(150) < 0.6])
+    is_high = rng.normal(labels[:, 0].mean() - labels[:, 0]) > 0
+    result = risk_halves(labels, is_high)
+    for curve, rows in zip(result["halves"], (labels[~is_high], labels[is_high]), strict=True):
+        times, survival = nonparametric.kaplan_meier_estimator(rows[:, 1].astype(bool), rows[:, 0])
+        np.testing.assert_allclose(np.interp(times, curve["times"], curve["survival"]), survival, atol=1e-12)
+        assert (curve["times"][0], curve["survival"][0]) == (0.0, 1.0)
+    pairs = list(zip(labels[:, 1].astype(bool), labels[:, 0], strict=True))
+    y = np.array(pairs, dtype=[("event", bool), ("time", float)])
+    assert result["log_rank_p"] == pytest.approx(compare.compare_survival(y, is_high)[1], rel=1e-6)
+    assert risk_halves(labels, np.zeros(len(labels), dtype=bool))["log_rank_p"] is None

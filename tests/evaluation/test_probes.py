@@ -1,4 +1,4 @@
-"""Every probe against scikit-learn called directly."""
+"""Every probe against scikit-learn called directly, Cox against scikit-survival and lifelines."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from fmcib_ssl.evaluation.probes import (
     _preparation,
     knn_scores,
     linear_scores,
+    nearest_lesions,
     score,
 )
 
@@ -181,3 +182,83 @@ def test_quick_probes_judge_each_lesion_by_other_patients(num_classes: int) -> N
     fit, check = grouped_folds("multiclass", classes, PATIENTS, 5, 0)[0]
     model = make_pipeline(StandardScaler(), RidgeClassifierCV(np.logspace(-1, 5, 7))).fit(X[fit], classes[fit])
     np.testing.assert_allclose(linear[check][:, -1], model.decision_function(X[check]).reshape(len(check), -1)[:, -1])
+
+
+def cohort(num: int = 150, dim: int = 6, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(num, dim))
+    x = (x - x.mean(0)) / x.std(0)
+    time, censored = rng.exponential(np.exp(-0.7 * x[:, 0])), rng.exponential(1.5, num)
+    return x, np.column_stack([np.minimum(time, censored), time < censored])
+
+
+def coefficients(x: np.ndarray, labels: np.ndarray, penalties: list[float]) -> np.ndarray:
+    """Log-hazards of the axes."""
+    return np.stack(list(PROBES["cox"].path(x, labels, np.eye(x.shape[1]), 0, penalties)))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("penalty", [0.5, 30.0])
+def test_coefficients_are_those_of_scikit_survival(ties: bool, penalty: float) -> None:
+    model = pytest.importorskip("sksurv.linear_model").CoxPHSurvivalAnalysis(alpha=penalty, ties="breslow", tol=1e-12)
+    x, labels = cohort()
+    if ties:
+        labels[:, 0] = np.ceil(5 * labels[:, 0])
+    pairs = list(zip(labels[:, 1].astype(bool), labels[:, 0], strict=True))
+    model.fit(x, np.array(pairs, dtype=[("event", bool), ("time", float)]))
+    np.testing.assert_allclose(coefficients(x, labels, [100.0, penalty])[1], model.coef_, atol=2e-6)
+
+
+def test_coefficients_are_those_of_lifelines() -> None:
+    """As lifelines 0.30.3 gives them for `CoxPHFitter(penalizer=30 / 150)`, which divides by the sample's deviation."""
+    x, labels = cohort()
+    x = x * np.sqrt(149 / 150)
+    found = coefficients(x, labels, [30.0])[0]
+    lifelines = [0.3879304331, 0.1536311594, 0.0416701761, -0.0600178924, 0.1353625810, 0.0857010738]
+    np.testing.assert_allclose(found, lifelines, atol=1e-5)
+
+
+def test_more_features_than_rows_is_the_same_as_in_the_basis_of_the_rows() -> None:
+    rng = np.random.default_rng(1)
+    x, labels = cohort(40, 6)
+    rotation = np.linalg.qr(rng.normal(size=(200, 200)))[0][:6]
+    wide = coefficients(x @ rotation, labels, [3.0])[0]
+    np.testing.assert_allclose(wide @ rotation.T, coefficients(x, labels, [3.0])[0], atol=1e-4)
+    np.testing.assert_allclose(np.linalg.norm(wide), np.linalg.norm(wide @ rotation.T), rtol=1e-3)
+
+
+def test_without_an_event_nothing_is_learned() -> None:
+    x, labels = cohort(20)
+    with pytest.raises(ValueError, match="no event was seen"):
+        coefficients(x, labels * [1, 0], [1.0])
+
+
+@pytest.fixture
+def lesions() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    patients = np.array([f"p{k}" for k in rng.integers(0, 25, 80)])
+    # lesions of a patient resemble each other most
+    of_patient = {patient: rng.normal(size=16) for patient in np.unique(patients)}
+    features = np.stack([of_patient[patient] for patient in patients]) + 0.3 * rng.normal(size=(80, 16))
+    return features.astype(np.float32), patients
+
+
+def test_neighbours_are_scikit_learns_among_other_patients(lesions: tuple[np.ndarray, np.ndarray]) -> None:
+    features, patients = lesions
+    queries, would_be_their_own = [0, 17, 40], 0
+    found = nearest_lesions(features, patients, queries, 5)
+    for line, query in enumerate(queries):
+        others = np.flatnonzero(patients != patients[query])
+        oracle = NearestNeighbors(n_neighbors=5, metric="cosine").fit(features[others])
+        distances, places = oracle.kneighbors(features[query : query + 1])
+        np.testing.assert_array_equal(found.rows[line], others[places[0]])
+        np.testing.assert_allclose(found.cosines[line], 1 - distances[0], atol=1e-5)
+        everyone = NearestNeighbors(n_neighbors=2, metric="cosine").fit(features)
+        would_be_their_own += patients[everyone.kneighbors(features[query : query + 1])[1][0, 1]] == patients[query]
+    assert would_be_their_own > 0
+
+
+def test_where_there_are_too_few_other_patients() -> None:
+    found = nearest_lesions(np.eye(4), np.array(["a", "a", "a", "b"]), [0, 3], 5)
+    assert found.rows.tolist() == [[3, -1, -1, -1], [0, 1, 2, -1]]
+    assert np.isinf(found.cosines[0, 1:]).all()
