@@ -156,9 +156,9 @@ def embed_source(
     A lesion whose patch cannot be read, or for which the encoder gives no finite number, is left out with a warning.
 
     Args:
-        encoder: of a file (`trained_encoder`), untrained, or raw voxels.
-        source: where the lesions are; see `embedding_sources`.
-        inference: batches, precision, device.
+        encoder: from `trained_encoder`, `random_encoder` or `raw_voxels`.
+        source: names the lesions; see `embedding_sources`.
+        inference: batch size, precision, views, device; by default float32 in batches of 32, on a GPU if there is one.
         lesion_ids: embed these and no others, in this order.
 
     Raises:
@@ -192,8 +192,8 @@ def baseline_tables(
     say what builds its encoder. `raw voxels`: the normalised patch, flattened, for a probe that reduces it first.
 
     Args:
-        table: as `embed_source` gives it; its source is opened again.
-        seed: of the random weights.
+        table: its source is opened again.
+        seed: of the random weights, 0 or more.
         device: a GPU if there is one, by default.
 
     Raises:
@@ -228,7 +228,7 @@ class Outcome:
 
     Attributes:
         output: the table of features.
-        num_lesions: of the source.
+        num_lesions: in the source.
         num_embedded: now, by this process.
         num_missing: lesions of other processes that are not done yet; if there are any, `output` does not exist yet.
         num_rejected: rows that have no features, listed in `rejected_file`; None unless this process made `output`.
@@ -265,18 +265,18 @@ def embed_to_file(
     stored as float16.
 
     Args:
-        encoder: what to embed with.
-        source: where the lesions are; see `embedding_sources`.
-        output: of the table, ending in `.parquet`.
-        inference: how.
+        encoder: from `trained_encoder`, `random_encoder` or `raw_voxels`.
+        source: names the lesions; see `embedding_sources`.
+        output: `NAME.parquet`; parts go to `NAME.parts/`, what has no features to `NAME.rejected.csv`.
+        inference: batch size, precision, views, device.
         share: number of this process, from 0, and of all: it embeds every `total`-th shard.
         restart: replace a finished table, and parts of another request.
         shard_size: lesions in a part; the same in all processes.
         progress: show it.
 
     Raises:
-        FeatureTableError: what is there comes from another request, which the message compares; or no lesion could be
-            embedded.
+        FeatureTableError: `output` or its parts were made by another request, which the message compares; or no lesion
+            could be embedded.
         fmcib_ssl.data.store.StoreError: as `open_patches`.
         fmcib_ssl.data.tables.AnnotationsError: as `open_patches`.
     """

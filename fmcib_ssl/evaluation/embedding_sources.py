@@ -59,8 +59,8 @@ class SourcePatches:
         lesions: one row a lesion, with `lesion_id` and `scan_id`.
         read: gives a patch by its lesion's number.
         rejected: rows of the table that cannot be used: `REJECTED_COLUMNS`.
-        fingerprint: of the table, or of a store's index of lesions and scans, and of how it is read.
-        preprocessing: how the patches are cut.
+        fingerprint: digest of the table, or of a store's index, and of the options it is read with.
+        preprocessing: how the patches are cut and normalised.
     """
 
     lesions: pd.DataFrame
@@ -133,7 +133,7 @@ class FrozenEncoder:
 
     Attributes:
         module: `(batch, 1, z, y, x)` to `(batch, features)`.
-        preprocessing: of its patches.
+        preprocessing: how its patches are cut and normalised.
         about: `name`, `kind`, `weights`, `sha256`, `encoder` and `seed` of a `FeatureTable`'s provenance.
     """
 
@@ -163,8 +163,8 @@ def random_encoder(
 
     Args:
         spec: `_target_` and arguments.
-        preprocessing: of its patches.
-        seed: of the weights.
+        preprocessing: how its patches are cut and normalised.
+        seed: 0 or more; the weights follow from it.
         trusted_targets: dotted names, besides this package's own encoders, that may be imported and called.
 
     Raises:
@@ -196,7 +196,7 @@ class Inference:
         batch_size: patches in one forward.
         precision: "32" is float32 throughout (no TF32); "bf16" and "fp16" are torch's autocast.
         views: 1, or 8 for the mean of the features of a patch and of its mirror images.
-        device: where; by default a GPU if there is one.
+        device: such as "cpu" or "cuda:1"; None: a GPU if there is one.
         num_workers: processes that read patches; 0 reads in this one.
 
     Raises:

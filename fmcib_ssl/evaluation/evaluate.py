@@ -30,7 +30,7 @@ class Candidates:
     """Everything that is evaluated on the same lesions.
 
     Attributes:
-        inputs: what is scored, the user's tables first.
+        inputs: sets of features to score, the user's tables first.
         compared: pairs of names: features, and what they should be ahead of.
         missing: baselines that could not be made: `features`, `reason`.
         voxels: normalised patches, flattened, and how they were cut, where there are any.
@@ -159,7 +159,7 @@ class Evaluation:
         differences: how far features are ahead of others on the same resamples; of an error, how far below.
         predictions: one row a test lesion, set of features, probe and share of the labels.
         survival: Kaplan-Meier curves of the two halves by risk, with the log-rank test.
-        missing: what could not be computed: `features`, `reason`.
+        missing: `features` that could not be scored, and the `reason`.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -184,9 +184,9 @@ def evaluate_features(
     Args:
         protocols: the evaluation, and others of the same labels, such as one without shared patients.
         lesions: one row a lesion, in the order of the protocols.
-        candidates: what is scored and compared.
+        candidates: the features to score and to compare.
         probes: names of `PROBES`; the size alone is always given to the linear probe.
-        fractions: of the training patients, above 0 and at most 1.
+        fractions: shares of the training patients to fit on, above 0 and at most 1.
         num_bootstrap: resamples of the patients.
         progress: show a bar.
 

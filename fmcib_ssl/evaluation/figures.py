@@ -60,9 +60,9 @@ def save_figure(figure: Figure, path: Path | str, dpi: int = 150, *, svg: bool =
     Texts are drawn as they are: names of columns and lesions may hold `$`, which would be a formula to matplotlib.
 
     Args:
-        figure: what is drawn.
-        path: of the PNG.
-        dpi: of the PNG.
+        figure: to draw.
+        path: NAME.png.
+        dpi: dots an inch in the PNG.
         svg: write `NAME.svg` beside it, too.
     """
     path = Path(path)
@@ -104,7 +104,7 @@ def training_curves(metrics_csv: Path | str, path: Path | str) -> Path:
 
     Args:
         metrics_csv: a column `step` and any of those of the panels; empty cells are skipped.
-        path: of the PNG.
+        path: NAME.png.
 
     Raises:
         ValueError: the table has no column `step`, or none of the columns holds a number.
@@ -166,7 +166,7 @@ class _Sheet:
 
     Args:
         num_lines: at least one.
-        widths: of the columns, relative to a picture; the narrow ones are gaps.
+        widths: of the columns, 1 for a picture; the narrow ones are gaps.
         size: width of the sheet and height of a line, inches.
         head: room above the pictures, inches.
         foot: room below them, inches.
@@ -244,8 +244,8 @@ def contact_sheet(rows: Sequence[ContactRow], path: Path | str, preprocessing: P
 
     Args:
         rows: at least one; a dozen still fits a page.
-        path: of the PNG.
-        preprocessing: how the views were normalised, for the window.
+        path: NAME.png.
+        preprocessing: says how the views were normalised, so that they are shown in the lung window too.
 
     Raises:
         ValueError: there are no rows.
@@ -286,7 +286,7 @@ def lesion_sheet(lesions: Sequence[SheetLesion], path: Path | str, spacing_mm: f
 
     Args:
         lesions: at least one.
-        path: of the PNG.
+        path: NAME.png.
         spacing_mm: edge of the voxels.
 
     Raises:
@@ -327,10 +327,10 @@ def retrieval_sheet(
 
     Args:
         queries: rows of the features.
-        neighbors: of the queries.
+        neighbors: a row a query.
         read_patch: gives a row's patch, HU, `(1, z, y, x)`.
         caption: a short text under a row's patch.
-        path: of the PNG.
+        path: NAME.png.
         window_hu: darkest and brightest value shown.
     """
     across = neighbors.rows.shape[1]
@@ -369,7 +369,7 @@ def saliency_sheet(
 
     Args:
         lesions: at least one.
-        path: of the PNG.
+        path: NAME.png.
         window_hu: darkest and brightest value shown.
     """
     sheet = _Sheet(len(lesions), (1, 1, 1, 1, 0.06, 0.4), (8.8, 2.15), head=0.35)

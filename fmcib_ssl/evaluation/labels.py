@@ -44,8 +44,8 @@ class Labels:
     """The label of every lesion that has one.
 
     Attributes:
-        name: as it stands in tables, such as `texture<5`.
-        kind: what is predicted.
+        name: in tables of results, such as `texture<5`.
+        kind: decides probes and metrics.
         values: `(n,)` class numbers or values; for survival `(n, 2)`: time, and 1 where the event was seen.
         rows: which rows of the lesions' table these are.
         classes: the names of the class numbers; empty unless the labels are classes.
@@ -76,7 +76,7 @@ def read_labels(
 
     Args:
         lesions: one row a lesion.
-        kind: what is predicted.
+        kind: decides which options are needed and how cells are read.
         label: the column; of survival a name only.
         threshold: of binary labels: `<5` makes 1 what is below 5, and so on with `<=`, `>`, `>=`, `==`, `!=`.
         time: of survival: the column with the time to the event or to the last that is known.
@@ -290,12 +290,12 @@ def nested_share(kind: Kind, labels: Array, patients: Array, rows: Array, *, fra
     in about equal shares. A patient is counted with the rarest class that it has.
 
     Args:
-        kind: of the labels.
-        labels: of all rows.
-        patients: of all rows.
+        kind: says what is a class to `strata`.
+        labels: one a row of the lesions' table.
+        patients: one a row of the lesions' table.
         rows: the training rows.
         fraction: of their patients, above 0 and at most 1.
-        seed: of the order.
+        seed: 0 or more; the order of the patients follows from it.
     """
     if fraction >= 1:
         return rows
@@ -354,7 +354,7 @@ def join_task(task: PublishedTask, lesions: pd.DataFrame, folder: Path) -> tuple
     """The lesions that the task's tables name, with its columns and `split`.
 
     Args:
-        task: what to join.
+        task: from `load_task`.
         lesions: one row a lesion, with what the importer writes: `image_path` and the point, or `PatientID`.
         folder: that the paths of `task.tables` start from.
 

@@ -36,9 +36,9 @@ class Finding:
         refuses: whether the run ends unless it is allowed.
         message: for the user.
         value: how well the finding predicts the label by itself, where that was measured.
-        low: of its interval.
-        high: of its interval.
-        metric: what `value` is.
+        low: lower end of the 95 % interval.
+        high: its upper end.
+        metric: such as "AUC", of `value`.
     """
 
     check: str
@@ -127,8 +127,8 @@ def check_patch_borders(voxels: Array, preprocessing: Preprocessing, protocol: P
 
     Args:
         voxels: normalised patches, flattened, `(n, z * y * x)`.
-        preprocessing: how they were cut and normalised.
-        protocol: of the evaluation.
+        preprocessing: gives the patches' shape and the normalised value of padding.
+        protocol: labels, patients and splits to measure on.
     """
     padding = (preprocessing.padding_hu + preprocessing.hu_offset) / preprocessing.hu_scale
     padded, repeated = _border_layers(voxels.reshape(len(voxels), *preprocessing.patch_size_zyx), padding)

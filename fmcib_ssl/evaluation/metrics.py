@@ -203,7 +203,7 @@ def calibration(labels: npt.ArrayLike, probabilities: npt.ArrayLike, num_bins: i
 
     Args:
         labels: 0 or 1, `(n,)`.
-        probabilities: of class 1, `(n,)`.
+        probabilities: that the label is 1, `(n,)`.
         num_bins: fewer if there are not twenty rows for each; one if all probabilities are about the same.
     """
     y, p = np.asarray(labels, dtype=np.float64), np.asarray(probabilities, dtype=np.float64)

@@ -66,12 +66,12 @@ class Protocol:
     """What all features are evaluated on.
 
     Attributes:
-        labels: of the lesions; row numbers below count these.
+        labels: the row numbers of splits count these.
         patients: the patient of every lesion, `(n,)`.
         splits: who is trained on and who is tested.
-        name: what the splits are called in tables.
-        seed: of the inner folds, of a PCA, of which patients are in a share of the labels, and of the resamples.
-        num_inner_folds: of the training patients, by which a setting is chosen.
+        name: of the splits, in tables of results.
+        seed: decides inner folds, PCA, which patients are in a share of the labels, and the resamples.
+        num_inner_folds: folds of the training patients by which a setting is chosen, at least 2.
     """
 
     labels: Labels
@@ -367,7 +367,7 @@ def nearest_lesions(features: Array, patients: Array, queries: Sequence[int], nu
         features: `(n, dim)`.
         patients: of every lesion, `(n,)`.
         queries: rows of `features`.
-        num_neighbors: of each; fewer columns if there are not as many lesions.
+        num_neighbors: columns of the result; fewer if there are not as many lesions.
     """
     unit, results = normalize(features), []
     for rows in np.array_split(np.asarray(queries, dtype=np.int64), -(-len(queries) // 256)):
@@ -414,8 +414,8 @@ def linear_scores(features: Array, classes: Array, patients: Array, num_folds: i
         features: `(n, dim)`.
         classes: 0 to C - 1, `(n,)`, each of at least two patients.
         patients: of every lesion, `(n,)`.
-        num_folds: of the cross-validation; fewer if a class has fewer patients.
-        seed: of the folds.
+        num_folds: at most; fewer if a class has fewer patients.
+        seed: 0 or more; the folds follow from it.
 
     Returns:
         `(n, C)`, higher for a likelier class.

@@ -62,8 +62,8 @@ def write_report(path: Path | str, title: str, sections: Sequence[Section], subt
     """Write one HTML page that holds all it shows: it opens offline and can be mailed. A long one begins with contents.
 
     Args:
-        path: of the page; its folder is made.
-        title: of the page.
+        path: NAME.html; its folder is made.
+        title: at the top, and of the browser's tab.
         sections: from top to bottom.
         subtitle: under the title, such as the run's name and date.
 
@@ -127,10 +127,10 @@ def write_lesion_page(
 
     Args:
         picture: the PNG; the page is called the same, `.html`.
-        title: of the page.
+        title: at the top, and of the browser's tab.
         subtitle: under the title.
         lesions: on the picture, at least one.
-        num_lesions: of the table.
+        num_lesions: how many the table has.
         spacing_mm: edge of their voxels.
         rejected: row, image_path, value, reason, remedy of each row; the first 100 are shown.
         identifiers: whether paths are shown; values, reasons and remedies may name files, too.
@@ -161,13 +161,13 @@ def report_all(
     """Write one self-contained page, and its pictures as PNGs into a folder beside it.
 
     Args:
-        out: of the page, `NAME.html`; pictures go to `NAME_pictures/`.
+        out: `NAME.html`; pictures go to `NAME_pictures/`.
         run: folder of a training run, pretraining or fine-tuning.
         features: tables that `scripts/embed.py` wrote.
         results: folders that `scripts/evaluate.py` or a fine-tuning wrote; that of `run` need not be named.
-        title: of the page; by default the run's name.
+        title: by default the run's name.
         introduction: first words on the page; paragraphs parted by blank lines.
-        options: what is shown of the features.
+        options: columns, numbers of lesions, window, and whether names are shown.
 
     Raises:
         ValueError: nothing to report on, or a table that cannot be drawn.

@@ -56,9 +56,9 @@ class FeatureOptions:
         label: column whose classes neighbours and saliency are about; None takes the first such column of `color_by`.
         group: column of the patient; None takes `PatientID`, or where there is none the scan.
         queries: lesions whose neighbours are shown; 0 shows none.
-        neighbors: of each.
+        neighbors: shown of each query.
         salient: lesions whose saliency is shown; 0 shows none.
-        window: of the pictures of patches.
+        window: HU that patches are shown in.
         identifiers: whether scans and patients are named, on the page as a whole.
     """
 
@@ -77,7 +77,7 @@ def feature_sections(table: FeatureTable, options: FeatureOptions, pictures: Pat
 
     Args:
         table: of features; its provenance says where patches and weights are.
-        options: what is shown.
+        options: columns, numbers of lesions, window, and whether names are shown.
         pictures: folder for PNGs.
 
     Raises:
@@ -270,7 +270,7 @@ def occlusion(
     Args:
         readout: `(batch, 1, z, y, x)` to `(batch,)`.
         patch_hu: the patch.
-        preprocessing: what the encoder was trained to see.
+        preprocessing: normalises the patch for the encoder.
         edge: of a cube, voxels; by default a quarter of the patch's shortest edge. Cubes overlap by half.
         batch_size: hidden patches in one pass.
 

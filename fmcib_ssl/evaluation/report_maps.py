@@ -51,9 +51,9 @@ def map_section(
     """The lesions by PCA and UMAP, as a picture, and as points that show their patch.
 
     Args:
-        table: of features.
-        columns: to colour by.
-        picture: the PNG.
+        table: whose lesions are drawn.
+        columns: to colour by, a panel each; of none all lesions have one colour.
+        picture: NAME.png.
         read: gives the patch of a row; None where patches cannot be read.
         window_hu: darkest and brightest value of patches.
     """

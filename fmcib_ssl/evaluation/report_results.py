@@ -26,8 +26,8 @@ class ReportFigure:
     """A picture on the page.
 
     Attributes:
-        path: of a PNG; its bytes go into the page, or those of an SVG beside it that is not large.
-        caption: what it shows; also read out where the picture cannot be seen.
+        path: NAME.png; its bytes go into the page, or those of an SVG beside it that is not large.
+        caption: below it; also read out where the picture cannot be seen.
         wide: on a narrow screen it is scrolled, not shrunk until nothing can be read.
     """
 
@@ -122,10 +122,10 @@ def result_sections(
     """Tables with intervals, differences, ROC and calibration curves.
 
     Args:
-        results: what `read_results` gives of the folder.
-        folder: of an evaluation, or of a fine-tuning.
+        results: from `read_results`.
+        folder: of an evaluation or a fine-tuning; its predictions are read.
         pictures: folder for PNGs.
-        palette: colours of the features.
+        palette: gives each set of features one colour on the whole page.
         identifiers: whether messages are shown that may name patients, lesions and files.
 
     Raises:

@@ -25,7 +25,6 @@ from fmcib_ssl.data.prepare import prepare_store
 from fmcib_ssl.evaluation.feature_table import FeatureTable
 from fmcib_ssl.models import export_encoder, small_resnet
 from fmcib_ssl.run import pretrain
-from fmcib_ssl.training.lesions import open_lesions
 from fmcib_ssl.types import Preprocessing
 
 SMALL = {"_target_": "fmcib_ssl.models.encoders.small_resnet"}
@@ -100,62 +99,42 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_its_checkpoint_and_its_export(
     embed: Embed, phantom_table: Path, store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Training, then embedding from both files; the names of the published command line."""
-    pretrain(
-        tiny_settings(phantom_table, tmp_path / "run", "encoder=small", "trainer.max_steps=1", "data.batch_size=2")
-    )
-    for name, file in (("export", "encoder.safetensors"), ("checkpoint", "checkpoints/last.ckpt")):
-        result = embed(f"checkpoint=run/{file}", f"store={store}", f"output={name}.parquet")
-        assert result.status == 0, result.status
-        assert f"{name}.parquet" in result.out and "a second" in result.out
-    export, checkpoint = (FeatureTable.read(tmp_path / f"{name}.parquet") for name in ("export", "checkpoint"))
-    np.testing.assert_array_equal(export.features, checkpoint.features)
-
+    """Training with repeated edges, then embedding as it says: from its folder, finished or not, and both files."""
+    run = tmp_path / "run"
+    options = ("encoder=small", "trainer.max_steps=1", "data.batch_size=2", f"data.store={store}", "data.padding=edge")
+    with caplog.at_level(logging.INFO, "fmcib_ssl"):
+        pretrain(tiny_settings(phantom_table, run, *options))
+    assert "done       1 steps, loss " in caplog.text
+    assert f"python scripts/embed.py checkpoint={run} store={store} output={run / 'features.parquet'}" in caplog.text
     (tmp_path / "unfinished").mkdir()
     for name in ("checkpoints", "run.json"):
-        (tmp_path / "unfinished" / name).symlink_to(tmp_path / "run" / name)
-    for folder, weights, said in (("run", export, "lesions"), ("unfinished", checkpoint, "after 1 steps")):
-        result = embed(f"checkpoint={folder}", f"store={store}", f"output={folder}.parquet")
-        assert result.status == 0 and said in result.out + caplog.text, result.status
-        found = FeatureTable.read(tmp_path / f"{folder}.parquet")
-        np.testing.assert_array_equal(found.features, weights.features)
-        assert found.provenance["sha256"] == weights.provenance["sha256"]
+        (tmp_path / "unfinished" / name).symlink_to(run / name)
+    tables = {}
+    for source, message in (
+        ("run/encoder.safetensors", "a second"),
+        ("run/checkpoints/last.ckpt", "a second"),
+        ("run", "lesions"),
+        ("unfinished", "after 1 steps"),
+    ):
+        result = embed(f"checkpoint={source}", f"store={store}", "output=f.parquet", "restart=true")
+        assert result.status == 0 and message in result.out + caplog.text, result.status
+        tables[source] = FeatureTable.read(tmp_path / "f.parquet")
+    export, checkpoint, finished, unfinished = tables.values()
+    for table, weights in ((checkpoint, checkpoint), (finished, export), (unfinished, checkpoint)):
+        np.testing.assert_array_equal(table.features, export.features)
+        assert table.provenance["sha256"] == weights.provenance["sha256"]
+        assert table.provenance["preprocessing"]["padding"] == "edge"
     result = embed("checkpoint=.", f"store={store}", "output=none.parquet")
     assert "no folder of a run" in str(result.status) and "run.json" in str(result.status)
 
-    patches = LesionPatches(store, (16, 16, 16))
-    encoder = fmcib_ssl.load_encoder(tmp_path / "run" / "encoder.safetensors")
+    encoder = fmcib_ssl.load_encoder(run / "encoder.safetensors")
+    patches = LesionPatches(store, encoder.preprocessing.patch_size_zyx, padding="edge")  # type: ignore[union-attr]
     hu = torch.stack([patches.positive(i) for i in range(len(patches))])
     with torch.no_grad():
         expected = encoder(encoder.preprocessing.normalize(hu)).numpy()  # type: ignore[operator, union-attr]
     np.testing.assert_allclose(export.features, expected, rtol=1e-4, atol=1e-6)
     assert export.lesions["PatientID"].nunique() == NUM_SCANS
     assert set(pd.read_csv(phantom_table)) <= set(export.lesions)
-
-
-def test_repeated_edges_go_from_the_training_to_the_features(
-    embed: Embed, phantom_table: Path, store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    settings = tiny_settings(
-        phantom_table,
-        tmp_path / "run",
-        "encoder=small",
-        "trainer.max_steps=1",
-        f"data.store={store}",
-        "data.padding=edge",
-    )
-    source = open_lesions(settings, main_process=True)
-    assert source.preprocessing.padding == source.patches.padding == "edge"
-    with caplog.at_level(logging.INFO, "fmcib_ssl"):
-        pretrain(settings)
-    assert "done       1 steps, loss " in caplog.text
-    run = tmp_path / "run"
-    next_command = f"python scripts/embed.py checkpoint={run} store={store} output={run / 'features.parquet'}"
-    assert next_command in caplog.text
-    encoder = fmcib_ssl.load_encoder(tmp_path / "run" / "encoder.safetensors")
-    assert encoder.preprocessing == source.preprocessing
-    assert embed("checkpoint=run", f"store={store}", "output=f.parquet").status == 0
-    assert FeatureTable.read(tmp_path / "f.parquet").provenance["preprocessing"]["padding"] == "edge"
 
 
 @pytest.mark.parametrize(
