@@ -4,7 +4,6 @@ from .embedding import embed_to_file as embed_to_file
 from .embedding import rejected_file as rejected_file
 from .embedding_sources import FrozenEncoder as FrozenEncoder
 from .embedding_sources import Inference as Inference
-from .embedding_sources import SourcePatches as SourcePatches
 from .embedding_sources import encode as encode
 from .embedding_sources import open_patches as open_patches
 from .embedding_sources import random_encoder as random_encoder

@@ -182,7 +182,7 @@ def evaluate_features(
     """Score all features with all probes on all shares of the labels, and compare them.
 
     Args:
-        protocols: the evaluation, and others of the same labels, such as one without shared patients.
+        protocols: the evaluation, and others of the same labels and patients, such as one without shared patients.
         lesions: one row a lesion, in the order of the protocols.
         candidates: the features to score and to compare.
         probes: names of `PROBES`; the size alone is always given to the linear probe.
@@ -207,7 +207,7 @@ def evaluate_features(
         for fraction in sorted(set(fractions), reverse=True)
     ]
     evaluation = Evaluation(missing=list(candidates.missing))
-    weights = {protocol.name: protocol.weights(num_bootstrap) for protocol in protocols}
+    weights = protocols[0].weights(num_bootstrap)
     drawn: dict[tuple[str, str, str, float], dict[str, Array]] = {}
     predictions = []
     for protocol, inputs, name, fraction in tqdm(jobs, "evaluating", disable=not progress):
@@ -218,10 +218,7 @@ def evaluate_features(
             evaluation.missing.append({"features": title, "reason": str(error)})
             continue
         about = {"features": inputs.name, "probe": name, "fraction": fraction, "split": protocol.name}
-        values = {
-            title: resampled(metric, labels.values, results, weights[protocol.name])
-            for title, metric in metrics.items()
-        }
+        values = {title: resampled(metric, labels.values, results, weights) for title, metric in metrics.items()}
         evaluation.rows += _rows({"task": labels.name, **about}, values, results)
         drawn[protocol.name, inputs.name, name, fraction] = values
         predictions += [_predictions(one, protocol, lesions, about) for one in results]

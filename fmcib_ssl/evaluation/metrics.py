@@ -12,8 +12,7 @@ and what is returned `(resamples,)`.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,7 +52,7 @@ def _average_precision(labels: Array, scores: Array, weights: Array) -> Array:
 def balanced_accuracy(labels: Array, chosen: Array, weights: Array) -> Array:
     """Mean share of each class that is recognised; `chosen` are class numbers, `(n,)`."""
     classes = [labels == number for number in np.unique(labels)]
-    return _mean([_ratio(weights @ (own & (chosen == labels)), weights @ own) for own in classes])
+    return mean_of_known([_ratio(weights @ (own & (chosen == labels)), weights @ own) for own in classes])
 
 
 def by_class_of(scores: Array) -> Array:
@@ -270,11 +269,10 @@ def _ranks(values: Array, weights: Array) -> Array:
 
 def _over_classes(metric: Metric, labels: Array, scores: Array, weights: Array) -> Array:
     columns = range(scores.shape[1])
-    return _mean([metric((labels == k).astype(np.float64), scores[:, k], weights) for k in columns])
+    return mean_of_known([metric((labels == k).astype(np.float64), scores[:, k], weights) for k in columns])
 
 
-def _mean(values: list[Array]) -> Array:
+def mean_of_known(values: Sequence[Array]) -> Array:
     """Mean over those that have a value; NaN where none has."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, where nothing has a value
-        return np.asarray(np.nanmean(values, axis=0))
+    known = ~np.isnan(values)
+    return _ratio(np.where(known, values, 0).sum(0), known.sum(0))

@@ -30,6 +30,7 @@ from fmcib_ssl.evaluation.metrics import (
     by_class_of,
     concordance,
     interval,
+    mean_of_known,
     most_raised,
     patient_weights,
     value_of,
@@ -339,9 +340,7 @@ def resampled(metric: Metric, values: Array, results: Sequence[SplitScores], wei
     for one in results:
         scores = one.chosen if metric is balanced_accuracy and one.chosen is not None else one.scores
         by_split.append(metric(values[one.rows], scores, weights[:, one.rows]))
-    known = ~np.isnan(by_split)
-    with np.errstate(invalid="ignore"):
-        return np.asarray(np.where(known, by_split, 0).sum(0) / known.sum(0))
+    return mean_of_known(by_split)
 
 
 def estimate(metric: Metric, values: Array, results: Sequence[SplitScores], weights: Array) -> Estimate:

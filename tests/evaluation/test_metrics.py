@@ -18,7 +18,7 @@ from sklearn.metrics import (
 )
 
 from fmcib_ssl.evaluation import metrics
-from fmcib_ssl.evaluation.metrics import Estimate, calibration, interval, patient_weights
+from fmcib_ssl.evaluation.metrics import Estimate, calibration, interval, patient_weights, risk_halves
 from fmcib_ssl.evaluation.probes import SplitScores, estimate, resampled
 
 PRECISION, SPEARMAN = metrics.METRICS["binary"]["average precision"], metrics.METRICS["ordinal"]["Spearman"]

@@ -512,7 +512,7 @@ def test_results_are_drawn_where_they_are(drawn: list[Figure], tmp_path: Path) -
     results = {"rows": rows, "differences": [{**ahead, "fraction": 1.0}], "survival": [survival]}
     rng = np.random.default_rng(0)
     labels, folds = rng.integers(0, 2, 500), rng.integers(0, 4, 500)
-    scores = np.clip(0.3 * labels + 0.1 * folds + rng.uniform(0, 0.4, 500), 0, 1)  # folds' models share no scale
+    scores = 0.1 * labels + 0.2 * (3 - folds) + rng.uniform(0, 0.3, 500)  # folds' models share no scale
     labels[folds == 3] = 1  # and one fold lacks a class
     table = pd.DataFrame(
         {"features": "random_{$", "probe": "logistic", "label": labels, "score": scores, "fold": folds}
