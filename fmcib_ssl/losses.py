@@ -291,8 +291,8 @@ class InfoNCELoss(_ContrastiveLoss):
             num_entities: accepted for compatibility; a softmax smooths over the candidates it has.
 
         Raises:
-            TypeError: `batch_filter` is not boolean.
-            ValueError: the shapes do not fit each other, or `label_smoothing` is not in 0 to 1.
+            ValueError: the shapes do not fit each other, `batch_filter` is not boolean, or `label_smoothing` not in 0
+                to 1.
         """
         smoothing = _checked_smoothing(label_smoothing)
         positive = at_least_float32(positive_scores)
@@ -458,7 +458,7 @@ def _stack_views(out: ViewPairs) -> tuple[Float[Tensor, "2 n dim"], Float[Tensor
 
 
 def _check_rows(num_anchors: int, num_mined: int, num_lesions: int, negatives: Negatives) -> None:
-    """Raise ValueError unless there is an anchor, and negatives of the kind that was asked for."""
+    """Raise ValueError unless there is an anchor, and negatives of the kind that is chosen."""
     if num_anchors == 0:
         raise ValueError("`positive` has no rows; a batch needs at least one lesion")
     if negatives != "lesions" and num_mined == 0:
@@ -474,11 +474,10 @@ def _check_rows(num_anchors: int, num_mined: int, num_lesions: int, negatives: N
 
 
 def _check_temperature(temperature: float) -> None:
-    advice = "give a finite temperature that is not zero; for cosines 0.05 to 0.5 is usual"
-    if not math.isfinite(temperature):
-        raise ValueError(f"Illegal temperature: {temperature}; {advice}")
-    if abs(temperature) < 1e-8:
-        raise ValueError(f"Illegal temperature: abs({temperature}) < 1e-8; {advice}")
+    if not 1e-8 <= abs(temperature) < math.inf:
+        raise ValueError(
+            f"Illegal temperature: abs({temperature}) < 1e-8, or not finite; for cosines 0.05 to 0.5 is usual"
+        )
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -495,21 +494,14 @@ def _checked_smoothing(label_smoothing: float | None) -> float:
 def _dense_scores(
     negative_scores: Tensor, batch_filter: Bool[Tensor, "batch num_negatives"] | None
 ) -> Float[Tensor, "batch num_negatives"]:
-    """Put sparse negatives at their places, with -inf at the places that the filter removed."""
-    if batch_filter is None:
-        if negative_scores.ndim != 2:
-            raise ValueError(
-                f"negative_scores must be (batch, num_negatives), got {tuple(negative_scores.shape)}; "
-                "sparse scores need the batch_filter that says where they belong"
-            )
+    """Put sparse negatives in their columns, with -inf where the filter removed one."""
+    if batch_filter is None and negative_scores.ndim == 2:
         return negative_scores
-    if batch_filter.dtype != torch.bool:
-        raise TypeError(f"batch_filter must be boolean, got {batch_filter.dtype}")
-    num_kept = int(batch_filter.sum())
-    if batch_filter.ndim != 2 or negative_scores.shape != (num_kept,):
+    shape = None if batch_filter is None else tuple(batch_filter.shape)
+    if batch_filter is None or batch_filter.dtype != torch.bool or negative_scores.shape != (int(batch_filter.sum()),):
         raise ValueError(
-            f"a batch_filter of shape {tuple(batch_filter.shape)} that keeps {num_kept} needs negative_scores "
-            f"({num_kept},), got {tuple(negative_scores.shape)}; dense scores take no filter"
+            "negative_scores are (batch, num_negatives) without batch_filter; sparse, one for each True of a boolean "
+            f"batch_filter (batch, num_negatives); got {tuple(negative_scores.shape)} and {shape}"
         )
     dense = negative_scores.new_full(batch_filter.shape, -math.inf)
     return dense.masked_scatter(batch_filter, negative_scores)

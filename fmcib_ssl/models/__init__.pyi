@@ -22,9 +22,8 @@ from .finetune import FineTuning as FineTuning
 from .mined_contrast import MinedContrast as MinedContrast
 from .pretraining import Parts as Parts
 from .pretraining import Pretraining as Pretraining
+from .pretraining import Step as Step
 from .pretraining import row_is_due as row_is_due
-from .queues import NNCLR as NNCLR
-from .queues import SwAV as SwAV
 from .representation import class_spread as class_spread
 from .representation import contrast_figures as contrast_figures
 from .representation import effective_rank as effective_rank
@@ -34,5 +33,8 @@ from .representation import uniformity as uniformity
 from .representation import unit_vectors as unit_vectors
 from .trusted import check_targets as check_targets
 from .two_views import BYOL as BYOL
+from .two_views import NNCLR as NNCLR
 from .two_views import SimCLR as SimCLR
+from .two_views import SwAV as SwAV
+from .two_views import TwoViews as TwoViews
 from .two_views import VICReg as VICReg

@@ -71,13 +71,13 @@ def _convolved(layer: nn.Conv3d, inputs: Tensor) -> Tensor:
     padded = cast(tuple[int, ...], layer.padding)  # no word: `skip_padded_kernels` leaves those layers alone
     axes = zip(inputs.shape[2:], layer.kernel_size, padded, layer.stride, layer.dilation, strict=True)
     for axis, (size, kernel_size, padding, stride, dilation) in enumerate(axes, start=2):
-        first, count, still_padded = met_part(size, kernel_size, padding, stride, dilation)
+        first, count, still_padded = _met_part(size, kernel_size, padding, stride, dilation)
         weight = weight.narrow(axis, first, count)
         paddings.append(still_padded)
     return F.conv3d(inputs, weight, layer.bias, layer.stride, paddings, layer.dilation, layer.groups)
 
 
-def met_part(size: int, kernel_size: int, padding: int, stride: int, dilation: int) -> tuple[int, int, int]:
+def _met_part(size: int, kernel_size: int, padding: int, stride: int, dilation: int) -> tuple[int, int, int]:
     """The part of a kernel that ever meets a voxel of the input, along one axis.
 
     Args:
@@ -124,21 +124,29 @@ def recompute_blocks(encoder: nn.Module) -> int:
             "ModuleList children: set hardware.gradient_checkpointing=false, or use method.chunk_size"
         )
     for block in blocks:
-        block.forward = partial(_recomputed, block)
+        block.forward = partial(_recomputed_block, block)
     return len(blocks)
 
 
-def _recomputed(block: nn.Module, *inputs: Any) -> Any:
-    forward = partial(type(block).forward, block)
+def _recomputed_block(block: nn.Module, *inputs: Any) -> Any:
+    return recomputed(partial(type(block).forward, block), block, *inputs)
+
+
+def recomputed(forward: Callable[..., Any], networks: nn.Module, *inputs: Any) -> Any:
+    """What `forward(*inputs)` gives, without its activations: the backward computes them again.
+
+    The second pass draws the random numbers of the first, and leaves the buffers of the networks that it runs as they
+    were.
+    """
     if not torch.is_grad_enabled():
         return forward(*inputs)
     if torch.compiler.is_compiling():  # the compiler cuts the second pass down to what the backward reads
         return checkpoint(forward, *inputs, use_reentrant=False)
-    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), BuffersKept(block)))
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _BuffersKept(networks)))
 
 
-class BuffersKept(AbstractContextManager[None]):
-    """Leaves the buffers of networks as it found them, for a second forward; may be entered again."""
+class _BuffersKept(AbstractContextManager[None]):
+    """Leaves the buffers of networks as it found them; may be entered again."""
 
     def __init__(self, networks: nn.Module) -> None:
         self.networks = networks
@@ -157,22 +165,13 @@ def compile_training(encoder: nn.Module) -> None:
     """Compile an encoder with torch's compiler, one program for each shape of batch that it is trained with.
 
     Only passes of a network in training mode that want a gradient are compiled, so probes and exports with their other
-    shapes cost no compilation. Where the compiler fails, for want of a C++ compiler or of Triton, the encoder runs
-    uncompiled, and a warning says so.
+    shapes cost no compilation. Needs a C++ compiler on a CPU, Triton on a GPU; without, the first step fails.
     """
     logger.info("the encoder is compiled in the first step, which takes a minute or more")
     compiled = torch.compile(type(encoder).forward, dynamic=False)
-    encoder.forward = partial(_compiled, encoder, compiled)
+    encoder.forward = partial(_compiled_in_training, encoder, compiled)
 
 
-def _compiled(encoder: nn.Module, compiled: Callable[..., Any], *inputs: Any) -> Any:
-    if encoder.training and torch.is_grad_enabled():
-        from torch._dynamo.exc import TorchDynamoException  # noqa: PLC0415  (slow, and torch has no public name)
-
-        try:
-            return compiled(encoder, *inputs)
-        except TorchDynamoException as error:
-            reason = " ".join(str(error).partition("\n\n")[0].split())
-            logger.warning("hardware.compile: the encoder cannot be compiled here and runs uncompiled: %s", reason)
-            del encoder.forward
-    return type(encoder).forward(encoder, *inputs)
+def _compiled_in_training(encoder: nn.Module, compiled: Callable[..., Any], *inputs: Any) -> Any:
+    forward = compiled if encoder.training and torch.is_grad_enabled() else type(encoder).forward
+    return forward(encoder, *inputs)

@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fmcib_ssl.models.pretraining import Parts
-from fmcib_ssl.models.two_views import Step, TwoViews, full
+from fmcib_ssl.losses import at_least_float32
+from fmcib_ssl.models.pretraining import Parts, Step
+from fmcib_ssl.models.two_views import TwoViews
 
 #: The decoder starts from a grid of at most as many voxels along an edge.
 _COARSEST_EDGE = 4
 
 
-class Decoder(nn.Module):
+class _Decoder(nn.Module):
     """From an encoder's features to a patch: a coarse grid, doubled until it covers the patch, then cropped to it.
 
     Args:
@@ -92,11 +93,8 @@ class DenoisingAutoencoder(TwoViews):
                 f"hole_share={hole_share}, noise_std={noise_std}, hole_edge={hole_edge}: the share must be from 0 to "
                 "below 1, the deviation not negative, the edge at least 1."
             )
-        self.decoder = Decoder(parts.num_features, patch_size_zyx, decoder_width)
-        self.seed = seed
-        self.noise_std = noise_std
-        self.hole_share = hole_share
-        self.hole_edge = hole_edge
+        self.decoder = _Decoder(parts.num_features, patch_size_zyx, decoder_width)
+        self.seed, self.noise_std, self.hole_share, self.hole_edge = seed, noise_std, hole_share, hole_edge
 
     def forward(self, views: Tensor) -> Tensor:
         """Rebuild views, `(batch, 1, z, y, x)`."""
@@ -107,20 +105,20 @@ class DenoisingAutoencoder(TwoViews):
         generator = torch.Generator(views.device).manual_seed(seed)
         noise = torch.randn(views.shape, generator=generator, device=views.device) * self.noise_std
         grid = [math.ceil(edge / self.hole_edge) for edge in views.shape[2:]]
-        kept = torch.rand((len(views), 1, *grid), generator=generator, device=views.device) >= self.hole_share
+        is_whole = torch.rand((len(views), 1, *grid), generator=generator, device=views.device) >= self.hole_share
         z, y, x = views.shape[2:]
-        mask = F.interpolate(kept.float(), scale_factor=self.hole_edge)[..., :z, :y, :x]
+        mask = F.interpolate(is_whole.float(), scale_factor=self.hole_edge)[..., :z, :y, :x]
         return (views + noise) * mask
 
     def compare(self, view0: Tensor, view1: Tensor, batch_idx: int) -> Step:
         """Mean squared error of what is rebuilt from each corrupted view."""
         views = torch.cat([view0, view1])
-        place = (self.current_epoch, batch_idx, self.global_rank)
-        seed = int(np.random.SeedSequence(self.seed, spawn_key=place).generate_state(1)[0])
+        key = (self.current_epoch, batch_idx, self.global_rank)
+        seed = int(np.random.SeedSequence(self.seed, spawn_key=key).generate_state(1)[0])
         features = self.encoder(self.corrupt(views, seed))
         rebuilt = self.decoder(features)
         with self.full_precision():
-            loss = F.mse_loss(full(rebuilt), full(views))
+            loss = F.mse_loss(at_least_float32(rebuilt), at_least_float32(views))
             figures = {"explained": 1 - loss.detach() / views.float().var()}  # 0: no better than the mean intensity
         z0, z1 = features.chunk(2)
         return Step(loss, (z0, z1), figures)

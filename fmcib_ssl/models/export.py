@@ -32,7 +32,7 @@ from fmcib_ssl.types import Padding, Preprocessing, UserError, current_target
 METADATA_KEY = "fmcib_ssl"
 
 #: Prefix of the encoder's weights in a training checkpoint.
-CHECKPOINT_PREFIX = "encoder."
+_CHECKPOINT_PREFIX = "encoder."
 
 #: Of that description; goes up when older versions of this package could not read it.
 FORMAT_VERSION = 1
@@ -42,7 +42,7 @@ _DESCRIPTION = {"format_version", "encoder", "feature_dim", "preprocessing", "ve
 #: Voxels along an edge; a larger one in a file is damage.
 _LARGEST_PATCH = 4096
 #: What a file may name without being trusted.
-OWN_TARGETS: dict[str, Callable[..., nn.Module]] = {
+_OWN_TARGETS: dict[str, Callable[..., nn.Module]] = {
     f"{build.__module__}.{build.__name__}": build
     for build in (encoders.monai_resnet, encoders.small_resnet, encoders.video_resnet, encoders.CenterPooledResNet)
 }
@@ -107,16 +107,13 @@ def export_encoder(
     """
     path = Path(path)
     metadata = encoder_metadata(encoder, spec, preprocessing, extra)
-    weights = {name: _portable(weight) for name, weight in encoder.state_dict().items()}
+    weights = {}  # dense copies on the CPU, in float32 if they are floating-point tensors
+    for name, weight in encoder.state_dict().items():
+        dtype = torch.float32 if weight.is_floating_point() else weight.dtype
+        weights[name] = weight.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
     metadata[_DIGEST] = _digest(metadata, weights)
     # Not safetensors' save_file: it makes files that only their owner may read.
     write_atomically(path, save(weights, metadata={METADATA_KEY: json.dumps(metadata)}))
-
-
-def _portable(weight: Tensor) -> Tensor:
-    """A dense copy on the CPU, in float32 if it is a floating-point tensor."""
-    dtype = torch.float32 if weight.is_floating_point() else weight.dtype
-    return weight.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def load_encoder(path: str | os.PathLike[str], *, trusted_targets: Collection[str] = ()) -> nn.Module:
@@ -164,7 +161,7 @@ def load_encoder(path: str | os.PathLike[str], *, trusted_targets: Collection[st
 
     build = find_builder(target, trusted_targets, path)
     try:
-        if target in OWN_TARGETS:
+        if target in _OWN_TARGETS:
             with torch.device("meta"):  # sizes that do not fit are refused before they take any memory
                 build(**spec).load_state_dict(weights, strict=True, assign=True)
         with torch.random.fork_rng(devices=[]):  # the first weights are drawn only to be overwritten
@@ -181,28 +178,28 @@ def load_encoder(path: str | os.PathLike[str], *, trusted_targets: Collection[st
 
 def _check_patches(encoder: Any, inputs: tuple[Any, ...]) -> None:
     """A hook before an encoder's forward: the patches must be as large as those it was trained on."""
-    size, given = encoder.preprocessing.patch_size_zyx, tuple(inputs[0].shape)
-    if given[1:] != (1, *size):
+    size, shape = encoder.preprocessing.patch_size_zyx, tuple(inputs[0].shape)
+    if shape[1:] != (1, *size):
         raise ValueError(
             f"the encoder takes patches (batch, {', '.join(map(str, (1, *size)))}), of "
-            f"{encoder.preprocessing.spacing_mm:g} mm voxels, as encoder.preprocessing says; got {given}. Cut them so, "
+            f"{encoder.preprocessing.spacing_mm:g} mm voxels, as encoder.preprocessing says; got {shape}. Cut them so, "
             "or set encoder.preprocessing to the size that you mean (load_encoder's documentation shows how)"
         )
 
 
 def _preprocessing(values: Any) -> Preprocessing:
     """What the file says of its patches, if it makes sense."""
-    found = Preprocessing.from_dict(values)
-    sizes, numbers = found.patch_size_zyx, (found.spacing_mm, found.padding_hu, found.hu_offset, found.hu_scale)
+    result = Preprocessing.from_dict(values)
+    sizes, numbers = result.patch_size_zyx, (result.spacing_mm, result.padding_hu, result.hu_offset, result.hu_scale)
     if len(sizes) != 3 or not all(type(size) is int and 1 <= size <= _LARGEST_PATCH for size in sizes):
         raise ValueError(f"patch_size_zyx={sizes}")
     if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
         raise ValueError(f"numbers of preprocessing: {values}")
-    if found.padding not in get_args(Padding):
-        raise ValueError(f"padding={found.padding!r}, which is none of {', '.join(get_args(Padding))}")
-    if found.spacing_mm <= 0 or found.hu_scale == 0:
-        raise ValueError(f"spacing_mm={found.spacing_mm}, hu_scale={found.hu_scale}")
-    return found
+    if result.spacing_mm <= 0 or result.hu_scale == 0 or result.padding not in get_args(Padding):
+        raise ValueError(
+            f"{values}: spacing_mm must be above 0, hu_scale not 0, padding {' or '.join(get_args(Padding))}"
+        )
+    return result
 
 
 def _check_weights(weights: Mapping[str, Any], path: Path) -> None:
@@ -234,12 +231,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise EncoderFileError(
             f"{path}: neither a whole safetensors file nor a training checkpoint ({error}); export or copy it again."
         ) from error
-    except KeyError as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise EncoderFileError(
-            f"{path}: holds weights, but fmcib_ssl did not write it: what builds the encoder is missing."
+            f"{path}: its description of the encoder is damaged, or missing because fmcib_ssl did not write it: {error}"
         ) from error
-    except (ValueError, TypeError, RecursionError) as error:
-        raise EncoderFileError(f"{path}: its description of the encoder is damaged: {error}") from error
     return metadata, weights
 
 
@@ -283,19 +278,13 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{path}: not a checkpoint of fmcib_ssl, or not a whole one; nothing but weights and plain values is read "
             f"from it: {error}"
         ) from error
-    if not isinstance(checkpoint, dict) or not {METADATA_KEY, "state_dict"} <= checkpoint.keys():
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict) or METADATA_KEY not in checkpoint:
         raise EncoderFileError(
             f"{path}: a torch file, but not a checkpoint of fmcib_ssl: it has no {METADATA_KEY!r} and 'state_dict'."
         )
-    metadata, state = checkpoint[METADATA_KEY], checkpoint["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise EncoderFileError(f"{path}: not a checkpoint of fmcib_ssl: its 'state_dict' is none.")
-    weights = {
-        name.removeprefix(CHECKPOINT_PREFIX): weight
-        for name, weight in state.items()
-        if name.startswith(CHECKPOINT_PREFIX)
-    }
-    return metadata, weights
+    names = [name for name in state if isinstance(name, str) and name.startswith(_CHECKPOINT_PREFIX)]
+    return checkpoint[METADATA_KEY], {name.removeprefix(_CHECKPOINT_PREFIX): state[name] for name in names}
 
 
 def find_builder(target: str, trusted_targets: Collection[str], source: object) -> Callable[..., nn.Module]:
@@ -305,8 +294,8 @@ def find_builder(target: str, trusted_targets: Collection[str], source: object) 
         EncoderFileError: it is neither, or there is no such thing.
     """
     target = current_target(target)
-    if target in OWN_TARGETS:
-        return OWN_TARGETS[target]
+    if target in _OWN_TARGETS:
+        return _OWN_TARGETS[target]
     if not is_trusted(target, trusted_targets):
         raise EncoderFileError(
             f"{source}: its encoder is built by {target}, which is not one of fmcib_ssl's. If you trust the file and "
@@ -314,8 +303,6 @@ def find_builder(target: str, trusted_targets: Collection[str], source: object) 
         )
     build = trusted_callable(target, trusted_targets)
     if build is None:
-        raise EncoderFileError(
-            f"{source}: its encoder is built by {target}, which cannot be imported, or is defined in another package "
-            "than that."
-        )
+        reason = "cannot be imported, or is defined in another package than that"
+        raise EncoderFileError(f"{source}: its encoder is built by {target}, which {reason}.")
     return build

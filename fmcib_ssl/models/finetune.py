@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, cast
 
 import lightning as L
 import numpy.typing as npt
@@ -12,21 +12,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from fmcib_ssl.models.pretraining import NamedParameters, with_schedule
+from fmcib_ssl.models.pretraining import Parts, with_schedule
 
-#: How much of the encoder is trained.
-Depth = Literal["head", "last_stage", "all"]
-
-
-class LabelledViews(TypedDict):
-    """A batch of views with their labels; `row` says which lesions they are."""
-
-    view: Tensor  # float32 (batch, 1, z, y, x)
-    label: Tensor  # (batch,) class numbers, or float32 values
-    row: Tensor  # (batch,)
+#: `view`, float32 `(batch, 1, z, y, x)`; `label`, class numbers or float32 values; `row`, which lesions they are.
+_LabelledViews = dict[str, Tensor]
 
 
 def last_stage(encoder: nn.Module) -> nn.Module:
@@ -49,10 +39,7 @@ class FineTuning(L.LightningModule):
     `val/loss` and `val/score`; `predict_step` gives probabilities `(batch, classes)` or values `(batch,)`.
 
     Args:
-        encoder: `(batch, 1, z, y, x)` to `(batch, features)`.
-        num_features: of the encoder.
-        optimizer: called with named parameters, gives the optimizer; once for the head, once for the encoder.
-        schedule: called with the optimizer and `total_steps`; `None` keeps the rate constant.
+        parts: without head and loss; its optimizer is called once for the head, once for the encoder.
         num_classes: 0 for a value, such as a grade.
         class_weights: `(num_classes,)`, of the cross entropy.
         center: of values: what 0 of the head stands for, the training values' mean.
@@ -60,7 +47,6 @@ class FineTuning(L.LightningModule):
         depth: `"head"`, `"last_stage"` (see `last_stage`) or `"all"`.
         encoder_rate: the encoder's learning rate over the head's.
         score: of the validation lesions' labels and probabilities or values; the higher, the better.
-        metadata: stored in every checkpoint under `"fmcib_ssl"`, so that the encoder can be rebuilt from it.
 
     Raises:
         ValueError: no such depth.
@@ -68,39 +54,33 @@ class FineTuning(L.LightningModule):
 
     def __init__(
         self,
-        encoder: nn.Module,
-        num_features: int,
-        optimizer: Callable[[NamedParameters], Optimizer],
-        schedule: Callable[..., LRScheduler] | None = None,
+        parts: Parts,
         *,
         num_classes: int = 2,
         class_weights: Tensor | None = None,
         center: float = 0.0,
         scale: float = 1.0,
-        depth: Depth = "all",
+        depth: Literal["head", "last_stage", "all"] = "all",
         encoder_rate: float = 0.1,
         score: Callable[[npt.NDArray[Any], npt.NDArray[Any]], float] | None = None,
-        metadata: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if depth not in ("head", "last_stage", "all"):
             raise ValueError(f"depth must be 'head', 'last_stage' or 'all', got {depth!r}")
-        self.encoder = encoder.requires_grad_(depth == "all")
+        self.encoder = parts.encoder.requires_grad_(depth == "all")
         self.head = nn.Sequential(
-            nn.BatchNorm1d(num_features, affine=False), nn.Linear(num_features, max(1, num_classes))
+            nn.BatchNorm1d(parts.num_features, affine=False), nn.Linear(parts.num_features, max(1, num_classes))
         )
         self.depth = depth
         if depth == "last_stage":
-            last_stage(encoder).requires_grad_(True)
+            last_stage(self.encoder).requires_grad_(True)
         self.num_classes = num_classes
         self.encoder_rate = encoder_rate
         self.score = score
-        self.metadata = metadata or {}
         self.register_buffer("class_weights", class_weights)
         self.register_buffer("center", torch.tensor(center, dtype=torch.float32))
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
-        self._make_optimizer = optimizer
-        self._make_schedule = schedule
+        self._make_optimizer, self._make_schedule, self._metadata = parts.optimizer, parts.schedule, parts.metadata
 
     def train(self, mode: bool = True) -> FineTuning:
         """Training mode, but for what is frozen: its batch norm keeps to the statistics it came with."""
@@ -122,7 +102,7 @@ class FineTuning(L.LightningModule):
             return F.cross_entropy(out.float(), labels, weight=cast("Tensor | None", self.class_weights))
         return F.mse_loss(out.float(), (labels - cast(Tensor, self.center)) / cast(Tensor, self.scale))
 
-    def training_step(self, batch: LabelledViews, batch_idx: int) -> Tensor:
+    def training_step(self, batch: _LabelledViews, batch_idx: int) -> Tensor:
         """The loss of a batch."""
         loss = self.loss(self(batch["view"]), batch["label"])
         self.log("train/loss", loss.detach(), prog_bar=True, on_epoch=True, on_step=False, batch_size=len(batch["row"]))
@@ -132,7 +112,7 @@ class FineTuning(L.LightningModule):
         """Forget the last epoch's."""
         self._outputs: list[tuple[Tensor, Tensor]] = []
 
-    def validation_step(self, batch: LabelledViews, batch_idx: int) -> None:
+    def validation_step(self, batch: _LabelledViews, batch_idx: int) -> None:
         """Keep a batch's outputs: a weighted loss of all is no mean of those of batches."""
         self._outputs.append((self(batch["view"]), batch["label"]))
 
@@ -149,7 +129,7 @@ class FineTuning(L.LightningModule):
             return out.float().softmax(1)
         return out.float() * cast(Tensor, self.scale) + cast(Tensor, self.center)
 
-    def predict_step(self, batch: LabelledViews, batch_idx: int) -> tuple[Tensor, Tensor]:
+    def predict_step(self, batch: _LabelledViews, batch_idx: int) -> tuple[Tensor, Tensor]:
         """The rows of a batch, and their probabilities or values."""
         return batch["row"], self.predicted(self(batch["view"]))
 
@@ -163,4 +143,4 @@ class FineTuning(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let every checkpoint say how its encoder is rebuilt."""
-        checkpoint["fmcib_ssl"] = {**self.metadata, "step": self.global_step, "epoch": self.current_epoch}
+        checkpoint["fmcib_ssl"] = {**self._metadata, "step": self.global_step, "epoch": self.current_epoch}

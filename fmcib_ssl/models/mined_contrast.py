@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fmcib_ssl.losses import num_ranks
-from fmcib_ssl.models.acceleration import BuffersKept
-from fmcib_ssl.models.pretraining import Parts, Pretraining, detached
+from fmcib_ssl.models.acceleration import recomputed
+from fmcib_ssl.models.pretraining import Parts, Pretraining, Step
 from fmcib_ssl.types import ViewPairs
 
 logger = logging.getLogger(__name__)
@@ -52,9 +50,7 @@ class MinedContrast(Pretraining):
         if forwards not in ("joint", "separate"):
             raise ValueError(f"forwards must be 'joint' or 'separate', got {forwards!r}")
         if chunk_size is not None and chunk_size < 1:
-            raise ValueError(
-                f"chunk_size must be at least 1 lesion, or null to embed a batch at once; got {chunk_size}"
-            )
+            raise ValueError(f"chunk_size is {chunk_size}; it must be 1 lesion or more, or null for a batch at once")
         self.head = parts.head
         self.loss = parts.loss
         self.forwards = forwards
@@ -64,23 +60,20 @@ class MinedContrast(Pretraining):
         """Embed views: `(batch, 1, z, y, x)` to `(batch, dim)`."""
         return cast(Tensor, self.head(self.encoder(views)))
 
-    def training_step(self, batch: ViewPairs, batch_idx: int) -> dict[str, Any]:
-        """One step on one device's batch of views."""
+    def step(self, batch: ViewPairs, batch_idx: int) -> Step:
+        """The loss of the embeddings of all views."""
         out = self.embed(batch)
         gathers = num_ranks() > 1 and getattr(self.loss, "gather_distributed", False)
         loss = cast(Tensor, self.loss(out, gather=self._gather_rows) if gathers else self.loss(out))
         if getattr(self.loss, "reduction", "mean") == "sum":
             # DDP averages the gradients over devices: right for a mean, but a sum over devices has to be made up for.
             loss = loss * num_ranks()
-        num_lesions = len(batch["positive"][0])
-        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True, batch_size=num_lesions)
         figures: dict[str, Tensor] = {}
         if "negative_from_other_scan" in batch:
             figures["data/negative_from_other_scan"] = batch["negative_from_other_scan"].float().mean()
         if isinstance(temperature := getattr(self.loss, "temperature", None), Tensor):  # else it is not trained
-            figures["train/temperature"] = temperature.detach()
-        self.log_dict(figures, batch_size=num_lesions)
-        return {"loss": loss, "embeddings": detached(*out["positive"]), "negatives": detached(*out["negative"])}
+            figures["temperature"] = temperature
+        return Step(loss, out["positive"], figures, out["negative"])
 
     def _gather_rows(self, rows: Tensor) -> Tensor:
         """Rows `(views, n, dim)` of this device to those of all, `(views, devices * n, dim)`, with gradients."""
@@ -170,9 +163,6 @@ def embed_in_chunks(
     witness = torch.empty(0, device=device)
     if num_chunks == 1:
         return embed_chunk(witness, *views)
-    contexts = lambda: (nullcontext(), BuffersKept(networks))  # noqa: E731
-    embedded = [
-        checkpoint(embed_chunk, witness, *chunk, use_reentrant=False, context_fn=contexts)
-        for chunk in zip(*(view.tensor_split(num_chunks) for view in views), strict=True)
-    ]
+    chunks = zip(*(view.tensor_split(num_chunks) for view in views), strict=True)
+    embedded = [recomputed(embed_chunk, networks, witness, *chunk) for chunk in chunks]
     return tuple(torch.cat(parts) for parts in zip(*embedded, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -12,6 +12,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from fmcib_ssl.types import ViewPairs
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
@@ -40,12 +42,27 @@ class Parts:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
+class Step(NamedTuple):
+    """What a method makes of one batch.
+
+    Attributes:
+        loss: the mean over this device's lesions, with a gradient.
+        embeddings: `(z0, z1)` of the two views, each `(batch, dim)`.
+        figures: more to log; a name without a `/` gets `train/` before it.
+        negatives: the embeddings of both views of mined negatives, of methods that take them.
+    """
+
+    loss: Tensor
+    embeddings: tuple[Tensor, Tensor]
+    figures: dict[str, Tensor] = {}  # noqa: RUF012  (a default that nobody writes to)
+    negatives: tuple[Tensor, Tensor] | None = None
+
+
 class Pretraining(L.LightningModule):
-    """A way to train an encoder without labels; a subclass gives the `training_step`.
+    """A way to train an encoder without labels; a subclass gives `step`.
 
     `training_step` returns a dictionary: `loss`, to be minimised, and, for callbacks that watch what is learned,
-    `embeddings`, the detached embeddings `(z0, z1)` of the two views of the device's lesions, each `(batch, dim)`;
-    methods with mined negatives add theirs as `negatives`.
+    `embeddings`, the detached embeddings of the two views of the device's lesions, and `negatives`, if there are any.
 
     Attributes:
         sections: of the configuration that the method takes besides its own; others must not be set for it.
@@ -73,9 +90,17 @@ class Pretraining(L.LightningModule):
         """Views of a lesion, and of as many negatives mined for it, that go through the network, forward and back."""
         return 2 + 2 * num_negatives if self.takes_negatives else 2
 
-    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """One step on one device's batch of views."""
-        raise NotImplementedError(f"{type(self).__name__} has no training_step")
+    def step(self, batch: ViewPairs, batch_idx: int) -> Step:
+        """The loss of one device's batch of views; `batch_idx` counts in the epoch."""
+        raise NotImplementedError(f"{type(self).__name__} has no step")
+
+    def training_step(self, batch: ViewPairs, batch_idx: int) -> dict[str, Any]:
+        """Take a step, and log it."""
+        step = self.step(batch, batch_idx)
+        self.log("train/loss", step.loss, sync_dist=True)
+        self.log_dict({name if "/" in name else f"train/{name}": value for name, value in step.figures.items()})
+        watched = {"embeddings": step.embeddings, "negatives": step.negatives}
+        return {"loss": step.loss} | {key: tuple(z.detach() for z in views) for key, views in watched.items() if views}
 
     def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
         """Take a figure down for the next row of the metrics; of several devices the first one's, or their mean.
@@ -145,8 +170,3 @@ def with_schedule(
         return optimizer
     scheduler = make_schedule(optimizer, total_steps=int(module.trainer.estimated_stepping_batches))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "frequency": 1}}
-
-
-def detached(*embeddings: Tensor) -> tuple[Tensor, ...]:
-    """Embeddings for those who only look."""
-    return tuple(embedding.detach() for embedding in embeddings)

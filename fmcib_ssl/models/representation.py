@@ -17,11 +17,6 @@ from torch import Tensor
 _MAX_ROWS = 512
 
 
-def mean_cosine(anchors: Float[Tensor, "n dim"], others: Float[Tensor, "m dim"]) -> Float[Tensor, ""]:
-    """Mean cosine over all `n * m` pairs of unit vectors; the mean of dot products is the dot product of the means."""
-    return anchors.mean(0) @ others.mean(0)
-
-
 def mean_cosine_within(points: Float[Tensor, "n dim"]) -> Float[Tensor, ""]:
     """Mean cosine over all pairs of different rows, unit vectors; needs at least two."""
     n = points.shape[0]
@@ -106,17 +101,17 @@ def negative_shares(
     num_all, num_mined = len(positive[0]), 0 if mined is None else len(mined[0])
     view0, view1 = (view[:_MAX_ROWS] for view in positive)
     own = torch.arange(len(view0), device=view0.device)
-    both = torch.cat([view0, view1])
+    lesions_of_views = torch.cat([view0, view1])
     names = [*(["mined_share"] if num_mined else []), *(["lesion_share"] if lesions and num_all > 1 else [])]
     shares = []
     for number, (anchors, partners) in enumerate(((view0, view1), (view1, view0))):
         logits = [((anchors * partners).sum(1) - margin) / temperature]
         if mined is not None and num_mined:
-            seen = mined[number][:_MAX_ROWS]
-            more = math.log(world_size * num_mined / len(seen))
-            logits.append((anchors @ seen.T / temperature).logsumexp(1) + more)
+            negatives = mined[number][:_MAX_ROWS]
+            more = math.log(world_size * num_mined / len(negatives))
+            logits.append((anchors @ negatives.T / temperature).logsumexp(1) + more)
         if "lesion_share" in names:
-            similarity = anchors @ both.T / temperature
+            similarity = anchors @ lesions_of_views.T / temperature
             for first in (0, len(view0)):
                 similarity[own, first + own] = -torch.inf
             more = math.log((world_size * num_all - 1) / (len(view0) - 1))
@@ -139,7 +134,9 @@ def contrast_figures(
     pos0, pos1 = positive
     figures = {"positive_cosine": (pos0 * pos1).sum(1).mean(), "alignment": alignment(pos0, pos1)}
     if mined is not None and len(mined[0]) > 0:
-        figures["negative_cosine"] = (mean_cosine(pos0, mined[0]) + mean_cosine(pos1, mined[1])) / 2
+        # The mean of dot products is the dot product of the means.
+        cosines = [views.mean(0) @ negatives.mean(0) for views, negatives in zip(positive, mined, strict=True)]
+        figures["negative_cosine"] = (cosines[0] + cosines[1]) / 2
     if len(pos0) > 1:
         figures["lesion_cosine"] = (mean_cosine_within(pos0) + mean_cosine_within(pos1)) / 2
         figures["uniformity"] = (uniformity(pos0) + uniformity(pos1)) / 2

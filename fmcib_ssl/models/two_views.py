@@ -1,33 +1,21 @@
-"""Methods that see only a lesion's two views, and no mined negative: what they share, SimCLR, VICReg and BYOL."""
+"""Methods that see only a lesion's two views, and no mined negative: SimCLR, VICReg, BYOL, NNCLR and SwAV."""
 
 from __future__ import annotations
 
 import copy
 import importlib
 import math
-from types import ModuleType
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from fmcib_ssl.models.pretraining import Parts, Pretraining, detached
+from fmcib_ssl.losses import at_least_float32, gather_rows
+from fmcib_ssl.models.pretraining import Parts, Pretraining, Step
 from fmcib_ssl.types import ViewPairs
-
-
-class Step(NamedTuple):
-    """What a method makes of one batch.
-
-    Attributes:
-        loss: the mean over this device's lesions, with a gradient.
-        embeddings: `(z0, z1)` of the two views, each `(batch, dim)`.
-        figures: more to log.
-    """
-
-    loss: Tensor
-    embeddings: tuple[Tensor, Tensor]
-    figures: dict[str, Tensor] = {}  # noqa: RUF012  (a default that nobody writes to)
 
 
 class TwoViews(Pretraining):
@@ -42,39 +30,27 @@ class TwoViews(Pretraining):
         """The loss of this device's lesions from two views `(batch, 1, z, y, x)`; `batch_idx` counts in the epoch."""
         raise NotImplementedError(f"{type(self).__name__} has no compare")
 
-    def training_step(self, batch: ViewPairs, batch_idx: int) -> dict[str, Any]:
-        """One step on one device's batch of views."""
-        view0, view1 = batch["positive"]
-        step = self.compare(view0, view1, batch_idx)
-        self.log("train/loss", step.loss.detach(), prog_bar=True, sync_dist=True, batch_size=len(view0))
-        self.log_dict({f"train/{name}": value for name, value in step.figures.items()}, batch_size=len(view0))
-        return {"loss": step.loss, "embeddings": detached(*step.embeddings)}
+    def step(self, batch: ViewPairs, batch_idx: int) -> Step:
+        """Compare the two views."""
+        return self.compare(*batch["positive"], batch_idx)
 
     def full_precision(self) -> torch.autocast:
-        """Half precision is for the encoder; heads' outputs are compared in float32, which `full` gives."""
+        """Half precision is for the encoder; heads' outputs are compared in float32, by `at_least_float32`."""
         return torch.autocast(self.device.type, enabled=False)
 
 
-def full(embeddings: Tensor) -> Tensor:
-    """Embeddings in float32, or in float64 if they are."""
-    return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-
-
-def lightly_module(name: str) -> ModuleType:
-    """Import a module of lightly, such as `loss`, which only the baselines need.
+def _lightly(module: str) -> Any:
+    """A module of lightly, such as `loss`, which only the baselines need.
 
     Raises:
         ImportError: lightly is not installed; says how to install it.
     """
     try:
-        return importlib.import_module(f"lightly.{name}")
+        return importlib.import_module(f"lightly.{module}")
     except ModuleNotFoundError as error:
-        if error.name is not None and error.name.partition(".")[0] == "lightly":
-            raise ImportError(
-                "this method takes its loss or its heads from lightly, which is not installed: "
-                "pip install 'fmcib_ssl[baselines]'"
-            ) from error
-        raise
+        raise ImportError(
+            f"this method takes its loss or its heads from lightly: pip install 'fmcib_ssl[baselines]' ({error})"
+        ) from error
 
 
 class _ComparedByCriterion(TwoViews):
@@ -91,7 +67,7 @@ class _ComparedByCriterion(TwoViews):
         """The criterion over all lesions of all devices."""
         z0, z1 = self(torch.cat([view0, view1])).chunk(2)
         with self.full_precision():
-            return Step(self.criterion(full(z0), full(z1)), (z0, z1))
+            return Step(self.criterion(at_least_float32(z0), at_least_float32(z1)), (z0, z1))
 
 
 class SimCLR(_ComparedByCriterion):
@@ -114,7 +90,7 @@ class SimCLR(_ComparedByCriterion):
         self.head = parts.head
         # By keyword: the second place of its signature is the memory bank's. Without processes there is nothing to
         # gather, and it looks by itself.
-        self.criterion = lightly_module("loss").NTXentLoss(temperature=temperature, gather_distributed=True)
+        self.criterion = _lightly("loss").NTXentLoss(temperature=temperature, gather_distributed=True)
 
 
 class VICReg(_ComparedByCriterion):
@@ -146,14 +122,29 @@ class VICReg(_ComparedByCriterion):
         covariance: float = 1.0,
     ) -> None:
         super().__init__(parts)
-        heads = lightly_module("models.modules.heads")
+        heads = _lightly("models.modules.heads")
         self.head = heads.VICRegProjectionHead(parts.num_features, hidden_dim, out_dim)
-        self.criterion = lightly_module("loss").VICRegLoss(
+        self.criterion = _lightly("loss").VICRegLoss(
             lambda_param=invariance, mu_param=variance, nu_param=covariance, gather_distributed=True
         )
 
 
-class BYOL(TwoViews):
+class _Predicting(TwoViews):
+    """A projector after the encoder, and a predictor after it; both are lightly's."""
+
+    def __init__(self, parts: Parts, name: str, hidden_dim: int, out_dim: int) -> None:
+        super().__init__(parts)
+        heads = _lightly("models.modules.heads")
+        projection, prediction = (getattr(heads, f"{name}{kind}Head") for kind in ("Projection", "Prediction"))
+        self.projector: nn.Module = projection(parts.num_features, hidden_dim, out_dim)
+        self.predictor: nn.Module = prediction(out_dim, hidden_dim, out_dim)
+
+    def forward(self, views: Tensor) -> Tensor:
+        """Embed views: `(batch, 1, z, y, x)` to `(batch, out_dim)`, by the network that is trained."""
+        return cast(Tensor, self.projector(self.encoder(views)))
+
+
+class BYOL(_Predicting):
     """One view predicts the other as a slowly following copy of the network, the target, sees it; no negatives.
 
     The online network is trained and exported; the target follows it as a moving average, once an optimizer step. The
@@ -174,19 +165,12 @@ class BYOL(TwoViews):
     watched_views = 2
 
     def __init__(self, parts: Parts, *, hidden_dim: int = 512, out_dim: int = 128, momentum: float = 0.99) -> None:
-        super().__init__(parts)
+        super().__init__(parts, "BYOL", hidden_dim, out_dim)
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum={momentum}: must be from 0 to 1.")
-        heads = lightly_module("models.modules.heads")
-        self.projector: nn.Module = heads.BYOLProjectionHead(parts.num_features, hidden_dim, out_dim)
-        self.predictor: nn.Module = heads.BYOLPredictionHead(out_dim, hidden_dim, out_dim)
         self.target_encoder = copy.deepcopy(parts.encoder).requires_grad_(False)
         self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
         self.momentum = momentum
-
-    def forward(self, views: Tensor) -> Tensor:
-        """Embed views: `(batch, 1, z, y, x)` to `(batch, out_dim)`, by the online network."""
-        return cast(Tensor, self.projector(self.encoder(views)))
 
     def compare(self, view0: Tensor, view1: Tensor, batch_idx: int) -> Step:
         """Squared distance of unit vectors, both ways."""
@@ -196,8 +180,8 @@ class BYOL(TwoViews):
         with torch.no_grad():
             targets = self.target_projector(self.target_encoder(views))
         with self.full_precision():
-            p0, p1 = full(predictions).chunk(2)
-            t0, t1 = full(targets).chunk(2)
+            p0, p1 = at_least_float32(predictions).chunk(2)
+            t0, t1 = at_least_float32(targets).chunk(2)
             loss = 4 - 2 * (F.cosine_similarity(p0, t1) + F.cosine_similarity(p1, t0)).mean()
         z0, z1 = embeddings.chunk(2)
         return Step(loss, (z0, z1), {"momentum": torch.tensor(self._momentum_now())})
@@ -216,3 +200,185 @@ class BYOL(TwoViews):
             for online, target in pairs:
                 for weight, slow in zip(online.parameters(), target.parameters(), strict=True):
                     slow.lerp_(weight, 1 - momentum)
+
+
+class _FeatureQueue(nn.Module):
+    """The last `size` embeddings, in buffers, so that checkpoints hold them.
+
+    Differs from lightly's memory bank, which no checkpoint holds, and which drops what does not fit before its end. On
+    several devices every one has to enqueue the embeddings of all, so that all hold the same queue.
+
+    Args:
+        size: embeddings kept.
+        dim: of an embedding.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+
+    features: Tensor  # (size, dim), unit vectors; random ones where none has been enqueued yet
+    num_enqueued: Tensor  # (), since the beginning
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"a queue of {size} embeddings: it must hold at least 1.")
+        self.register_buffer("features", F.normalize(torch.randn(size, dim), dim=1))
+        self.register_buffer("num_enqueued", torch.zeros((), dtype=torch.long))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no random vector is left."""
+        return int(self.num_enqueued) >= len(self.features)
+
+    @torch.no_grad()
+    def enqueue(self, embeddings: Float[Tensor, "batch dim"]) -> None:
+        """Put unit vectors in the place of the oldest."""
+        newest = embeddings[-len(self.features) :]
+        skipped = len(embeddings) - len(newest)
+        steps = torch.arange(skipped, len(embeddings), device=self.features.device)
+        self.features[(self.num_enqueued + steps) % len(self.features)] = newest.to(self.features.dtype)
+        self.num_enqueued += len(embeddings)
+
+    def nearest(self, embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
+        """The most similar of the queue for each unit vector; no gradient flows through it."""
+        with torch.no_grad():
+            features = self.features.to(embeddings.dtype)
+            return features[(embeddings @ features.T).argmax(1)]
+
+
+class NNCLR(_Predicting):
+    """The nearest neighbour of one view among earlier embeddings has to be told by the prediction of the other view.
+
+    The loss is that of the paper's pseudo-code: a neighbour against the predictions of all lesions. lightly's example
+    puts both through NT-Xent, which also contrasts neighbours with neighbours. The queue is the same on all devices,
+    and checkpoints hold it.
+
+    Args:
+        parts: without head and loss.
+        hidden_dim: units of the heads' hidden layers; 2048 and 4096 in the paper.
+        out_dim: of the embedding; 256 in the paper.
+        queue_size: embeddings of earlier steps among which neighbours are looked for; 98304 in the paper, for 1.3
+            million images. A few batches at least, and no more than the data has lesions, or it holds old versions
+            of the same ones.
+        temperature: divides the cosines.
+
+    Source: Dwibedi et al. 2021, With a little help from my friends: nearest-neighbor contrastive learning of visual
+    representations, equation 2 and algorithm 1.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        *,
+        hidden_dim: int = 512,
+        out_dim: int = 128,
+        queue_size: int = 512,
+        temperature: float = 0.1,
+    ) -> None:
+        super().__init__(parts, "NNCLR", hidden_dim, out_dim)
+        self.queue = _FeatureQueue(queue_size, out_dim)
+        self.temperature = temperature
+
+    def compare(self, view0: Tensor, view1: Tensor, batch_idx: int) -> Step:
+        """Each view's neighbour against the predictions of the other view."""
+        embeddings = self(torch.cat([view0, view1]))
+        predictions = self.predictor(embeddings)
+        with self.full_precision():
+            z0, z1 = F.normalize(at_least_float32(embeddings.detach()), dim=1).chunk(2)
+            p0, p1 = F.normalize(at_least_float32(predictions), dim=1).chunk(2)
+            neighbour0, neighbour1 = self.queue.nearest(z0), self.queue.nearest(z1)
+            loss = (self._contrast(neighbour0, p1) + self._contrast(neighbour1, p0)) / 2
+            figures = {"neighbour_cosine": (neighbour0 * z0).sum(1).mean()}  # how near the nearest is
+            self.queue.enqueue(gather_rows(z0))
+        return Step(loss, (z0, z1), figures)
+
+    def _contrast(self, neighbours: Tensor, predictions: Tensor) -> Tensor:
+        """Which of all predictions belongs to each neighbour, as a cross entropy."""
+        candidates = gather_rows(predictions)
+        own = torch.arange(len(neighbours), device=neighbours.device) + self.global_rank * len(neighbours)
+        return F.cross_entropy(neighbours @ candidates.T / self.temperature, own)
+
+
+class SwAV(TwoViews):
+    """Prototypes are learned with the encoder; assignments share the batch equally among them (Sinkhorn, lightly's).
+
+    Two views, without the paper's small crops. On several devices the assignments are those of all lesions together.
+    The queue is the same on all devices, and checkpoints hold it.
+
+    Args:
+        parts: without head and loss.
+        hidden_dim: units of the head's hidden layer; 2048 in the paper.
+        out_dim: of the embedding.
+        num_prototypes: clusters; 3000 in the paper. Batch and queue together should hold more lesions than that.
+        temperature: of the predictions.
+        sinkhorn_epsilon: of the assignments: the smaller, the harder.
+        sinkhorn_iterations: rounds of making rows and columns equal.
+        queue_size: embeddings of earlier steps, for each view, that are assigned together with a batch; 0 for none.
+        queue_from_epoch: the queue is used from this epoch on, once it is full; 15 in the paper.
+        frozen_epochs: the prototypes are not trained in as many first epochs.
+
+    Source: Caron et al. 2020, Unsupervised learning of visual features by contrasting cluster assignments, equations 2
+    to 5.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        *,
+        hidden_dim: int = 512,
+        out_dim: int = 128,
+        num_prototypes: int = 64,
+        temperature: float = 0.1,
+        sinkhorn_epsilon: float = 0.05,
+        sinkhorn_iterations: int = 3,
+        queue_size: int = 256,
+        queue_from_epoch: int = 5,
+        frozen_epochs: int = 1,
+    ) -> None:
+        super().__init__(parts)
+        heads = _lightly("models.modules.heads")
+        self.projector: nn.Module = heads.SwaVProjectionHead(parts.num_features, hidden_dim, out_dim)
+        self._sinkhorn = _lightly("loss.swav_loss").sinkhorn
+        self.prototypes = nn.Linear(out_dim, num_prototypes, bias=False)
+        self.queues = nn.ModuleList(_FeatureQueue(queue_size, out_dim) for _ in range(2 if queue_size else 0))
+        self.sinkhorn_options = {"iterations": sinkhorn_iterations, "epsilon": sinkhorn_epsilon}
+        self.temperature, self.queue_from_epoch, self.frozen_epochs = temperature, queue_from_epoch, frozen_epochs
+
+    def forward(self, views: Tensor) -> Tensor:
+        """Embed views: `(batch, 1, z, y, x)` to unit vectors `(batch, out_dim)`."""
+        return F.normalize(at_least_float32(self.projector(self.encoder(views))), dim=1)
+
+    def compare(self, view0: Tensor, view1: Tensor, batch_idx: int) -> Step:
+        """Cross entropy between each view's prediction and the other's assignment."""
+        with torch.no_grad():  # prototypes are unit vectors, too
+            self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
+        embeddings = self(torch.cat([view0, view1])).chunk(2)
+        with self.full_precision():
+            assignments = [self._assign(number, z) for number, z in enumerate(embeddings)]
+            predictions = [F.log_softmax(self.prototypes(z) / self.temperature, dim=1) for z in embeddings]
+            loss = -sum((assignments[i] * predictions[1 - i]).sum(1).mean() for i in range(2)) / 2
+            usage = torch.cat(assignments).mean(0)
+            # Prototypes in use: the exponential of their entropy; it falls to 1 if all lesions go to one.
+            figures = {"prototypes_used": torch.special.entr(usage).sum().exp()}
+        return Step(cast(Tensor, loss), (embeddings[0], embeddings[1]), figures)
+
+    @torch.no_grad()
+    def _assign(self, view: int, z: Tensor) -> Tensor:
+        """Assign this device's lesions, `(batch, num_prototypes)`, together with all devices' and the queue's."""
+        everyone = gather_rows(z.detach())
+        points = everyone
+        if self.queues:
+            queue = cast(_FeatureQueue, self.queues[view])
+            if self.current_epoch >= self.queue_from_epoch and queue.is_full:
+                points = torch.cat([everyone, queue.features.to(everyone.dtype)])
+            queue.enqueue(everyone)
+        codes: Tensor = self._sinkhorn(self.prototypes(points), **self.sinkhorn_options)
+        first = self.global_rank * len(z)
+        return codes[first : first + len(z)]
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Leave the prototypes as they are in the first epochs."""
+        super().on_before_optimizer_step(optimizer)
+        if self.current_epoch < self.frozen_epochs:
+            self.prototypes.weight.grad = None

@@ -37,7 +37,15 @@ from fmcib_ssl.evaluation import (
     value_of,
 )
 from fmcib_ssl.io import atomic_write, checksum_of, digest_of, write_json
-from fmcib_ssl.models import EncoderFileError, FineTuning, encoder_metadata, export_encoder, feature_dim, load_encoder
+from fmcib_ssl.models import (
+    EncoderFileError,
+    FineTuning,
+    Parts,
+    encoder_metadata,
+    export_encoder,
+    feature_dim,
+    load_encoder,
+)
 from fmcib_ssl.training.build import (
     accelerate,
     build_optimizer,
@@ -297,11 +305,15 @@ def _build_module(
             raise ConfigError(f"no training lesion of fold {split.name} is {missing!r}: use fewer classes or folds")
         weights = torch.tensor(compute_class_weight("balanced", classes=classes, y=values), dtype=torch.float32)
     with config_errors_in("finetune"):
-        return FineTuning(
+        parts = Parts(
             encoder,
-            feature_dim(encoder, task.preprocessing.patch_size_zyx),
             build_optimizer(settings, batch_size),
+            feature_dim(encoder, task.preprocessing.patch_size_zyx),
             None if settings.schedule is None else build_part("schedule", settings.schedule),
+            metadata=metadata,
+        )
+        return FineTuning(
+            parts,
             num_classes=num_classes,
             class_weights=weights,
             center=0.0 if num_classes else float(values.mean()),
@@ -309,7 +321,6 @@ def _build_module(
             depth=options.train,
             encoder_rate=options.encoder_rate if options.weights is not None else 1.0,
             score=partial(_score, task),
-            metadata=metadata,
         )
 
 

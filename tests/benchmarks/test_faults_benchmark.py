@@ -78,18 +78,6 @@ def test_a_store_that_differs_in_a_voxel_is_seen(tmp_path: Path) -> None:
     assert f"scans/{scan.name}: bytes" in found and ".store.json.1.tmp is new" in found
 
 
-def test_the_table() -> None:
-    kill = {"where": "step", "lost": 2, "codes": [-9], "seconds": 0.25, "genuine": False, "by_launcher": False}
-    results = [
-        {"kind": "SIGKILL", "kills": [kill, {**kill, "where": "save", "lost": 0, "seconds": 1.0}], "problems": []},
-        {"kind": "SIGKILL", "kills": [kill, kill], "problems": ["encoder.safetensors"]},
-    ]
-    rows = faults.rows_of(results)
-    assert [(row["kills"], row["runs"], row["runs_as_uninterrupted"]) for row in rows] == [(4, 2, 1)]
-    assert rows[0]["where"] == {"start": 0, "step": 0.75, "save": 0.25, "end": 0}
-    assert "| SIGKILL | 4 | 0 / 75 / 25 / 0 % | 2 | 1 | <= 2 | 0.2 s, <= 1.0 s |" in faults.table_of(rows)
-
-
 @pytest.mark.slow
 def test_a_kill_of_every_kind(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

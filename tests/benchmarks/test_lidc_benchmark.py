@@ -23,7 +23,6 @@ import lidc_methods  # noqa: E402
 import lidc_probes  # noqa: E402
 
 from fmcib_ssl.evaluation.labels import Split  # noqa: E402
-from fmcib_ssl.types import SampleKey  # noqa: E402
 
 NUM = 240
 
@@ -146,13 +145,6 @@ def test_every_contender_has_the_recipes_budget(name: str) -> None:
     assert its.data.batch_size == recipe.data.batch_size
 
 
-def test_features_that_are_kept_are_told_apart_by_their_configuration() -> None:
-    recipe = lidc_methods.BY_NAME["recipe"]
-    other = replace(recipe, overrides=("loss.temperature=0.2",))
-    assert len({recipe.key(None), recipe.key(3), other.key(None)}) == 3
-    assert recipe.key(None) == replace(recipe).key(None)
-
-
 @pytest.mark.slow
 def test_pretraining_sees_only_what_it_is_given_and_is_repeatable() -> None:
     nodules = made_up_nodules()
@@ -167,16 +159,6 @@ def test_pretraining_sees_only_what_it_is_given_and_is_repeatable() -> None:
     )
     np.testing.assert_array_equal(first, again)
     np.testing.assert_array_equal(first[rows], with_others_changed[rows])
-
-
-def test_negatives_of_a_nodule_follow_from_seed_epoch_and_index() -> None:
-    pool = torch.arange(50, dtype=torch.int16).view(50, 1, 1, 1, 1)
-    patches = lidc_data.TrainingPatches(
-        torch.zeros(8, 1, 1, 1, 1, dtype=torch.int16), pool, seed=1, negatives_per_lesion=1
-    )
-    drawn = [int(patches[SampleKey(epoch, index)]["negative"]) for epoch in range(20) for index in range(8)]
-    assert drawn == [int(patches[SampleKey(epoch, index)]["negative"]) for epoch in range(20) for index in range(8)]
-    assert len(set(drawn)) > 40
 
 
 def test_crops_are_padded_with_their_edge(real_data: Path, tmp_path: Path) -> None:
@@ -196,22 +178,3 @@ def test_crops_are_padded_with_their_edge(real_data: Path, tmp_path: Path) -> No
         crop = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / image)))
         # Interpolated or repeated, but never made up: in particular no air where the crop ends.
         assert crop.min() - 1 <= int(patch.min()) and int(patch.max()) <= crop.max() + 1
-
-
-def test_hu_statistics_are_numpys_in_shells() -> None:
-    patches = made_up_nodules().patches[:3]
-    found = lidc_data.hu_statistics(patches)
-    assert found.shape == (3, 126 + 104)
-    z, y, x = np.indices((8, 24, 24)) - np.array([4, 12, 12]).reshape(3, 1, 1, 1)
-    ball = z**2 + y**2 + x**2 < 4
-    inner = np.clip(patches[:, 0].numpy(), -1000, 300)[:, ball]
-    np.testing.assert_allclose(found[:, 0], inner.mean(1), rtol=1e-5)
-    np.testing.assert_allclose(found[:, 4], np.median(inner, axis=1), rtol=1e-5)
-    np.testing.assert_allclose(found[:, 126:152].sum(1), 1 - (patches[:, 0] >= 300).float().mean(), atol=1e-3)
-
-
-def test_setup_weights_count_patients_not_rows() -> None:
-    nodules = made_up_nodules()
-    weights = lidc_probes.setup_of("x", nodules.labels["texture"], nodules.patients, []).weights(5)
-    for name in np.unique(nodules.patients)[:10]:
-        assert (np.ptp(weights[:, nodules.patients == name], axis=1) == 0).all()

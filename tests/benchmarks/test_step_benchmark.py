@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
@@ -52,18 +51,6 @@ def test_rows_are_what_they_are_called(case: step_benchmark.Case) -> None:
     assert all(torch.equal(state[name], value) for state in states for name, value in states[0].items())
 
 
-def test_blocks_that_are_computed_again_hold_less() -> None:
-    """In a network that is deep enough: in `small` the first layer holds the peak."""
-    case = step_benchmark.Case(gpu=False, encoder="resnet18", patch=16, lesions=8, steps=1)
-    peaks = []
-    for switch in ("false", "true"):
-        overrides = ["augment=batched_published", f"hardware.gradient_checkpointing={switch}"]
-        contender = step_benchmark.Contender(case, overrides)
-        contender.step(iter(contender.loader))
-        peaks.append(contender.peak_mib())
-    assert peaks[1] < peaks[0]
-
-
 def test_the_table_of_a_tiny_case(
     case: step_benchmark.Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,19 +83,3 @@ def test_curves_are_compared_with_the_spread_of_seeds() -> None:
     other = step_curves.compare(plain, rng.permutation(plain))
     assert other["same_seed_apart_in_sd_rms"] == pytest.approx(other["two_seeds_apart_in_sd_rms"], rel=0.1)
     assert step_curves.compare(plain, plain + 9)["share_within_range_of_plain"] == 0
-
-
-@pytest.mark.slow
-def test_the_curves_of_tiny_runs(tmp_path: Path) -> None:
-    arguments = [f"workspace={tmp_path}", "seeds=2", "epochs=2", "scans=4", "compile=false"]
-    arguments += [f"output={tmp_path / 'curves.json'}", f"picture={tmp_path / 'curves.png'}"]
-    step_curves.main(arguments)
-    results = json.loads((tmp_path / "curves.json").read_text())
-    for kind, precision in (("plain", "32-true"), ("fast", "auto")):
-        run = tmp_path / f"{kind}-seed1-epochs2-uncompiled"
-        assert f"precision: {precision}" in (run / "config.yaml").read_text()
-        table = pd.read_csv(run / "metrics.csv")
-        per_epoch = table.groupby("epoch")["train/loss"].mean()
-        assert results["curves"][kind][1] == pytest.approx(per_epoch.tolist())
-    assert results["curves"]["plain"] != results["curves"]["fast"]
-    assert (tmp_path / "curves.png").stat().st_size > 10_000

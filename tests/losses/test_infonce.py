@@ -134,9 +134,13 @@ def test_half_scores_are_computed_in_float32(reduction):
 
 def test_from_temperature():
     loss_function = InfoNCELoss.from_temperature(0.2, 0.05, "sum", negatives="lesions", gather_distributed=True)
-    assert loss_function.temperature == pytest.approx(0.2)
-    assert (loss_function.margin, loss_function.reduction) == (0.05, "sum")
-    assert (loss_function.negatives, loss_function.gather_distributed) == ("lesions", True)
+    settings = (
+        loss_function.margin,
+        loss_function.reduction,
+        loss_function.negatives,
+        loss_function.gather_distributed,
+    )
+    assert loss_function.temperature == pytest.approx(0.2) and settings == (0.05, "sum", "lesions", True)
     assert InfoNCELoss.from_temperature(temperature=0.05).margin == InfoNCELoss().margin
 
 
@@ -183,19 +187,19 @@ def test_settings_that_are_refused(setting, message):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("arguments", "message"),
     [
-        ((scores(0, 3, 1), scores(1, 3)), ValueError, "sparse scores need the batch_filter"),
-        ((scores(0, 2, 1), scores(1, 3, 4)), ValueError, r"positive_scores must be \(3, 1\)"),
-        ((scores(0, 3, 2), scores(1, 3, 4)), ValueError, r"got \(3, 2\)"),
-        ((scores(0, 3, 1), scores(1, 3), None, torch.ones(3, 2)), TypeError, "must be boolean, got torch.float32"),
-        ((scores(0, 3, 1), scores(1, 5), None, torch.ones(3, 2).bool()), ValueError, r"keeps 6 .* \(6,\), got \(5,\)"),
-        ((scores(0, 3, 1), scores(1, 3, 2), None, torch.ones(3, 2).bool()), ValueError, "dense scores take no filter"),
-        ((scores(0, 3, 1), scores(1, 3, 2), 1.5), ValueError, "label_smoothing must be in 0 to 1, got 1.5"),
+        ((scores(0, 3, 1), scores(1, 3)), r"got \(3,\) and None"),
+        ((scores(0, 2, 1), scores(1, 3, 4)), r"positive_scores must be \(3, 1\)"),
+        ((scores(0, 3, 2), scores(1, 3, 4)), r"got \(3, 2\)"),
+        ((scores(0, 3, 1), scores(1, 3), None, torch.ones(3, 2)), "a boolean batch_filter"),
+        ((scores(0, 3, 1), scores(1, 5), None, torch.ones(3, 2).bool()), r"got \(5,\) and \(3, 2\)"),
+        ((scores(0, 3, 1), scores(1, 3, 2), None, torch.ones(3, 2).bool()), r"got \(3, 2\) and \(3, 2\)"),
+        ((scores(0, 3, 1), scores(1, 3, 2), 1.5), "label_smoothing must be in 0 to 1, got 1.5"),
     ],
 )
-def test_slcwa_scores_that_do_not_fit(arguments, error, message):
-    with pytest.raises(error, match=message):
+def test_slcwa_scores_that_do_not_fit(arguments, message):
+    with pytest.raises(ValueError, match=message):
         InfoNCELoss().process_slcwa_scores(*arguments)
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from fmcib_ssl.models.encoders import small_resnet
+from fmcib_ssl.models import small_resnet
 
 REPO = Path(__file__).resolve().parents[2]
 SPEC = {"_target_": "fmcib_ssl.models.encoders.small_resnet", "widths": [4, 4, 8, 8]}
@@ -23,8 +22,10 @@ def encoder() -> nn.Module:
     return small_resnet(SPEC["widths"])  # type: ignore[arg-type]
 
 
-def encoder_of(path: Path) -> nn.Module:
-    """Of a file in configs/encoder."""
+def shipped(name: str) -> nn.Module:
+    """Of configs/encoder."""
+    torch.manual_seed(0)
+    path = REPO / "configs" / "encoder" / f"{name}.yaml"
     spec = yaml.safe_load(path.read_text())
     for base in reversed(spec.pop("defaults", [])):
         spec = {**yaml.safe_load((path.parent / f"{base}.yaml").read_text()), **spec}
@@ -36,19 +37,21 @@ def views(num: int = 4) -> Tensor:
     return torch.randn(num, 1, *SIZE, generator=torch.Generator().manual_seed(1))
 
 
-def a_step(network: nn.Module, forward: Callable[[Any], Tensor] | None = None) -> dict[str, Tensor]:
+def a_step(network: nn.Module, forward: Callable[[], Tensor] | None = None) -> dict[str, Tensor]:
     """What a step leaves: the output, every gradient, every running statistic."""
     network.zero_grad()
-    out = (forward or network)(views())
-    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
+    out = forward() if forward else network(views())
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=out.dtype)).sum().backward()
     gradients = {f"grad of {name}": weight.grad.clone() for name, weight in network.named_parameters()}  # type: ignore[union-attr]
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
     return {"out": out.detach(), **gradients, **buffers}
 
 
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float) -> None:
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float, atol: float = 0.0) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         scale = float(value.abs().max())
         assert scale > 0, f"{name} is zero: nothing was compared"
-        torch.testing.assert_close(found[name], value, rtol=rtol, atol=rtol * scale, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name], value, rtol=rtol, atol=rtol * scale + atol, msg=lambda m, n=name: f"{n}: {m}"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import re
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from monai.networks.nets import DenseNet
 from torch import nn
 
 from fmcib_ssl.models import EncoderFileError, encoder_metadata, encoders, export_encoder, load_encoder
@@ -21,11 +23,12 @@ from fmcib_ssl.types import Preprocessing
 
 OWN = "fmcib_ssl.models.encoders"
 SPECS: list[dict[str, Any]] = [
-    *({"_target_": f"{OWN}.monai_resnet", "depth": depth, "widen_factor": 0.25} for depth in (10, 18, 34, 50, 101)),
+    *({"_target_": f"{OWN}.monai_resnet", "depth": depth, "widen_factor": 0.25} for depth in (10, 34)),
     {"_target_": f"{OWN}.monai_resnet", "depth": 50, "widen_factor": 0.5, "conv1_t_stride": 2, "no_max_pool": True},
     {"_target_": f"{OWN}.small_resnet"},
     {"_target_": f"{OWN}.small_resnet", "widths": [4, 8, 8, 16], "conv1_t_size": 5},
-    *({"_target_": f"{OWN}.video_resnet", "name": name} for name in ("r3d_18", "mc3_18", "r2plus1d_18")),
+    {"_target_": f"{OWN}.video_resnet", "name": "mc3_18"},
+    {"_target_": f"{OWN}.CenterPooledResNet", "widths": [4, 8]},
 ]
 SMALL: dict[str, Any] = {"_target_": f"{OWN}.small_resnet", "widths": [4, 4, 8, 8]}
 LUNG = Preprocessing(patch_size_zyx=(16, 18, 20), spacing_mm=0.8, hu_scale=2000.0)
@@ -98,50 +101,20 @@ def test_patches_of_another_size_are_refused_unless_they_are_meant(exported: Pat
     assert encoder(torch.zeros(2, 1, *larger)).shape == (2, encoder.feature_dim)
 
 
-def test_padding_travels_with_the_weights_and_files_without_it_are_as_before(tmp_path: Path) -> None:
-    for pre in (LUNG, replace(LUNG, padding="edge")):
-        export_encoder(build(SMALL), SMALL, pre, tmp_path / "e.safetensors")
-        assert load_encoder(tmp_path / "e.safetensors").preprocessing == pre
-    assert "padding" not in LUNG.to_dict() and Preprocessing.from_dict(LUNG.to_dict()).padding == "constant"
-
-
-def test_half_precision_is_exported_in_single(tmp_path: Path) -> None:
-    encoder = build(SMALL).to(torch.bfloat16)
-    export_encoder(encoder, SMALL, LUNG, tmp_path / "e.safetensors")
-    loaded = load_encoder(tmp_path / "e.safetensors")
+def test_a_file_says_what_it_holds_and_anybody_may_read_it(tmp_path: Path) -> None:
+    path, encoder = tmp_path / "e.safetensors", build(SMALL).to(torch.bfloat16)
+    preprocessing = replace(LUNG, padding="edge")
+    export_encoder(encoder, SMALL, preprocessing, path, extra={"run": "phantom", "step": 12})
+    metadata = description(path)
+    assert metadata["encoder"] == SMALL and metadata["extra"] == {"run": "phantom", "step": 12}
+    assert (metadata["feature_dim"], metadata["versions"]["torch"]) == (8, torch.__version__)
+    loaded = load_encoder(path)
+    assert loaded.preprocessing == preprocessing
+    # Half precision is exported in single.
     assert {value.dtype for value in loaded.state_dict().values()} == {torch.float32, torch.int64}
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in encoder.float().state_dict().items())
-
-
-def test_file_says_what_it_holds(tmp_path: Path) -> None:
-    path = tmp_path / "e.safetensors"
-    export_encoder(build(SMALL), SMALL, LUNG, path, extra={"run": "phantom", "step": 12})
-    with safetensors.safe_open(path, framework="numpy") as file:
-        metadata = json.loads(file.metadata()["fmcib_ssl"])
-    assert metadata["encoder"] == SMALL
-    assert metadata["extra"] == {"run": "phantom", "step": 12}
-    assert metadata["feature_dim"] == 8
-    assert metadata["preprocessing"]["patch_size_zyx"] == [16, 18, 20]
-    assert metadata["versions"]["torch"] == torch.__version__
-
-
-def test_file_is_as_readable_as_any_other(exported: Path) -> None:
-    other = exported.with_name("other")
-    other.touch()
-    assert stat.S_IMODE(exported.stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
-
-
-def test_failed_export_leaves_the_old_file_and_nothing_else(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = exported.read_bytes()
-
-    def full(_descriptor: int) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="no space"):
-        export_encoder(build(SMALL), SMALL, LUNG, exported)
-    assert exported.read_bytes() == before
-    assert list(exported.parent.iterdir()) == [exported]
+    (tmp_path / "other").touch()
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "other").stat().st_mode)
 
 
 @pytest.mark.parametrize(
@@ -160,18 +133,23 @@ def test_what_cannot_be_described_is_not_exported(
     assert not list(tmp_path.iterdir())
 
 
-def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the description in an exported file, which has no digest then, as those of earlier versions."""
+def description(path: Path) -> dict[str, Any]:
     with safetensors.safe_open(path, framework="pt") as file:
-        metadata = json.loads(file.metadata()["fmcib_ssl"])
+        metadata: dict[str, Any] = json.loads(file.metadata()["fmcib_ssl"])
+    return metadata
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], object], without: str = "") -> None:
+    """Change the description in an exported file, which has no digest then, as those of earlier versions."""
+    metadata, weights = description(path), safetensors.torch.load_file(path)
     metadata.pop("digest", None)
     change(metadata)
-    weights = safetensors.torch.load_file(path)
+    weights.pop(without, None)
     safetensors.torch.save_file(weights, path, metadata={"fmcib_ssl": json.dumps(metadata)})
 
 
 @pytest.mark.parametrize(
-    "target", ["os.system", "torch.hub.load", f"{OWN}.feature_dim", f"{OWN}.nn.Linear", "small_resnet", "", None, ["a"]]
+    "target", ["os.system", "torch.hub.load", f"{OWN}.feature_dim", f"{OWN}.nn.Linear", "small_resnet", None, ["a"]]
 )
 def test_foreign_targets_are_refused(exported: Path, target: object) -> None:
     rewrite(exported, lambda metadata: metadata["encoder"].update(_target_=target))
@@ -180,28 +158,19 @@ def test_foreign_targets_are_refused(exported: Path, target: object) -> None:
 
 
 def test_trusted_targets_are_built(tmp_path: Path) -> None:
-    spec = {
-        "_target_": "monai.networks.nets.DenseNet",
-        "spatial_dims": 3,
-        "in_channels": 1,
-        "out_channels": 5,
-        "init_features": 4,
-        "growth_rate": 2,
-        "block_config": [1, 1],
-    }
-    load = lambda: load_encoder(tmp_path / "e.safetensors", trusted_targets=[str(spec["_target_"])])  # noqa: E731
-    from monai.networks.nets import DenseNet
-
-    encoder = DenseNet(**{key: value for key, value in spec.items() if key != "_target_"})
-    export_encoder(encoder, spec, Preprocessing((32, 32, 32)), tmp_path / "e.safetensors")
+    path, name = tmp_path / "e.safetensors", "monai.networks.nets.DenseNet"
+    options = {"spatial_dims": 3, "in_channels": 1, "out_channels": 5, "init_features": 4, "growth_rate": 2}
+    encoder = DenseNet(**options, block_config=[1, 1])
+    spec = {"_target_": name, **options, "block_config": [1, 1]}
+    export_encoder(encoder, spec, Preprocessing((32, 32, 32)), path)
     with pytest.raises(EncoderFileError, match=r"trusted_targets=\['monai\.networks\.nets\.DenseNet'\]"):
-        load_encoder(tmp_path / "e.safetensors")
+        load_encoder(path)
     patches = torch.rand(2, 1, 32, 32, 32)
-    assert torch.equal(load()(patches), encoder.eval()(patches))
-    for gone in ("monai.networks.nets.NoSuchNet", "no_such_package.Net", "Net"):
-        rewrite(tmp_path / "e.safetensors", lambda metadata, gone=gone: metadata["encoder"].update(_target_=gone))
+    assert torch.equal(load_encoder(path, trusted_targets=[name])(patches), encoder.eval()(patches))
+    for absent in ("monai.networks.nets.NoSuchNet", "no_such_package.Net", "Net"):
+        rewrite(path, lambda metadata, absent=absent: metadata["encoder"].update(_target_=absent))
         with pytest.raises(EncoderFileError, match="cannot be imported"):
-            load_encoder(tmp_path / "e.safetensors", trusted_targets=[gone])
+            load_encoder(path, trusted_targets=[absent])
 
 
 @pytest.mark.parametrize(
@@ -211,9 +180,8 @@ def test_trusted_targets_are_built(tmp_path: Path) -> None:
         (lambda m: m["encoder"].update(depth=3), "does not fit.*depth"),
         (lambda m: m.update(format_version=2), "format version 2.*newer"),
         (lambda m: m.pop("encoder"), "damaged.*encoder"),
-        (lambda m: m.pop("preprocessing"), "damaged.*preprocessing"),
         (lambda m: m["preprocessing"].update(colour="red"), "damaged.*colour"),
-        (lambda m: m["preprocessing"].update(padding="mirror"), "damaged.*mirror.*constant, edge"),
+        (lambda m: m["preprocessing"].update(padding="mirror"), "damaged.*mirror.*constant or edge"),
         (lambda m: m.update(feature_dim="many"), "damaged.*many"),
     ],
 )
@@ -230,36 +198,23 @@ def test_files_of_earlier_versions_are_read(exported: Path) -> None:
     weights = load_encoder(exported).state_dict()
     rewrite(exported, lambda metadata: None)
     assert all(torch.equal(value, weights[name]) for name, value in load_encoder(exported).state_dict().items())
-
-
-def test_missing_weight_is_an_error(exported: Path) -> None:
-    rewrite(exported, lambda metadata: None)
-    with safetensors.safe_open(exported, framework="pt") as file:
-        metadata = file.metadata()
-    weights = safetensors.torch.load_file(exported)
-    del weights["conv1.weight"]
-    safetensors.torch.save_file(weights, exported, metadata=metadata)
+    rewrite(exported, lambda metadata: None, without="conv1.weight")
     with pytest.raises(EncoderFileError, match=r"conv1\.weight"):
         load_encoder(exported)
 
 
 def test_files_that_are_something_else_are_named(tmp_path: Path, exported: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        load_encoder(tmp_path / "nowhere.safetensors")
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        load_encoder(tmp_path)
-    path = tmp_path / "thing"
-    whole = exported.read_bytes()
-    for content in (b"", b"P", b"hello, world", whole[:4], whole[:100], whole[:-10], whole[5:]):
+    for absent in (tmp_path / "nowhere.safetensors", tmp_path):
+        with pytest.raises(FileNotFoundError, match="no such file"):
+            load_encoder(absent)
+    path, whole = tmp_path / "thing", exported.read_bytes()
+    for content in (b"", b"P", b"hello, world", whole[:100], whole[:-10], whole[5:]):
         path.write_bytes(content)
         with pytest.raises(EncoderFileError, match="neither a whole safetensors file"):
             load_encoder(path)
-    safetensors.torch.save_file({"weight": torch.ones(2)}, path)
-    with pytest.raises(EncoderFileError, match="fmcib_ssl did not write it"):
-        load_encoder(path)
-    for description in ("{", "[]", "3"):
-        safetensors.torch.save_file({"weight": torch.ones(2)}, path, metadata={"fmcib_ssl": description})
-        with pytest.raises(EncoderFileError, match=r"damaged|format version"):
+    for metadata in (None, {"fmcib_ssl": "{"}, {"fmcib_ssl": "[]"}):
+        safetensors.torch.save_file({"weight": torch.ones(2)}, path, metadata=metadata)
+        with pytest.raises(EncoderFileError, match=r"damaged, or missing|format version"):
             load_encoder(path)
 
 
@@ -276,32 +231,25 @@ class Payload:
 def test_checkpoints_that_are_something_else_are_named(tmp_path: Path) -> None:
     path, trace = tmp_path / "a.ckpt", tmp_path / "trace"
     good = checkpoint_of(build(SMALL), SMALL)
-
-    torch.save({**good, "callbacks": Payload(trace)}, path)
-    with pytest.raises(EncoderFileError, match="nothing but weights and plain values"):
-        load_encoder(path)
-    path.write_bytes(b"PK" + pickle.dumps(Payload(trace)))
-    with pytest.raises(EncoderFileError, match="not a checkpoint"):
-        load_encoder(path)
-    assert not trace.exists()
-
-    torch.save(good, path)
-    whole = path.read_bytes()
-    for length in (2, 100, len(whole) // 2, len(whole) - 10):
-        path.write_bytes(whole[:length])
+    whole = io.BytesIO()
+    torch.save(good, whole)
+    cut = [whole.getvalue()[:length] for length in (2, 100, len(whole.getvalue()) - 10)]
+    for content in (*cut, b"PK" + pickle.dumps(Payload(trace))):
+        path.write_bytes(content)
         with pytest.raises(EncoderFileError, match="not a whole one"):
             load_encoder(path)
-
-    for other in ({"state_dict": {}}, {"fmcib_ssl": good["fmcib_ssl"]}, torch.ones(2), [1]):
+    for other, message in (
+        ({**good, "callbacks": Payload(trace)}, "nothing but weights and plain values"),
+        ({"state_dict": {}}, "not a checkpoint of fmcib_ssl"),
+        ({"fmcib_ssl": good["fmcib_ssl"]}, "not a checkpoint of fmcib_ssl"),
+        ([1], "not a checkpoint of fmcib_ssl"),
+        ({**good, "fmcib_ssl": {}}, "format version None"),
+        ({**good, "state_dict": {}}, "does not fit the weights"),
+    ):
         torch.save(other, path)
-        with pytest.raises(EncoderFileError, match="not a checkpoint of fmcib_ssl"):
+        with pytest.raises(EncoderFileError, match=message):
             load_encoder(path)
-    torch.save({**good, "fmcib_ssl": {}}, path)
-    with pytest.raises(EncoderFileError, match="format version None"):
-        load_encoder(path)
-    torch.save({**good, "state_dict": {}}, path)
-    with pytest.raises(EncoderFileError, match="does not fit the weights"):
-        load_encoder(path)
+    assert not trace.exists()
 
 
 def test_monai_alone_reads_it_as_the_docs_say(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from fmcib_ssl.models import Parts
 from fmcib_ssl.models.encoders import small_resnet, video_resnet
 from fmcib_ssl.models.finetune import FineTuning, last_stage
 from fmcib_ssl.training.optimizers import adamw
@@ -17,7 +18,7 @@ from fmcib_ssl.training.optimizers import adamw
 def make_module(**options: Any) -> FineTuning:
     torch.manual_seed(0)
     encoder = small_resnet((4, 4, 8, 8))
-    return FineTuning(encoder, 8, lambda named: adamw(named, 0.1), **options)
+    return FineTuning(Parts(encoder, lambda named: adamw(named, 0.1), 8), **options)
 
 
 def test_rows_are_weighted_by_their_class() -> None:
@@ -45,9 +46,6 @@ def test_values_are_learned_standardised_and_given_back_in_their_unit() -> None:
 @pytest.mark.parametrize("encoder", [small_resnet(), video_resnet("r3d_18")], ids=["monai", "torchvision"])
 def test_the_last_stage_is_layer4(encoder: nn.Module) -> None:
     assert last_stage(encoder) is encoder.get_submodule("layer4")
-
-
-def test_an_encoder_in_one_piece_has_no_last_stage() -> None:
     with pytest.raises(ValueError, match="no stages"):
         last_stage(nn.Conv3d(1, 4, 3))
 

@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 from fmcib_ssl.losses import InfoNCELoss, NTXentNegativeMinedLoss
 from fmcib_ssl.models import MinedContrast
 from fmcib_ssl.models.mined_contrast import embed_in_chunks
-from fmcib_ssl.training.throughput import Throughput
 from fmcib_ssl.types import ViewPairs
 
 VIEWS = ("positive", "negative")
@@ -186,18 +185,18 @@ def test_views_stay_where_they_are_and_chunks_come_to_the_device() -> None:
 
 
 class Watch(L.Callback):
-    """What a callback can see of a run."""
+    """The gradients and figures of every step that a callback can see."""
 
     def __init__(self) -> None:
-        self.seen: list[Any] = []
+        self.gradients: list[dict[str, Tensor]] = []
+        self.figures: list[dict[str, float]] = []
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        self.seen.append({name: p.grad.clone() for name, p in module.named_parameters()})
+        self.gradients.append({name: p.grad.clone() for name, p in module.named_parameters()})  # type: ignore[union-attr]
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any) -> None:
-        metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if "perf/" not in key}
-        shapes = [[tuple(z.shape) for z in outputs[key]] for key in ("embeddings", "negatives")]
-        self.seen.append((trainer.global_step, metrics, shapes))
+        assert [[z.shape for z in outputs[key]] for key in ("embeddings", "negatives")] == [[(4, 8)] * 2] * 2
+        self.figures.append({key: float(value) for key, value in trainer.callback_metrics.items()})
 
 
 def adamw(named_parameters: Any) -> torch.optim.Optimizer:
@@ -213,46 +212,31 @@ def train(folder: Path, chunk_size: int | None, checkpoint: Path | None = None, 
     loss = InfoNCELoss(trainable_temperature=True, negatives="mined_and_lesions")
     module, watch = make_module(loss, chunk_size=chunk_size, optimizer=adamw, schedule=schedule), Watch()
     saves = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1, save_last=True)
-    callbacks = [watch, saves, Throughput()]
-    defaults = {"max_epochs": 2, "callbacks": callbacks, "enable_checkpointing": True, "precision": "64-true"}
+    defaults = {"max_epochs": 2, "callbacks": [watch, saves], "enable_checkpointing": True, "precision": "64-true"}
     trainer = make_trainer(folder, **{**defaults, **options})
     trainer.fit(module, DataLoader(FixedViews(12), batch_size=4), ckpt_path=checkpoint)
-    assert trainer.callback_metrics["perf/samples_per_s"] > 0
     return trainer, watch
 
 
-OPTIONS = [
-    {},
-    {"gradient_clip_val": 0.05},
-    {"accumulate_grad_batches": 3, "gradient_clip_val": 0.05},
-]
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.05}], ids=str)
 def test_a_run_is_the_direct_run(options: dict[str, Any], tmp_path: Path) -> None:
     """Gradients before clipping, losses, rates, steps, checkpoints and weights of every step."""
-    (direct, seen_directly), (cached, seen) = (train(tmp_path / str(c), c, **options) for c in (None, 3))
-    per_step = options.get("accumulate_grad_batches", 1)
-    assert cached.global_step == direct.global_step == 2 * -(-3 // per_step)
-    assert len(seen.seen) == len(seen_directly.seen)
-    for found, expected in zip(seen.seen, seen_directly.seen, strict=True):
-        if isinstance(expected, dict):
-            assert_same_gradients(found, expected, rtol=1e-8)
-        else:
-            assert (found[0], found[2]) == (expected[0], expected[2])
-            assert found[1] == pytest.approx(expected[1], rel=1e-5)  # metrics are float32
-    assert {"train/loss", "train/grad_norm", "lr", "train/temperature"} <= set(seen.seen[-1][1])
+    (direct, expected), (cached, watch) = (train(tmp_path / str(c), c, **options) for c in (None, 3))
+    assert cached.global_step == direct.global_step == 6 // options.get("accumulate_grad_batches", 1)
+    for ours, theirs in zip(watch.gradients, expected.gradients, strict=True):
+        assert_same_gradients(ours, theirs, rtol=1e-8)
+    for figures, others in zip(watch.figures, expected.figures, strict=True):
+        assert figures == pytest.approx(others, rel=1e-5)  # metrics are float32
+    assert {"train/loss", "train/grad_norm", "lr", "train/temperature"} <= set(watch.figures[-1])
+    assert max(row.get("train/grad_norm", 0) for row in watch.figures) > 0.05  # a limit has an effect
     names = {path.name for path in (tmp_path / "None").iterdir()}
     assert names == {path.name for path in (tmp_path / "3").iterdir()} and len(names) > 1
     for name, value in direct.model.state_dict().items():
         torch.testing.assert_close(cached.model.state_dict()[name], value, rtol=1e-8, atol=1e-10, msg=name)
-    if "gradient_clip_val" in options:
-        norms = [entry[1].get("train/grad_norm", 0) for entry in seen.seen if isinstance(entry, tuple)]
-        assert max(norms) > 0.05  # the limit had an effect
 
 
 @pytest.mark.parametrize("changed", [3, None], ids=["as before", "directly"])
-def test_a_run_goes_on_from_its_checkpoint(changed: int | None, tmp_path: Path) -> None:
+def test_a_run_is_resumed_from_its_checkpoint(changed: int | None, tmp_path: Path) -> None:
     # Not in double precision: Lightning restores it through float32.
     whole, _ = train(tmp_path / "whole", 3, precision="32-true")
     checkpoint = tmp_path / "whole" / "step=3.ckpt"

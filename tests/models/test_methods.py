@@ -14,9 +14,9 @@ from tiny import LOSSES, METHODS, FixedViews, a_batch, fitted, make_method, make
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from fmcib_ssl.training.loggers import MetricsFile, read_metrics
+
 every_method = pytest.mark.parametrize("name", METHODS)
-#: And mined contrast in chunks.
-WAYS = [*((name, {}) for name in METHODS), ("mined_contrast", {"chunk_size": 2})]
 
 
 class Outputs(L.Callback):
@@ -95,6 +95,34 @@ def test_two_processes_equal_one_with_the_doubled_batch(
     for key, value in states[0].items():
         if not ("queue" in key and key.endswith("features")):  # the same lesions, in another order
             torch.testing.assert_close(states[1][key], value, rtol=1e-6, atol=1e-9, msg=key)
+
+
+class Seldom(L.Callback):
+    """Logs a figure in one batch of each epoch, as what watches a run does at the end of a window."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if args[-1] == 2:
+            pl_module.log("seldom", float(trainer.current_epoch))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {2: "0.0", 8: "1.0"}),
+        ({"accumulate_grad_batches": 2}, {1: "0.0", 4: "1.0"}),
+        ({"log_every_n_steps": 4}, {3: "0.0", 11: "1.0"}),
+    ],
+)
+def test_a_figure_stands_in_the_row_of_its_step_alone(
+    options: dict[str, Any], expected: dict[int, str], tmp_path: Path
+) -> None:
+    """Lightning would write it in every row until the epoch ends; a run that is resumed would not."""
+    metrics = MetricsFile(tmp_path / "metrics.csv")
+    trainer = make_trainer(tmp_path, **{"logger": metrics, "max_epochs": 2, "callbacks": [Seldom()], **options})
+    trainer.fit(make_method("simclr"), DataLoader(FixedViews(12), batch_size=2))
+    rows = read_metrics(metrics.path)[1]
+    assert {int(row["step"]): row["seldom"] for row in rows if row["seldom"]} == expected
+    assert all(row["train/loss"] and row["lr"] for row in rows)
 
 
 @pytest.mark.parametrize("name", ["simclr", "nnclr", "swav", "byol", "vicreg"])

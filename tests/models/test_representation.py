@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fmcib_ssl.losses import InfoNCELoss, NTXentNegativeMinedLoss
+from fmcib_ssl.losses import InfoNCELoss
 from fmcib_ssl.models import representation
 
 
@@ -21,12 +21,6 @@ def unit(seed: int, *shape: int) -> torch.Tensor:
 def points() -> tuple[torch.Tensor, torch.Tensor]:
     a, b = unit(3, 2, 7, 5)
     return a, b
-
-
-def test_mean_cosine_is_the_mean_over_all_pairs(points: tuple[torch.Tensor, torch.Tensor]) -> None:
-    a, b = points
-    pairs = [float(x @ y) for x in a for y in b[:4]]
-    assert float(representation.mean_cosine(a, b[:4])) == pytest.approx(sum(pairs) / len(pairs))
 
 
 def test_mean_cosine_within_leaves_out_the_diagonal(points: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -114,28 +108,17 @@ def test_of_a_large_batch_a_part_stands_for_all(monkeypatch: pytest.MonkeyPatch)
     assert shares() != exact
 
 
-def test_what_the_share_says_of_a_loss_near_its_floor() -> None:
-    """1 - exp(-loss) where every anchor has the same loss."""
-    lesion, mined = torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 0.0]])
-    loss = NTXentNegativeMinedLoss(0.5)({"positive": (lesion, lesion), "negative": (mined, mined)})
-    shares = representation.negative_shares((lesion, lesion), (mined, mined), temperature=0.5)
-    assert float(shares["mined_share"]) == pytest.approx(1 - math.exp(-float(loss)))
-
-
-def test_collapse_shows() -> None:
+def test_figures_of_a_batch() -> None:
+    views, mined = unit(3, 2, 7, 5), unit(4, 2, 4, 5)
+    figures = representation.contrast_figures((views[0], views[1]), (mined[0], mined[1]))
+    pairs = [float(x @ y) for view in (0, 1) for x in views[view] for y in mined[view]]
+    assert float(figures["negative_cosine"]) == pytest.approx(sum(pairs) / len(pairs))
     same = torch.ones(4, 3)
-    figures = representation.contrast_figures(*[representation.unit_vectors((x, x)) for x in (same, -same)])  # type: ignore[arg-type]
-    expected = {
-        "positive_cosine": 1.0,
-        "negative_cosine": -1.0,
-        "lesion_cosine": 1.0,
-        "alignment": 0.0,
-        "uniformity": 0.0,
-    }
-    assert {name: float(value) for name, value in figures.items()} == pytest.approx(expected, abs=1e-6)
-
-
-def test_one_lesion_has_no_pairs_to_watch() -> None:
-    one = (torch.randn(1, 3), torch.randn(1, 3))
+    collapsed = representation.contrast_figures(*[representation.unit_vectors((x, x)) for x in (same, -same)])  # type: ignore[arg-type]
+    expected = {"positive_cosine": 1.0, "negative_cosine": -1.0, "lesion_cosine": 1.0, "alignment": 0.0}
+    assert {name: float(value) for name, value in collapsed.items()} == pytest.approx(
+        {**expected, "uniformity": 0.0}, abs=1e-6
+    )
+    one = (torch.randn(1, 3), torch.randn(1, 3))  # has no pairs
     assert set(representation.contrast_figures(one, one)) == {"positive_cosine", "negative_cosine", "alignment"}
     assert set(representation.contrast_figures(one)) == {"positive_cosine", "alignment"}
