@@ -139,25 +139,16 @@ def load_encoder(path: str | os.PathLike[str], *, trusted_targets: Collection[st
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file; give an exported encoder or a .ckpt of a run.")
-    with path.open("rb") as file:
-        is_checkpoint = file.read(2) == b"PK"  # torch saves zip archives
-    metadata, weights = _read_checkpoint(path) if is_checkpoint else _read_safetensors(path)
-    version = metadata.get("format_version") if isinstance(metadata, dict) else None
-    if version != FORMAT_VERSION:
-        raise EncoderFileError(
-            f"{path}: format version {version}, and this is fmcib_ssl {fmcib_ssl.__version__}, "
-            f"which reads version {FORMAT_VERSION}; use the version of fmcib_ssl that wrote it, or a newer one."
-        )
-    if not is_checkpoint:
-        _check_digest(metadata, weights, path)
     try:
+        metadata, weights = _read(path)
         spec = dict(metadata["encoder"])
         target = current_target(str(spec.pop("_target_")))
         num_features = int(metadata["feature_dim"])
         preprocessing = _preprocessing(metadata["preprocessing"])
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise EncoderFileError(f"{path}: its description of the encoder is damaged: {error!r}") from error
-    _check_weights(weights, path)
+    except (SafetensorError, LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise EncoderFileError(
+            f"{path}: damaged, or not an encoder that fmcib_ssl wrote: {error!r}. Export or copy it again"
+        ) from error
 
     build = find_builder(target, trusted_targets, path)
     try:
@@ -202,17 +193,6 @@ def _preprocessing(values: Any) -> Preprocessing:
     return result
 
 
-def _check_weights(weights: Mapping[str, Any], path: Path) -> None:
-    for name, weight in weights.items():
-        if not isinstance(weight, Tensor):
-            raise EncoderFileError(f"{path}: {name} is no tensor but {type(weight).__name__}: the file is damaged.")
-        if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
-            raise EncoderFileError(
-                f"{path}: {name} holds NaN or infinity, so every feature would: the file is damaged, or the training "
-                "went wrong; take an earlier checkpoint."
-            )
-
-
 def _digest(description: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
     """SHA-256 of all that a file says: the description as JSON with sorted keys, then each weight by its name."""
     digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
@@ -222,32 +202,41 @@ def _digest(description: Mapping[str, Any], weights: Mapping[str, Tensor]) -> st
     return digest.hexdigest()
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Description and weights of an exported file or a checkpoint, as they were written.
+
+    Raises:
+        SafetensorError, LookupError, TypeError, ValueError, RecursionError: it is neither, or is damaged.
+    """
+    with path.open("rb") as file:
+        is_checkpoint = file.read(2) == b"PK"  # torch saves zip archives
+    if is_checkpoint:
+        checkpoint = read_archive(path)
+        metadata, state = checkpoint[METADATA_KEY], checkpoint["state_dict"]
+        names = [name for name in state if isinstance(name, str) and name.startswith(_CHECKPOINT_PREFIX)]
+        weights = {name.removeprefix(_CHECKPOINT_PREFIX): state[name] for name in names}
+    else:
         with safe_open(path, framework="pt") as file:
             metadata = parse_json((file.metadata() or {})[METADATA_KEY])
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dictionary
-    except SafetensorError as error:
-        raise EncoderFileError(
-            f"{path}: neither a whole safetensors file nor a training checkpoint ({error}); export or copy it again."
-        ) from error
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
-        raise EncoderFileError(
-            f"{path}: its description of the encoder is damaged, or missing because fmcib_ssl did not write it: {error}"
-        ) from error
-    return metadata, weights
-
-
-def _check_digest(description: dict[str, Any], weights: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse an exported file that is not as it was written."""
-    # A file of an earlier version has no digest; one whose digest has another name by a damaged bit has an unknown key.
-    digest, unknown = description.pop(_DIGEST, None), description.keys() - _DESCRIPTION
-    if unknown or (digest is not None and digest != _digest(description, weights)):
-        raise EncoderFileError(
-            f"{path}: its contents are not those that were exported "
-            f"({f'unknown: {sorted(unknown)}' if unknown else 'the digest differs'}): it is damaged, or was changed by "
-            "another program. Export or copy it again."
+    if (version := metadata.get("format_version") if isinstance(metadata, dict) else None) != FORMAT_VERSION:
+        raise ValueError(
+            f"format version {version}, and this is fmcib_ssl {fmcib_ssl.__version__}, which reads version "
+            f"{FORMAT_VERSION}: use the version of fmcib_ssl that wrote it, or a newer one"
         )
+    for name, weight in weights.items():
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{name} is no tensor but {type(weight).__name__}")
+        if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+            raise ValueError(f"{name} holds NaN or infinity, so every feature would: take an earlier checkpoint")
+    if not is_checkpoint:
+        # A file of an earlier version has no digest; one whose digest has another name by a damaged bit has an unknown
+        # key.
+        digest, unknown = metadata.pop(_DIGEST, None), metadata.keys() - _DESCRIPTION
+        if unknown or (digest is not None and digest != _digest(metadata, weights)):
+            reason = f"unknown: {sorted(unknown)}" if unknown else "the digest differs"
+            raise ValueError(f"its contents are not those that were exported ({reason})")
+    return metadata, weights
 
 
 def read_archive(path: Path) -> Any:
@@ -268,23 +257,6 @@ def read_archive(path: Path) -> Any:
     except Exception as error:  # torch's readers fail in every way there is on a damaged file
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise ValueError(f"damaged, or not of this kind: {reason}") from error
-
-
-def _read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        checkpoint = read_archive(path)
-    except ValueError as error:
-        raise EncoderFileError(
-            f"{path}: not a checkpoint of fmcib_ssl, or not a whole one; nothing but weights and plain values is read "
-            f"from it: {error}"
-        ) from error
-    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-    if not isinstance(state, dict) or METADATA_KEY not in checkpoint:
-        raise EncoderFileError(
-            f"{path}: a torch file, but not a checkpoint of fmcib_ssl: it has no {METADATA_KEY!r} and 'state_dict'."
-        )
-    names = [name for name in state if isinstance(name, str) and name.startswith(_CHECKPOINT_PREFIX)]
-    return checkpoint[METADATA_KEY], {name.removeprefix(_CHECKPOINT_PREFIX): state[name] for name in names}
 
 
 def find_builder(target: str, trusted_targets: Collection[str], source: object) -> Callable[..., nn.Module]:

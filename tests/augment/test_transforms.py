@@ -171,15 +171,6 @@ def test_a_recipe_with_monais_transforms_among_others_leaves_a_device_alone() ->
     assert not RECIPES["ct_strong"].patch_by_patch
 
 
-def test_the_strong_recipe_keeps_the_meaning_of_hu() -> None:
-    # Air, fat, water, and bone stay what they are within a few dozen HU in the mean of a view.
-    views = shipped("ct_strong", (16, 16, 16))
-    for hu in (-1000, -100, 0, 700):
-        uniform = torch.full((100, 1, 16, 16, 16), hu, dtype=torch.int16)
-        mean_hu = views(uniform, torch.arange(100)).clamp_min(-1024).mean((1, 2, 3, 4))
-        assert (mean_hu - hu).abs().max() < 20 + 0.05 * (hu + 1000) + 30  # shift, scale, noise clamped at air
-
-
 def test_the_documented_transform_is_short_and_works() -> None:
     """The one that docs/develop.md shows, taken from there."""
     page = (REPO / "docs" / "develop.md").read_text()

@@ -35,8 +35,10 @@ every_choice = pytest.mark.parametrize("negatives", NEGATIVES)
 @every_loss
 @every_choice
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])
-@pytest.mark.parametrize("rows", [(5, 5), (4, 7), (6, 1)], ids=str)
+@pytest.mark.parametrize("rows", [(5, 5), (4, 7), (6, 1), (1, 4)], ids=str)
 def test_value_and_gradients_equal_the_definition(kernel, name, negatives, temperature, rows):
+    if rows[0] == 1 and negatives == "lesions":
+        pytest.skip("there is no other lesion")
     loss_function = make_loss(name, temperature, negatives, kernel=kernel)
     out = random_views(0, *rows)
     exact = as_double(out)
@@ -103,42 +105,12 @@ def test_float_dtypes_may_be_mixed():
 
 
 @every_loss
-@every_choice
-def test_symmetries(name, negatives):
-    loss_function = make_loss(name, 0.1, negatives)
-    p0, p1, n0, n1 = leaves(random_views(5, 5, 6, dtype=torch.float64))
-    loss = loss_function(with_leaves([p0, p1, n0, n1]))
-    lesions, mined = torch.tensor([3, 0, 4, 1, 2]), torch.tensor([5, 2, 0, 1, 4, 3])
-    rotation = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q
-    for same in (
-        [p0[lesions], p1[lesions], n0, n1],  # lesions in any order
-        [p0, p1, n0[mined], n1],  # mined negatives of either view in any order
-        [p1, p0, n1, n0],  # the views swapped
-        [p0 * 7.0, p1 * 0.2, n0 * 3.0, n1],  # lengths
-        [x @ rotation for x in (p0, p1, n0, n1)],
-    ):
-        torch.testing.assert_close(loss_function(with_leaves(same)), loss, rtol=1e-12, atol=1e-12)
-    other = loss_function(with_leaves([p0[lesions], p1, n0, n1]))
-    assert abs(other - loss) > 0.1  # pairs belong together
-
-
-@every_loss
 def test_lesions_alone_ignore_the_mined_values(name):
     out = random_views(9, 4, 3)
     loss_function = make_loss(name, 0.1, "lesions")
     without = with_leaves([*out["positive"], torch.full((0, 8), 1.0), torch.full((0, 8), 1.0)])
     poisoned = with_leaves([*out["positive"], torch.full((3, 8), torch.nan), torch.full((3, 8), torch.inf)])
     assert loss_function(without) == loss_function(poisoned) == loss_function(out)
-
-
-@every_kernel
-@every_loss
-def test_a_single_lesion_has_only_mined_negatives(kernel, name):
-    out = random_views(10, 1, 4)
-    both, mined = (make_loss(name, 0.1, negatives, kernel=kernel)(out) for negatives in ("mined_and_lesions", "mined"))
-    torch.testing.assert_close(both, mined, rtol=1e-6, atol=1e-6)
-    for ours, theirs in zip(gradients(both, out), gradients(mined, out), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_mined_negatives_alone_put_no_force_between_two_lesions():

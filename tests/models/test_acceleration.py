@@ -264,11 +264,3 @@ def test_all_switches_together_in_a_step_with_chunks(forwards: Any, chunk_size: 
         module = MinedContrast(parts, forwards=forwards, chunk_size=chunk_size)
         results.append(a_step(module, lambda module=module: module.loss(module.embed(batch))))  # type: ignore[misc]
     assert_close(results[0], results[1], rtol=2e-4)
-
-
-@pytest.mark.slow
-def test_compiled_by_inductor() -> None:
-    network, expected = encoder(), a_step(encoder())
-    recompute_blocks(network)
-    compile_training(network)
-    assert_close(a_step(network), expected, rtol=1e-4)

@@ -26,12 +26,6 @@ def double(batch: ViewPairs) -> ViewPairs:
     return {key: tuple(view.double() for view in batch[key]) for key in VIEWS}  # type: ignore[return-value, literal-required]
 
 
-def chunks_of(batch: ViewPairs, num_chunks: int) -> list[Tensor]:
-    """The views of each chunk in one batch: the oracle of what a chunk is."""
-    split = [view.tensor_split(num_chunks) for key in VIEWS for view in batch[key]]  # type: ignore[literal-required]
-    return [torch.cat([view.flatten(0, view.ndim - 5) for view in views]) for views in zip(*split, strict=True)]
-
-
 def step(module: MinedContrast, batch: ViewPairs) -> tuple[Tensor, dict[str, Tensor]]:
     loss = module.loss(module.embed(batch))
     loss.backward()
@@ -138,33 +132,6 @@ def test_batch_norm_sees_each_chunk_once(forwards: Any) -> None:
         torch.testing.assert_close(dict(cached.named_buffers())[name], buffer, msg=name)
 
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_the_second_forward_draws_the_random_numbers_of_the_first(device: str) -> None:
-    """The oracle embeds the same chunks once, with a graph; views stay on the host."""
-    batch = double(a_batch(7))
-
-    def made(chunk_size: int | None) -> MinedContrast:
-        module = make_module(NTXentNegativeMinedLoss(), chunk_size=chunk_size)
-        module.head = nn.Sequential(nn.Dropout(0.5), module.head)
-        return module.double().to(device)
-
-    cached, oracle = made(3), made(None)
-    torch.manual_seed(5)
-    value, gradients = step(cached, batch)
-    drawn_after = torch.rand(3, device=device)
-    torch.manual_seed(5)
-    rows = [oracle(chunk.to(device)).chunk(4) for chunk in chunks_of(batch, 3)]  # 3, 2 and 2 lesions
-    pos0, pos1, neg0, neg1 = (torch.cat(view) for view in zip(*rows, strict=True))
-    loss = oracle.loss({"positive": (pos0, pos1), "negative": (neg0, neg1)})
-    loss.backward()
-    torch.testing.assert_close(value, loss.detach(), rtol=1e-12, atol=0)
-    assert_same_gradients(gradients, {name: p.grad for name, p in oracle.named_parameters() if p.grad is not None})
-    torch.testing.assert_close(drawn_after, torch.rand(3, device=device), rtol=0, atol=0)
-
-
 def test_views_stay_where_they_are_and_chunks_come_to_the_device() -> None:
     """The device is torch's meta device, which holds no values: whatever meets a tensor of the host there fails."""
     seen: list[tuple[str, int]] = []
@@ -207,14 +174,14 @@ def schedule(optimizer: torch.optim.Optimizer, total_steps: int) -> torch.optim.
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (total_steps + 1))
 
 
-def train(folder: Path, chunk_size: int | None, checkpoint: Path | None = None, **options: Any) -> tuple[Any, Watch]:
+def train(folder: Path, chunk_size: int | None, **options: Any) -> tuple[Any, Watch]:
     """Two epochs of three batches of four lesions, with whatever a run may want."""
     loss = InfoNCELoss(trainable_temperature=True, negatives="mined_and_lesions")
     module, watch = make_module(loss, chunk_size=chunk_size, optimizer=adamw, schedule=schedule), Watch()
     saves = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1, save_last=True)
     defaults = {"max_epochs": 2, "callbacks": [watch, saves], "enable_checkpointing": True, "precision": "64-true"}
     trainer = make_trainer(folder, **{**defaults, **options})
-    trainer.fit(module, DataLoader(FixedViews(12), batch_size=4), ckpt_path=checkpoint)
+    trainer.fit(module, DataLoader(FixedViews(12), batch_size=4))
     return trainer, watch
 
 
@@ -233,17 +200,3 @@ def test_a_run_is_the_direct_run(options: dict[str, Any], tmp_path: Path) -> Non
     assert names == {path.name for path in (tmp_path / "3").iterdir()} and len(names) > 1
     for name, value in direct.model.state_dict().items():
         torch.testing.assert_close(cached.model.state_dict()[name], value, rtol=1e-8, atol=1e-10, msg=name)
-
-
-@pytest.mark.parametrize("changed", [3, None], ids=["as before", "directly"])
-def test_a_run_is_resumed_from_its_checkpoint(changed: int | None, tmp_path: Path) -> None:
-    # Not in double precision: Lightning restores it through float32.
-    whole, _ = train(tmp_path / "whole", 3, precision="32-true")
-    checkpoint = tmp_path / "whole" / "step=3.ckpt"
-    resumed, _ = train(tmp_path / "resumed", changed, checkpoint, precision="32-true")
-    assert resumed.global_step == whole.global_step == 6
-    tolerance = {"rtol": 0, "atol": 0} if changed else {"rtol": 1e-4, "atol": 1e-5}
-    for name, value in whole.model.state_dict().items():
-        torch.testing.assert_close(resumed.model.state_dict()[name], value, msg=name, **tolerance)
-    rates = [trainer.lr_scheduler_configs[0].scheduler.get_last_lr() for trainer in (whole, resumed)]
-    assert rates[0] == rates[1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,9 @@ import lightning as L
 import pytest
 import torch
 from tiny import FixedViews, Recorder, a_batch, make_module, make_trainer
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from fmcib_ssl.losses import InfoNCELoss, NTXentNegativeMinedLoss
-from fmcib_ssl.types import ViewPairs
 
 
 @pytest.mark.parametrize("forwards", ["joint", "separate"])
@@ -72,36 +69,6 @@ def test_every_step_is_logged_with_the_true_gradient_norm_and_its_rate(tmp_path:
     assert rates.rates == pytest.approx([1.0, 1 / 2, 1 / 3])
 
 
-class UnequalViews(IterableDataset[dict[str, Tensor]]):
-    """Three lesions on the first process, two on the second."""
-
-    def __iter__(self) -> Iterator[Any]:
-        for index in range(3 - torch.distributed.get_rank()):
-            yield FixedViews(3)[index]
-
-
-class WritesItsError(NTXentNegativeMinedLoss):
-    folder: Path
-
-    def forward(self, out: ViewPairs, gather: Any = None) -> Tensor:
-        try:
-            return super().forward(out, gather)
-        except ValueError as error:
-            (self.folder / f"rank{torch.distributed.get_rank()}").write_text(str(error))
-            raise
-
-
-@pytest.mark.parametrize("chunk_size", [None, 2])
-def test_unequal_batches_are_an_error_on_every_process(chunk_size: int | None, tmp_path: Path) -> None:
-    loss = WritesItsError(gather_distributed=True)
-    loss.folder = tmp_path
-    trainer = make_trainer(tmp_path, devices=2, strategy="ddp_fork")
-    with pytest.raises(Exception, match="the same size"):
-        trainer.fit(make_module(loss, chunk_size=chunk_size), DataLoader(UnequalViews(), batch_size=3))
-    for rank in range(2):
-        assert "rank 0: 3 lesions, 3 mined, dim 8; rank 1: 2 lesions" in (tmp_path / f"rank{rank}").read_text()
-
-
 def test_the_loss_gathers_with_lightnings_all_gather(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two devices, the second of which holds what the first does, plus one."""
     rows, gathered = torch.randn(2, 3, 8), []
@@ -121,18 +88,3 @@ def test_devices_that_share_no_negatives_are_warned_of(tmp_path: Path, caplog: p
     module.trainer = L.Trainer(accelerator="cpu", devices=2, logger=False)
     module.on_fit_start()
     assert "each device contrasts its lesions with its own negatives only" in caplog.text
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="SyncBatchNorm needs two GPUs; torch has none on the CPU")
-@pytest.mark.parametrize("chunk_sizes", [(None, None), (4, 2)])  # of one device with both batches, of each of two
-def test_synchronised_batch_norm_equals_the_doubled_batch(chunk_sizes: Any, tmp_path: Path) -> None:
-    data = FixedViews(8)
-    one, two = (
-        make_module(NTXentNegativeMinedLoss(gather_distributed=True), norm=True, chunk_size=size)
-        for size in chunk_sizes
-    )
-    make_trainer(tmp_path, accelerator="gpu", devices=1).fit(one, DataLoader(data, batch_size=8))
-    trainer = make_trainer(tmp_path, accelerator="gpu", devices=2, strategy="ddp_spawn", sync_batchnorm=True)
-    trainer.fit(two, DataLoader(data, batch_size=4))
-    for name, value in one.state_dict().items():
-        torch.testing.assert_close(two.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
