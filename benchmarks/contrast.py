@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from measure import RESULTS, add_results, machine
 from torch import Tensor
 
 from fmcib_ssl.losses import Kernel, Negatives, NTXentNegativeMinedLoss
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3, help="processes for each candidate")
     parser.add_argument("--steps", type=int, default=2, help="timed steps in each process")
     parser.add_argument("--largest-dense", type=int, default=8192, help="rows up to which losses of N x M memory run")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "contrast.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "contrast.json")
     parser.add_argument("--candidate", choices=list(CANDIDATES), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.candidate:
@@ -187,8 +187,8 @@ def main() -> None:
         print(json.dumps(found))
         return
 
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {args.threads} threads"
-    print(f"{machine}, torch {torch.__version__}, dim {args.dim}, {args.dtype}, medians of {args.repetitions}\n")
+    device = f"{machine(gpu=args.device == 'cuda')}, {args.threads} threads"
+    print(f"{device}, torch {torch.__version__}, dim {args.dim}, {args.dtype}, medians of {args.repetitions}\n")
     print("| rows | loss | time, s | times faster than published | extra memory, MiB | of published |")
     print("| ---: | --- | ---: | ---: | ---: | ---: |")
     results: list[dict[str, object]] = []
@@ -202,9 +202,7 @@ def main() -> None:
             print(line, flush=True)
             results.append({"rows": rows, "name": name, **row})
         settings = {key: value for key, value in vars(args).items() if key not in ("output", "candidate")}
-        document = {"machine": machine, "torch": torch.__version__, **settings, "results": results}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(document, indent=2) + "\n")
+        add_results(args.output, {"machine": device, "torch": torch.__version__, **settings, "results": results})
 
 
 def alternate(rows: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:

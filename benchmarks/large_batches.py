@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from measure import RESULTS, add_results, machine, now
 from torch import nn
 
 from fmcib_ssl.losses import NTXentNegativeMinedLoss
@@ -88,16 +87,6 @@ def peak_mib(step: Callable[[], None], device: str) -> float:
     return peak / 2**20
 
 
-def seconds(step: Callable[[], None], device: str) -> float:
-    """Duration of one step; on a CPU in processor time of all threads, where other programs count little."""
-    clock = time.perf_counter if device == "cuda" else time.process_time
-    start = clock()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return clock() - start
-
-
 def main() -> None:
     """Measure, print a table and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -110,7 +99,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "large_batches.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "large_batches.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
@@ -126,10 +115,12 @@ def main() -> None:
     durations: dict[Case, list[float]] = {case: [] for case in cases}
     for _ in range(args.repetitions):
         for case, step in steps.items():
-            durations[case].append(seconds(step, args.device))
+            began = now(gpu=args.device == "cuda")
+            step()
+            durations[case].append(now(gpu=args.device == "cuda") - began)
 
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {args.threads} threads"
-    print(f"{machine}, torch {torch.__version__}, small_resnet, {args.patch}^3 voxels, medians of {args.repetitions}\n")
+    device = f"{machine(gpu=args.device == 'cuda')}, {args.threads} threads"
+    print(f"{device}, torch {torch.__version__}, small_resnet, {args.patch}^3 voxels, medians of {args.repetitions}\n")
     print("| lesions | chunk | peak memory, MiB | of the chunk's own step | time, s | of the direct step |")
     print("| ---: | ---: | ---: | ---: | ---: | ---: |")
     results = []
@@ -141,9 +132,7 @@ def main() -> None:
         print(f"| {case.lesions} | {case.chunk or 'direct'} | {mib:.1f} | {relative} | {took:.3f} | {share} |")
         results.append({**case._asdict(), "mib": mib, "seconds": took})
     settings = {key: value for key, value in vars(args).items() if key != "output"}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    document = {"machine": machine, "torch": torch.__version__, **settings, "results": results}
-    args.output.write_text(json.dumps(document, indent=2) + "\n")
+    add_results(args.output, {"machine": device, "torch": torch.__version__, **settings, "results": results})
 
 
 if __name__ == "__main__":

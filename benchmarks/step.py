@@ -17,8 +17,6 @@ data are what the step waits for. Prints a table and adds it to benchmarks/resul
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 import sys
 import time
@@ -30,6 +28,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from hydra import compose, initialize_config_dir
 from large_batches import peak_mib
+from measure import REPO, RESULTS, add_results, machine, now
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
@@ -46,9 +45,6 @@ from fmcib_ssl.training import (
     read_settings,
 )
 from fmcib_ssl.types import PatchPair, Preprocessing, SampleKey
-
-REPO = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).parent / "results" / "step.json"
 
 #: Each adds to those before it. The first is the published recipe.
 LADDER: dict[str, list[str]] = {
@@ -88,7 +84,7 @@ class StepBenchmark(Command):
     rounds: PositiveInt = Field(5, description="turns of every contender")
     steps: PositiveInt | None = Field(None, description="of a turn; null: 1 (cpu), 40 (gpu)")
     compile: bool = Field(True, description="false: leave out compilation and its minute or more")
-    output: Path = Field(RESULTS, description="JSON file that the results are added to")
+    output: Path = Field(RESULTS / "step.json", description="JSON file that the results are added to")
 
 
 class Case(NamedTuple):
@@ -167,13 +163,13 @@ class Contender:
         """Take one optimizer step; gives the seconds that data took, as the module says what that is."""
         waited = 0.0
         for _ in range(self.accumulate):
-            began = now(self.case)
+            began = now(gpu=self.case.gpu)
             batch = self.data.on_before_batch_transfer(next(batches), 0)
-            waited += now(self.case) - began
-            began = now(self.case)
+            waited += now(gpu=self.case.gpu) - began
+            began = now(gpu=self.case.gpu)
             batch = self.module.transfer_batch_to_device(batch, self.case.device, 0)
             batch = self.data.on_after_batch_transfer(batch, 0)
-            waited += 0.0 if self.case.gpu else now(self.case) - began
+            waited += 0.0 if self.case.gpu else now(gpu=self.case.gpu) - began
             with self.autocast:
                 loss = self.module.loss(self.module.embed(batch)) / self.accumulate
             cast(Tensor, loss).backward()
@@ -186,10 +182,10 @@ class Contender:
         batches = iter(self.loader)
         for _ in range(NUM_UNTIMED // self.accumulate if self.case.gpu else 0):
             self.step(batches)
-        began = now(self.case)
+        began = now(gpu=self.case.gpu)
         waited = sum(self.step(batches) for _ in range(self.case.steps))
         num_lesions = self.case.steps * self.case.lesions
-        return (now(self.case) - began) / num_lesions, waited / num_lesions
+        return (now(gpu=self.case.gpu) - began) / num_lesions, waited / num_lesions
 
     def peak_mib(self) -> float:
         """The most that a step holds beyond weights and optimizer."""
@@ -211,14 +207,6 @@ def configured(case: Case, overrides: Sequence[str]) -> Settings:
     ]
     with initialize_config_dir(version_base="1.3", config_dir=str(REPO / "configs")):
         return read_settings(compose(CONFIG_NAME, [*base, *overrides]))
-
-
-def now(case: Case) -> float:
-    """Seconds: of this process's cores, or of the clock once the GPU is done."""
-    if not case.gpu:
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def contenders_of(case: Case, *, compiled: bool) -> dict[str, Contender]:
@@ -244,9 +232,9 @@ def copy_ms(case: Case) -> float:
     patches = torch.empty(2 * case.lesions, 1, *(case.patch,) * 3, dtype=torch.int16).pin_memory()
     times = []
     for _ in range(20):
-        began = now(case)
+        began = now(gpu=case.gpu)
         patches.to(case.device, non_blocking=True)
-        times.append((now(case) - began) * 1e3)
+        times.append((now(gpu=case.gpu) - began) * 1e3)
     return statistics.median(times)
 
 
@@ -285,7 +273,7 @@ def measure(case: Case, command: StepBenchmark) -> dict[str, Any]:
             "by_round": found,
         }
     return {
-        "machine": card or platform.processor() or platform.machine(),
+        "machine": machine(gpu=case.gpu),
         "cores": 1 if not case.gpu else None,
         "torch": torch.__version__,
         "command": command.model_dump(mode="json", exclude={"output"}),
@@ -336,10 +324,7 @@ def main(arguments: Sequence[str]) -> None:
         torch.set_num_threads(1)
     results = measure(case, command)
     print(markdown(results))
-    known = json.loads(command.output.read_text()) if command.output.is_file() else {}
-    known[f"{command.form} {case.encoder}"] = results
-    command.output.parent.mkdir(parents=True, exist_ok=True)
-    command.output.write_text(json.dumps(known, indent=1) + "\n")
+    add_results(command.output, {f"{command.form} {case.encoder}": results})
 
 
 if __name__ == "__main__":

@@ -17,12 +17,9 @@ before measuring: 3 times MONAI's speed for the published recipe on a CPU; 20,00
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +30,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from hydra.utils import instantiate
+from measure import REPO, RESULTS, add_results, machine, now
 from monai import transforms as mt
 from omegaconf import OmegaConf
 from pydantic import Field, PositiveInt
@@ -42,7 +40,6 @@ from fmcib_ssl import augment
 from fmcib_ssl.augment import BatchedViews, MonaiViews, PublishedViews, RandomGeometry, RandResizedCrop
 from fmcib_ssl.io import Command, parse_command
 
-REPO = Path(__file__).resolve().parents[1]
 SIZES = (50, 32)
 RECIPES = ("batched_published", "ct_strong", "nodule")
 GOAL_VIEWS_PER_S = 20_000
@@ -57,7 +54,7 @@ class Views(Command):
     accelerator: Literal["cpu", "gpu"] = Field(default="cpu", description="cpu or gpu")
     rounds: PositiveInt = Field(default=7, description="turns that each contender has")
     views: PositiveInt | None = Field(default=None, description="views of a batch; null: 32, on a GPU 256")
-    output: Path = Field(default=REPO / "benchmarks" / "results" / "views.json", description="results, JSON")
+    output: Path = Field(default=RESULTS / "views.json", description="results, JSON")
 
 
 def shipped(recipe: str, size: int) -> BatchedViews:
@@ -159,14 +156,9 @@ def in_turns(
     found: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, work in contenders.items():
-            if gpu:
-                torch.cuda.synchronize()
-            start = time.perf_counter() if gpu else time.process_time()
+            began = now(gpu=gpu)
             work()
-            if gpu:
-                torch.cuda.synchronize()
-            end = time.perf_counter() if gpu else time.process_time()
-            found[name].append((end - start) / num * 1e3)
+            found[name].append((now(gpu=gpu) - began) / num * 1e3)
     return found
 
 
@@ -252,7 +244,7 @@ def main(arguments: Sequence[str]) -> None:
     num, measure = command.views or (256 if gpu else 32), on_gpu if gpu else on_cpu
     found: dict[str, Any] = {
         "machine": {
-            "device": torch.cuda.get_device_name() if gpu else processor(),
+            "device": machine(gpu=gpu),
             "load": None if gpu else round(os.getloadavg()[0], 1),
             "torch": torch.__version__,
             "monai": monai.__version__,
@@ -269,19 +261,7 @@ def main(arguments: Sequence[str]) -> None:
         differences = {size: largest_difference_hu(patches_hu(32, size), torch.arange(32)) for size in SIZES}
         found["difference_to_monai_hu"] = differences
         print(f"\nlargest difference to MONAI's chain with the same parameters, HU: {differences}")
-    kept = json.loads(command.output.read_text()) if command.output.is_file() else {}
-    command.output.parent.mkdir(parents=True, exist_ok=True)
-    command.output.write_text(json.dumps({**kept, command.accelerator: found}, indent=1) + "\n")
-
-
-def processor() -> str:
-    """Its name as Linux knows it, else what Python knows of it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {os.cpu_count()} cores" if names else platform.machine()
+    add_results(command.output, {command.accelerator: found})
 
 
 if __name__ == "__main__":

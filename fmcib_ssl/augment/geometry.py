@@ -40,7 +40,7 @@ class RandomGeometry(BatchedTransform):
     Args:
         size_zyx: voxels of a view; None is the patch's size.
         crop_edge: smallest and largest edge of the box over the patch's, within (0, 1]; one factor for all axes, the
-            place is uniform over the patch.
+            position is uniform over the patch.
         flip_prob: probability of a flip.
         flip: `"one_axis"` flips one random axis, `"each_axis"` each with that probability.
         rotate90_prob: probability of a rotation by right angles, one of those that leave the patch's size as it is.

@@ -63,7 +63,7 @@ class RandomHistogramShift(BatchedTransform):
         slope, offset = (torch.cat([table, table[:, -1:]], dim=1).flatten() for table in (slope, offset))
         per_hu = torch.where(span == 0, 0.0, pieces / span)
         shape = (-1, 1, 1, 1, 1)
-        # In float32 a row's number and its place in the row are exact together up to 2^24 table entries.
+        # In float32 a row's number and its index in the row are exact together up to 2^24 table entries.
         row = torch.arange(len(images), device=images.device) * (pieces + 1)
         piece = torch.sub(images, low.view(shape)).mul_(per_hu.view(shape)).to(torch.int32)
         if len(images) > 1:
@@ -102,7 +102,7 @@ class RandomGamma(BatchedTransform):
 
 
 class RandomScaleShift(BatchedTransform):
-    """A scanner that is calibrated a little otherwise: `(hu - pivot_hu) * scale + pivot_hu + shift_hu`.
+    """Another calibration of the scanner: `(hu - pivot_hu) * scale + pivot_hu + shift_hu`.
 
     Args:
         prob: probability that a view is changed.
@@ -195,10 +195,10 @@ class RandomCutout(BatchedTransform):
         low, high = (int(n) for n in self.num_holes)
         active, drawn = self._draw(seeds, 1 + 6 * high)
         num = low + (drawn[:, :1] * (high - low + 1)).long()
-        place, edge = drawn[:, 1:].view(-1, high, 2, 3).unbind(2)
+        position, edge = drawn[:, 1:].view(-1, high, 2, 3).unbind(2)
         edges = torch.tensor(size_zyx)
         size = (within(edge, self.edge) * edges).round().clamp_min(1).long()
-        start = (place * (edges - size + 1)).long()
+        start = (position * (edges - size + 1)).long()
         return {"active": active, "start": start, "size": size * (torch.arange(high) < num)[..., None]}
 
     def change(self, images: Tensor, own: Params) -> Tensor:
@@ -231,7 +231,7 @@ class RandomContextRemoval(BatchedTransform):
 
     Args:
         prob: probability that a view is changed.
-        radius: smallest and largest radius that is kept, voxels.
+        radius: smallest and largest radius of the ball that stays, voxels.
         softness: width over which the patch fades, voxels.
         lung_prob: probability of an intensity of lung; else it is one of soft tissue.
         lung_hu: smallest and largest intensity of lung.
@@ -274,6 +274,6 @@ class RandomContextRemoval(BatchedTransform):
         z, y, x = ((torch.arange(size, device=images.device) - size // 2).float().square() for size in images.shape[2:])
         distance = (z[:, None, None] + y[:, None] + x).sqrt()
         radius, fill_hu = (values.view(-1, 1, 1, 1, 1) for values in (own["radius"], own["fill_hu"]))
-        kept = torch.sigmoid((radius - distance) / self.softness)
+        inside = torch.sigmoid((radius - distance) / self.softness)
         noise = normals(own["seed"], images[0].numel()).view(images.shape)
-        return torch.lerp(noise.mul_(self.noise_std_hu).add_(fill_hu), images, kept)
+        return torch.lerp(noise.mul_(self.noise_std_hu).add_(fill_hu), images, inside)

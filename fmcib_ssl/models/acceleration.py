@@ -108,7 +108,7 @@ def recompute_blocks(encoder: nn.Module) -> int:
 
     A block is a module with parts of its own in a stage, which is a child that is a list or a sequence: the residual
     blocks of a ResNet. The second pass draws the random numbers of the first and leaves running statistics as they
-    were. Does nothing where no gradient is wanted.
+    were. Does nothing without gradients.
 
     Returns:
         The number of blocks.

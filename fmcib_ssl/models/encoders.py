@@ -284,7 +284,7 @@ def feature_dim(encoder: nn.Module, patch_size_zyx: Sequence[int]) -> int:
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"{name} fails on a patch of {size} voxels (z, y, x); is the patch too small for it, or does it take "
-            f"more than one channel? It said: {error}"
+            f"more than one channel? {error}"
         ) from error
     if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != 2:
         shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__

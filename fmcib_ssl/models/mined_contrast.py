@@ -102,7 +102,7 @@ class MinedContrast(Pretraining):
         return tuple(self(view) for view in views)
 
     def on_fit_start(self) -> None:
-        """Say so if devices do not share their negatives."""
+        """Warn if devices do not share their negatives."""
         if self.trainer.world_size > 1 and not getattr(self.loss, "gather_distributed", False):
             logger.warning(
                 "%s does not gather (it has no gather_distributed=true): each device contrasts its lesions with its "
@@ -146,7 +146,7 @@ def embed_in_chunks(
         embed: takes a chunk of each of the views on `device`, gives as many tensors, rows in the order of the views'.
         views: tensors of any shape, on any device, cut along their first dimension into as many chunks each.
         chunk_size: the most rows of a chunk.
-        networks: what `embed` runs; its buffers are kept.
+        networks: what `embed` runs; the second pass leaves its buffers unchanged.
         device: where the networks are. Only one chunk of the views is there at a time.
 
     Returns:

@@ -95,7 +95,7 @@ class Pretraining(L.LightningModule):
         raise NotImplementedError(f"{type(self).__name__} has no step")
 
     def training_step(self, batch: ViewPairs, batch_idx: int) -> dict[str, Any]:
-        """Take a step, and log it."""
+        """Log the loss and the figures of `step`."""
         step = self.step(batch, batch_idx)
         self.log("train/loss", step.loss, sync_dist=True)
         self.log_dict({name if "/" in name else f"train/{name}": value for name, value in step.figures.items()})
@@ -103,14 +103,10 @@ class Pretraining(L.LightningModule):
         return {"loss": step.loss} | {key: tuple(z.detach() for z in views) for key, views in watched.items() if views}
 
     def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
-        """Take a figure down for the next row of the metrics; of several devices the first one's, or their mean.
+        """Record a figure for the metrics' next row; on several devices the first one's, with `sync_dist` the mean.
 
-        Lightning's own `log`, which means over epochs go to, would repeat a figure in all rows of the epoch, and a run
-        that is resumed would not.
+        Lightning's own `log` would repeat a figure in all rows of the epoch, and a run that is resumed would not.
         """
-        if options.get("on_epoch"):
-            super().log(name, value, *args, **options)
-            return
         value = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(float(value))
         if options.get("sync_dist") and self.trainer.world_size > 1:
             value = self.trainer.strategy.reduce(value, reduce_op="mean")
@@ -118,10 +114,9 @@ class Pretraining(L.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write the row of the step, once the callbacks have logged too."""
-        is_last = batch_idx + 1 == self.trainer.num_training_batches
         if row_is_due(self.trainer, batch_idx):
             self._write_row()
-        elif is_last:
+        elif batch_idx + 1 == self.trainer.num_training_batches:
             self._row.clear()  # as Lightning does
 
     def on_train_epoch_end(self) -> None:
@@ -152,7 +147,7 @@ class Pretraining(L.LightningModule):
 
 
 def row_is_due(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Whether this batch ends an optimizer step that gets a row in the metrics; to be asked after the step."""
+    """Whether this batch ends an optimizer step that gets a row in the metrics; call it after the step."""
     is_last = batch_idx + 1 == trainer.num_training_batches
     steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return (

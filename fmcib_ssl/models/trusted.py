@@ -28,7 +28,7 @@ _TORCH_PARTS = ("torch.nn.modules", "torch.optim")
 
 
 class UntrustedTargetError(UserError, ValueError):
-    """A file names code that nobody has said to trust; the message says how to."""
+    """A file names code that is not trusted; the message says how to trust it."""
 
 
 def check_targets(values: Any, source: object, trusted: Collection[str] = ()) -> None:
@@ -60,7 +60,7 @@ def check_targets(values: Any, source: object, trusted: Collection[str] = ()) ->
     elif isinstance(values, str) and ("${" in values or values == "???"):
         raise UntrustedTargetError(
             f"{source} has {values[:200]!r}: files from elsewhere may hold plain values only, nothing to be "
-            "interpolated. Write the value itself in its place"
+            "interpolated. Write the value itself"
         )
 
 

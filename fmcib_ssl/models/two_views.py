@@ -88,7 +88,7 @@ class SimCLR(_ComparedByCriterion):
     def __init__(self, parts: Parts, *, temperature: float = 0.1) -> None:
         super().__init__(parts)
         self.head = parts.head
-        # By keyword: the second place of its signature is the memory bank's. Without processes there is nothing to
+        # By keyword: the second argument of its signature is the memory bank's. Without processes there is nothing to
         # gather, and it looks by itself.
         self.criterion = _lightly("loss").NTXentLoss(temperature=temperature, gather_distributed=True)
 
@@ -209,7 +209,7 @@ class _FeatureQueue(nn.Module):
     several devices every one has to enqueue the embeddings of all, so that all hold the same queue.
 
     Args:
-        size: embeddings kept.
+        size: number of embeddings.
         dim: of an embedding.
 
     Raises:
@@ -233,7 +233,7 @@ class _FeatureQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, embeddings: Float[Tensor, "batch dim"]) -> None:
-        """Put unit vectors in the place of the oldest."""
+        """Replace the oldest by new unit vectors."""
         newest = embeddings[-len(self.features) :]
         skipped = len(embeddings) - len(newest)
         steps = torch.arange(skipped, len(embeddings), device=self.features.device)

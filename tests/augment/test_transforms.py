@@ -146,22 +146,16 @@ def test_half_of_the_views_are_changed(transform: BatchedTransform) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["batched_published", "ct_strong", "nodule"])
-def test_parameters_replay_a_view_step_by_step(recipe: str) -> None:
-    views, patches = RECIPES[recipe], patches_hu(30, SIZE)
-    params = pickle.loads(pickle.dumps(views.draw(torch.arange(30), SIZE)))
+def test_parameters_replay_a_view_step_by_step_and_do_not_depend_on_other_transforms(recipe: str) -> None:
+    views, patches, seeds = RECIPES[recipe], patches_hu(30, SIZE), torch.arange(30)
+    params = pickle.loads(pickle.dumps(views.draw(seeds, SIZE)))
     images = patches
     for name, transform in views.transforms.items():
         images = transform.apply(images, params[name])
-    assert torch.equal(images, views(patches, torch.arange(30)))
-
-
-def test_a_transform_that_is_left_out_does_not_change_the_others() -> None:
-    views = RECIPES["ct_strong"]
-    fewer = BatchedViews({name: views.transforms[name] for name in ("cutout", "geometry")})
-    some, every = fewer.draw(torch.arange(20), SIZE), views.draw(torch.arange(20), SIZE)
-    for name, params in some.items():
-        assert all(torch.equal(values, every[name][key]) for key, values in params.items())
-    assert not torch.equal(every["noise"]["active"], every["smooth"]["active"])
+        alone = BatchedViews({name: transform}).draw(seeds, SIZE)[name]
+        assert all(torch.equal(values, params[name][key]) for key, values in alone.items())
+    assert torch.equal(images, views(patches, seeds))
+    assert not torch.equal(*(own["active"] for own in list(params.values())[-2:]))
 
 
 def test_a_recipe_with_monais_transforms_among_others_leaves_a_device_alone() -> None:
