@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pydantic import Field, PositiveFloat, field_validator
+from pydantic import Field, PositiveFloat
 
 from fmcib_ssl.io import Command, parse_command
 
@@ -27,11 +27,6 @@ class ImportMedMNIST(Command):
     edge_mm: PositiveFloat = Field(
         default=50.0, description="edge of a volume; an encoder's patch of 50 voxels of 1 mm is filled by 50"
     )
-
-    @field_validator("window_hu", mode="before")
-    @classmethod
-    def _two_numbers(cls, value: object) -> object:
-        return value.strip("[]() ").split(",") if isinstance(value, str) else value
 
 
 def main(arguments: list[str]) -> None:
@@ -53,8 +48,8 @@ def main(arguments: list[str]) -> None:
         f"next      python scripts/embed.py checkpoint=ENCODER annotations={command.output / 'lesions.csv'} "
         "output=features.parquet"
     )
-    given = f"label=label task={task} split=split group=null size=null"
-    print(f"          python scripts/evaluate.py features=features.parquet {given} output=results")
+    options = f"label=label task={task} split=split group=null size=null"
+    print(f"          python scripts/evaluate.py features=features.parquet {options} output=results")
 
 
 if __name__ == "__main__":

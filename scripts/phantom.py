@@ -15,12 +15,12 @@ class Phantom(Command):
 
     python scripts/phantom.py folder=data/phantom num_scans=140
 
-    Stopped or killed, the same command goes on where it was.
+    If interrupted, the same command resumes.
     """
 
-    folder: Path = Field(description="where scans/ and annotations.csv go; made if it is not there")
+    folder: Path = Field(description="where scans/ and annotations.csv go; made if missing")
     num_scans: PositiveInt = Field(default=140, description="one scan a patient, each with one to three lesions")
-    seed: NonNegativeInt = Field(default=0, description="everything that is drawn follows from it")
+    seed: NonNegativeInt = Field(default=0, description="of everything that is drawn")
     num_workers: PositiveInt = Field(default=num_cores(), description="processes")
 
 

@@ -29,7 +29,7 @@ class Split(Command):
         default=0, description="if above 0, that many folds, numbered from 0, instead of sides"
     )
     group: str = Field(default="PatientID", description="rows with the same value stay together")
-    labels: str | None = Field(default=None, description="columns to stratify by, commas between them")
+    labels: tuple[str, ...] = Field(default=(), description="columns to stratify by, commas between them")
     column: str | None = Field(default=None, description="name of the new column; split or fold by default")
     seed: NonNegativeInt = Field(default=0, description="another seed, another split")
 
@@ -62,23 +62,22 @@ def main(arguments: list[str]) -> None:
     )
 
     column = command.column or ("fold" if command.folds else "split")
-    labels = [name.strip() for name in (command.labels or "").split(",") if name.strip()]
     try:
         rows = read_table(command.annotations, text=(command.group,))
-        require_columns(command.annotations, rows, (command.group, *labels))
+        require_columns(command.annotations, rows, (command.group, *command.labels))
         if column in rows:
             sys.exit(f"{command.annotations} has a column {column!r} already; name another with column=")
         sides: pd.Series[str] | pd.Series[int]
         if command.folds:
-            sides = assign_folds(rows, command.folds, command.group, labels, command.seed)
+            sides = assign_folds(rows, command.folds, command.group, command.labels, command.seed)
         else:
-            sides = assign_splits(rows, command.parsed_shares(), command.group, labels, command.seed)
+            sides = assign_splits(rows, command.parsed_shares(), command.group, command.labels, command.seed)
     except AnnotationsError as error:
         sys.exit(str(error))
     as_it_stands = read_table(command.annotations, text=[str(name) for name in rows])
     write_atomically(command.output, as_it_stands.assign(**{column: sides}).to_csv(index=False))
     with pd.option_context("display.width", 200, "display.max_columns", 50, "display.precision", 3):
-        print(describe_splits(rows, sides, command.group, labels))
+        print(describe_splits(rows, sides, command.group, command.labels))
 
 
 if __name__ == "__main__":

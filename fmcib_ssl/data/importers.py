@@ -1,4 +1,4 @@
-"""Published data sets, brought to the one form that this package reads: `image_path`, a point in LPS mm, labels.
+"""Published data sets, converted to the table that this package reads: `image_path`, a point in LPS mm, labels.
 
 Of tables paths become relative to the folder of the data set (`image_root`). Columns that number the authors' rows or
 repeat the geometry are dropped, all others are kept.
@@ -31,11 +31,10 @@ from fmcib_ssl.types import Array
 
 _logger = logging.getLogger(__name__)
 
-#: A crop is suspect if its mask, as a ball, is this many times as wide as the nodule is said to be.
+#: A crop is suspect if its mask, as a ball, is this many times as wide as the nodule's stated diameter.
 _SUSPECT_RATIO = 2.0
 
-_UID_FILE = re.compile(r"[\d.]+\.mhd")
-#: What tells the tables apart: a column, and what its first cell looks like; the first that fits.
+#: How tables are recognised: a column and a pattern of its first cell; the first match counts.
 _LOOKS_LIKE = (
     ("deeplesion", "File_name", r"^\d{6}_\d\d_\d\d_\d+\.png$"),
     ("deeplesion", "Volume_fn", r"^\d{6}_\d\d_\d\d_\d+-\d+\.nii"),
@@ -136,15 +135,15 @@ def luna16(path: Path | str, image_root: Path | str | None = None) -> pd.DataFra
     require_columns(path, rows, ("seriesuid" if PATH_COLUMN not in rows else PATH_COLUMN, *COORDINATE_COLUMNS))
     if PATH_COLUMN in rows:
         names = [PurePosixPath(p).name for p in rows[PATH_COLUMN].astype(str)]
-        _refuse(path, rows[PATH_COLUMN], [_UID_FILE.fullmatch(name) is None for name in names], "<seriesuid>.mhd")
+        _refuse(path, rows[PATH_COLUMN], [not re.fullmatch(r"[\d.]+\.mhd", name) for name in names], "<seriesuid>.mhd")
     else:
         names = [f"{uid}.mhd" for uid in rows["seriesuid"]]
     files = names
     if image_root is not None:
         root = Path(image_root)
-        where = {file.name: file.relative_to(root).as_posix() for file in sorted(root.rglob("*.mhd"))}
-        files = [where.get(name, name) for name in names]
-        if absent := len(set(names) - set(where)):
+        paths = {file.name: file.relative_to(root).as_posix() for file in sorted(root.rglob("*.mhd"))}
+        files = [paths.get(name, name) for name in names]
+        if absent := len(set(names) - set(paths)):
             _logger.warning("%s: %d of %d series are not under %s", path, absent, len(set(names)), root)
     table = _plain(rows, files, _points(rows, COORDINATE_COLUMNS, path))
     table["seriesuid"] = [name.removesuffix(".mhd") for name in names]
@@ -166,8 +165,8 @@ def lung1(path: Path | str) -> pd.DataFrame:
 def lidc_crops(path: Path | str) -> pd.DataFrame:
     """Nodules of LIDC-IDRI, each cropped to a file of its own, as `voi_index.csv` lists them.
 
-    The points are the centroids of the masks, LPS mm. Every file has a row; `suspect` is true where the mask is far
-    from the size that the table gives the nodule, which the log names too.
+    The points are the centroids of the masks, LPS mm. Every file has a row; `suspect` is true if the mask is far from
+    the size that the table states for the nodule.
     """
     rows = _table_of("lidc_crops", path)
     required = ("file", "patient_id", "lps_x", "lps_y", "lps_z", "mask_voxels", "sx", "sy", "sz", "diameter_mm")
@@ -178,15 +177,10 @@ def lidc_crops(path: Path | str) -> pd.DataFrame:
     table = table.rename(columns={"patient_id": "PatientID"})
     table[MASK_COLUMN] = [f"nodule_mask/{file}" for file in rows["file"]]
     table[CROPPED_COLUMN] = True
-    voxels, sx, sy, sz, diameter = (
-        pd.Series(_number(rows, name, path), rows.index) for name in ("mask_voxels", "sx", "sy", "sz", "diameter_mm")
-    )
-    ratio = (6 * voxels * (sx * sy * sz) / np.pi) ** (1 / 3) / diameter
-    table["suspect"] = (ratio > _SUSPECT_RATIO) | (ratio < 1 / _SUSPECT_RATIO)
-    for number in table.index[table["suspect"]]:
-        what = f"the mask is {ratio[number]:.1f} times as wide as the nodule's diameter_mm"
-        _logger.warning("%s: row %d, %s: %s=%g says", path, number, rows["file"][number], what, diameter[number])
-    return table
+    names = ("mask_voxels", "sx", "sy", "sz", "diameter_mm")
+    voxels, sx, sy, sz, diameter_mm = (_number(rows, name, path) for name in names)
+    ratio = (6 * voxels * (sx * sy * sz) / np.pi) ** (1 / 3) / diameter_mm
+    return table.assign(suspect=(ratio > _SUSPECT_RATIO) | (ratio < 1 / _SUSPECT_RATIO))
 
 
 def _table_of(source: str, path: Path | str) -> pd.DataFrame:
@@ -207,8 +201,8 @@ def _plain(
 ) -> pd.DataFrame:
     """Path and point first, then every column that is kept."""
     head = {PATH_COLUMN: files, **dict(zip(COORDINATE_COLUMNS, points_lps_mm.T, strict=True))}
-    gone = {*head, *(dropped or ()), *(name for name in rows if str(name).startswith("Unnamed: "))}
-    return pd.DataFrame(head, index=rows.index).join(rows[[name for name in rows if name not in gone]])
+    left_out = {*head, *(dropped or ()), *(name for name in rows if str(name).startswith("Unnamed: "))}
+    return pd.DataFrame(head, index=rows.index).join(rows[[name for name in rows if name not in left_out]])
 
 
 def _points(rows: pd.DataFrame, columns: tuple[str, str, str], path: Path | str) -> FloatArray:
@@ -239,7 +233,7 @@ def _cross(a: FloatArray, b: FloatArray) -> FloatArray:
     return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
 
 
-#: Importers of tables alone, by the name that the command line gives them; `luna16` also looks for files.
+#: Importers by their name on the command line; `luna16` can also look for the files.
 IMPORTERS: dict[str, Callable[[Path], pd.DataFrame]] = {
     "deeplesion": deeplesion,
     "luna16": luna16,

@@ -37,25 +37,20 @@ _AIR_HU, _FAT_HU, _MUSCLE_HU, _BLOOD_HU, _MARROW_HU, _CORTEX_HU = -1000, -100, 4
 ORIENTATIONS = ("LPS", "RAS", "LAS", "LPI", "PSL", "SRA")
 MIN_DISTANCE_MM = 34.0  # between the centres of two lesions of a scan
 _BORDER_MM = 14.0  # between a lesion's centre and the first and last slice
+_LESIONS_PER_SCAN = (1, 3)  # fewest and most
 _VERSION = 1  # of what is drawn: scans of two versions are not mixed in one archive
 _HELD_OUT = (2, 4)  # scan numbers modulo 5 that are the test set: two fifths of the patients
 
 
-def draw_scan(seed: int, number: int, lesions_per_scan: tuple[int, int]) -> tuple[_Chest, list[_Lesion]]:
+def draw_scan(seed: int, number: int) -> tuple[_Chest, list[_Lesion]]:
     """What scan `number` of an archive shows; nothing is rendered yet."""
     rng = np.random.default_rng([seed, number, 0])
     chest = _Chest(rng)
-    return chest, _draw_lesions(chest, int(rng.integers(*lesions_per_scan, endpoint=True)), rng)
+    return chest, _draw_lesions(chest, int(rng.integers(*_LESIONS_PER_SCAN, endpoint=True)), rng)
 
 
 def make_archive(
-    folder: Path | str,
-    num_scans: int = 120,
-    lesions_per_scan: tuple[int, int] = (1, 3),
-    seed: int = 0,
-    *,
-    num_workers: int = 1,
-    progress: bool = True,
+    folder: Path | str, num_scans: int = 120, seed: int = 0, *, num_workers: int = 1, progress: bool = True
 ) -> Path:
     """Write an archive of phantom scans and its table of lesions, or finish one that was begun.
 
@@ -64,7 +59,6 @@ def make_archive(
     Args:
         folder: where the scans go; made if absent.
         num_scans: one scan a patient.
-        lesions_per_scan: fewest and most, both inclusive.
         seed: of everything that is drawn.
         num_workers: processes; 1 works in this one. More are spawned, so the calling script needs the
             usual `if __name__ == "__main__":`.
@@ -78,22 +72,21 @@ def make_archive(
         ValueError: the numbers make no archive, or the folder holds something else: an archive made with
             other parameters, or a table that no phantom made.
     """
-    few, many = lesions_per_scan
-    if num_scans < 1 or not 1 <= few <= many:
-        reason = f"num_scans={num_scans}, lesions_per_scan={tuple(lesions_per_scan)}"
-        raise ValueError(f"{reason}: a phantom archive needs num_scans >= 1 and 1 <= fewest <= most lesions a scan")
+    if num_scans < 1:
+        raise ValueError(f"num_scans={num_scans}: a phantom archive needs 1 or more")
     folder = Path(folder)
     table = folder / "annotations.csv"
-    _claim(folder, {"version": _VERSION, "num_scans": num_scans, "lesions_per_scan": [few, many], "seed": seed})
+    parameters = {"version": _VERSION, "num_scans": num_scans, "lesions_per_scan": list(_LESIONS_PER_SCAN)}
+    _claim(folder, {**parameters, "seed": seed})
     (folder / "scans").mkdir(exist_ok=True)
     missing = [n for n in range(num_scans) if not (folder / _scan_name(n)).is_file()]
-    write = partial(_write_scan, folder, seed, (few, many))
-    done = run_jobs(write, missing, num_workers if 1 < num_workers < len(missing) else 0, _killed)
-    hidden, interval_s = not (progress and missing), 0.5 if sys.stderr.isatty() else 30
-    for _ in tqdm(done, "phantom scans", len(missing), unit="scan", disable=hidden, mininterval=interval_s):
+    num_workers = num_workers if 1 < num_workers < len(missing) else 0
+    jobs = run_jobs(partial(_write_scan, folder, seed), missing, num_workers, _killed)
+    interval_s = 0.5 if sys.stderr.isatty() else 30
+    for _ in tqdm(jobs, "phantom scans", len(missing), unit="scan", disable=not progress, mininterval=interval_s):
         pass
     if not table.is_file():
-        rows = [row for n in range(num_scans) for row in _table_rows(seed, n, (few, many))]
+        rows = [row for n in range(num_scans) for row in _table_rows(seed, n)]
         write_atomically(table, pd.DataFrame(rows).to_csv(index=False))
     return table
 
@@ -119,16 +112,16 @@ def _scan_name(number: int) -> str:
     return f"scans/phantom_{number:04d}.nii.gz"
 
 
-def _write_scan(folder: Path, seed: int, lesions_per_scan: tuple[int, int], number: int) -> None:
-    chest, lesions = draw_scan(seed, number, lesions_per_scan)
+def _write_scan(folder: Path, seed: int, number: int) -> None:
+    chest, lesions = draw_scan(seed, number)
     path = folder / _scan_name(number)
     unfinished = path.with_name(f".{os.getpid()}.{path.name}")  # an interrupt leaves no half file under its name
     sitk.WriteImage(render(chest, lesions, np.random.default_rng([seed, number, 1])), str(unfinished))
     unfinished.replace(path)
 
 
-def _table_rows(seed: int, number: int, lesions_per_scan: tuple[int, int]) -> Iterator[dict[str, object]]:
-    chest, lesions = draw_scan(seed, number, lesions_per_scan)
+def _table_rows(seed: int, number: int) -> Iterator[dict[str, object]]:
+    chest, lesions = draw_scan(seed, number)
     for lesion in lesions:
         x, y, z = np.round(np.add(lesion.center_lps_mm, chest.origin_lps), 3).tolist()
         yield {
@@ -377,8 +370,8 @@ def _paint_lesion(volume: _Array, lung: _Array, chest: _Chest, lesion: _Lesion, 
         """Smooth noise on a 1 mm lattice, so that its grain does not depend on the scan's voxels."""
         size = int(np.ceil(2 * reach)) + 4
         lattice = _smooth_noise(rng, (size,) * 3, grain_mm)
-        where = np.broadcast_arrays(*[o + size / 2 for o in reversed(offset)])
-        return np.asarray(ndimage.map_coordinates(lattice, where, order=1), np.float32)
+        points = np.broadcast_arrays(*[o + size / 2 for o in reversed(offset)])
+        return np.asarray(ndimage.map_coordinates(lattice, points, order=1), np.float32)
 
     surface = radius * (1 + 0.10 * field(5.0))
     if lesion.label == 0:

@@ -17,7 +17,7 @@ from fmcib_ssl.data.tables import AnnotationsError, text_of
 
 #: A numeric label of more values than this is stratified by its quartiles.
 _MAX_CLASSES = 10
-#: Times that each patient may move to a better side; a few are enough.
+#: Rounds in which each patient may move to a better side; a few are enough.
 _MAX_ROUNDS = 50
 
 
@@ -82,7 +82,7 @@ def assign_folds(
 def describe_splits(
     rows: pd.DataFrame, sides: pd.Series[str] | pd.Series[int], group: str = "PatientID", labels: Sequence[str] = ()
 ) -> pd.DataFrame:
-    """What each side holds: patients, scans, lesions, and of each class of each label the share of its lesions."""
+    """Of each side: patients, scans, lesions, and for each class of each label its share of the lesions."""
     by_side = rows.assign(**{"": sides}).groupby("", sort=False)
     parts = {"patients": by_side[group].nunique(), "lesions": by_side.size()}
     if PATH_COLUMN in rows:
@@ -94,7 +94,7 @@ def describe_splits(
 
 
 def _groups(rows: pd.DataFrame, group: str) -> pd.Series[str]:
-    """The patient of each row as text, each named and no scan under two of them."""
+    """The patient of each row as text; refuses rows without one, and scans with several."""
     groups = text_of(rows[group]).fillna("").str.strip()
     empty = rows.index[groups == ""]
     if len(empty):
@@ -117,7 +117,7 @@ def _classes(column: pd.Series[str] | pd.Series[float]) -> pd.Series[str]:
 
 
 def _counts(rows: pd.DataFrame, member: npt.NDArray[np.intp], num_groups: int, labels: Sequence[str]) -> FloatArray:
-    """What each patient brings, as a part of all there is: `(patients, things counted)`."""
+    """Each patient's fraction of the totals: `(patients, things counted)`."""
     counts = [np.ones(num_groups), np.bincount(member, minlength=num_groups)]
     if PATH_COLUMN in rows:
         scans = pd.Series(rows[PATH_COLUMN].to_numpy()).groupby(member).nunique()
