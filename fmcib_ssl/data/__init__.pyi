@@ -35,7 +35,6 @@ from .store_files import verify as verify
 from .tables import REJECTED_COLUMNS as REJECTED_COLUMNS
 from .tables import AnnotationsError as AnnotationsError
 from .tables import BadRowsError as BadRowsError
-from .tables import SelectionError as SelectionError
 from .tables import read_table as read_table
 from .tables import require_columns as require_columns
 from .tables import selected as selected

@@ -1,4 +1,4 @@
-"""Read a CSV table as people have them, and say what is wrong with it in terms of its rows and columns.
+"""Read CSV tables, and report what is wrong with them by row and column.
 
 Rows are numbered as in the file, 1 being the first below the header.
 """
@@ -28,7 +28,7 @@ REJECTED_COLUMNS = ("row", "image_path", "value", "reason", "remedy")
 #: Rows that an error message shows; the file has them all.
 _NUM_ROWS_SHOWN = 20
 _NUM_COLUMNS_SHOWN = 200
-#: What is no id: a program that writes numbers writes them so.
+#: How programs write numbers; anything else is an id.
 _PLAIN_NUMBER = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d+|\.\d+[eE][+-]?\d{1,3}|[eE][+-]\d{1,3})?")
 _WHOLE_NUMBER = re.compile(r"-?\d+")
 _TRUTHS = {"True", "TRUE", "true", "False", "FALSE", "false"}
@@ -39,33 +39,29 @@ class AnnotationsError(UserError, ValueError):
 
 
 class BadRowsError(AnnotationsError):
-    """Rows that cannot be used; `rejected` has them all: row, image_path, value, reason, remedy."""
+    """Rows that cannot be used; all are in `rejected`: row, image_path, value, reason, remedy."""
 
     def __init__(self, message: str, rejected: pd.DataFrame | None = None) -> None:
         super().__init__(message)
         self.rejected = rejected
 
 
-class SelectionError(UserError, ValueError):
-    """A selection names a column that the rows do not have."""
-
-
 def selected(rows: pd.DataFrame, select: Mapping[str, Any] | None, *, key: str, where: object) -> npt.NDArray[np.bool_]:
     """Which rows have the values that `select` asks for, such as `{"split": ["val", "test"]}`; with none, all.
 
     Args:
-        rows: to choose from.
-        select: a value, or a list of which any will do, under each column.
-        key: what the user calls the selection, for the message.
+        rows: a table.
+        select: for each column a value, or a list of accepted values.
+        key: name of the option, for the message.
         where: the file or store that the rows are from, for the message.
 
     Raises:
-        SelectionError: there is no such column.
+        AnnotationsError: there is no such column.
     """
     keep = np.ones(len(rows), dtype=bool)
     for column, value in (select or {}).items():
         if column not in rows:
-            raise SelectionError(f"{key} names the column {column!r}; {where} has {', '.join(map(str, rows))}")
+            raise AnnotationsError(f"{key} names the column {column!r}; {where} has {', '.join(map(str, rows))}")
         values = pd.Series(value if isinstance(value, list | tuple) else [value], dtype=object).astype(str)
         cells = rows[column]
         if pd.api.types.is_bool_dtype(cells):
@@ -138,7 +134,7 @@ def read_table(path: Path | str, text: Collection[str] = ()) -> pd.DataFrame:
 
 
 def _typed(cells: pd.Series[str], *, as_text: bool) -> pd.Series[Any]:
-    """A column as numbers or truth values if nothing is lost by that, else as text."""
+    """A column as numbers or booleans if the conversion is lossless, else as text."""
     cells = cells.str.strip()
     values = set(cells.dropna())
     if values and (as_text or not (values <= _TRUTHS or _are_numbers(values))):
@@ -153,7 +149,7 @@ def _typed(cells: pd.Series[str], *, as_text: bool) -> pd.Series[Any]:
 
 def _are_numbers(values: set[str]) -> bool:
     if not all(map(_PLAIN_NUMBER.fullmatch, values)) or len({float(value) for value in values}) < len(values):
-        return False  # two names of one number are two ids
+        return False  # one number written in two ways is two ids
     decimals = {value.partition(".")[2] for value in values}
     ends_in_zero = any(part.endswith("0") and part != "0" for part in decimals)
     return not (ends_in_zero and len(set(map(len, decimals))) > 1)  # 1.10 beside 1.2
@@ -179,9 +175,9 @@ def require_columns(path: Path | str, rows: pd.DataFrame, required: Collection[s
             close = nearest(name.lower(), by_lower)
             missing.append(f"{name!r} (rename {by_lower[close]!r}?)" if close else repr(name))
     if missing:
-        more = rows.shape[1] - len(names)
-        has = ", ".join(map(repr, names)) + (f" and {more} more" if more else "")
-        raise AnnotationsError(f"{path}: lacks the columns {', '.join(missing)}; it has {has}{hint}")
+        more = ", ..." if len(names) < rows.shape[1] else ""
+        listing = ", ".join(map(repr, names)) + more
+        raise AnnotationsError(f"{path}: lacks the columns {', '.join(missing)}; it has {listing}{hint}")
     if rows.empty:
         raise AnnotationsError(f"{path}: has a header and no rows")
 

@@ -84,7 +84,7 @@ def open_patches(source: Mapping[str, Any], preprocessing: Preprocessing | None 
     Raises:
         FeatureTableError: a source of another kind, no lesion selected, or a store whose voxels are not those of
             `preprocessing`.
-        fmcib_ssl.data.tables.SelectionError: a selection by a column that is missing.
+        fmcib_ssl.data.tables.AnnotationsError: a selection by a column that is missing.
         fmcib_ssl.data.store.StoreError: the store cannot be read or prepared.
         fmcib_ssl.data.tables.AnnotationsError: no table that can be read, or no row that can be used.
     """

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from fmcib_ssl.data import BadRowsError, LesionPatches, SelectionError, Store, StoreSettings, selected
+from fmcib_ssl.data import AnnotationsError, BadRowsError, LesionPatches, Store, StoreSettings, selected
 from fmcib_ssl.io import digest_of
 from fmcib_ssl.training.settings import ConfigError, Settings
 from fmcib_ssl.types import Preprocessing
@@ -62,7 +62,7 @@ def open_lesions(settings: Settings, *, main_process: bool) -> LesionSource:
         )
     try:
         keep = selected(store.lesions, data.select, key="data.select", where=data.store or data.annotations)
-    except SelectionError as error:
+    except AnnotationsError as error:
         raise ConfigError(str(error)) from error
     if not keep.any():
         raise ConfigError(f"no row of {data.store or data.annotations} has data.select={data.select}")
