@@ -38,7 +38,7 @@ from fmcib_ssl.io import num_cores
 from fmcib_ssl.types import ScanError
 
 Coordinates = Literal["lps", "ras", "voxel"]
-#: What is read of a scan to find out whether it can be used.
+#: How much of a scan is read to find out whether it can be used.
 _Check = Literal["headers", "full"]
 #: Value, reason and remedy of a row that cannot be used.
 _Problem = tuple[str, str, str]
@@ -50,13 +50,13 @@ _MODALITY_COLUMN = "modality"
 _AFFINE_COLUMN = "affine"
 MASK_COLUMN = "mask_path"
 CROPPED_COLUMN = "cropped"
-#: So many scans this process looks at alone: starting others takes as long.
+#: Up to this many scans are read in this process: starting others takes as long.
 _NUM_ALONE = {"headers": 200, "full": 2}
 
 
 @dataclass(frozen=True)
 class ScanReport:
-    """A scan that can be used, as far as was looked: where it lies, and what its values are if it was decoded."""
+    """A scan that can be used: its geometry, and a summary of its values if it was decoded."""
 
     geometry: ScanGeometry
     values: HuSummary | None = None
@@ -70,10 +70,10 @@ class LesionTable:
         source: the CSV file.
         rows: its columns as they are; the index is the row number in the file.
         scans: for each row its scan; None where the row names none.
-        centers_lps_mm: `(lesions, 3)`, x, y, z; NaN where the table has no number. What only the scan's header can
-            tell (voxel indices, the middle of a cropped file) is NaN until `check_annotations` has read it.
+        centers_lps_mm: `(lesions, 3)`, x, y, z; NaN where the table has no number. Points that need the
+            scan's header (voxel indices, the middle of a cropped file) are NaN until `check_annotations` has read it.
         coordinates: the frame of `coordX, coordY, coordZ` in `rows`.
-        reports: what each scan is, or why it cannot be used, once `check_annotations` has looked.
+        reports: by scan, from `check_annotations`: its geometry, or why it cannot be used.
     """
 
     source: Path
@@ -105,7 +105,7 @@ def read_annotations(
     coordinates: Coordinates = "lps",
     path_prefix: str | None = None,
 ) -> LesionTable:
-    """Read a CSV of lesions. Its rows are not judged here; see `check_annotations`.
+    """Read a CSV of lesions. Rows are not checked here; see `check_annotations`.
 
     Args:
         path: the CSV file.
@@ -145,7 +145,7 @@ def check_annotations(
     rejected_csv: Path | str | None = None,
     num_workers: int | None = 0,
 ) -> tuple[LesionTable, pd.DataFrame]:
-    """Look at every row and every scan, and list all that cannot be used at once.
+    """Check every row and every scan, and list all rows that cannot be used together.
 
     Points that need the scan's header (voxel indices, the middle of cropped files) become LPS mm here.
 
@@ -182,7 +182,7 @@ def check_annotations(
 def inspect_scans(
     scans: Collection[ScanSource], check: _Check, num_workers: int | None = 0
 ) -> dict[ScanSource, ScanReport | ScanError]:
-    """What each scan is, or why it cannot be used; see `check_annotations`."""
+    """The geometry of each scan, or why it cannot be used; see `check_annotations`."""
     if num_workers is None:
         num_workers = num_cores() if len(scans) > _NUM_ALONE[check] else 0
     jobs = run_jobs(partial(_inspect, check), sorted(scans, key=str), num_workers, _killed)
@@ -207,7 +207,7 @@ def _killed(scan: ScanSource) -> ScanError:
 def _judged(
     table: LesionTable, reports: Mapping[ScanSource, ScanReport | ScanError]
 ) -> tuple[FloatArray, dict[int, _Problem]]:
-    """The lesions' LPS points, also where only the scan's header gives them, and what is wrong with which row first."""
+    """The lesions' LPS points, including those that need the scan's header, and the first problem of each bad row."""
     numbers, takes_middle = _points_of(table.rows)
     has_point = takes_middle | np.isfinite(numbers).all(axis=1)
     by_header = takes_middle | (has_point & (table.coordinates == "voxel"))
@@ -229,9 +229,9 @@ def _judged(
             for i in own.tolist():
                 problems.setdefault(i, (report.path, report.reason, remedy))
             continue
-        waiting, middle = own[by_header[own]], (np.array(report.geometry.size_xyz) - 1) / 2
-        index_xyz = np.where(takes_middle[waiting, None], middle, numbers[waiting])
-        centers[waiting] = report.geometry.to_lps_mm(index_xyz)
+        indexed, middle = own[by_header[own]], (np.array(report.geometry.size_xyz) - 1) / 2
+        index_xyz = np.where(takes_middle[indexed, None], middle, numbers[indexed])
+        centers[indexed] = report.geometry.to_lps_mm(index_xyz)
         for i in own[has_point[own] & ~report.geometry.contains(centers[own])].tolist():
             problems[i] = _outside(table, i, centers[i], numbers[i], report.geometry)
     return centers, problems
@@ -267,7 +267,7 @@ def rows_by_scan(scans: Sequence[ScanSource | None]) -> dict[ScanSource, npt.NDA
 
 
 def _points_of(rows: pd.DataFrame) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
-    """Points `(rows, 3)` as they stand in the table, NaN for no finite number; which rows take their file's middle."""
+    """Points `(rows, 3)` of the table, NaN if not a finite number; and which rows take the middle of their file."""
     columns = [pd.to_numeric(rows[column], errors="coerce").astype(float) for column in COORDINATE_COLUMNS]
     numbers = np.stack(columns, axis=1).astype(np.float64)
     numbers[~np.isfinite(numbers)] = np.nan
@@ -294,7 +294,7 @@ def resolve_path(text: Any, root: Path, path_prefix: str | None = None) -> Path 
         return None
     if path_prefix is not None and relative.startswith(path_prefix):
         relative = relative.removeprefix(path_prefix).lstrip("/\\")
-    relative = relative.replace("\0", "?")  # of which no path can be made
+    relative = relative.replace("\0", "?")  # not allowed in paths
     if "\\" in relative and not os.path.exists(root / relative):  # noqa: PTH110  (False for what is no path)
         relative = relative.replace("\\", "/")  # a table made on Windows
     return root / relative
@@ -329,9 +329,9 @@ def _scan_sources(rows: pd.DataFrame, root: Path, path_prefix: str | None) -> li
 
 
 def _one_source_each(sources: set[ScanSource]) -> dict[ScanSource, ScanSource]:
-    """A scan is its resolved path and its series: one source for all rows that name it, by a link or `..` or however.
+    """A scan is its resolved path and its series: one source for all rows that name it, also by links or `..`.
 
-    What one row says of it (its series, any modality, which affine) holds for all.
+    What one row states (series, any modality, affine) holds for all rows of the scan.
 
     Raises:
         AnnotationsError: rows of one scan that name different affines.
@@ -340,26 +340,26 @@ def _one_source_each(sources: set[ScanSource]) -> dict[ScanSource, ScanSource]:
     for source in sorted(sources, key=str):
         by_file.setdefault(os.path.realpath(source.path), []).append(source)
     one_source: dict[ScanSource, ScanSource] = {}
-    for named in by_file.values():
-        differ = len({source.series_uid for source in named}) > 1
-        series = {source: _series_of(source) if differ else source.series_uid for source in named}
+    for names in by_file.values():
+        differ = len({source.series_uid for source in names}) > 1
+        series = {source: _series_of(source) if differ else source.series_uid for source in names}
         for uid in set(series.values()):
-            same = [source for source in named if series[source] == uid]
+            same = [source for source in names if series[source] == uid]
             affines: list[Affine] = sorted({source.affine for source in same if source.affine})
             if len(affines) > 1:
                 raise AnnotationsError(f"column 'affine': rows of {same[0].path} say {affines[0]}, others {affines[1]}")
-            stated = next((source.series_uid for source in same if source.series_uid), None)
+            series_uid = next((source.series_uid for source in same if source.series_uid), None)
             any_modality = any(source.any_modality for source in same)
-            one = ScanSource(same[0].path, stated, any_modality, affines[0] if affines else None)
+            one = ScanSource(same[0].path, series_uid, any_modality, affines[0] if affines else None)
             one_source |= dict.fromkeys(same, one)
     return one_source
 
 
 def _series_of(source: ScanSource) -> str | None:
-    """Its series, where a row names none the one that would be read; None for a file that has none."""
+    """Its series, or the one that would be read if the row names none; None for a file without series."""
     try:
         if not (source.path.is_dir() or is_dicom(source.path)):
             return None
         return source.series_uid or series_at(source.path, None, source.any_modality)[0].series_uid
-    except (ScanError, OSError):  # said when the scan is checked
+    except (ScanError, OSError):  # reported when the scan is checked
         return ""

@@ -17,18 +17,19 @@ from pydicom.dataset import Dataset
 
 from fmcib_ssl.data.dicom_files import DicomFile, numbers, read_stored_values, series_at, text
 from fmcib_ssl.data.geometry import RESAMPLE, FloatArray, ScanGeometry, check_geometry, numbers_text
+from fmcib_ssl.data.image_files import rejecting
 from fmcib_ssl.types import Array, ScanError
 
 #: A slice may lie this far from the regular grid, mm: rounding in the headers, jitter of the table.
 _MAX_OFF_GRID_MM = 0.5
-#: Along the normal it is this part of the distance between slices, but within these limits, mm.
+#: Along the normal the limit is this fraction of the slice distance, within these bounds, mm.
 _MAX_OFF_DEPTH, _MAX_OFF_DEPTH_MM = 0.1, (0.1, _MAX_OFF_GRID_MM)
-#: How far lengths and scalar product of the orientation's vectors may be from 1 and 0, orientations (radians) and pixel
-#: spacings of two slices from each other: headers are rounded. At the corners of a slice it makes up to half a mm.
+#: Rounding in headers: how far orientation vectors may be from unit length and right angles, and how much orientations
+#: (radians) and pixel spacings (relative) of two slices may differ. At the corners of a slice this is up to 0.5 mm.
 _MAX_COSINE_ERROR = 1e-3
-#: RescaleTypes that name something else than HU: optical and electron density, concentrations, atomic numbers.
+#: RescaleTypes other than HU: optical and electron density, concentrations, atomic numbers.
 _NOT_HU = ("OD", "ED", "EDW", "MGML", "Z_EFF", "PCT")
-#: Of an enhanced CT: what says where a frame lies, how it is turned, how large its voxels are, what their values mean.
+#: Functional groups of an enhanced CT: position, orientation, pixel spacing and rescale of a frame.
 _GROUPS = (
     *("PlanePositionSequence", "PlaneOrientationSequence"),
     *("PixelMeasuresSequence", "PixelValueTransformationSequence"),
@@ -36,7 +37,7 @@ _GROUPS = (
 
 
 class _Slice(NamedTuple):
-    """A frame of a file, by its header."""
+    """One frame of a file, as its header describes it."""
 
     file: Path
     frame: int
@@ -52,10 +53,10 @@ class _Slice(NamedTuple):
 
 
 def open_dicom(path: Path, series_uid: str | None, any_modality: bool) -> tuple[ScanGeometry, Callable[[], Array]]:
-    """Geometry of a series, from the headers of its slices, and what reads its HU `(z, y, x)`, whole where they are.
+    """Geometry of a series, from the headers of its slices, and a function that reads its HU `(z, y, x)`.
 
     Raises:
-        ScanError: as `read_header` has it for DICOM; when its values are read, voxels that cannot be decoded.
+        ScanError: as `read_header`; when the values are read, voxels that cannot be decoded.
     """
     slices = [one for file in series_at(path, series_uid, any_modality) for one in _slices_of(file, any_modality)]
     if len(slices) < 2:
@@ -67,16 +68,17 @@ def open_dicom(path: Path, series_uid: str | None, any_modality: bool) -> tuple[
 
 def _read_values(path: Path, slices: list[_Slice], geometry: ScanGeometry) -> Array:
     hu: Array = np.empty(geometry.size_xyz[::-1], dtype=np.int16)
-    by_file: dict[Path, list[int]] = {}  # a file, and where its frames lie in the stack
+    by_file: dict[Path, list[int]] = {}  # a file, and the indices of its frames in the stack
     for k, one in enumerate(slices):
         by_file.setdefault(one.file, []).append(k)
     with tempfile.TemporaryDirectory() as scratch:
-        for file, places in by_file.items():
-            frames = read_stored_values(file, [slices[k].frame for k in places], Path(scratch))
-            for k, stored in zip(places, frames, strict=True):
-                values = _rescaled(stored, *(slices[k].rescale or (1.0, 0.0)))
-                hu = hu.astype(np.promote_types(hu.dtype, values.dtype), copy=False)
-                hu[k] = values
+        for file, indices in by_file.items():
+            with rejecting(file):
+                frames = read_stored_values(file, [slices[k].frame for k in indices], Path(scratch))
+                for k, stored in zip(indices, frames, strict=True):
+                    values = _rescaled(stored, *(slices[k].rescale or (1.0, 0.0)))
+                    hu = hu.astype(np.promote_types(hu.dtype, values.dtype), copy=False)
+                    hu[k] = values
     if slices[0].rescale is None and hu.min() >= 0:
         reason = f"has no RescaleSlope and RescaleIntercept, and stored values from {hu.min()} to {hu.max()} are not HU"
         raise ScanError(path, reason, "export it with the rescale tags that it was made with, or leave it out")
@@ -109,28 +111,24 @@ def _slices_of(file: DicomFile, any_modality: bool) -> Iterator[_Slice]:
         raise ScanError(path, f"{reason}: where they lie is not known", remedy)
     shared = (header.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
     for frame, own in enumerate(groups):
-        # What holds for a frame, or else for all; a plain slice has no such groups but the file itself.
+        # Per-frame groups override shared ones; a single-slice file has neither, only top-level tags.
         plane, orientation, measures, values = (
             next((level[group].value[0] for level in (own, shared) if level.get(group)), header) for group in _GROUPS
         )
         name = f"frame {frame + 1} " if num_frames > 1 else ""
         position = numbers(plane, "ImagePositionPatient", 3, path)
-        spacing = numbers(measures, "PixelSpacing", 2, path)
         vectors = numbers(orientation, "ImageOrientationPatient", 6, path)
-        if position is None:
-            raise ScanError(path, f"{name}has no ImagePositionPatient: where the slice lies is not known")
-        if spacing is None:
-            hint = " (ImagerPixelSpacing is that at the detector)" if "ImagerPixelSpacing" in measures else ""
-            raise ScanError(path, f"{name}has no PixelSpacing{hint}: how large its voxels are is not known")
+        spacing = numbers(measures, "PixelSpacing", 2, path)
+        if position is None or vectors is None or spacing is None:
+            stated = {"ImagePositionPatient": position, "ImageOrientationPatient": vectors, "PixelSpacing": spacing}
+            missing = next(keyword for keyword, value in stated.items() if value is None)
+            raise ScanError(path, f"{name}has no {missing}: where its voxels lie in the patient is not known")
         if not (spacing > 0).all():
             reason = f"{name}has the PixelSpacing {text(measures, 'PixelSpacing')!r}"
             raise ScanError(path, f"{reason}: both must be above 0 mm")
-        if vectors is None:
-            reason = f"{name}has no ImageOrientationPatient: how the slice lies in the patient is not known"
-            raise ScanError(path, reason)
-        # DICOM names the distance between rows first.
         axes = _axes(vectors.reshape(2, 3), path, name)
-        yield _Slice(file.path, frame, size, spacing[::-1], position, axes, _rescale(values, path, any_modality))
+        # DICOM states the distance between rows first.
+        yield _Slice(path, frame, size, spacing[::-1], position, axes, _rescale(values, path, any_modality))
 
 
 def _axes(vectors: FloatArray, path: Path, name: str) -> FloatArray:
@@ -160,7 +158,7 @@ def _rescale(tags: Dataset, path: Path, any_modality: bool) -> tuple[float, floa
 
 
 def _stacked(path: Path, slices: list[_Slice]) -> tuple[list[_Slice], ScanGeometry]:
-    """Slices in the order of their normal, and the regular grid that they all lie on.
+    """Slices sorted along their normal, and the regular grid that they all lie on.
 
     Raises:
         ScanError: missing, duplicate or unequally spaced slices, gantry tilt, slices that differ in size, spacing,
@@ -170,7 +168,7 @@ def _stacked(path: Path, slices: list[_Slice]) -> tuple[list[_Slice], ScanGeomet
         _check_alike(path, one, slices[0])
     slices = sorted(slices, key=lambda one: float(one.position_lps_mm @ slices[0].axes[:, 2]))
     first, last = slices[0], slices[-1]
-    normal = first.axes[:, 2]  # from here on all is measured by the slice that the geometry is taken from
+    normal = first.axes[:, 2]  # the geometry is taken from this slice, so all others are compared with it
     positions = np.array([one.position_lps_mm for one in slices])
     step = _step_mm(path, slices, positions @ normal)
     off_grid = positions - positions[0] - step * np.arange(len(slices))[:, None] * normal
@@ -188,7 +186,7 @@ def _stacked(path: Path, slices: list[_Slice]) -> tuple[list[_Slice], ScanGeomet
 
 
 def _check_alike(path: Path, one: _Slice, first: _Slice) -> None:
-    """Refuse a slice that is no part of the stack that another belongs to."""
+    """Refuse a slice that differs from the first one in size, spacing, orientation or in having a rescale."""
     turned = np.arccos(np.clip((one.axes * first.axes).sum(axis=0).min(), -1, 1))
     differences = {
         "size": one.size != first.size,
@@ -205,7 +203,7 @@ def _check_alike(path: Path, one: _Slice, first: _Slice) -> None:
 
 
 def _step_mm(path: Path, slices: Sequence[_Slice], depth_mm: FloatArray) -> float:
-    """Distance between slices that lie, by their depth along the normal, at equal distances."""
+    """The distance between slices, if they are equally spaced along the normal."""
     steps = np.diff(depth_mm)
     if (steps < 0.01).any():
         at = int(np.argmin(steps))

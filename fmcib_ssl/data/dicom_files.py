@@ -1,6 +1,6 @@
-"""What DICOM files say: which of a folder are one series, the values of their tags, and their stored pixel values.
+"""DICOM files: which of a folder form one series, the values of their tags, and their stored pixel values.
 
-Numbers are taken from the text of a tag as it stands in the file, so that what is no number can be shown.
+Numbers are parsed from the raw text of a tag, so that an error can show what is not a number.
 """
 
 from __future__ import annotations
@@ -18,18 +18,17 @@ from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
 
 from fmcib_ssl.data.geometry import FloatArray
-from fmcib_ssl.data.image_files import decoded
 from fmcib_ssl.types import Array, ScanError
 
 _SUFFIXES = (".dcm", ".dicom", ".ima")
 #: CT Image Storage, its enhanced and its legacy converted form.
 _CT_STORAGE = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")
-#: Transfer syntaxes of plain voxels; a file without one is a file without meta information.
+#: Uncompressed transfer syntaxes; None is a file without meta information.
 _NATIVE = (
     *(None, uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian),
     *(uid.ExplicitVRBigEndian, uid.DeflatedExplicitVRLittleEndian),
 )
-#: What says how voxels are stored.
+#: Tags that describe how voxels are stored.
 _STORED_AS = ("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation")
 _TAGS = [
     *(*_STORED_AS, "SamplesPerPixel", "PhotometricInterpretation"),
@@ -45,16 +44,16 @@ class DicomFile(NamedTuple):
 
     path: Path
     header: Dataset
-    damage: str  # what is wrong with its pixel data, or empty
+    damage: str  # what is wrong with it, or empty
 
     @property
     def series_uid(self) -> str:
-        """The series it belongs to; empty if it names none."""
+        """SeriesInstanceUID; empty if it has none."""
         return text(self.header, "SeriesInstanceUID")
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file is read as DICOM: by its name, or by its first bytes, since archives often leave names bare."""
+    """Whether a file is read as DICOM: by its suffix, or by its first bytes, since archives often omit suffixes."""
     if path.suffix.lower() in _SUFFIXES or not path.is_file():
         return path.suffix.lower() in _SUFFIXES
     with path.open("rb") as file:
@@ -62,7 +61,7 @@ def is_dicom(path: Path) -> bool:
 
 
 def _starts_as_dicom(head: bytes) -> bool:
-    """With the preamble; or without, when the first tag is one of the groups 2 and 8, in little endian."""
+    """With a preamble, or without one if the first tag is of group 2 or 8, little endian."""
     return head[128:132] == b"DICM" or (head[:2] in (b"\x02\x00", b"\x08\x00") and head[3:4] == b"\x00")
 
 
@@ -71,23 +70,25 @@ def series_at(path: Path, series_uid: str | None, any_modality: bool) -> list[Di
 
     Args:
         path: a folder, or a file.
-        series_uid: which series; may be None if there is but one, or but one CT.
-        any_modality: accept a modality that is not CT.
+        series_uid: which series; None if there is only one, or only one CT.
+        any_modality: accept modalities other than CT.
 
     Raises:
-        ScanError: no images, several series and none named, another modality, files that are cut off or damaged.
+        ScanError: no images, several series without `series_uid`, another modality, truncated or damaged files.
     """
-    files, unreadable = _images_at(path)
+    files = _files_at(path)
     series: dict[str, list[DicomFile]] = {}
-    for file in files:
+    for file in filter(_is_image, files):
         series.setdefault(file.series_uid, []).append(file)
+    # Whether an unreadable file is a slice of this series can only be guessed from its name.
+    unreadable = [file for file in files if file.damage and not _is_image(file)]
     if not series:
-        for name, damage in unreadable.items():
-            if name == path or is_dicom(name):
-                raise ScanError(name, damage)
+        for file in unreadable:
+            if file.path == path or is_dicom(file.path):
+                raise ScanError(file.path, file.damage)
         nothing = "is a folder without DICOM slices (folders inside it are not searched)"
         raise ScanError(path, nothing if path.is_dir() else "is a DICOM file without an image")
-    modalities = {name: _modality(own[0].header) for name, own in sorted(series.items())}
+    modalities = {name: _modality(images[0].header) for name, images in sorted(series.items())}
     listing = ", ".join(f"{name} ({kind}, {len(series[name])} files)" for name, kind in modalities.items())
     if series_uid is None:
         ct = [name for name, kind in modalities.items() if kind == "CT"]
@@ -101,20 +102,19 @@ def series_at(path: Path, series_uid: str | None, any_modality: bool) -> list[Di
     if not any_modality and modalities[series_uid] != "CT":
         remedy = "leave it out; if its values are HU all the same, write modality=any: `any` in a column `modality`"
         raise ScanError(path, f"is of modality {modalities[series_uid]}, not CT", remedy)
-    chosen = series[series_uid]
-    patterns = {_pattern(file.path) for file in chosen}
-    for name, damage in unreadable.items():  # only its name can tell a lost slice from another file
-        if name.suffix.lower() in _SUFFIXES or _pattern(name) in patterns:
-            raise ScanError(name, damage, "copy it again; remove it if it is no slice of the series")
-    for file in chosen:
+    patterns = {_pattern(file.path) for file in series[series_uid]}
+    for file in unreadable:
+        if file.path.suffix.lower() in _SUFFIXES or _pattern(file.path) in patterns:
+            raise ScanError(file.path, file.damage, "copy it again; remove it if it is no slice of the series")
+    for file in series[series_uid]:
         if file.damage:
             raise ScanError(file.path, file.damage, "copy it again")
-    return chosen
+    return series[series_uid]
 
 
 def series_files(folder: Path, series_uid: str) -> list[Path]:
-    """The files of a series in the order of their names, read or not."""
-    return [file.path for file in _images_at(folder)[0] if file.series_uid == series_uid]
+    """The files of a series in the order of their names, damaged ones too."""
+    return [file.path for file in _files_at(folder) if _is_image(file) and file.series_uid == series_uid]
 
 
 def _modality(header: Dataset) -> str:
@@ -125,51 +125,43 @@ def _pattern(path: Path) -> str:
     return re.sub(r"\d+", "#", path.name)
 
 
-def _images_at(path: Path) -> tuple[list[DicomFile], dict[Path, str]]:
-    """All images of a folder, or one file, and what may be an image but cannot be read."""
-    images, unreadable = [], {}
+def _is_image(file: DicomFile) -> bool:
+    """Whether it is a slice of a series, damaged or not."""
+    return ("SeriesInstanceUID" if file.damage else "Rows") in file.header
+
+
+def _files_at(path: Path) -> list[DicomFile]:
+    """All files of a folder, or one file, each with what is wrong with it."""
     # macOS leaves a `._slice.dcm` beside each slice.
     files = [file for file in path.iterdir() if not file.name.startswith(".")] if path.is_dir() else [path]
-    for file in sorted(file for file in files if not file.is_dir()):
-        try:
-            image = _read_header(file)
-        except ScanError as error:
-            unreadable[file] = error.reason
-        except OSError as error:
-            unreadable[file] = f"cannot be opened: {error.strerror}"
-        except Exception as error:  # whatever pydicom makes of it
-            unreadable[file] = f"is damaged: {type(error).__name__}: {error}"
-        else:
-            if image.damage and "SeriesInstanceUID" not in image.header:
-                unreadable[file] = image.damage
-            elif "Rows" in image.header or image.damage:
-                images.append(image)
-    return images, unreadable
+    return [_read_header(file) for file in sorted(files) if not file.is_dir()]
 
 
 def _read_header(path: Path) -> DicomFile:
-    """A header with what is wrong with its voxels, none of which is read.
-
-    Raises:
-        ScanError: there is no header.
-    """
-    with path.open("rb") as file:
-        head = file.read(132)
-        if not _starts_as_dicom(head):
-            raise ScanError(path, "is no DICOM file" if head else "is empty (0 bytes)")
-        file.seek(0)
-        header = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=_TAGS)
-        kind = header.get("SOPClassUID", header.file_meta.get("MediaStorageSOPClassUID"))
-        if kind is None and "Rows" not in header:
-            raise ScanError(path, "is cut off, or no DICOM file")
-        is_image = "Rows" in header or kind in _CT_STORAGE
-        return DicomFile(path, header, _damage(file, header) if is_image else "")
+    """A header with what is wrong with its voxels, none of which is read."""
+    header = Dataset()
+    try:
+        with path.open("rb") as file:
+            head = file.read(132)
+            if not _starts_as_dicom(head):
+                return DicomFile(path, header, "is no DICOM file" if head else "is empty (0 bytes)")
+            file.seek(0)
+            header = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=_TAGS)
+            kind = header.get("SOPClassUID", header.file_meta.get("MediaStorageSOPClassUID"))
+            if kind is None and "Rows" not in header:
+                return DicomFile(path, header, "is cut off, or no DICOM file")
+            is_image = "Rows" in header or kind in _CT_STORAGE
+            return DicomFile(path, header, _damage(file, header) if is_image else "")
+    except OSError as error:
+        return DicomFile(path, header, f"cannot be opened: {error.strerror}")
+    except Exception as error:  # whatever pydicom makes of it
+        return DicomFile(path, header, f"is damaged: {type(error).__name__}: {error}")
 
 
 def _damage(file: BinaryIO, header: Dataset) -> str:
     """What is wrong with the pixel data of a file that is open at its beginning."""
     if header.file_meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian:
-        return ""  # was inflated as a whole, which fails if it is cut off
+        return ""  # it was inflated as a whole, which fails for a truncated file
     implicit, little = header.original_encoding
     start = file.read(8 if implicit else 12)
     if start[:4] != (b"\xe0\x7f\x10\x00" if little else b"\x7f\xe0\x00\x10"):
@@ -189,7 +181,7 @@ def _damage(file: BinaryIO, header: Dataset) -> str:
 
 
 def text(dataset: Dataset, keyword: str) -> str:
-    """A tag as it stands in the file, without the blanks and zeros that pad it; empty if there is none."""
+    """The raw text of a tag without padding; empty if there is none."""
     if keyword not in dataset:
         return ""
     element = dataset.get_item(keyword)
@@ -213,21 +205,21 @@ def numbers(dataset: Dataset, keyword: str, count: int, path: Path) -> FloatArra
     except ValueError:
         values = np.array([np.nan])
     if len(values) != count or not np.isfinite(values).all():
-        wanted = "a number" if count == 1 else f"{count} numbers"
-        raise ScanError(path, f"has the {keyword} {written!r}, which is not {wanted} (with a decimal point)")
+        expected = "a number" if count == 1 else f"{count} numbers"
+        raise ScanError(path, f"has the {keyword} {written!r}, which is not {expected} (with a decimal point)")
     return values
 
 
 def read_stored_values(file: Path, frames: Collection[int], scratch: Path) -> Iterator[Array]:
-    """Stored values `(rows, columns)` of some frames of a file: before any rescale, MONOCHROME1 as it is.
+    """Stored values `(rows, columns)` of some frames of a file, before any rescale; MONOCHROME1 is not inverted.
 
     Args:
-        file: of a series.
-        frames: which, from 0.
-        scratch: a folder for what SimpleITK is to decompress.
+        file: a DICOM file.
+        frames: indices, from 0.
+        scratch: folder for temporary files that SimpleITK decompresses.
 
     Raises:
-        ScanError: damaged, or in a form that is not read.
+        ScanError: damaged, or an unsupported encoding.
     """
     whole = pydicom.dcmread(file, force=True)
     rows, columns, allocated, stored, high_bit, signed = (int(whole[keyword].value) for keyword in _STORED_AS)
@@ -241,17 +233,17 @@ def read_stored_values(file: Path, frames: Collection[int], scratch: Path) -> It
     lowest, highest = (-(1 << stored - 1), (1 << stored - 1) - 1) if signed else (0, (1 << stored) - 1)
     for frame in frames:
         if compressed:
-            values = _decompressed(whole, file, frame, scratch)
+            values = _decompressed(whole, frame, scratch)
         else:
             values = np.frombuffer(whole.PixelData, dtype, rows * columns, frame * rows * columns * dtype.itemsize)
         if values.min() < lowest or values.max() > highest:
-            value = values.min() if values.min() < lowest else values.max()
+            value = values[(values < lowest) | (values > highest)][0]
             raise ScanError(file, f"has the stored value {value}, which does not fit its {stored} bits (BitsStored)")
         yield values.reshape(rows, columns)
 
 
-def _decompressed(dataset: Dataset, path: Path, frame: int, scratch: Path) -> Array:
-    """One frame, by SimpleITK from a file of that frame that has no rescale and is not inverted."""
+def _decompressed(dataset: Dataset, frame: int, scratch: Path) -> Array:
+    """One frame, decoded by SimpleITK from a file with that frame alone, without rescale and inversion."""
     plain = Dataset()
     plain.file_meta = FileMetaDataset()
     plain.file_meta.TransferSyntaxUID = dataset.file_meta.TransferSyntaxUID
@@ -267,4 +259,4 @@ def _decompressed(dataset: Dataset, path: Path, frame: int, scratch: Path) -> Ar
     reader.SetFileName(str(scratch / "frame.dcm"))
     reader.SetImageIO("GDCMImageIO")
     reader.SetNumberOfThreads(1)
-    return decoded(reader, path)
+    return np.asarray(sitk.GetArrayFromImage(reader.Execute()))

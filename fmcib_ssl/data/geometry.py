@@ -51,13 +51,13 @@ class ScanGeometry:
 
     @classmethod
     def of(cls, size_xyz: ArrayLike, spacing: ArrayLike, origin: ArrayLike, direction: ArrayLike) -> ScanGeometry:
-        """The same of any sequences of numbers, as libraries give them."""
+        """From any sequences of numbers, as libraries return them."""
         size, (sx, sy, sz), (x, y, z), rows = (np.asarray(a).tolist() for a in (size_xyz, spacing, origin, direction))
         return cls(tuple(size), (sx, sy, sz), (x, y, z), tuple(map(tuple, rows)))
 
     @classmethod
     def from_affine(cls, size_xyz: ArrayLike, index_to_lps_mm: FloatArray) -> ScanGeometry:
-        """The geometry of a 4x4 (or 3x4) matrix from voxel indices to LPS mm, whether a scan can have it or not."""
+        """The geometry of a 4x4 (or 3x4) matrix from voxel indices to LPS mm, not checked."""
         spacing = np.linalg.norm(index_to_lps_mm[:3, :3], axis=0)
         direction = index_to_lps_mm[:3, :3] / np.where(spacing > 0, spacing, 1) + 0.0  # no minus before a zero
         return cls.of(size_xyz, spacing, index_to_lps_mm[:3, 3] + 0.0, direction)
@@ -67,7 +67,7 @@ class ScanGeometry:
         return np.array(self.direction, dtype=np.float64) * self.spacing_mm_xyz
 
     def to_lps_mm(self, index_xyz: ArrayLike) -> Float[np.ndarray, "*points 3"]:
-        """Centre of a voxel, or the place of a fractional index, in LPS mm."""
+        """Position of a voxel's centre, or of a fractional index, in LPS mm."""
         points: FloatArray = np.asarray(index_xyz, dtype=np.float64) @ self._index_to_mm.T + self.origin_lps_mm
         return points
 
@@ -90,7 +90,7 @@ class ScanGeometry:
         return float(np.linalg.norm(self._index_to_mm @ (index - nearest)))
 
     def corners_lps_mm(self, margin: float = 0.0) -> Float[np.ndarray, "8 3"]:
-        """The eight corners, that of the first voxel first, of the last last.
+        """The eight corners, from the first voxel's to the last voxel's.
 
         Args:
             margin: how far beyond the centres of the corner voxels, in voxels; 0.5 is where the scan ends.
@@ -104,7 +104,7 @@ class ScanGeometry:
 
 
 def check_geometry(path: Path, geometry: ScanGeometry) -> ScanGeometry:
-    """Refuse a geometry that no CT of a patient can have."""
+    """Refuse a geometry that is impossible for a CT of a patient."""
     lowest, highest = _SPACING_RANGE_MM
     spacing, direction = geometry.spacing_mm_xyz, np.array(geometry.direction)
     if not all(lowest <= s <= highest for s in spacing):

@@ -1,10 +1,10 @@
-"""A CT from a NIfTI, NRRD or MetaImage file: what its header says of where the voxels lie, and the voxels.
+"""A CT from a NIfTI, NRRD or MetaImage file: its geometry and its voxels.
 
-A NIfTI header is read by nibabel and the voxels by hand. ITK is not asked: where a file says two things it takes one
-without a word; it reads NaN as 0, fills what is cut off with zeros, and does not know NIfTI-2.
+A NIfTI header is read by nibabel and the voxels by hand, not by ITK: of contradicting transforms ITK silently takes
+one, it reads NaN as 0, fills truncated data with zeros, and does not support NIfTI-2.
 
-NRRD and MetaImage are read by ITK. What a header leaves out it fills with voxels of 1 mm, an origin of 0 and axes along
-LPS; here such a file is refused.
+NRRD and MetaImage are read by ITK. For missing fields ITK assumes voxels of 1 mm, an origin of 0 and axes along LPS;
+such files are refused here.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ import SimpleITK as sitk
 from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
 
-from fmcib_ssl.data.geometry import RESAMPLE, ScanGeometry, check_geometry, numbers_text
+from fmcib_ssl.data.geometry import ScanGeometry, check_geometry, numbers_text
 from fmcib_ssl.types import Array, ScanError
 
-#: Which of the two transforms of a NIfTI header is right, where they contradict each other.
+#: Which transform of a NIfTI header to use if its two contradict each other.
 Affine = Literal["sform", "qform"]
-#: What can be read, for messages.
+#: Supported formats, for messages.
 FORMATS = "NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr), MetaImage (.mha, .mhd) or DICOM (folder of slices, enhanced CT)"
 
 _NIFTI = re.compile(r"\.(nii|hdr|img)(\.gz)?$", re.IGNORECASE)
 _MM_PER_UNIT = {1: 1000.0, 2: 1.0, 3: 0.001}  # metre, millimetre, micrometre; anything else counts as mm
-#: Two statements about one voxel's place may differ by this much, mm: rounding.
+#: Two transforms may put a corner voxel this far apart, mm: rounding.
 _MAX_CONFLICT_MM = 0.1
-#: Longest NRRD or MetaImage header that is looked at, bytes: fields of a Slicer segmentation may be long.
+#: Longest NRRD or MetaImage header that is read, bytes: fields of a Slicer segmentation may be long.
 _MAX_HEADER = 1 << 20
 _MILLIMETRES = ("mm", "millimeter", "millimeters", "millimetre", "millimetres")
-#: Spaces of an NRRD that ITK brings to LPS, by the initials of their names.
+#: NRRD spaces that ITK converts to LPS, by the initials of their names.
 _SPACES = ("lps", "ras", "las")
-#: The parts of a MetaImage's geometry by all names that they have, the usual one first, and how many numbers each is.
+#: Fields of a MetaImage's geometry with their aliases, the usual name first, and how many numbers each has.
 _META_NAMES = {
     ("ElementSpacing", "ElementSize"): 3,
     ("Offset", "Position", "Origin"): 3,
@@ -54,14 +54,14 @@ def is_nifti(path: Path) -> bool:
 
 
 def open_nifti(path: Path, affine: Affine | None) -> tuple[ScanGeometry, Callable[[], Array]]:
-    """Geometry of a NIfTI file, and what reads its values `(z, y, x)`, scaled; of a gzip file its checksum is tested.
+    """Geometry of a NIfTI file, and a function that reads its scaled values `(z, y, x)` and checks a gzip checksum.
 
     Args:
         path: the file.
-        affine: which transform to take where the header's two contradict each other; None refuses such a file.
+        affine: which transform to use if the header's two contradict each other; None refuses such a file.
 
     Raises:
-        ScanError: not a NIfTI file, cut off, not one volume, no geometry, or two that contradict each other; when its
+        ScanError: not a NIfTI file, truncated, not one volume, no geometry, or two that contradict each other; when the
             values are read, damaged data.
     """
     if ".nii" not in path.name.lower():
@@ -108,13 +108,13 @@ def open_nifti(path: Path, affine: Affine | None) -> tuple[ScanGeometry, Callabl
 
 
 def _check_length(path: Path, expected: int) -> None:
-    """Refuse a file that is cut off, without unzipping one that is as long as expected."""
+    """Refuse a truncated file, without unzipping one that has the expected length."""
     with _opened(path) as file:
         raw = getattr(file, "fileobj", file)
         num_bytes = raw.seek(0, 2)
         if raw is not file:
-            # The last four bytes of a gzip file are its uncompressed length; of one cut short they are noise, and of
-            # several members they are the last one's: then only reading it tells.
+            # The last four bytes of a gzip file are its uncompressed length. In a truncated file they are noise, with
+            # several members they are the last one's length: then the whole file has to be read.
             raw.seek(-4, 2)
             num_bytes = int.from_bytes(raw.read(4), "little")
             if num_bytes == expected % 2**32:
@@ -127,7 +127,7 @@ def _check_length(path: Path, expected: int) -> None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A file, unzipped if its content (whatever its name) is gzip's."""
+    """A file, unzipped if its content is gzip, regardless of its name."""
     try:
         with path.open("rb") as file:
             zipped = file.read(2) == b"\x1f\x8b"
@@ -135,18 +135,16 @@ def _opened(path: Path) -> Iterator[Any]:
             yield gzip.GzipFile(fileobj=file) if zipped else file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ScanError(path, f"is cut off or damaged ({error}); copy it again") from error
-    except OSError as error:
-        raise ScanError(path, f"cannot be opened: {error.strerror or error}") from error
 
 
 def _geometry(path: Path, header: Any, size: tuple[int, ...], affine: Affine | None) -> ScanGeometry:
-    """Where the voxels of a NIfTI file lie, if its header says it, and says one thing only."""
+    """The geometry of a NIfTI file, if its header has one and does not contradict itself."""
     transforms = {}
     if header["sform_code"] > 0:
         transforms["sform"] = header.get_sform()
     if header["qform_code"] > 0 and affine != "sform":
         if header["pixdim"][0] not in (-1, 1):
-            header["pixdim"][0] = 1  # the sense of the slices: the standard takes anything else as 1
+            header["pixdim"][0] = 1  # direction of the slices: by the standard any other value means 1
         transforms["qform"] = header.get_qform()
     if not transforms:
         reason = "has no geometry: the codes of its sform and its qform are 0, so nothing says how the patient lies"
@@ -161,10 +159,10 @@ def _geometry(path: Path, header: Any, size: tuple[int, ...], affine: Affine | N
     to_lps = np.diag([-mm, -mm, mm, 1])
     stated = {name: ScanGeometry.from_affine(size, to_lps @ matrix) for name, matrix in transforms.items()}
     if "sform" in stated and abs(np.linalg.det(np.nan_to_num(stated["sform"].direction))) > 1e-3:
-        check_geometry(path, stated["sform"])  # a sheared one is refused, whatever stands beside it
+        check_geometry(path, stated["sform"])  # a sheared sform is refused even beside a valid qform
     geometry = check_geometry(path, stated[affine or ("sform" if "sform" in stated else "qform")])
     if affine is None and "sform" in stated:
-        if "qform" not in stated:  # whose voxel size it is
+        if "qform" not in stated:  # its voxel size is pixdim
             stated["voxel size (pixdim)"] = replace(geometry, spacing_mm_xyz=tuple(voxel_mm.tolist()))
         (one, first), (other, second) = stated.items()
         distance_mm = np.linalg.norm(first.corners_lps_mm() - second.corners_lps_mm(), axis=1).max()
@@ -180,10 +178,10 @@ def _geometry(path: Path, header: Any, size: tuple[int, ...], affine: Affine | N
 
 
 def open_itk(path: Path) -> tuple[ScanGeometry, Callable[[], Array]]:
-    """Geometry of an NRRD or MetaImage file, and what decodes its values `(z, y, x)`.
+    """Geometry of an NRRD or MetaImage file, and a function that decodes its values `(z, y, x)`.
 
     Raises:
-        ScanError: not an image, 2D, 4D, colour, a header that leaves its geometry out; when decoded, damaged data.
+        ScanError: not an image, 2D, 4D, colour, a header without a complete geometry; when decoded, damaged data.
     """
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
@@ -193,10 +191,7 @@ def open_itk(path: Path) -> tuple[ScanGeometry, Callable[[], Array]]:
     if image_io not in ("", "NrrdImageIO", "MetaImageIO"):
         name = image_io.removesuffix("ImageIO")
         raise ScanError(path, f"is a {name} file, whose geometry is not known to be right; use {FORMATS}")
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise ScanError(path, f"cannot be read: {shortened(error)}") from error
+    reader.ReadImageInformation()
     size = reader.GetSize()
     if len(size) != 3 or min(size) < 2:
         hint = "; for DICOM name the folder of the series, not one slice" if len(size) == 3 else ""
@@ -207,11 +202,11 @@ def open_itk(path: Path) -> tuple[ScanGeometry, Callable[[], Array]]:
     _check_header(path, is_nrrd=image_io == "NrrdImageIO")
     direction = np.reshape(reader.GetDirection(), (3, 3))
     geometry = check_geometry(path, ScanGeometry.of(size, reader.GetSpacing(), reader.GetOrigin(), direction))
-    return geometry, lambda: decoded(reader, path)
+    return geometry, lambda: sitk.GetArrayFromImage(reader.Execute())
 
 
 def _check_header(path: Path, *, is_nrrd: bool) -> None:
-    """Refuse an NRRD or MetaImage file of which a part of the geometry is missing, or is not in mm."""
+    """Refuse an NRRD or MetaImage file whose geometry is incomplete or not in mm."""
     with path.open("rb") as file:
         head = file.read(_MAX_HEADER)
     if is_nrrd:
@@ -239,24 +234,27 @@ def _check_header(path: Path, *, is_nrrd: bool) -> None:
             raise ScanError(path, f"is in {unit!r} ({field}), not in mm; save it in mm")
 
 
-def decoded(reader: Any, path: Path) -> Array:
-    """The voxels that a SimpleITK reader gives, `(z, y, x)`."""
+@contextmanager
+def rejecting(path: Path) -> Iterator[None]:
+    """Any error of a library becomes a rejection of this file."""
+    name = str(path)[:200]
     try:
-        values: Array = sitk.GetArrayFromImage(reader.Execute())
-    except (RuntimeError, MemoryError) as error:
-        raise ScanError(path, f"cannot be decoded: {shortened(error)}") from error
-    return values
+        yield
+    except (ScanError, ImportError):
+        raise
+    except MemoryError as error:
+        raise ScanError(name, "needs more memory than there is", "read it on a larger machine") from error
+    except OSError as error:
+        raise ScanError(name, f"cannot be opened: {error.strerror or error}") from error
+    except Exception as error:
+        raise ScanError(name, f"cannot be read ({type(error).__name__}: {_shortened(error)})") from error
 
 
-def shortened(error: BaseException) -> str:
-    """What SimpleITK has to say, in a sentence."""
-    text = str(error).rsplit("ERROR: ", 1)[-1]
+def _shortened(error: Exception) -> str:
+    """An error in one sentence; those of SimpleITK span many lines."""
+    text = str(error).rsplit("ERROR: ", 1)[-1].strip()
     if "Unable to determine ImageIO reader" in text:
         return f"its content is not what its name says, or not a format we read; use {FORMATS}"
-    if "MetaImageIO" in text and "cannot be read" in text:
-        return "it is cut off, or the file that holds its voxels is missing"
-    if "orthonormal" in text:
-        return f"its direction matrix is sheared (gantry tilt?), not a rotation; {RESAMPLE}"
-    last = text.strip().splitlines()[-1] if text.strip() else type(error).__name__
-    last = re.sub(r"^(\[nrrd\] \w+: |\w+\(0x[0-9a-f]+\): )+", "", last).strip()
-    return f"it is cut off ({last})" if re.match(r"expected \d+ bytes|fread got only", last) else last
+    last = re.sub(r"^(\[nrrd\] \w+: |\w+\(0x[0-9a-f]+\): )+", "", text.splitlines()[-1] if text else "").strip()
+    cut_off = re.match(r"expected \d+ bytes|fread got only", last) or "MetaImageIO" in text
+    return f"it is cut off ({last})" if cut_off else last

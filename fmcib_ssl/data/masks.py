@@ -1,4 +1,4 @@
-"""Lesions from masks: a point, a volume and a diameter for every connected piece of a mask.
+"""Lesions from masks: a point, a volume and a diameter for every connected component of a mask.
 
 A mask is a file of whole numbers (NIfTI, NRRD, MetaImage), or a DICOM SEG or RTSTRUCT file, read by way of highdicom
 (`pip install "fmcib_ssl[dicom]"`). A region is what a mask gives one name: a label value, a DICOM segment, an ROI. A
@@ -37,16 +37,17 @@ from fmcib_ssl.data.annotations import (
 )
 from fmcib_ssl.data.dicom_files import is_dicom, series_at
 from fmcib_ssl.data.geometry import FloatArray, ScanGeometry, numbers_text
-from fmcib_ssl.data.scans import ScanSource, read_header, read_volume, rejecting
+from fmcib_ssl.data.image_files import rejecting
+from fmcib_ssl.data.scans import ScanSource, read_header, read_volume
 from fmcib_ssl.data.tables import REJECTED_COLUMNS, OnBadRow, read_table, refuse_or_skip, require_columns
 from fmcib_ssl.io import num_cores
 from fmcib_ssl.types import ScanError
 
 _logger = logging.getLogger(__name__)
 
-#: A mask's voxel centre may be this part of a voxel away from the scan's: rounding in the headers.
+#: A mask's voxel centres may be off the scan's by this fraction of a voxel: rounding in the headers.
 _MAX_GRID_SHIFT = 0.1
-#: A contour may leave its slice by this part of the distance between slices.
+#: A contour may leave its slice by this fraction of the slice distance.
 _MAX_OFF_SLICE = 0.25
 _ON_EDGE = 0.01  # of a voxel: contours are written with a few decimals
 _SEG = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")  # bitmap, and label map
@@ -55,7 +56,7 @@ _TOUCHING = ndimage.generate_binary_structure(3, 3)  # pieces that share a corne
 
 
 class Region(NamedTuple):
-    """What a mask gives one name."""
+    """The voxels of one label value, DICOM segment or ROI."""
 
     name: str
     mask_zyx: npt.NDArray[np.bool_]
@@ -169,12 +170,12 @@ def _draw(mask: npt.NDArray[np.bool_], index_xyz: FloatArray, name: str, path: P
 
 
 def find_lesions(region: Region) -> pd.DataFrame:
-    """Every connected piece of a region, the largest first. Voxels that touch by a corner are connected.
+    """Every connected component of a region, the largest first. Voxels that share a corner are connected.
 
     The diameter is that of the ball of equal volume. RECIST's, the longest in a slice, is larger for all other shapes.
     The point is the mean of the voxels; of a curved lesion it may lie outside.
     """
-    # Most of a scan is no lesion: only the box round the region is searched. An empty region has no box.
+    # Only the bounding box of the region is searched; an empty region has none.
     box = (ndimage.find_objects(region.mask_zyx.astype(np.uint8)) or [(slice(0, 1),) * 3])[0]
     pieces, num_pieces = ndimage.label(region.mask_zyx[box], _TOUCHING)
     counts = np.bincount(pieces.ravel(), minlength=num_pieces + 1)[1:]
@@ -188,7 +189,7 @@ def find_lesions(region: Region) -> pd.DataFrame:
 
 
 def _check_grid(mask: ScanGeometry, scan: ScanGeometry, path: Path) -> None:
-    """Refuse a mask whose voxels are not voxels of its scan. Being a part of the scan or stored flipped is in order."""
+    """Refuse a mask whose voxels are not voxels of its scan; it may be a part of the scan, or stored flipped."""
     index = scan.to_index_xyz(mask.corners_lps_mm())
     steps = scan.to_index_xyz(mask.to_lps_mm(np.eye(3))) - scan.to_index_xyz(mask.origin_lps_mm)
     on_voxels = np.abs(index - np.rint(index)).max() <= _MAX_GRID_SHIFT
@@ -273,16 +274,16 @@ def lesions_from_masks(
 def _lesions_of(
     mask: Path, scan: ScanSource, names: str | None, min_volume_mm3: float, mask_grid: Literal["scan", "own"]
 ) -> pd.DataFrame:
-    """The pieces of a mask that are lesions."""
+    """The connected components of a mask that are lesions."""
     geometry = read_header(*scan)
     regions = read_regions(mask, scan)
-    known = ", ".join(region.name for region in regions)
+    listing = ", ".join(region.name for region in regions)
     if names is not None:
         regions = [region for region in regions if re.fullmatch(names, region.name, re.IGNORECASE)]
         if not regions:
-            raise ScanError(mask, f"has no region of the name {names!r}; it has {known}")
+            raise ScanError(mask, f"has no region of the name {names!r}; it has {listing}")
     elif len(regions) > 1 and is_dicom(mask):
-        raise ScanError(mask, f"has {len(regions)} regions ({known}); say which with names=")
+        raise ScanError(mask, f"has {len(regions)} regions ({listing}); say which with names=")
     if mask_grid == "scan":
         for region in regions:
             _check_grid(region.geometry, geometry, mask)

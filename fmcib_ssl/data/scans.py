@@ -1,14 +1,13 @@
-"""Read a CT from disk with its geometry, refuse what is not one, and cut a patch from it for a look.
+"""Read a CT from disk with its geometry, refuse what is not a CT, and crop a patch from it.
 
-A decoded scan is a NumPy array and its geometry: no SimpleITK image outlives a call, so scans may be held across `fork`
-and pickled, and every filter here runs on one thread. `dicom`, `nifti` and `itk` read the formats.
+A decoded scan is a NumPy array and its geometry: no SimpleITK image outlives a call, so scans survive `fork` and can be
+pickled, and every filter here runs on one thread. `dicom` and `image_files` read the formats.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,30 +20,30 @@ from jaxtyping import Int16
 from fmcib_ssl.data.dicom import open_dicom
 from fmcib_ssl.data.dicom_files import is_dicom
 from fmcib_ssl.data.geometry import ScanGeometry
-from fmcib_ssl.data.image_files import Affine, is_nifti, open_itk, open_nifti, shortened
+from fmcib_ssl.data.image_files import Affine, is_nifti, open_itk, open_nifti, rejecting
 from fmcib_ssl.types import PADDING_HU, Array, ScanError
 
-#: A scan in HU holds air or at least fat somewhere; one that stays above this is not in HU.
+#: A scan in HU contains air or at least fat; one that is above this everywhere is not in HU.
 _HIGHEST_MINIMUM_HU = -50
-#: Values of one number below this are what scanners write outside their field of view.
+#: A value below this that many voxels share is what scanners write outside their field of view.
 _PADDING_BELOW_HU = -1100
 #: Air with lung, soft tissue with fat.
 _AIR_HU = (-1100, -600)
 _SOFT_TISSUE_HU = (-200, 300)
-#: Above the range of int16 are a few voxels of metal; a scan with more than this part of them is not in HU.
+#: A few voxels of metal may be above the range of int16; a scan with more than this fraction is not in HU.
 _MAX_CLIPPED = 0.01
-#: Voxels that are looked at.
+#: Voxels that are sampled.
 _NUM_SAMPLES = 2_000_000
 
 
 class ScanSource(NamedTuple):
-    """Where a scan is, and how it is to be read.
+    """A scan to be read.
 
     Attributes:
         path: a file, or a folder of DICOM slices.
         series_uid: which series, if the folder holds several.
-        any_modality: of DICOM, accept a modality that is not CT.
-        affine: which transform, if a NIfTI header's two contradict each other.
+        any_modality: accept DICOM modalities other than CT.
+        affine: which transform to use if a NIfTI header's two contradict each other.
     """
 
     path: Path
@@ -76,7 +75,7 @@ class Scan:
     summary: HuSummary | None = None
 
     def as_itk(self, lowest_hu: int) -> sitk.Image:
-        """The scan as an image of SimpleITK, values below `lowest_hu` raised to it."""
+        """The scan as a SimpleITK image, with values below `lowest_hu` raised to it."""
         image = sitk.GetImageFromArray(np.maximum(self.hu, self.hu.dtype.type(lowest_hu)))
         image.SetSpacing(self.geometry.spacing_mm_xyz)
         image.SetOrigin(self.geometry.origin_lps_mm)
@@ -89,18 +88,18 @@ def read_header(
 ) -> ScanGeometry:
     """Geometry of a scan, without its voxels.
 
-    Finds what a header can tell, also NIfTI files that end too early.
+    Truncated NIfTI files are found too.
 
     Args:
         path: a file, or a folder with the slices of a DICOM series.
         series_uid: which series, if the folder holds several.
-        any_modality: of DICOM, accept a modality that is not CT.
-        affine: which transform, if a NIfTI header's two contradict each other.
+        any_modality: accept DICOM modalities other than CT.
+        affine: which transform to use if a NIfTI header's two contradict each other.
 
     Raises:
         ScanError: no such file, not an image, empty, cut off, 2D, 4D, colour; no geometry, two that contradict each
-            other, a direction that is no rotation, absurd spacing; of DICOM: several series, missing slices, gantry
-            tilt; whatever else a library has to say of it.
+            other, a direction that is not a rotation, absurd spacing; of DICOM: several series, missing slices, gantry
+            tilt; any error of a library.
     """
     source = ScanSource(Path(path), series_uid, any_modality, affine)
     with rejecting(source.path):
@@ -115,8 +114,8 @@ def read_scan(
     Args:
         path: a file, or a folder with the slices of a DICOM series.
         series_uid: which series, if the folder holds several.
-        any_modality: of DICOM, accept a modality that is not CT.
-        affine: which transform, if a NIfTI header's two contradict each other.
+        any_modality: accept DICOM modalities other than CT.
+        affine: which transform to use if a NIfTI header's two contradict each other.
 
     Raises:
         ScanError: as `read_header`, and for damaged data, NaN or Inf, a constant image, values that are not HU.
@@ -131,7 +130,7 @@ def read_scan(
 
 
 def read_volume(source: ScanSource) -> tuple[Array, ScanGeometry]:
-    """Values of a file or series as they are, `(z, y, x)`, HU or not, and where they lie.
+    """Values of a file or series, `(z, y, x)`, HU or not, and their geometry.
 
     Raises:
         ScanError: as `read_header`, and for damaged data.
@@ -174,29 +173,13 @@ def crop_patch(
 
 
 def _open(source: ScanSource) -> tuple[ScanGeometry, Callable[[], Array]]:
-    """Geometry of a scan, and what reads its values: each format's own."""
+    """Geometry of a scan, and a function that reads its values, by format."""
     path = source.path
     if not path.is_dir() and path.stat().st_size == 0:
         raise ScanError(path, "is empty (0 bytes)")
     if path.is_dir() or is_dicom(path):
         return open_dicom(path, source.series_uid, source.any_modality)
     return open_nifti(path, source.affine) if is_nifti(path) else open_itk(path)
-
-
-@contextmanager
-def rejecting(path: Path) -> Iterator[None]:
-    """Whatever a library makes of a broken file rejects this file alone."""
-    name = str(path)[:200]
-    try:
-        yield
-    except (ScanError, ImportError):
-        raise
-    except MemoryError as error:
-        raise ScanError(name, "needs more memory than there is", "read it on a larger machine") from error
-    except OSError as error:
-        raise ScanError(name, f"cannot be opened: {error.strerror or error}") from error
-    except Exception as error:
-        raise ScanError(name, f"cannot be read ({type(error).__name__}: {shortened(error)})") from error
 
 
 def _as_hu(values: Array, path: Path | str) -> tuple[Array, HuSummary]:
@@ -212,7 +195,7 @@ def _as_hu(values: Array, path: Path | str) -> tuple[Array, HuSummary]:
         raise ScanError(path, f"is constant: every voxel is {lowest}")
     limits = np.iinfo(np.int16)
     num_clipped = int(np.count_nonzero(values > limits.max)) if highest > limits.max else 0
-    # An odd step, so that no axis is sampled in its rhythm.
+    # An odd step, so that sampling does not align with an axis.
     sample = values.reshape(-1)[:: max(1, values.size // _NUM_SAMPLES) | 1].astype(np.float32)
     tissue = _without_padding(sample)
     problem = _problem(tissue, float(lowest), float(highest))
@@ -228,7 +211,7 @@ def _as_hu(values: Array, path: Path | str) -> tuple[Array, HuSummary]:
 
 
 def _without_padding(sample: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """A sample of voxels without those of a number far below air that many of them share."""
+    """A sample of voxels without padding: values far below air that many voxels share."""
     below = sample[sample < _PADDING_BELOW_HU]
     if not below.size:
         return sample
@@ -237,7 +220,7 @@ def _without_padding(sample: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]
 
 
 def _problem(tissue: npt.NDArray[np.float32], lowest: float, highest: float) -> str | None:
-    """Why values cannot be HU, and what they may be; None if they can."""
+    """Why values cannot be HU, and what they may be; None if they can be HU."""
 
     def part(low: float, high: float) -> float:
         return float(np.count_nonzero((tissue >= low) & (tissue < high)) / tissue.size)
@@ -250,7 +233,7 @@ def _problem(tissue: npt.NDArray[np.float32], lowest: float, highest: float) -> 
         return f"{below:.0%} of it lies below air; is the intercept applied twice, or the unit a tenth of a HU?"
     if part(-600, inf) < 0.002 and np.median(tissue) < -920:
         return "nothing in it is denser than lung; is the intercept applied twice?"
-    # Bone goes on above and below; air that is inverted, or soft tissue without its intercept, does not.
+    # Bone also has lower and higher values; inverted air, or soft tissue without its intercept, does not.
     dense = part(700, 1150)
     if dense > 0.05 and part(*_AIR_HU) < 0.02 and part(200, 700) < dense / 2 and part(1150, inf) < dense / 4:
         return f"{dense:.0%} of it is as dense as bone and none is air; is it inverted, or without its intercept?"
