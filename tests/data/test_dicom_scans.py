@@ -13,7 +13,6 @@ from odd_dicom import (
     ORIGIN,
     PRONE,
     SHAPE,
-    SPACING,
     UPRIGHT,
     assert_read_right,
     ct_hu,
@@ -28,25 +27,13 @@ from odd_dicom import (
     strip_preamble,
     write,
 )
-from prepared import run, store_patch, write_table
 from pydicom.data import get_testdata_file
 
 from fmcib_ssl.data.annotations import check_annotations, read_annotations
-from fmcib_ssl.data.geometry import ScanGeometry
 from fmcib_ssl.data.scans import read_header, read_scan
-from fmcib_ssl.data.store import Store
 from fmcib_ssl.types import ScanError
 
 # --- values ---
-
-
-def test_a_folder(tmp_path: Path) -> None:
-    hu = ct_hu()
-    scan = read_scan(write(tmp_path / "a", ct_series(hu)))
-    np.testing.assert_array_equal(scan.hu, hu)
-    assert scan.hu.dtype == np.int16
-    assert scan.geometry == ScanGeometry(SHAPE[::-1], SPACING[::-1], tuple(ORIGIN))
-    assert read_header(tmp_path / "a") == scan.geometry
 
 
 @pytest.mark.parametrize(("signed", "bits", "intercept"), [(False, 12, -1024), (False, 16, -1024), (True, 16, 0)])
@@ -122,19 +109,6 @@ def test_files_of_other_tools(tmp_path: Path, name: str) -> None:
     expected = pydicom.dcmread(get_testdata_file("MR_small.dcm", download=False)).pixel_array - 1024
     scan = read_scan(write(tmp_path / "a", slices))
     np.testing.assert_array_equal(scan.hu, [expected] * 3)
-
-
-def test_jpeg2000_whose_sign_contradicts_its_tags(tmp_path: Path) -> None:
-    """The values are those that pydicom's own tests state for this file."""
-    slices = []
-    for k in range(2):
-        one = pydicom.dcmread(get_testdata_file("J2K_pixelrep_mismatch.dcm", download=False))
-        one.ImagePositionPatient = [*one.ImagePositionPatient[:2], k]
-        slices.append(one)
-    hu = read_scan(write(tmp_path / "a", slices)).hu
-    intercept = int(slices[0].get("RescaleIntercept", 0))
-    assert hu[0, 0, 0] == -2000 + intercept
-    assert (hu[1, 47:57, 279] - intercept).tolist() == [621, 412, 138, -193, -520, -767, -907, -966, -988, -995]
 
 
 # --- places ---
@@ -280,26 +254,6 @@ def test_rows_of_a_table(tmp_path: Path) -> None:
     assert "series_uid=1.2.6" in two
     assert "modality=any" in mr
     assert "correct the path" in none
-
-
-def test_into_a_store(tmp_path: Path) -> None:
-    """A marked voxel is where DICOM's equation puts it; a series that cannot be read stops nothing."""
-    hu = np.full((30, 24, 24), -900) + ct_hu((30, 24, 24)) // 50
-    hu[12, 5, 17] = 2000
-    place = ORIGIN + 1.0 * np.array([17, 5, 12])
-    slices = ct_series(hu, positions(30, step=1.0), spacing=(1.0, 1.0))
-    save(enhanced(slices, np.random.default_rng(2).permutation(30).tolist()), tmp_path / "enhanced.dcm")
-    write(tmp_path / "series", slices)
-    shutil.copy(get_testdata_file("rtdose.dcm", download=False), tmp_path / "series" / "dose.dcm")
-    write(tmp_path / "broken", ct_series(hu, positions(30, step=1.0), spacing=(0, 0)))
-    rows = [f"{name},{','.join(map(str, place))}" for name in ("enhanced.dcm", "series", "broken")]
-    summary = run(write_table(tmp_path, rows), tmp_path / "store")
-    assert summary.rejected["row"].tolist() == [3]
-    assert "PixelSpacing" in summary.rejected["reason"][0]
-    store = Store(tmp_path / "store")
-    for lesion in (0, 1):
-        patch = store_patch(store, lesion, (5, 5, 5))
-        assert np.argwhere(patch > 1000).tolist() == [[2, 2, 2]]
 
 
 # --- real scans ---
