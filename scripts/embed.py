@@ -49,14 +49,14 @@ class Embed(Command):
     select: dict[str, Any] | None = Field(None, description="lesions to embed, such as '{split: [val, test]}'")
     like: Path | None = Field(None, description="run or encoder whose network or patches a baseline takes")
     seed: NonNegativeInt = Field(0, description="of the weights of checkpoint=random")
-    precision: Literal["32", "bf16", "fp16"] = Field("32", description="halves are stored as float16")
+    precision: Literal["32", "bf16", "fp16"] = Field("32", description="bf16 and fp16 are stored as float16")
     views: Literal["1", "8"] = Field("1", description="8: mean over the patch and its mirror images")
     batch_size: PositiveInt = Field(32, description="patches in one forward")
     device: str | None = Field(None, description="cpu, cuda, mps; null: a GPU if there is one")
     num_workers: NonNegativeInt | None = Field(None, description="that read patches; null: 0 on the CPU, else up to 4")
     shard: str | None = Field(None, pattern=r"^[1-9]\d*/\d+$", description="part of the lesions, 1/8 to 8/8")
     restart: bool = Field(False, description="true: replace a table or parts that another request made")
-    trusted_targets: list[str] = Field([], description="foreign encoders to build, commas between them")
+    trusted_targets: list[str] = Field([], description="foreign encoders to build, comma-separated")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Embed:
@@ -68,7 +68,7 @@ class Embed(Command):
         if int(number) > int(total):
             raise ValueError(f"shard={self.shard}: there are {total} parts")
         if self.checkpoint == "raw_voxels" and self.views != "1":
-            raise ValueError("views=8: the mean of mirrored voxels says nothing")
+            raise ValueError("views=8 does not apply to raw voxels")
         return self
 
 
@@ -159,9 +159,7 @@ def report(outcome: Outcome) -> None:
         print(f"the last of which writes {outcome.output}")
         return
     rate = outcome.num_embedded / max(outcome.seconds, 1e-9)
-    now = (
-        f"{outcome.num_embedded} of them now, {rate:.1f} a second" if outcome.num_embedded else "nothing was left to do"
-    )
+    now = f"{outcome.num_embedded} of them now, {rate:.1f} a second" if outcome.num_embedded else "nothing to do"
     print(f"features  {outcome.output}\nlesions   {outcome.num_lesions}, {now}")
     if outcome.num_rejected:
         print(f"rejected  {outcome.num_rejected}, see {rejected_file(outcome.output)}")

@@ -36,7 +36,7 @@ class Evaluate(Command):
     out= is another name of output=, groups= of group=.
     """
 
-    features: list[Path] = Field(min_length=1, description="tables that scripts/embed.py wrote, commas between them")
+    features: list[Path] = Field(min_length=1, description="tables that scripts/embed.py wrote, comma-separated")
     output: Path = Field(description="folder for results.json and predictions.parquet")
     label: str | None = Field(None, description="column to predict")
     task: str = Field("binary", description="binary, multiclass, ordinal, continuous, survival; or of scripts/tasks")
@@ -54,7 +54,7 @@ class Evaluate(Command):
     fractions: list[Share] = Field([1.0], description="shares of the training patients, such as 1,0.5,0.2,0.1")
     size: list[str] | None = Field(["diameter_mm"], description="columns with the lesion's size, a baseline of its own")
     baselines: bool = Field(True, description="false: no random weights, no raw voxels")
-    allow_leakage: list[Literal["patients", "duplicates", "padding"]] = Field([], description="checks that may fire")
+    allow_leakage: list[Literal["patients", "duplicates", "padding"]] = Field([], description="leakage to accept")
     num_bootstrap: PositiveInt = Field(2000, description="resamples of the patients for the intervals")
     seed: NonNegativeInt = Field(0, description="of folds, shares of the labels, resamples and random weights")
     device: str | None = Field(None, description="for random weights; null: a GPU if there is one")
@@ -156,7 +156,7 @@ def protocol_of(command: Evaluate, tables: dict[str, FeatureTable]) -> tuple[Any
     lesions = lesions[lesions["lesion_id"].isin(shared)].reset_index(drop=True)
     notes, published = [], None
     if lost := max(map(len, tables.values())) - len(lesions):
-        notes.append(f"{lost} lesions are not in every table of features and are left out")
+        notes.append(f"{lost} lesions are not in every table of features and are skipped")
     kind, split, group = command.task, command.split, command.group
     columns: dict[str, Any] = {key: getattr(command, key) for key in ("label", "time", "event")}
     if kind not in get_args(Kind):
@@ -172,7 +172,7 @@ def protocol_of(command: Evaluate, tables: dict[str, FeatureTable]) -> tuple[Any
         notes += [f"{absent} lesions are not in {command.labels}"] if absent else []
     labels = of.read_labels(lesions, kind, threshold=command.threshold, **columns)  # type: ignore[arg-type]
     if lost := len(lesions) - len(labels.rows):
-        notes.append(f"{lost} of {len(lesions)} lesions have no label and are left out")
+        notes.append(f"{lost} of {len(lesions)} lesions have no label and are skipped")
     lesions = lesions.iloc[labels.rows].reset_index(drop=True)
     patients = lesions["lesion_id"].to_numpy(str) if group is None else of.column_text(lesions, group, "group")
     if split is not None:

@@ -178,7 +178,7 @@ def embed_source(
     ((_, part),) = _embed(encoder, patches, {0: order.tolist()}, inference)
     failures = part.provenance["failures"]
     for lesion, reason in failures.items():
-        logger.warning("lesion %s is left out: %s", lesion, reason)
+        logger.warning("lesion %s is skipped: %s", lesion, reason)
     table = _joined([part], lesions, _provenance(encoder, source, patches, inference))
     return table.aligned([lesion for lesion in lesions[ID_COLUMN].iloc[rows] if lesion not in failures])
 
@@ -282,7 +282,7 @@ def embed_to_file(
     """
     output, (rank, total) = Path(output), share
     if output.suffix != ".parquet":
-        raise FeatureTableError(f"{output}: call the table of features NAME.parquet")
+        raise FeatureTableError(f"{output}: the output should be named NAME.parquet")
     patches, folder = open_patches(source, encoder.preprocessing), output.with_suffix(".parts")
     lesions = patches.lesions
     provenance = _provenance(encoder, source, patches, inference)

@@ -146,7 +146,7 @@ def without_shared_patients(protocol: Protocol) -> Protocol | None:
         return None
     splits = [without_shared(split, protocol.patients) for split in protocol.splits]
     if any(not len(split.train) for split in splits):
-        raise EvaluationError("every training patient is also tested: nobody is left to train on")
+        raise EvaluationError("every training patient is also tested: no training patients remain")
     return replace(protocol, splits=splits, name=f"{protocol.name}, without shared patients")
 
 

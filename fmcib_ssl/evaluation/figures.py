@@ -378,7 +378,7 @@ def saliency_sheet(
         pairs = zip(("axial", "coronal"), _planes(_array(lesion.patch_hu)), _planes(lesion.falls), strict=False)
         for column, (name, plane, falls) in zip((0, 2), pairs, strict=True):
             sheet.draw((line, column), plane, window_hu, name, "" if column else lesion.title)
-            axes = sheet.draw((line, column + 1), plane, window_hu, f"{name}, what it rests on")
+            axes = sheet.draw((line, column + 1), plane, window_hu, f"{name}, saliency")
             axes.imshow(falls, cmap="RdBu_r", vmin=-limit, vmax=limit, alpha=0.7 * np.abs(falls) / limit)
         scale = sheet.figure.add_subplot(sheet.grid[line, 4])
         sheet.figure.colorbar(ScalarMappable(Normalize(-limit, limit), "RdBu_r"), cax=scale)
@@ -387,6 +387,6 @@ def saliency_sheet(
             scale.set_title("log-odds", fontsize=7, color=MUTED, pad=5)
     return sheet.save(
         path,
-        "Red: blurring this place lowers the log-odds, so they rest on it. Blue: blurring it raises them. "
+        "Red: blurring this region lowers the log-odds. Blue: blurring it raises them. "
         "Patient's right on the left, head up.",
     )

@@ -93,7 +93,7 @@ def read_labels(
             )
         name, values = label or time, np.stack([_numbers(lesions, time), _numbers(lesions, event, truths=True)], axis=1)
         if (values[:, 0] < 0).any():
-            raise EvaluationError(f"{time!r} holds times below 0; they are counted from the scan or the diagnosis")
+            raise EvaluationError(f"{time!r} has negative times; count them from the scan or the diagnosis")
     elif label is None:
         raise EvaluationError("label= names the column to predict")
     elif threshold is not None and kind != "binary":
@@ -234,7 +234,7 @@ def grouped_folds(kind: Kind, labels: Array, patients: Array, num_folds: int, se
     if len(per_class) < 2 or fewest < 2:
         raise ValueError(
             f"the training rows have {len(per_class)} class(es), the rarest with {fewest} patient(s); two patients of "
-            "two classes are the least"
+            "two classes are needed"
         )
     splitter = StratifiedGroupKFold(min(num_folds, fewest), shuffle=True, random_state=seed)
     return list(splitter.split(np.zeros((len(labels), 1)), classes, patients))

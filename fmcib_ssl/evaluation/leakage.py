@@ -52,17 +52,17 @@ class Finding:
 
 
 def check_patients(splits: Sequence[Split], patients: Array) -> Finding:
-    """Whether a patient stands on two sides of a split."""
+    """Whether a patient is on more than one side of a split."""
     shared = sorted({str(name) for split in splits for name in shared_patients(split, patients)})
     if not shared:
-        return Finding("patients", False, True, "no patient stands on two sides")
+        return Finding("patients", False, True, "no patient is on more than one side of the split")
     tested = sum(int(np.isin(patients[split.test], shared).sum()) for split in splits)
-    text = f"{len(shared)} patients stand on two sides, such as {', '.join(shared[:3])}"
-    return Finding("patients", True, True, f"{text}; {tested} test lesions are of such patients")
+    text = f"{len(shared)} patients are on more than one side of the split, such as {', '.join(shared[:3])}"
+    return Finding("patients", True, True, f"{text}; {tested} test lesions belong to them")
 
 
 def check_duplicates(name: str, x: Array, splits: Sequence[Split], lesion_ids: Array) -> Finding:
-    """Whether two lesions with the same features stand on two sides."""
+    """Whether two lesions on different sides of a split have the same features."""
     if x.shape[1] < _MIN_DIM:
         return Finding("duplicates", False, True, f"{name}: {x.shape[1]} columns are too few to tell images apart")
     pairs = _same_images(x)
@@ -74,9 +74,9 @@ def check_duplicates(name: str, x: Array, splits: Sequence[Split], lesion_ids: A
         a, b = side[pairs].T
         across |= (a != b) & (a > 0) & (b > 0)
     if not across.any():
-        return Finding("duplicates", False, True, f"{name}: no image stands on two sides")
+        return Finding("duplicates", False, True, f"{name}: no image is on more than one side of the split")
     first, second = lesion_ids[pairs[across][0]]
-    text = f"{name}: {int(across.sum())} pairs of lesions on two sides are the same image, such as {first} and {second}"
+    text = f"{name}: {across.sum()} pairs of lesions on different sides are the same image, such as {first}, {second}"
     if len(pairs) > len(x):
         text += "; that many may also mean an encoder that gives everything the same features"
     return Finding("duplicates", True, True, text)

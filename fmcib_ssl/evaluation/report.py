@@ -232,7 +232,7 @@ def _learned(run: Path | None, answers: Sequence[str]) -> list[Section]:
             values = metrics[column].dropna() if column in metrics else pd.Series(dtype=float)
             if len(values) > 1:
                 few = max(1, len(values) // 20) if column.startswith("train/") else 1
-                rows.append({"": name, "at first": float(values[:few].mean()), "at last": float(values[-few:].mean())})
+                rows.append({"": name, "first": float(values[:few].mean()), "last": float(values[-few:].mean())})
         if any(row[""].startswith("AUC") for row in rows):
             text.append("Probes here are of held-out lesions during training, to compare the run with itself.")
     return [Section("Did it learn?", "\n\n".join(text), pd.DataFrame(rows))] if text or rows else []

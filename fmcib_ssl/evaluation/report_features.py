@@ -1,4 +1,4 @@
-"""What the report says of a table of features: maps, nearest neighbours, and what a probe's answer rests on.
+"""What the report says of a table of features: maps, nearest neighbours and saliency.
 
 Saliency needs captum: `pip install 'fmcib_ssl[report]'`. Cubes of a patch are blurred one after the other, and the
 answer is asked again. Nothing is linearised: a value says by how much the log-odds that the encoder and the probe give
@@ -131,7 +131,7 @@ class _FeatureReport:
         rows = pd.Index(patches.lesions[ID_COLUMN]).get_indexer(pd.Index(ids))
         if (absent := ids[rows < 0]).size:
             raise FeatureTableError(
-                f"{absent.size} of its lesions are not in its source any more, such as {absent.iloc[0]}"
+                f"{absent.size} of its lesions are no longer in its source, such as {absent.iloc[0]}"
             )
         self.patch, self.preprocessing = (lambda row: patches.read(int(rows[row]))), patches.preprocessing
 
@@ -170,7 +170,7 @@ class _FeatureReport:
             self._picture("neighbors"),
             window_hu=self.window_hu,
         )
-        text = "Lesions spread over the table, and those of other patients whose features have the highest cosine."
+        text = "Lesions spread over the table, and those of other patients with the highest cosine similarity."
         if label is not None and len(np.unique(patients)) > 1:
             everyone = range(min(len(rows), MAX_POINTS))
             neighbors = nearest_lesions(features, patients, everyone, options.neighbors)
@@ -179,17 +179,17 @@ class _FeatureReport:
                 f" Over all {len(everyone)} lesions {hits:.1%} of the {options.neighbors} nearest have the same "
                 f"{label}; by chance {chance:.1%} would."
             )
-        figure = ReportFigure(picture, "Framed: the query. Under each patch its label and the cosine", wide=True)
+        figure = ReportFigure(picture, "Framed: the query. Below each patch: label and cosine similarity", wide=True)
         return Section(f"Nearest neighbours: {self.table.name}", text, figures=[figure])
 
     def saliency(self) -> Section:
-        """What a probe's answer rests on, or why that cannot be shown."""
-        title, label, read = f"What the answer rests on: {self.table.name}", self.label, self.patch
+        """What a probe's log-odds depend on, or why that cannot be shown."""
+        title, label, read = f"Saliency: {self.table.name}", self.label, self.patch
         assert read is not None
         values = pd.Series(dtype=object) if label is None else self.lesions[label].astype(object)
         kinds, reason = sorted(values.dropna().unique(), key=str), ""
         if self.table.provenance.get("kind", "encoder") != "encoder":
-            reason = "it is of a trained encoder, and these features are of none."
+            reason = "it needs features of a trained encoder."
         elif label is None:
             reason = "no column has two classes to tell apart; name one with label=."
         elif len(kinds) != 2:
@@ -217,15 +217,15 @@ class _FeatureReport:
         answers = answers.assign(rank=surest).sort_values(["rank", "wrong", "one"], ascending=[True, True, False])
         lesions, (zero, one) = [], map(shortened, kinds)
         for answer in answers[: self.options.salient].to_dict("records"):
-            patch, verdict = read(answer["row"]), "wrong" if answer["wrong"] else "right"
+            patch, verdict = read(answer["row"]), "wrong" if answer["wrong"] else "correct"
             text = f"{label} {(zero, one)[answer['one']]}; log-odds of {one}: {answer['logit']:+.1f} ({verdict})"
             lesions.append(SalientLesion(text, patch, occlusion(readout, patch, self.preprocessing)))
         picture = saliency_sheet(lesions, self._picture("saliency"), window_hu=self.window_hu)
         text = (
             f"Logistic regression for {label} = {one} against {zero} on half of the patients; lesions of the other "
-            "half. Cubes a quarter as wide as the patch are blurred one by one, and the log-odds asked again."
+            "half. Cubes a quarter as wide as the patch are blurred one by one, and the log-odds computed again."
         )
-        caption = "The surest right answers of both classes, and the surest mistakes"
+        caption = "The most confident correct predictions of both classes, and the most confident errors"
         return Section(title, text, figures=[ReportFigure(picture, caption, wide=True)])
 
 

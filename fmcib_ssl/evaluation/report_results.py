@@ -18,7 +18,7 @@ from fmcib_ssl.types import Array
 
 #: What `scripts/evaluate.py` and a fine-tuning leave in their folders.
 RESULTS_FILE, PREDICTIONS_FILE = "results.json", "predictions.parquet"
-_HELD_OUT = "Of lesions of patients that were held out."
+_HELD_OUT = "Lesions of held-out patients."
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _task(rows: pd.DataFrame, differences: pd.DataFrame, title: str, stem: Path,
     panels = {f"{first}, {probe}": own[own["probe"] == probe] for probe in probes}
     figures = [_intervals(panels, stem, palette, first)]
     if len(differences):
-        named = differences.assign(name=differences["features"] + " less " + differences["against"])
+        named = differences.assign(name=differences["features"] + " minus " + differences["against"])
         named = named[(named["metric"] == first) & (named["fraction"] == whole["fraction"].iloc[0])]
         panels = {f"Difference in {first}, {probe}": part for probe, part in named.groupby("probe", sort=False)}
         if panels:
@@ -199,7 +199,7 @@ def _task(rows: pd.DataFrame, differences: pd.DataFrame, title: str, stem: Path,
         figures.append(_fewer_labels(rows[(rows["metric"] == first) & (rows["probe"] == probes[0])], stem, palette))
     split = f" Split: {rows['split'].iloc[0]}." if rows["split"].iloc[0] else ""
     what = "Fine-tuned networks" if str(probes[0]).startswith("fine-tuned") else "Probes on frozen features"
-    text = f"{what}, tested on patients that were held out. In brackets 95 % intervals, bootstrap over patients.{split}"
+    text = f"{what}, tested on held-out patients; in parentheses 95 % intervals, bootstrap over patients.{split}"
     return Section(title, text, table, figures)
 
 

@@ -38,7 +38,7 @@ def test_patients() -> None:
     patients[[5, 95, 96]] = "same"
     found = check_patients(SPLIT, patients)
     assert found.found
-    assert "1 patients stand on two sides, such as same; 2 test lesions" in found.message
+    assert "1 patients are on more than one side of the split, such as same; 2 test lesions" in found.message
     assert found.refuses
     patients[[5, 95, 96]] = [*IDS[[5, 95]], "l70"]
     assert check_patients(SPLIT, patients).found  # validation and test
@@ -53,7 +53,7 @@ def test_the_same_image_on_two_sides() -> None:
     found = check_duplicates("x", x, SPLIT, IDS)
     assert found.found
     assert found.refuses
-    assert "x: 2 pairs of lesions on two sides are the same image, such as l3 and l100" in found.message
+    assert "x: 2 pairs of lesions on different sides are the same image, such as l3, l100" in found.message
 
 
 def test_an_image_that_is_only_alike_is_another() -> None:

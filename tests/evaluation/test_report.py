@@ -290,7 +290,7 @@ def test_the_page_holds_all_and_needs_nothing(given: Path, tmp_path: Path) -> No
     assert sum(address.startswith("data:") for address in page.addresses) == len(pictures) + 1  # and the contact sheet
     assert page.headings == [
         "About", "Did it learn?", "Results: rough", "ROC and calibration: evaluated", "Survival: evaluated",
-        "Leakage checks, evaluated", "Map: ours", "Nearest neighbours: ours", "What the answer rests on: ours",
+        "Leakage checks, evaluated", "Map: ours", "Nearest neighbours: ours", "Saliency: ours",
         "Training", "What the encoder saw", "How it was made",
     ]  # fmt: skip
     for text in (
@@ -325,7 +325,7 @@ def test_a_report_without_names(given: Path, tmp_path: Path, monkeypatch: pytest
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     (run / "environment.json").write_text(json.dumps({"command": ["train.py", "data.store=Doe_John"]}))
     found = json.loads((evaluated / "results.json").read_text())
-    found["leakage"][0] |= {"found": True, "message": "1 patients stand on two sides, such as Doe"}
+    found["leakage"][0] |= {"found": True, "message": "1 patients are on more than one side of the split, such as Doe"}
     (evaluated / "results.json").write_text(json.dumps(found))
     table = FeatureTable.read(given / "features.parquet")
     lesions = table.lesions.assign(PatientID="Doe " + table.lesions["PatientID"]).drop(columns="rough")
@@ -530,7 +530,7 @@ def test_results_are_drawn_where_they_are(drawn: list[Figure], tmp_path: Path) -
     colors = [line.get_color() for line in bars]
     zero, bar, _ = differences.lines
     assert list(zero.get_xdata()) == [0, 0] and list(bar.get_xdata()) == [-0.3, 0] and bar.get_color() == colors[1]
-    assert [text.get_text() for text in differences.get_yticklabels()] == ["random_{$ less $ours"]
+    assert [text.get_text() for text in differences.get_yticklabels()] == ["random_{$ minus $ours"]
     assert list(fractions.lines[0].get_xdata()) == [90, 100]
     assert list(fractions.lines[0].get_ydata()) == pytest.approx([0.72, 0.8])
     assert [line.get_color() for line in fractions.lines] == colors

@@ -106,7 +106,7 @@ def test_a_shared_patient_refuses_unless_it_is_allowed_and_then_there_are_both_n
         f"output={tmp_path / 'results'}",
     ]  # fmt: skip
     refused = evaluate(capsys, *arguments)
-    assert "1 patients stand on two sides, such as p40" in refused.stdout
+    assert "1 patients are on more than one side of the split, such as p40" in refused.stdout
     assert "allow_leakage=patients" in refused.stderr
     assert not (tmp_path / "results").exists()
     allowed = evaluate(capsys, *arguments, "allow_leakage=patients")
