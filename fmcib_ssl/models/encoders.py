@@ -125,7 +125,7 @@ class CenterPooledResNet(nn.Module):
     A patch is centred on the lesion, and most of it is not lesion: a mean over the whole patch says more about vessels
     and chest wall than about a nodule of 6 mm. So every channel of every stage is averaged with Gaussian weights of
     several widths round the voxel `size // 2`, which holds the lesion's point, and over the whole patch; its maximum is
-    kept too. The first stages' features keep density, which a network's last stage gives up.
+    taken too. The first stages' features keep density, which a network's last stage loses.
 
     The patch is first cut into windows of intensity, one channel each, so that 100 HU of soft tissue are no smaller
     a difference to the network than 500 HU of bone.
@@ -136,8 +136,8 @@ class CenterPooledResNet(nn.Module):
         widths: channels of the stem and of each residual block after it; each halves the grid.
         sigmas: widths of the Gaussian weights, voxels.
         windows_hu: lowest and highest HU of each window; values beyond are clamped.
-        hu_offset: of the preprocessing, which is undone to get HU.
-        hu_scale: likewise.
+        hu_offset: the preprocessing's, which is undone to get HU.
+        hu_scale: the preprocessing's.
 
     Raises:
         ValueError: no width, a width that is not positive, or a window or sigma of no extent.
@@ -296,7 +296,7 @@ def feature_dim(encoder: nn.Module, patch_size_zyx: Sequence[int]) -> int:
 
 @contextmanager
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a moment: afterwards every part is in the mode that it was in."""
+    """Evaluation mode within the block; afterwards every submodule is in its previous mode."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:

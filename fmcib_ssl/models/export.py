@@ -1,4 +1,4 @@
-"""Encoders as files: weights with what it takes to rebuild the network and to feed it.
+"""Encoders as files: weights, the description that rebuilds the network, and the preprocessing of its patches.
 
 Reading never runs code from a file. The weights are safetensors, or a training checkpoint read by torch's
 weights-only loader; the network is built by a function of `fmcib_ssl.models.encoders`, or by one that the caller
@@ -61,7 +61,7 @@ def encoder_metadata(
         encoder: the network.
         spec: `_target_`, the dotted name of what built it, and the arguments; plain values only.
         preprocessing: of the patches it was trained on.
-        extra: anything else worth keeping, such as the name of the run; plain values only.
+        extra: further metadata, such as the name of the run; plain values only.
 
     Raises:
         ValueError: `spec` names no `_target_`, `spec` or `extra` do not fit into JSON, or the encoder cannot take
@@ -100,7 +100,7 @@ def export_encoder(
         spec: `_target_` and arguments that rebuild it; see `encoder_metadata`.
         preprocessing: of the patches it was trained on.
         path: of the file; folders are made as needed.
-        extra: anything else worth keeping.
+        extra: further metadata.
 
     Raises:
         ValueError: as `encoder_metadata`.
@@ -179,7 +179,7 @@ def _check_patches(encoder: Any, inputs: tuple[Any, ...]) -> None:
 
 
 def _preprocessing(values: Any) -> Preprocessing:
-    """What the file says of its patches, if it makes sense."""
+    """The preprocessing in a file's description, checked."""
     result = Preprocessing.from_dict(values)
     sizes, numbers = result.patch_size_zyx, (result.spacing_mm, result.padding_hu, result.hu_offset, result.hu_scale)
     if len(sizes) != 3 or not all(type(size) is int and 1 <= size <= _LARGEST_PATCH for size in sizes):

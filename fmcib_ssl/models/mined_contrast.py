@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class MinedContrast(Pretraining):
-    """Encoder and head, trained so that a lesion's two views agree against its negatives.
+    """Contrastive training of encoder and head: a lesion's two views against its negatives.
 
     On `W` devices with `B` lesions each, and a loss with `gather_distributed=True`, the loss is the mean over all
     `W * B` lesions and the parameter gradients are those of one device with `W * B` lesions (of their batch norm, with
@@ -35,9 +35,9 @@ class MinedContrast(Pretraining):
         forwards: `"joint"` sends all four sets of views through the encoder in one batch; `"separate"` sends them one
             by one, as published. They differ where batch norm is in training mode: its statistics are then those of
             one set.
-        chunk_size: the most lesions whose activations are held at a time. A larger batch is embedded in chunks, each
-            twice (gradient caching); its views stay where the loader put them, and each chunk comes to the device when
-            it is its turn. `None` embeds the batch at once.
+        chunk_size: largest number of lesions whose activations are in memory at a time. A larger batch is embedded in
+            chunks, each twice (gradient caching); its views stay where the loader put them, and each chunk is moved to
+            the device for its turn. `None` embeds the batch at once.
     """
 
     sections = ("head", "loss")
@@ -145,7 +145,7 @@ def embed_in_chunks(
     Args:
         embed: takes a chunk of each of the views on `device`, gives as many tensors, rows in the order of the views'.
         views: tensors of any shape, on any device, cut along their first dimension into as many chunks each.
-        chunk_size: the most rows of a chunk.
+        chunk_size: largest number of rows of a chunk.
         networks: what `embed` runs; the second pass leaves its buffers unchanged.
         device: where the networks are. Only one chunk of the views is there at a time.
 

@@ -1,7 +1,7 @@
-"""Which code a file from elsewhere may name.
+"""Which code an untrusted file may name.
 
 Whoever trains is trusted: the command line and configs of one's own may name any `_target_`. A file that came from
-somewhere else (a run folder, weights) may not, because importing and calling what it names is running its code.
+somewhere else (a run folder, weights) may not: importing and calling what it names runs its code.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class UntrustedTargetError(UserError, ValueError):
 
 
 def check_targets(values: Any, source: object, trusted: Collection[str] = ()) -> None:
-    """Refuse plain values of a file from elsewhere that name other code than the parts of a run.
+    """Reject values of an untrusted file that name other code than the parts of a run.
 
     A name is followed to what it stands for: `torch.nn.modules.module.torch.hub.load` is `torch.hub.load`. Texts that
-    OmegaConf would interpret are refused too, since what they become cannot be looked at beforehand.
+    OmegaConf would interpolate are rejected too, since what they become cannot be checked beforehand.
 
     Of other packages than this one and torch nothing is trusted unless it is named: `torch.hub.load`,
     `timm.models.load_state_dict` or `monai.bundle` run what they are given, and networks read or fetch weights.
@@ -46,7 +46,7 @@ def check_targets(values: Any, source: object, trusted: Collection[str] = ()) ->
         trusted: packages, modules or dotted names that the user has named besides.
 
     Raises:
-        UntrustedTargetError: the first that is refused.
+        UntrustedTargetError: the first that is rejected.
     """
     if isinstance(values, Mapping):
         if "_target_" in values and (reason := _refused(values["_target_"], trusted)):
@@ -59,8 +59,8 @@ def check_targets(values: Any, source: object, trusted: Collection[str] = ()) ->
             check_targets(value, source, trusted)
     elif isinstance(values, str) and ("${" in values or values == "???"):
         raise UntrustedTargetError(
-            f"{source} has {values[:200]!r}: files from elsewhere may hold plain values only, nothing to be "
-            "interpolated. Write the value itself"
+            f"{source} has {values[:200]!r}: untrusted files may hold plain values only, without "
+            "interpolation. Write the value itself"
         )
 
 
@@ -76,10 +76,8 @@ def _refused(target: Any, trusted: Collection[str]) -> str | None:
         is_trusted(origin, _OWN_PARTS) or (isinstance(value, type) and is_trusted(origin, _TORCH_PARTS))
     ):
         return None
-    return (
-        "which is no part of a run that may be built from a file that came from elsewhere. If you trust the file and "
-        f"that code, name it: trusted_modules=[{str(target).partition('.')[0]}]"
-    )
+    package = str(target).partition(".")[0]
+    return f"which untrusted files may not name. If you trust the file and that code: trusted_modules=[{package}]"
 
 
 def trusted_callable(target: str, trusted: Collection[str]) -> Callable[..., Any] | None:

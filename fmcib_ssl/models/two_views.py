@@ -19,9 +19,9 @@ from fmcib_ssl.types import ViewPairs
 
 
 class TwoViews(Pretraining):
-    """Pretraining on `batch["positive"]` alone; a subclass gives `compare`.
+    """Pretraining on `batch["positive"]` alone; a subclass implements `compare`.
 
-    Both views go through the encoder in one batch. Mined negatives in the batch are not looked at.
+    Both views go through the encoder in one batch. Mined negatives in the batch are ignored.
     """
 
     compares_lesions = True
@@ -35,7 +35,7 @@ class TwoViews(Pretraining):
         return self.compare(*batch["positive"], batch_idx)
 
     def full_precision(self) -> torch.autocast:
-        """Half precision is for the encoder; heads' outputs are compared in float32, by `at_least_float32`."""
+        """Turns autocast off: outputs of heads are compared in float32 (`at_least_float32`), only networks use less."""
         return torch.autocast(self.device.type, enabled=False)
 
 
@@ -43,7 +43,7 @@ def _lightly(module: str) -> Any:
     """A module of lightly, such as `loss`, which only the baselines need.
 
     Raises:
-        ImportError: lightly is not installed; says how to install it.
+        ImportError: lightly is not installed; the message says how to install it.
     """
     try:
         return importlib.import_module(f"lightly.{module}")
@@ -94,7 +94,7 @@ class SimCLR(_ComparedByCriterion):
 
 
 class VICReg(_ComparedByCriterion):
-    """Views agree, every dimension varies, and no two dimensions say the same; lightly's loss and head, no negatives.
+    """Views agree, every dimension varies, and dimensions are uncorrelated; lightly's loss and head, no negatives.
 
     On several devices variance and covariance are those of all lesions together, and loss and gradients those of one
     device with all of them.
@@ -203,10 +203,10 @@ class BYOL(_Predicting):
 
 
 class _FeatureQueue(nn.Module):
-    """The last `size` embeddings, in buffers, so that checkpoints hold them.
+    """The last `size` embeddings, in buffers, so that checkpoints include them.
 
-    Differs from lightly's memory bank, which no checkpoint holds, and which drops what does not fit before its end. On
-    several devices every one has to enqueue the embeddings of all, so that all hold the same queue.
+    Differs from lightly's memory bank, which is not in checkpoints, and which drops what does not fit before its end.
+    Every device has to enqueue the embeddings of all devices, so that all have the same queue.
 
     Args:
         size: number of embeddings.
@@ -248,19 +248,18 @@ class _FeatureQueue(nn.Module):
 
 
 class NNCLR(_Predicting):
-    """The nearest neighbour of one view among earlier embeddings has to be told by the prediction of the other view.
+    """The prediction of one view has to identify the other view's nearest neighbour among earlier embeddings.
 
     The loss is that of the paper's pseudo-code: a neighbour against the predictions of all lesions. lightly's example
-    puts both through NT-Xent, which also contrasts neighbours with neighbours. The queue is the same on all devices,
-    and checkpoints hold it.
+    puts both through NT-Xent, which also contrasts neighbours with neighbours. The queue is the same on all devices
+    and saved in checkpoints.
 
     Args:
         parts: without head and loss.
         hidden_dim: units of the heads' hidden layers; 2048 and 4096 in the paper.
         out_dim: of the embedding; 256 in the paper.
-        queue_size: embeddings of earlier steps among which neighbours are looked for; 98304 in the paper, for 1.3
-            million images. A few batches at least, and no more than the data has lesions, or it holds old versions
-            of the same ones.
+        queue_size: embeddings of earlier steps to search for neighbours; 98304 in the paper, for 1.3 million images. A
+            few batches at least, and no more than the data has lesions, or it holds old versions of the same ones.
         temperature: divides the cosines.
 
     Source: Dwibedi et al. 2021, With a little help from my friends: nearest-neighbor contrastive learning of visual
@@ -304,7 +303,7 @@ class SwAV(TwoViews):
     """Prototypes are learned with the encoder; assignments share the batch equally among them (Sinkhorn, lightly's).
 
     Two views, without the paper's small crops. On several devices the assignments are those of all lesions together.
-    The queue is the same on all devices, and checkpoints hold it.
+    The queue is the same on all devices and saved in checkpoints.
 
     Args:
         parts: without head and loss.

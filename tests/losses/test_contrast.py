@@ -195,16 +195,6 @@ def test_nan_shows(kernel):
     assert make_loss("ntxent_mined", 0.1, "mined", kernel=kernel)(out).isnan()
 
 
-@every_kernel
-def test_it_can_be_compiled(kernel):
-    loss_function = make_loss("infonce", 0.1, "mined_and_lesions", kernel=kernel)
-    out = random_views(13, 4, 5)
-    compiled, expected = torch.compile(loss_function, backend="aot_eager")(out), loss_function(out)
-    torch.testing.assert_close(compiled, expected, rtol=1e-6, atol=1e-6)
-    for ours, theirs in zip(gradients(compiled, out), gradients(expected, out), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("key", "change", "message"),
     [

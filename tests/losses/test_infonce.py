@@ -57,13 +57,6 @@ def test_lcwa_scores(pykeen_losses, setting, label_smoothing):
     assert_same(ours, theirs, predictions)
 
 
-def test_lcwa_labels_of_any_dtype():
-    predictions, labels = scores(4, 3, 5), torch.eye(3, 5)
-    expected = InfoNCELoss().process_lcwa_scores(predictions, labels)
-    for dtype in (torch.bool, torch.int64, torch.float64):
-        assert InfoNCELoss().process_lcwa_scores(predictions, labels.to(dtype)) == expected
-
-
 @every_setting
 @every_smoothing
 def test_slcwa_dense_scores(pykeen_losses, setting, label_smoothing):
