@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 SLURM_IS_THERE := command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null
-CONTAINER_PACKAGES := docker.io debootstrap charliecloud
-CONTAINERS_ARE_THERE := { docker info || { command -v dockerd && command -v debootstrap; }; } >/dev/null 2>&1 && command -v ch-run >/dev/null
+CONTAINER_PACKAGES := docker.io debootstrap
+CONTAINERS_ARE_THERE := { docker info || { command -v dockerd && command -v debootstrap; }; } >/dev/null 2>&1
 # The short form: make test-cluster CLUSTER_TESTS="cluster and not slow"
 CLUSTER_TESTS ?= cluster
 
@@ -37,13 +37,13 @@ slurm:     ## install Slurm, if it is not here (root, Debian)
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES); } || \
 	  { echo "Slurm is not here and cannot be installed: that takes root, and Debian's packages"; exit 1; }
 
-test-container: slurm containers $(VENV)/.dev     ## build the image, run it under Docker and as Slurm jobs; 25 GB of disk, 15 minutes or more
+test-container: containers $(VENV)/.dev     ## build the image, run it under Docker; 25 GB of disk, 15 minutes or more
 	$(BIN)/python -m pytest tests/container
 
-containers:     ## install Docker and Charliecloud, if they are not here (root, Debian)
+containers:     ## install Docker, if it is not here (root, Debian)
 	@$(CONTAINERS_ARE_THERE) || { apt-get update -qq && \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(CONTAINER_PACKAGES); } || \
-	  { echo "Docker or Charliecloud is not here and cannot be installed: that takes root, and Debian's packages"; exit 1; }
+	  { echo "Docker is not here and cannot be installed: that takes root, and Debian's packages"; exit 1; }
 
 lint: $(VENV)/.dev     ## style, types, import rules, Dockerfile, shell scripts
 	$(BIN)/ruff check .

@@ -88,7 +88,6 @@ class RunCheckpoints(Checkpoint):
         dirpath: folder of the checkpoints.
         every_n_train_steps: optimizer steps.
         train_time_interval: arguments of `datetime.timedelta`, such as `{minutes: 15}`; rank 0's clock decides.
-        every_n_epochs: whole epochs.
         save_top_k: how many of the newest are kept, at least 2: one may turn out to be damaged.
         keep_every_n_epochs: these epochs are saved and never removed.
         requeue: ask Slurm to start the job again where that is what the signal means (`training/cluster.py`); if not,
@@ -104,22 +103,19 @@ class RunCheckpoints(Checkpoint):
         *,
         every_n_train_steps: int | None = None,
         train_time_interval: Mapping[str, float] | None = None,
-        every_n_epochs: int | None = None,
         save_top_k: int = 2,
         keep_every_n_epochs: int | None = None,
         requeue: bool = True,
     ) -> None:
-        intervals = (every_n_train_steps, every_n_epochs, keep_every_n_epochs)
-        if any(n is not None and n < 1 for n in intervals):
+        if any(n is not None and n < 1 for n in (every_n_train_steps, keep_every_n_epochs)):
             raise ValueError(
-                f"every_n_train_steps={every_n_train_steps}, every_n_epochs={every_n_epochs}, "
-                f"keep_every_n_epochs={keep_every_n_epochs}: each must be at least 1, or null for never"
+                f"every_n_train_steps={every_n_train_steps}, keep_every_n_epochs={keep_every_n_epochs}: each must be "
+                "at least 1, or null for never"
             )
         if save_top_k < 2:
             raise ValueError(f"save_top_k={save_top_k}: keep at least 2, since the newest may turn out to be damaged")
         self.dirpath = Path(dirpath)
         self.every_n_train_steps = every_n_train_steps
-        self.every_n_epochs = every_n_epochs
         self.save_top_k = save_top_k
         self.keep_every_n_epochs = keep_every_n_epochs
         self.requeue = requeue
@@ -197,12 +193,14 @@ class RunCheckpoints(Checkpoint):
         self._save(trainer, *((epoch, 0) if whole else (epoch - 1, batches)))
 
     def _is_due(self, trainer: L.Trainer, epoch: int, batch: int) -> bool:
-        steps, epochs = self.every_n_train_steps, (self.every_n_epochs, self.keep_every_n_epochs)
         return (
-            (steps is not None and trainer.global_step % steps == 0)
-            or (batch == 0 and any(n is not None and epoch % n == 0 for n in epochs))
+            (self.every_n_train_steps is not None and trainer.global_step % self.every_n_train_steps == 0)
+            or self._is_kept(epoch, batch)
             or (trainer.is_global_zero and time.monotonic() - self._saved_at >= self.interval_s)
         )
+
+    def _is_kept(self, epoch: int, batch: int) -> bool:
+        return batch == 0 and self.keep_every_n_epochs is not None and epoch % self.keep_every_n_epochs == 0
 
     def _agree(self, trainer: L.Trainer, due: bool) -> tuple[int, bool]:
         """The signal that any rank has received, and whether any wants to save; the same answer on all ranks."""
@@ -222,8 +220,8 @@ class RunCheckpoints(Checkpoint):
         unwritten = any(tracker.unwritten for tracker in trainer.loggers if isinstance(tracker, MetricsFile))
         if trainer.strategy.broadcast(unwritten):
             return  # a run resumed from it would lack these rows; that the disk is full was said
-        for_good = batch == 0 and self.keep_every_n_epochs is not None and epoch % self.keep_every_n_epochs == 0
-        path = self.dirpath / f"step-{trainer.global_step:08d}{f'-epoch-{epoch:04d}' * for_good}.ckpt"
+        for_good = f"-epoch-{epoch:04d}" if self._is_kept(epoch, batch) else ""
+        path = self.dirpath / f"step-{trainer.global_step:08d}{for_good}.ckpt"
         self._position = (epoch, batch)
         try:
             trainer.save_checkpoint(path, weights_only=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
@@ -29,9 +29,9 @@ class CollapseMonitor(L.Callback):
     effective rank). **Negatives solved**: the softmax puts next to nothing on the negatives, so the loss is near its
     floor and its gradient near zero, whatever is still to be learned about lesions.
 
-    Figures are averaged over windows of steps, and logged in steps that get a row: in short runs all of them, in others
-    twenty a window. The first window is never judged: embeddings of random weights look collapsed. Each device looks at
-    its own lesions; the first device's figures are logged. No device waits for another.
+    Figures are averaged over windows of steps, and logged in every row. The first window is never judged: embeddings of
+    random weights look collapsed. Each device looks at its own lesions; the first device's figures are logged. No
+    device waits for another.
 
     Needs `training_step` to return `embeddings`, the detached embeddings `(z0, z1)` of two views of the batch's
     lesions, and, for mined negatives, `negatives`, theirs. Of the module's attribute `loss` it reads `temperature`,
@@ -50,7 +50,6 @@ class CollapseMonitor(L.Callback):
         self.window = window
         self._window = window
         self._num_windows = 0
-        self._unlogged = 0
         self._figures: list[dict[str, Tensor]] = []
         self._recent: deque[Tensor] = deque()
         self._warned: set[str] = set()
@@ -66,7 +65,6 @@ class CollapseMonitor(L.Callback):
             "figures": list(self._figures),
             "recent": list(self._recent),
             "num_windows": self._num_windows,
-            "unlogged": self._unlogged,
             "said": sorted(self._warned),
         }
 
@@ -75,7 +73,6 @@ class CollapseMonitor(L.Callback):
         self._figures = list(state_dict["figures"])
         self._recent = deque(state_dict["recent"])
         self._num_windows = state_dict["num_windows"]
-        self._unlogged = state_dict["unlogged"]
         self._warned = set(state_dict["said"])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -90,34 +87,30 @@ class CollapseMonitor(L.Callback):
         """Look at this step's embeddings; at the end of a window log their rank, and judge it."""
         if "embeddings" not in outputs:
             return
-        positive = cast(tuple[Tensor, Tensor], unit_vectors(outputs["embeddings"]))
-        mined = (
-            cast(tuple[Tensor, Tensor], unit_vectors(outputs["negatives"]))
-            if outputs.get("negatives") is not None
-            else None
-        )
-        figures = contrast_figures(positive, mined)
-        choice = _negatives(pl_module)
-        if choice is not None:
+        view0, view1 = unit_vectors(outputs["embeddings"])
+        mined = None
+        if outputs.get("negatives") is not None:
+            mined0, mined1 = unit_vectors(outputs["negatives"])
+            mined = (mined0, mined1)
+        figures = contrast_figures((view0, view1), mined)
+        if (negatives := _negatives(pl_module)) is not None:
             loss: Any = pl_module.loss
             with torch.no_grad():
                 shares = negative_shares(
-                    positive,
-                    mined if choice != "lesions" else None,
+                    (view0, view1),
+                    mined if negatives != "lesions" else None,
                     temperature=loss.temperature,
                     margin=getattr(loss, "margin", 0.0),
-                    lesions=choice != "mined",
+                    lesions=negatives != "mined",
                     world_size=trainer.world_size,
                 )
             if shares:  # a single lesion has no others
                 figures |= shares | {"negative_share": torch.stack(list(shares.values())).sum()}
-        self._unlogged += 1
-        if self._unlogged >= self._window // 20 and row_is_due(trainer, batch_idx):
-            self._unlogged = 0
+        if row_is_due(trainer, batch_idx):
             pl_module.log_dict({f"train/{name}": value for name, value in figures.items()})
 
         self._figures.append(figures)
-        self._recent.append(positive[0][:_RANK_ROWS])
+        self._recent.append(view0[:_RANK_ROWS])
         while sum(map(len, self._recent)) - len(self._recent[0]) >= _RANK_ROWS:
             self._recent.popleft()
         if len(self._figures) == self._window:
@@ -136,10 +129,10 @@ class CollapseMonitor(L.Callback):
         pl_module.log("train/rank", rank)
         if self._num_windows == 1:
             return
-        choice = _negatives(pl_module)
+        negatives = _negatives(pl_module)
         warnings = {
-            "collapsed": self._collapse(choice, mean.get("lesion_cosine", 0.0), rank, len(rows)),
-            "negatives_solved": self._solved(choice, mean.get("negative_share", 1.0)),
+            "collapsed": self._collapse(negatives, mean.get("lesion_cosine", 0.0), rank, len(rows)),
+            "negatives_solved": self._solved(negatives, mean.get("negative_share", 1.0)),
         }
         pl_module.log_dict({f"signals/{name}": float(message is not None) for name, message in warnings.items()})
         for name, message in warnings.items():
@@ -148,31 +141,26 @@ class CollapseMonitor(L.Callback):
                 if trainer.is_global_zero:
                     logger.warning("step %d: %s docs/while_training.md says more.", trainer.global_step, message)
 
-    def _collapse(self, choice: str | None, cosine: float, rank: float, num_rows: int) -> str | None:
+    def _collapse(self, negatives: str | None, cosine: float, rank: float, num_rows: int) -> str | None:
         if cosine > _MAX_LESION_COSINE:
-            evidence = (
-                f"two random lesions have a cosine of {cosine:.3f} over {self._window} steps; 1 is one point for all"
-            )
+            evidence = f"two lesions have a cosine of {cosine:.3f} on average over {self._window} steps"
         elif rank < _MIN_RANK and num_rows > 4 * _MIN_RANK:
             evidence = f"{num_rows} embeddings lie along {rank:.1f} directions"
         else:
             return None
-        remedy = "lower loss.temperature or optimizer.base_lr, or take a larger batch"
-        if choice == "mined":
-            remedy = (
-                "mined negatives alone put no force between lesions: set loss.negatives=mined_and_lesions, or "
-                "method=simclr"
-            )
-        elif choice is None:
+        if negatives == "mined":
+            remedy = "loss.negatives=mined_and_lesions or method=simclr: mined ones put no force between lesions"
+        elif negatives is None:
             remedy = "lower optimizer.base_lr, take a larger batch, or choose a method with negatives"
+        else:
+            remedy = "lower loss.temperature or optimizer.base_lr, or take a larger batch"
         return f"the embeddings have collapsed: {evidence}. To try: {remedy}."
 
-    def _solved(self, choice: str | None, share: float) -> str | None:
+    def _solved(self, negatives: str | None, share: float) -> str | None:
         if share >= _MIN_NEGATIVE_SHARE:
             return None
-        remedy = "a larger batch; stronger augmentation"
-        if choice == "mined":
-            remedy = "loss.negatives=mined_and_lesions, which also tells lesions from each other"
+        lesions_too = "loss.negatives=mined_and_lesions, which also tells lesions from each other"
+        remedy = lesions_too if negatives == "mined" else "a larger batch; stronger augmentation"
         return (
             f"the negatives are solved: over {self._window} steps they held {share:.1%} of the softmax, so the loss "
             f"has next to nothing left to teach. To try: {remedy}; data.mining=hard; a higher loss.temperature."

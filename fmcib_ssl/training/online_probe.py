@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from fmcib_ssl.data import LesionPatches, Store, selected, text_of
-from fmcib_ssl.evaluation import auc, knn_scores, linear_scores, value_of
+from fmcib_ssl.evaluation import auc, column_text, knn_scores, linear_scores, read_labels, value_of
 from fmcib_ssl.models import class_spread, effective_rank, evaluation_mode, mean_cosine_within, uniformity, unit_vectors
 from fmcib_ssl.types import Padding, Preprocessing
 
 logger = logging.getLogger(__name__)
 
-#: More kinds of a label than this are a measurement, not classes.
-_MAX_CLASSES = 20
+#: Neighbours that vote; folds of the linear probe, fewer if a class has fewer patients; patches in one pass.
+_NUM_NEIGHBORS, _NUM_FOLDS, _BATCH_SIZE = 20, 5, 64
 
 
 class OnlineProbe(L.Callback):
@@ -45,9 +45,6 @@ class OnlineProbe(L.Callback):
         group: the column that names the patient; None takes `PatientID`, or where there is none the scan.
         every_n_epochs: how often, 1 or more; and once after the last.
         max_lesions: more are cut down to a random choice, the same in every run.
-        num_neighbors: that vote.
-        num_folds: of the linear probe; fewer if a class has fewer patients.
-        batch_size: patches in one pass.
 
     Raises:
         ValueError: no such column, no such lesions, or labels that no probe can be judged on.
@@ -65,50 +62,39 @@ class OnlineProbe(L.Callback):
         group: str | None = None,
         every_n_epochs: int = 5,
         max_lesions: int = 512,
-        num_neighbors: int = 20,
-        num_folds: int = 5,
-        batch_size: int = 64,
     ) -> None:
-        if store is None:
-            raise ValueError("the online probe reads lesions from a store: set callbacks.online_probe.store=DIR")
+        if store is None or label is None:
+            raise ValueError(
+                "the online probe reads labelled lesions from a store: set callbacks.online_probe.store=DIR and "
+                "callbacks.online_probe.label=COLUMN"
+            )
         if every_n_epochs < 1:
             raise ValueError(f"every_n_epochs={every_n_epochs}: must be at least 1")
         opened = Store(store)
         padding_hu = opened.settings.padding_hu
-        rows = _choose(opened.lesions, store, label, select, max_lesions)
+        rows = np.flatnonzero(selected(opened.lesions, select, key="select", where=store))
+        rows = rows[read_labels(opened.lesions.iloc[rows], "multiclass", label=label).rows]
+        if len(rows) > max_lesions:
+            rows = np.sort(np.random.default_rng(0).permutation(rows)[:max_lesions])
         self.patches = LesionPatches(opened, patch_size, select=rows, padding_hu=padding_hu, padding=padding)
         size = cast(tuple[int, int, int], tuple(patch_size))
         self.preprocessing = Preprocessing(size, opened.settings.spacing_mm, padding_hu, padding=padding)
         lesions = self.patches.lesions
-        self.label = str(label)
+        self.labels = read_labels(lesions, "multiclass", label=label)
         self.group = group or ("PatientID" if "PatientID" in lesions else "scan_id")
-        if self.group not in lesions:
-            raise ValueError(f"{store} has no column {self.group!r}; it has {', '.join(map(str, lesions))}")
-        kinds, self.classes = np.unique(lesions[self.label].to_numpy(), return_inverse=True)
-        self.class_names = [str(kind) for kind in kinds]
-        self.groups = np.unique(text_of(lesions[self.group]).fillna(""), return_inverse=True)[1]
+        self.patients = column_text(lesions, self.group, "group")
+        num_patients = pd.Series(self.patients).groupby(self.labels.values).nunique()
+        if num_patients.min() < 2:
+            raise ValueError(
+                f"the column {label!r} has the value {self.labels.classes[num_patients.argmin()]!r} in one patient "
+                "only: a class needs at least 2 patients, to fit on one and judge on another. Leave that class out "
+                "with callbacks.online_probe.select"
+            )
+        self.num_folds = min(_NUM_FOLDS, int(num_patients.min()))
         self.every_n_epochs = every_n_epochs
-        self.num_neighbors = num_neighbors
-        self.num_folds = min(num_folds, self._patients_of_rarest_class())
-        self.batch_size = batch_size
         self._hu: Tensor | None = None  # patches of this device's share
         self._before_training: dict[str, float] = {}
         self.last_result: str | None = None
-
-    def _patients_of_rarest_class(self) -> int:
-        patients = self.patches.lesions.groupby(self.label)[self.group].nunique()
-        if not 2 <= len(patients) <= _MAX_CLASSES:
-            raise ValueError(
-                f"the column {self.label!r} holds {len(patients)} different values in {len(self.classes)} lesions; a "
-                f"probe needs 2 to {_MAX_CLASSES} classes"
-            )
-        if patients.min() < 2:
-            raise ValueError(
-                f"the column {self.label!r} has the value {patients.idxmin()!r} in one patient only: a class needs at "
-                "least 2 patients, to fit on one and judge on another. Leave that class out with "
-                "callbacks.online_probe.select"
-            )
-        return int(patients.min())
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Judge the weights that training begins with, and say if lesions are not held out."""
@@ -133,25 +119,26 @@ class OnlineProbe(L.Callback):
         """Embed all lesions and judge them; every device has to call it, and all get the same."""
         features = self._embed(trainer, pl_module)
         unit = unit_vectors((features,))[0]
-        array = features.numpy()
-        spreads, spread_of_all = class_spread(unit, torch.from_numpy(self.classes), len(self.class_names))
-        knn = knn_scores(array, self.classes, self.groups, self.num_neighbors)
-        linear = linear_scores(array, self.classes, self.groups, self.num_folds)
+        names, classes = self.labels.classes, self.labels.values
+        spreads, spread_of_all = class_spread(unit, torch.from_numpy(classes), len(names))
+        patients = np.unique(self.patients, return_inverse=True)[1]
+        knn = knn_scores(features.numpy(), classes, patients, _NUM_NEIGHBORS)
+        linear = linear_scores(features.numpy(), classes, patients, self.num_folds)
         figures = {
-            "knn_auc": value_of(auc, self.classes, knn),
-            "linear_auc": value_of(auc, self.classes, linear),
+            "knn_auc": value_of(auc, classes, knn),
+            "linear_auc": value_of(auc, classes, linear),
             "rank": float(effective_rank(features)),
             "lesion_cosine": float(mean_cosine_within(unit)),
             "uniformity": float(uniformity(unit)),
             "spread_all": float(spread_of_all),
-            **{f"spread_{name}": float(value) for name, value in zip(self.class_names, spreads, strict=True)},
+            **{f"spread_{name}": float(value) for name, value in zip(names, spreads, strict=True)},
         }
         return {f"online/{name}": value for name, value in figures.items()}
 
     @torch.no_grad()
     def _embed(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Tensor:
         """Features of all lesions, float32 on the CPU, `(lesions, features)`."""
-        num_lesions, world_size = len(self.classes), trainer.world_size
+        num_lesions, world_size = len(self.patients), trainer.world_size
         if self._hu is None:
             # Every device gets as many, some of them twice: gathering needs equal shapes.
             own = range(trainer.global_rank, -(-num_lesions // world_size) * world_size, world_size)
@@ -160,7 +147,7 @@ class OnlineProbe(L.Callback):
         dtype = next(encoder.parameters()).dtype
         parts = []
         with evaluation_mode(encoder), trainer.precision_plugin.forward_context():
-            for patches in torch.split(self._hu, self.batch_size):
+            for patches in torch.split(self._hu, _BATCH_SIZE):
                 views = self.preprocessing.normalize(patches.to(pl_module.device)).to(dtype)
                 parts.append(encoder(views).float())
         features = torch.cat(parts)
@@ -174,7 +161,7 @@ class OnlineProbe(L.Callback):
         rows = getattr(trained, "lesions", None)
         if not isinstance(rows, pd.DataFrame) or self.group not in rows:
             return
-        own = set(text_of(self.patches.lesions[self.group]).dropna())
+        own = set(self.patients)
         if shared := own & set(text_of(rows[self.group]).dropna()):
             logger.warning(
                 "online probe: %d of its %d patients are trained on (without labels), so its figures flatter the "
@@ -186,24 +173,6 @@ class OnlineProbe(L.Callback):
             f"{name} AUC {figures[key]:.3f}" + (f" ({before[key]:.3f} before training)" if before else "")
             for name, key in (("linear", "online/linear_auc"), ("kNN", "online/knn_auc"))
         )
-        self.last_result = f"{self.label}, {when}: {shown}"
+        self.last_result = f"{self.labels.name}, {when}: {shown}"
         if trainer.is_global_zero:
             logger.info("online probe of %s", self.last_result)
-
-
-def _choose(
-    rows: pd.DataFrame, store: object, label: str | None, select: Mapping[str, Any] | None, max_lesions: int
-) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Row numbers of the labelled lesions that `select` asks for."""
-    if label is None or label not in rows:
-        raise ValueError(
-            f"label={label}: callbacks.online_probe.label should be a column of {store}, which has "
-            + ", ".join(map(str, rows))
-        )
-    keep = rows[label].notna().to_numpy(bool) & selected(rows, select, key="select", where=store)
-    numbers = np.flatnonzero(keep)
-    if len(numbers) == 0:
-        raise ValueError(f"no lesion of {store} has a {label} and select={dict(select or {})}")
-    if len(numbers) > max_lesions:
-        numbers = np.sort(np.random.default_rng(0).permutation(numbers)[:max_lesions])
-    return numbers

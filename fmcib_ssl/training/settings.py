@@ -27,11 +27,6 @@ RENAMED_KEYS = {
 }
 #: Keys of earlier versions that are gone, with what does without them.
 _REMOVED_KEYS = {
-    "callbacks.collapse_monitor.max_lesion_cosine": "a run is warned of at a mean cosine of 0.95",
-    "callbacks.collapse_monitor.min_negative_share": "a run is warned of at a share of 0.05",
-    "callbacks.collapse_monitor.min_rank": "a run is warned of at an effective rank of 3",
-    "callbacks.non_finite.keep": "three steps are kept, and the one that a run stops at",
-    "callbacks.watchdog.grace_s": "ranks wait 20 s for each other's states",
     "callbacks.watchdog.idle_s": "a run ends after callbacks.watchdog.timeout_s, whatever it waits for",
     "data.check": "preparing the table's store reads every scan",
     "data.allow_short_scans": "scans shorter than a patch are padded",

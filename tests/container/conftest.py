@@ -1,18 +1,14 @@
-"""The engine, the image and the cluster, for as long as the tests run, and folders of a user who is nobody."""
+"""The engine and the image, for as long as the tests run, and folders of a user who is nobody."""
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
-from cluster_runs import TWO_NODES
-from container_runs import ContainerBench, Workspace
+from container_runs import Workspace
 from docker_engine import CANARY, REVISION, DockerEngine
-from slurm_cluster import SlurmCluster
 
 from fmcib_ssl.data.annotations import read_annotations
 from fmcib_ssl.data.phantom import make_archive
@@ -72,40 +68,3 @@ def whole(engine: DockerEngine, image: str, store: Path, tmp_path_factory: pytes
     workspace = _workspace(tmp_path_factory.mktemp("whole") / "workspace", engine, image, store)
     workspace.run(*workspace.training())
     return workspace.folder / "runs" / "1"
-
-
-@pytest.fixture(scope="session")
-def unpacked(engine: DockerEngine, image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The image as a folder, which Charliecloud runs without an engine."""
-    if shutil.which("ch-run") is None:
-        pytest.skip("there is no Charliecloud here; `make test-container` installs Debian's")
-    folder = tmp_path_factory.mktemp("unpacked")
-    engine.unpack(image, folder / "image")
-    yield folder / "image"
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[SlurmCluster]:
-    if reason := SlurmCluster.why_not():
-        pytest.skip(reason)
-    # pytest's own folders are for root alone, which munge does not like.
-    with TemporaryDirectory(prefix="fmcib_ssl-cluster-") as folder, SlurmCluster(Path(folder)) as cluster:
-        cluster.environ["USER"] = "root"  # which ch-run must know
-        yield cluster
-
-
-@pytest.fixture
-def bench(cluster: SlurmCluster, store: Path, unpacked: Path, tmp_path: Path) -> Iterator[ContainerBench]:
-    """For one test; what it leaves in the queue is taken out."""
-    yield ContainerBench(cluster, store, tmp_path, unpacked)
-    cluster.run("scancel", "--user=root", "--full", check=False)
-    cluster.wait_until(lambda: cluster.run("squeue", "--noheader") == "" or None, "an empty queue", 60)
-
-
-@pytest.fixture(scope="session")
-def whole_two(cluster: SlurmCluster, store: Path, unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Slurm job of two nodes that nothing happened to."""
-    job = ContainerBench(cluster, store, tmp_path_factory.mktemp("whole_two"), unpacked).submit(shape=TWO_NODES)
-    job.wait_until_complete()
-    return job.run

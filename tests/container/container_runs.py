@@ -1,19 +1,18 @@
-"""Trainings in the container: by the shipped script for Docker, and as Slurm jobs in Charliecloud's."""
+"""Trainings in the container, by the shipped script for Docker."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster_runs import OPTIONS, Bench, Shape, TrainingJob, gate, held_in
+from cluster_runs import OPTIONS, gate, held_in
 from docker_engine import REPO, DockerEngine, EngineError
 
 RUN_SCRIPT = REPO / "scripts" / "docker" / "run.sh"
-BATCH_SCRIPT = REPO / "scripts" / "slurm" / "pretrain_container.sbatch"
 GATE = REPO / "tests" / "cluster" / "gate.py"
 
 
@@ -65,40 +64,3 @@ class Workspace:
     def training(self, *overrides: str) -> list[str]:
         """A tiny one."""
         return [*OPTIONS, "data.store=/data/store", "hydra.run.dir=runs/1", *overrides]
-
-
-@dataclass(frozen=True)
-class ContainerBench(Bench):
-    """Trainings as Slurm jobs in Charliecloud's container, which sees two folders and none of Slurm's commands."""
-
-    image: Path
-
-    def options(self) -> list[str]:
-        return [*OPTIONS, "data.store=/mnt", "paths.runs=runs"]
-
-    @property
-    def environ(self) -> dict[str, str]:
-        return {"CONTAINER": self.container(), "PYTHON": "python", "PYTHONPATH": "/workspace", "OMP_NUM_THREADS": "1"}
-
-    def container(self, *options: str) -> str:
-        """What stands before a command to run it in the container."""
-        mounts = (f"--bind={self.folder}:/workspace", f"--bind={self.store}:/mnt")
-        return " ".join(["ch-run", "--set-env", *mounts, *options, "--cd=/workspace", str(self.image), "--"])
-
-    def submit(
-        self, *overrides: str, shape: Shape, held: bool = False, environ: Mapping[str, str] | None = None
-    ) -> TrainingJob:
-        """Submit a training, from the folder that is its working directory.
-
-        Args:
-            overrides: for `train.py`.
-            shape: nodes and tasks.
-            held: whether process 0 waits in the middle for what is going to happen.
-            environ: more variables for the batch script.
-        """
-        if held:
-            (self.folder / GATE.name).write_text(GATE.read_text())
-            waits = gate(self.folder / "gate", 0)
-            overrides = (*(word.replace(str(self.folder), "/workspace") for word in waits), *overrides)
-        script, options = BATCH_SCRIPT, [f"--chdir={self.folder}"]
-        return self.train(*overrides, shape=shape, script=script, sbatch=options, environ=environ)

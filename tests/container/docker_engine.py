@@ -136,19 +136,6 @@ class DockerEngine:
         archive.unlink()
         return STAND_IN
 
-    def unpack(self, image: str, folder: Path) -> None:
-        """Lay an image out as Charliecloud has it: what `ch-convert` does, without compressing it in between."""
-        folder.mkdir()
-        container = self.docker("create", image).stdout.strip()
-        try:
-            with subprocess.Popen(["docker", "export", container], env=self.environ, stdout=subprocess.PIPE) as export:
-                subprocess.run(["tar", "--extract", "--directory", folder], stdin=export.stdout, check=True)
-        finally:
-            self.docker("rm", container)
-        environ = self.docker("image", "inspect", "--format={{range .Config.Env}}{{println .}}{{end}}", image).stdout
-        (folder / "ch").mkdir()
-        (folder / "ch" / "environment").write_text(environ)
-
     def _start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.is_private = True

@@ -109,26 +109,6 @@ def test_killed_in_a_save_and_again_in_a_step(phantom_table: Path, whole: Path, 
     assert_same_runs(run, whole)
 
 
-@pytest.mark.slow
-def test_a_signal_to_every_process_of_the_job(phantom_table: Path, whole: Path, tmp_path: Path) -> None:
-    """As Slurm sends it: the workers get it too."""
-    run = tmp_path / "run"
-    process = start(phantom_table, run, "hardware.num_workers=1")
-    wait_for(lambda: steps_logged(run) >= 2, process)
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, encoding="utf-8", check=True
-    )
-    for pid in [int(line) for line in children.stdout.split()]:
-        os.kill(pid, signal.SIGUSR1)
-        os.kill(pid, signal.SIGTERM)
-    steps = steps_logged(run)
-    wait_for(lambda: steps_logged(run) >= steps + 2, process)  # they did their work all the same
-    os.kill(process.pid or 0, signal.SIGUSR1)
-    assert end(process) == 75
-    assert end(start(phantom_table, run, "hardware.num_workers=1")) == 0
-    assert_same_runs(run, whole)
-
-
 @pytest.mark.parametrize(
     ("module", "signum", "code"),
     [

@@ -108,19 +108,18 @@ def test_a_healthy_run_is_left_in_peace(warnings_of: Callable[[], list[str]]) ->
         assert torch.equal(trainer.lightning_module.state_dict()[name], value), name
 
 
-def test_a_long_run_has_them_twenty_times_a_window(tmp_path: Path) -> None:
+def test_the_rank_is_logged_once_a_window(tmp_path: Path) -> None:
     logger = MetricsFile(tmp_path / "metrics.csv")
-    run(CollapseMonitor(), max_steps=400, logger=logger)
+    run(CollapseMonitor(), max_steps=100, logger=logger)
     table = pd.read_csv(logger.path)
-    assert table["train/loss"].notna().all()
-    assert table["step"][table["train/lesion_cosine"].notna()].tolist() == list(range(1, 400, 2))  # windows of 40
-    assert table["step"][table["train/rank"].notna()].tolist() == list(range(39, 400, 40))
+    assert table[["train/loss", "train/lesion_cosine"]].notna().all(axis=None)
+    assert table["step"][table["train/rank"].notna()].tolist() == list(range(9, 100, 10))
 
 
 def test_a_collapse_is_said_once_with_what_to_try(warnings_of: Callable[[], list[str]]) -> None:
     metrics = run(CollapseMonitor(), encoder=Collapsing).callback_metrics
     (message,) = warnings_of()
-    assert "the embeddings have collapsed: two random lesions have a cosine of 0.9" in message
+    assert "the embeddings have collapsed: two lesions have a cosine of 0.9" in message
     assert "lower loss.temperature" in message and "docs/while_training.md" in message
     assert metrics["signals/collapsed"] == 1
 

@@ -5,19 +5,15 @@ from __future__ import annotations
 import io
 import logging
 import resource
-from hashlib import sha256
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fmcib_ssl.training import summary
 from fmcib_ssl.training.loggers import MetricsFile, Start, TensorBoard, WeightsAndBiases
 
 
@@ -129,67 +125,6 @@ def test_tensorboard_gets_pictures(tmp_path: Path) -> None:
     (image,) = events.Images("sheet")
     assert image.step == 4
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(image.encoded_image_string))), pixels)
-
-
-@pytest.mark.parametrize("identifiers", ["show", "hash"])
-def test_the_contact_sheet_names_scans_if_it_may(
-    identifiers: Literal["show", "hash"], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """TensorBoard shows the picture of the run folder."""
-
-    class Dataset:
-        patches = SimpleNamespace(title=lambda lesion: f"jane_doe, row {lesion + 1}")
-
-        def __len__(self) -> int:
-            return 3
-
-        def __getitem__(self, key: Any) -> dict[str, Any]:
-            return {"lesion": key.index, "positive": torch.zeros(1, 2, 2, 2)}
-
-        def collate(self, pairs: list[Any]) -> dict[str, Any]:
-            return dict.fromkeys(("positive", "negative"), (torch.zeros(1, 1, 2, 2, 2),) * 2)
-
-    data: Any = SimpleNamespace(dataset=Dataset())
-    titles: list[str] = []
-    monkeypatch.setattr(summary, "contact_sheet", lambda rows, *_: titles.extend(row.title for row in rows))
-    summary.draw_contact_sheet(data, None, tmp_path / "sheet.png", 2, identifiers)  # type: ignore[arg-type]
-    name = {"show": "jane_doe", "hash": sha256(b"jane_doe").hexdigest()[:8]}[identifiers]
-    assert titles == [f"{name}, row 1", f"{name}, row 2"]
-
-
-class Page:
-    """Stands in for a run on W&B's server, which knows the steps up to `starting_step`."""
-
-    def __init__(self, starting_step: int = 0) -> None:
-        self.starting_step = starting_step
-        self.rows: dict[int, dict[str, float]] = {}
-        self.config: dict[str, Any] = {}
-
-    def define_metric(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def log(self, row: dict[str, float], step: int) -> None:
-        assert step not in self.rows and step >= self.starting_step
-        self.rows[step] = row
-
-
-@pytest.mark.parametrize("known", [0, 3, 6])
-def test_the_page_gets_what_it_lacks_and_nothing_twice(
-    known: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Four steps were saved; of six that were logged before the kill the server has got some."""
-    import wandb
-
-    page = Page(known)
-    asked: dict[str, Any] = {}
-    monkeypatch.setattr(wandb, "init", lambda **arguments: asked.update(arguments) or page)
-    log(MetricsFile(tmp_path / "metrics.csv"), range(4))
-    tracker = WeightsAndBiases("project", "name", tmp_path)
-    tracker.resume_from(start(tmp_path, 4))
-    log(tracker, range(4, 9))
-    assert (asked["id"], asked["resume"], asked["mode"]) == ("abcd1234", "allow", "online")
-    assert sorted(page.rows) == list(range(known, 9))
-    assert all(row["loss"] == step / 7 for step, row in page.rows.items())
-    assert page.config["environment"]["git"]["commit"] == "c0ffee"
 
 
 def test_offline_with_one_id(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -131,16 +131,6 @@ def test_what_is_kept_is_the_step(tmp_path: Path) -> None:
     assert all(torch.equal(fault["weights"][k], v) for k, v in module.state_dict().items())  # nothing was learned yet
 
 
-class Scaler:
-    """A loss scaler as far as the guard asks it."""
-
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
-
-    def get_scale(self) -> float:
-        return self.scale
-
-
 @pytest.mark.parametrize(
     ("scale", "loss", "gradient", "is_fault"),
     [
@@ -155,16 +145,10 @@ def test_the_scaler_of_half_precision_is_let_do_its_work(
 ) -> None:
     guard, module = NonFiniteGuard(tmp_path), nn.Linear(1, 1)
     module.weight.grad = torch.full((1, 1), gradient)
-
-    class Plugin:
-        scaler = Scaler(scale)
-
-    class Trainer:
-        precision_plugin = Plugin()
-        accumulate_grad_batches = 1
-
-    guard.on_before_backward(Trainer(), module, torch.tensor(loss * scale))  # type: ignore[arg-type]
-    guard.on_after_backward(Trainer(), module)  # type: ignore[arg-type]
+    scaler = SimpleNamespace(get_scale=lambda: scale)
+    trainer: Any = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler), accumulate_grad_batches=1)
+    guard.on_before_backward(trainer, module, torch.tensor(loss * scale))  # type: ignore[arg-type]
+    guard.on_after_backward(trainer, module)  # type: ignore[arg-type]
     assert (guard._bad_batch is not None) == is_fault
     if is_fault:
         assert guard._bad_batch is not None and guard._bad_batch["loss"] == pytest.approx(loss, nan_ok=True)

@@ -94,7 +94,7 @@ def fit(folder: Path, callbacks: list[Any], lr: float = 0.1, **options: Any) -> 
 
 
 def test_it_judges_features_of_the_lesions_that_are_selected(store: Path, tmp_path: Path) -> None:
-    module, trainer = fit(tmp_path, [probe(store, every_n_epochs=1, batch_size=5)], max_epochs=2)
+    module, trainer = fit(tmp_path, [probe(store, every_n_epochs=1)], max_epochs=2)
     patches = LesionPatches(store, SIZE)
     chosen = (patches.lesions["split"] == "val") & patches.lesions["rough"].notna()
     rows = patches.lesions[chosen]
@@ -159,14 +159,13 @@ def test_lesions_that_are_trained_on_are_told(store: Path, tmp_path: Path, caplo
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"store": None}, "set callbacks.online_probe.store=DIR"),
-    ({"label": None}, "label=None: callbacks.online_probe.label should be a column"),
-    ({"label": "texture"}, "label=texture: .* which has .*rough"),
+    ({"label": None}, "callbacks.online_probe.label=COLUMN"),
+    ({"label": "texture"}, "label=texture: there is no such column; there is .*rough"),
     ({"select": {"fold": 1}}, "select names the column 'fold'"),
-    ({"select": {"split": "test"}}, "no lesion of .* has a rough and select={'split': 'test'}"),
-    ({"select": {"rough": 1}}, "holds 1 different values"),
-    ({"label": "size"}, "'size' holds 24 different values in 24 lesions; a probe needs 2 to 20 classes"),
+    ({"select": {"split": "test"}}, "'rough': 0 lesions have a label"),
+    ({"select": {"rough": 1}}, "it is the same for all of them"),
     ({"label": "scan_id"}, "has the value 's0' in one patient only"),
-    ({"group": "hospital"}, "no column 'hospital'"),
+    ({"group": "hospital"}, "group=hospital: there is no such column"),
     ({"every_n_epochs": 0}, "every_n_epochs=0"),
 ]
 
