@@ -252,7 +252,7 @@ def _is_finished(settings: Settings, folder: RunFolder) -> bool:
 
 
 def _last_loss(folder: RunFolder) -> float:
-    losses = [row["train/loss"] for row in read_metrics(folder.path / "metrics.csv")[1] if row.get("train/loss")]
+    losses = [row["train/loss"] for row in read_metrics(folder.path / "metrics.csv") if row.get("train/loss")]
     return float(losses[-1]) if losses else float("nan")
 
 

@@ -297,15 +297,14 @@ def weights_of_run(folder: Path) -> Path:
     """
     if (exported := folder / "encoder.safetensors").is_file():
         return exported
-    state = read_state(folder)
-    checkpoint = find_checkpoint(folder / "checkpoints", None if state is None else state["run_id"], main_process=False)
-    if checkpoint is None and state is None:
-        raise RunFolderError(
-            f"{folder} is no folder of a run: it has neither encoder.safetensors nor a run.json. Give the folder that "
-            "the run's first line of the log names (of a fine-tuning that of one fold), or a file of weights"
-        )
+    run_id = (read_state(folder) or {}).get("run_id")
+    checkpoint = find_checkpoint(folder / "checkpoints", run_id, main_process=False)
     if checkpoint is None:
-        raise RunFolderError(f"the run in {folder} is not finished, and has no checkpoint yet: there are no weights")
+        raise RunFolderError(
+            f"{folder} is no folder of a run with weights: it has neither encoder.safetensors nor a checkpoint of the "
+            "run in run.json. Give the folder that the run's first line of the log names (of a fine-tuning that of one "
+            "fold), once it has saved, or a file of weights"
+        )
     step = step_of(checkpoint)
     logger.warning("the run in %s is not finished: taking its weights after %d steps, %s", folder, step, checkpoint)
     return checkpoint

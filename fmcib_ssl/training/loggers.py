@@ -113,14 +113,12 @@ class MetricsFile(RunLogger):
         Raises:
             RunFolderError: the file cannot be written.
         """
-        columns, rows = read_metrics(self.path)
-        earlier = [row for row in rows if int(row["step"]) < start.step]
+        earlier = [row for row in read_metrics(self.path) if int(row["step"]) < start.step]
         try:
             if earlier:
-                self._write_anew(earlier, columns)
+                self._write_anew(earlier)
             else:
                 self.path.unlink(missing_ok=True)
-                self._columns, self._size = [], 0
         except OSError as error:
             raise RunFolderError(f"{self.path} cannot be written: {error.strerror or error}") from error
 
@@ -138,9 +136,9 @@ class MetricsFile(RunLogger):
             if exists and self._columns and self.path.stat().st_size > self._size:
                 os.truncate(self.path, self._size)  # a part of these rows, from a try before
             if columns != self._columns or not exists:
-                self._write_anew([*read_metrics(self.path)[1], *self.unwritten], columns)
+                self._write_anew([*read_metrics(self.path), *self.unwritten])
             else:
-                text = _csv_of(self.unwritten, columns).encode()
+                text = _csv_of(self.unwritten, columns)
                 with self.path.open("ab") as file:
                     file.write(text)
                 self._size += len(text)
@@ -149,33 +147,33 @@ class MetricsFile(RunLogger):
             return
         self.unwritten = []
 
-    def _write_anew(self, rows: list[dict[str, Any]], columns: list[str]) -> None:
-        text = f"{_csv_of([dict(zip(columns, columns, strict=True))], columns)}{_csv_of(rows, columns)}".encode()
+    def _write_anew(self, rows: list[dict[str, Any]]) -> None:
+        columns = sorted(set().union(*rows))
+        text = _csv_of([dict(zip(columns, columns, strict=True)), *rows], columns)
         write_atomically(self.path, text)
         self._columns, self._size = columns, len(text)
 
 
-def _csv_of(rows: list[dict[str, Any]], columns: list[str]) -> str:
+def _csv_of(rows: list[dict[str, Any]], columns: list[str]) -> bytes:
     text = io.StringIO(newline="")
     csv.DictWriter(text, columns).writerows(rows)
-    return text.getvalue()
+    return text.getvalue().encode()
 
 
-def read_metrics(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
-    """Columns and rows of a metrics file, without what a killed process left unfinished at its end.
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics file, as text, without what a killed process left unfinished at its end.
 
     Damaged lines are left out too, which the log says.
     """
     if not path.is_file():
-        return [], []
+        return []
     text = path.read_bytes().decode("utf-8", errors="replace").replace("\0", "\ufffd")
     lines = text[: text.rfind("\n") + 1].splitlines()
     reader = csv.DictReader(lines)
-    columns = list(reader.fieldnames or [])
-    rows = [row for row in reader if _is_row(row)] if columns.count("step") == 1 else []
+    rows = [row for row in reader if _is_row(row)] if list(reader.fieldnames or []).count("step") == 1 else []
     if (num_damaged := len(lines) - 1 - len(rows)) > 0:
         logger.warning("%s: %d damaged lines are left out", path, num_damaged)
-    return columns if rows else [], rows
+    return rows
 
 
 def _is_row(row: Mapping[str | None, Any]) -> bool:
@@ -267,7 +265,7 @@ class WeightsAndBiases(RunLogger):
             self._run = self._open(start.run_id)
             self._run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
             self._run.config.update(dict(start.record), allow_val_change=True)
-            for row in read_metrics(start.metrics)[1]:
+            for row in read_metrics(start.metrics):
                 step = int(row.pop("step"))
                 if step < start.step:
                     self.log_metrics({key: float(value) for key, value in row.items() if value}, step)

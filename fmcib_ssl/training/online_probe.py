@@ -73,6 +73,8 @@ class OnlineProbe(L.Callback):
         opened = Store(store)
         padding_hu = opened.settings.padding_hu
         rows = np.flatnonzero(selected(opened.lesions, select, key="select", where=store))
+        if not len(rows):
+            raise ValueError(f"no lesion of {store} has select={dict(select or {})}")
         rows = rows[read_labels(opened.lesions.iloc[rows], "multiclass", label=label).rows]
         if len(rows) > max_lesions:
             rows = np.sort(np.random.default_rng(0).permutation(rows)[:max_lesions])

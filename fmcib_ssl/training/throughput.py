@@ -154,12 +154,12 @@ class Progress(ProgressBar):
             return
         if self._bar is not None:
             if (moved := step - self._bar.n) >= self._refresh_rate or step >= self._num_steps:
-                self._bar.set_postfix_str(", ".join(_shown(trainer, pl_module)), refresh=False)
+                self._bar.set_postfix_str(", ".join(_shown(trainer)), refresh=False)
                 self._bar.update(moved)
         elif now >= self._next_line and step > self._first_step:
             self._interval_s = min(2 * self._interval_s, _LONGEST_INTERVAL_S)
             self._next_line = now + self._interval_s
-            line = [f"step {step}/{self._num_steps}", *_shown(trainer, pl_module)]
+            line = [f"step {step}/{self._num_steps}", *_shown(trainer)]
             began, at_step = self._began
             if step > at_step:
                 seconds_left = (now - began) / (step - at_step) * (self._num_steps - step)
@@ -176,14 +176,14 @@ class Progress(ProgressBar):
         self.on_train_end(trainer, pl_module)
 
 
-def _shown(trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
-    loss = trainer.callback_metrics.get("train/loss")
-    shown = [] if loss is None else [f"loss {float(loss):.4g}"]
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, Throughput) and (pace := callback.figures(trainer, pl_module)):
-            shown.append(f"{pace['perf/samples_per_s']:.3g} lesions/s")
-            shown.append(f"{pace['perf/data_wait_share']:.0%} waiting")
-    return shown
+def _shown(trainer: L.Trainer) -> list[str]:
+    values = trainer.callback_metrics
+    formats = {
+        "train/loss": "loss {:.4g}",
+        "perf/samples_per_s": "{:.3g} lesions/s",
+        "perf/data_wait_share": "{:.0%} waiting",
+    }
+    return [text.format(float(values[name])) for name, text in formats.items() if name in values]
 
 
 def flops_of_lesion(network: nn.Module, patch_size_zyx: Sequence[int], *, num_views: int, num_watched: int = 0) -> int:

@@ -162,7 +162,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"label": None}, "callbacks.online_probe.label=COLUMN"),
     ({"label": "texture"}, "label=texture: there is no such column; there is .*rough"),
     ({"select": {"fold": 1}}, "select names the column 'fold'"),
-    ({"select": {"split": "test"}}, "'rough': 0 lesions have a label"),
+    ({"select": {"split": "test"}}, "no lesion of .* has select={'split': 'test'}"),
     ({"select": {"rough": 1}}, "it is the same for all of them"),
     ({"label": "scan_id"}, "has the value 's0' in one patient only"),
     ({"group": "hospital"}, "group=hospital: there is no such column"),
