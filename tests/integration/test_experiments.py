@@ -22,23 +22,10 @@ from fmcib_ssl.training.settings import Settings
 #: Fine-tuning is no pretraining: test_finetune.py.
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml") if path.stem != "finetune")
 COLUMNS = {
-    "step",
-    "epoch",
-    "lr",
-    "train/loss",
-    "train/positive_cosine",
-    "train/negative_cosine",
-    "train/lesion_cosine",
-    "train/alignment",
-    "train/uniformity",
-    "train/grad_norm",
-    "perf/samples_per_s",
-    "perf/tflops",
-    "perf/data_wait_share",
-    "data/negative_from_other_scan",
+    *("step", "epoch", "lr", "perf/samples_per_s", "perf/tflops", "perf/data_wait_share"),
+    *("data/negative_from_other_scan", "train/loss", "train/positive_cosine", "train/negative_cosine"),
+    *("train/lesion_cosine", "train/alignment", "train/uniformity", "train/grad_norm"),
 }
-
-
 #: One of each encoder and loss; the others differ in what `tests/test_config.py` composes.
 QUICK = ("ct_cpu", "nodule_recipe", "phantom_infonce")
 

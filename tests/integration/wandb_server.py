@@ -25,14 +25,12 @@ class Page:
         self.summary: dict[str, Any] = {}
         self.lines: dict[str, dict[int, str]] = defaultdict(dict)  # of a file that grows, by number
         self.files: dict[str, bytes] = {}
-        self.complete = False
 
     def add(self, stream: dict[str, Any]) -> None:
         """What one request to the stream of files brings; a line that is there is replaced, as on the real one."""
         for name, chunk in stream.get("files", {}).items():
             for number, line in enumerate(chunk["content"], chunk["offset"]):
                 self.lines[name][number] = line
-        self.complete = bool(stream.get("complete", self.complete))
         if summary := self.lines.get("wandb-summary.json"):
             self.summary = json.loads(summary[max(summary)])
 
@@ -63,7 +61,7 @@ class TrackingServer:
         self.pages: dict[str, Page] = defaultdict(Page)
         self.opened: list[str] = []
         self.received = b""
-        self._end = threading.Event()
+        self.end = threading.Event()
         handler = type("Bound", (_Handler,), {"its": self})
         self._http = _Server(("127.0.0.1", 0), handler)
 
@@ -83,12 +81,9 @@ class TrackingServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end.set()
+        self.end.set()
         self._http.shutdown()
         self._http.server_close()
-
-    def hang(self) -> None:
-        self._end.wait()
 
     def answer(self, operation: str, asked: dict[str, Any]) -> dict[str, Any]:
         """To a query or mutation, by its name."""
@@ -99,53 +94,45 @@ class TrackingServer:
             return {"serverInfo": {"features": []}}
         return answers[operation](asked) if operation in answers else {}
 
-    def _project(self, asked: dict[str, Any]) -> dict[str, Any]:
-        return {"id": "p", "name": asked["project"], "entity": {"id": "e", "name": "me"}}
-
     def _resume_status(self, asked: dict[str, Any]) -> dict[str, Any]:
         bucket = None
         if asked["name"] in self.pages:
             page = self.pages[asked["name"]]
             bucket = {
-                "id": asked["name"],
-                "name": asked["name"],
-                "displayName": asked["name"],
+                **self._bucket(asked["name"]),
                 "summaryMetrics": json.dumps(page.summary),
                 "logLineCount": len(page.lines["output.log"]),
-                "historyLineCount": len(page.lines["wandb-history.jsonl"]),
                 "eventsLineCount": len(page.lines["wandb-events.jsonl"]),
                 "historyTail": page.tail("wandb-history.jsonl"),
                 "eventsTail": page.tail("wandb-events.jsonl"),
-                "config": json.dumps(page.config),
                 "tags": [],
                 "notes": None,
                 "wandbConfig": json.dumps({"t": 1}),
             }
-        return {"model": {**self._project(asked), "bucket": bucket}}
+        return {"model": {**_project(asked), "bucket": bucket}}
 
     def _upsert(self, asked: dict[str, Any]) -> dict[str, Any]:
         name = asked["name"]
         inserted = name not in self.pages
-        page = self.pages[name]
         if asked["displayName"]:  # a client names the run when it begins, and not again
             self.opened.append(name)
         if asked["config"]:
-            page.config = json.loads(asked["config"])
-        bucket = {
-            "id": name,
-            "name": name,
-            "displayName": asked["displayName"] or name,
-            "description": None,
-            "config": json.dumps(page.config),
-            "sweepName": None,
-            "project": self._project(asked),
-            "historyLineCount": len(page.lines["wandb-history.jsonl"]),
-        }
+            self.pages[name].config = json.loads(asked["config"])
+        bucket = {**self._bucket(name), "description": None, "sweepName": None, "project": _project(asked)}
         return {"upsertBucket": {"bucket": bucket, "inserted": inserted}}
+
+    def _bucket(self, name: str) -> dict[str, Any]:
+        page = self.pages[name]
+        of_page = {"config": json.dumps(page.config), "historyLineCount": len(page.lines["wandb-history.jsonl"])}
+        return {"id": name, "name": name, "displayName": name, **of_page}
 
     def _files(self, asked: dict[str, Any]) -> dict[str, Any]:
         files = [{"name": name, "uploadUrl": f"{self.url}/put/{asked['run']}/{name}"} for name in asked["files"]]
         return {"createRunFiles": {"runID": asked["run"], "uploadHeaders": [], "files": files}}
+
+
+def _project(asked: dict[str, Any]) -> dict[str, Any]:
+    return {"id": "p", "name": asked["project"], "entity": {"id": "e", "name": "me"}}
 
 
 class _Server(ThreadingHTTPServer):
@@ -188,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _behaves(self) -> bool:
         if self.its.behaviour == "hangs":
-            self.its.hang()
+            self.its.end.wait()
             self.close_connection = True
             return False
         if self.its.behaviour != "serves":
