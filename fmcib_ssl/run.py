@@ -32,7 +32,6 @@ from fmcib_ssl.training import (
     RunFolderError,
     RunLogger,
     Settings,
-    Start,
     WeightsAndBiases,
     WholeFileIO,
     accelerate,
@@ -264,11 +263,11 @@ def _begin_tracking(
     if settings.contact_sheet_rows and not (step and sheet.is_file() and settings.identifiers == "show"):
         draw(sheet, identifiers=settings.identifiers)
         logger.info("views to look at before anything is learned: %s", sheet)
-    start = Start(folder.run_id, step, folder.path / "metrics.csv", _record(settings, folder))
+    record = _record(settings, folder)
     for tracker in trainer.loggers:
         if not isinstance(tracker, RunLogger):
             continue
-        tracker.resume_from(start)
+        tracker.resume_from(folder, step, record)
         if isinstance(tracker, WeightsAndBiases) and settings.contact_sheet_rows:
             with TemporaryDirectory() as scratch:
                 tracker.show("contact_sheet", draw(Path(scratch) / "contact_sheet.png", identifiers="hash"))

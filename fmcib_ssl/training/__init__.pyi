@@ -26,7 +26,6 @@ from .finetuning import fine_tune as fine_tune
 from .lesions import open_lesions as open_lesions
 from .loggers import MetricsFile as MetricsFile
 from .loggers import RunLogger as RunLogger
-from .loggers import Start as Start
 from .loggers import WeightsAndBiases as WeightsAndBiases
 from .loggers import read_metrics as read_metrics
 from .memory import settings_that_fit as settings_that_fit

@@ -14,7 +14,6 @@ import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from lightning.pytorch.loggers.logger import Logger
 from PIL import Image
 
 from fmcib_ssl.io import HIDDEN, write_atomically
-from fmcib_ssl.training.run_folder import RunFolderError
+from fmcib_ssl.training.run_folder import RunFolder, RunFolderError
 
 logger = logging.getLogger(__name__)
 
@@ -42,23 +41,6 @@ _WANDB_HIDES: Mapping[str, Any] = {
     "x_disable_meta": True,
     "x_save_requirements": False,
 }
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a logger has to know of the start of a run, the first one or a later one.
-
-    Attributes:
-        run_id: the same for all starts.
-        step: optimizer steps that were done before.
-        metrics: the run's `metrics.csv`.
-        record: settings, versions, state of the code, checksum of the data: plain values.
-    """
-
-    run_id: str
-    step: int
-    metrics: Path
-    record: Mapping[str, Any] = field(default_factory=dict)
 
 
 class RunLogger(Logger):
@@ -80,8 +62,14 @@ class RunLogger(Logger):
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """They are in `config.yaml`."""
 
-    def resume_from(self, start: Start) -> None:
-        """Forget what was logged from `start.step` on: it is going to be logged again."""
+    def resume_from(self, folder: RunFolder, step: int, record: Mapping[str, Any]) -> None:
+        """Begin, or forget what was logged from a step on: it is going to be logged again.
+
+        Args:
+            folder: of the run, whose id is the same for all starts.
+            step: optimizer steps that were done before.
+            record: settings, versions, state of the code, checksum of the data: plain values.
+        """
 
     def show(self, name: str, picture: Path) -> None:
         """Put a picture on the page."""
@@ -107,13 +95,13 @@ class MetricsFile(RunLogger):
         self._columns: list[str] = []
         self._size = 0  # of what was written whole
 
-    def resume_from(self, start: Start) -> None:
-        """Cut the rows from `start.step` on.
+    def resume_from(self, folder: RunFolder, step: int, record: Mapping[str, Any]) -> None:
+        """Cut the rows from a step on.
 
         Raises:
             RunFolderError: the file cannot be written.
         """
-        earlier = [row for row in read_metrics(self.path) if int(row["step"]) < start.step]
+        earlier = [row for row in read_metrics(self.path) if int(row["step"]) < step]
         try:
             if earlier:
                 self._write_anew(earlier)
@@ -200,12 +188,12 @@ class TensorBoard(RunLogger):
         self._first_step = 0
         self._writer: Any = None
 
-    def resume_from(self, start: Start) -> None:
+    def resume_from(self, folder: RunFolder, step: int, record: Mapping[str, Any]) -> None:
         """Tell TensorBoard to leave out what earlier files have from this step on."""
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  (slow, and most runs do without)
 
-        self._first_step = start.step
-        purge = start.step if start.step or any(self._folder.glob("events.*")) else None
+        self._first_step = step
+        purge = step if step or any(self._folder.glob("events.*")) else None
         self._writer = SummaryWriter(str(self._folder), purge_step=purge)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -259,16 +247,15 @@ class WeightsAndBiases(RunLogger):
         self._timeout_s = timeout_s
         self._run: Any = None  # none before the start, and when tracking has failed and was given up
 
-    def resume_from(self, start: Start) -> None:
+    def resume_from(self, folder: RunFolder, step: int, record: Mapping[str, Any]) -> None:
         """Open the run of this id, and send the rows of `metrics.csv` that its page lacks: offline all of them."""
         with self._never_fatal():
-            self._run = self._open(start.run_id)
+            self._run = self._open(folder.run_id)
             self._run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-            self._run.config.update(dict(start.record), allow_val_change=True)
-            for row in read_metrics(start.metrics):
-                step = int(row.pop("step"))
-                if step < start.step:
-                    self.log_metrics({key: float(value) for key, value in row.items() if value}, step)
+            self._run.config.update(dict(record), allow_val_change=True)
+            for row in read_metrics(folder.path / "metrics.csv"):
+                if (earlier := int(row.pop("step"))) < step:
+                    self.log_metrics({key: float(value) for key, value in row.items() if value}, earlier)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log under the run's own step, so that the server can tell what it has already."""

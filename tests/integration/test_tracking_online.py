@@ -7,6 +7,7 @@ import logging
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tiny_runs import tiny_settings
 from wandb_server import TrackingServer
 
 from fmcib_ssl.run import pretrain
-from fmcib_ssl.training.loggers import MetricsFile, Start, WeightsAndBiases
+from fmcib_ssl.training.loggers import MetricsFile, WeightsAndBiases
 
 RUN_ID = "abcd1234"
 #: Of the server, in these tests; W&B's own look at the login may take ten seconds more.
@@ -38,13 +39,13 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[TrackingServer]:
 
 def tracker_from(step: int, folder: Path) -> WeightsAndBiases:
     tracker = WeightsAndBiases("project", "name", folder, timeout_s=TIMEOUT_S)
-    tracker.resume_from(Start(RUN_ID, step, folder / "metrics.csv"))
+    tracker.resume_from(SimpleNamespace(run_id=RUN_ID, path=folder), step, {})  # type: ignore[arg-type]
     return tracker
 
 
 def log(tracker: Any, steps: range, folder: Path) -> None:
     metrics = MetricsFile(folder / "metrics.csv")
-    metrics.resume_from(Start(RUN_ID, steps[0], folder / "metrics.csv"))
+    metrics.resume_from(Any, steps[0], {})  # type: ignore[arg-type]
     for step in steps:
         for its in (tracker, metrics):
             its.log_metrics({"loss": step / 7}, step=step)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from fmcib_ssl.data.loader import EpochSampler, ResumableLoader
 from fmcib_ssl.training import signals
 from fmcib_ssl.training.checkpoints import RunCheckpoints, WholeFileIO, find_checkpoint, restored_state, step_of
-from fmcib_ssl.training.loggers import MetricsFile, Start, read_metrics
+from fmcib_ssl.training.loggers import MetricsFile, read_metrics
 from fmcib_ssl.training.run_folder import RunFolderError
 from fmcib_ssl.types import SampleKey
 
@@ -92,7 +92,7 @@ def fit(folder: Path, *callbacks: L.Callback, **arguments: Any) -> L.Trainer:
     checkpoint = find_checkpoint(folder, "mine")
     step = step_of(checkpoint) if checkpoint else 0
     metrics = MetricsFile(folder / "metrics.csv")
-    metrics.resume_from(Start("mine", step, metrics.path))
+    metrics.resume_from(Any, step, {})  # type: ignore[arg-type]
     saving = {key: arguments.pop(key) for key in list(arguments) if key in ("every_n_train_steps", "save_top_k")}
     trainer = checkpointing(RunCheckpoints(folder, **saving), *callbacks, logger=metrics, **arguments)
     torch.manual_seed(100 + step)  # the state that dropout draws from has to come from the checkpoint

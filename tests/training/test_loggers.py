@@ -14,11 +14,13 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fmcib_ssl.training.loggers import MetricsFile, Start, TensorBoard, WeightsAndBiases
+from fmcib_ssl.training.loggers import MetricsFile, TensorBoard, WeightsAndBiases
 
 
-def start(folder: Path, step: int) -> Start:
-    return Start("abcd1234", step, folder / "metrics.csv", {"seed": 3, "environment": {"git": {"commit": "c0ffee"}}})
+def resume(logger: Any, folder: Path, step: int) -> Any:
+    run: Any = SimpleNamespace(run_id="abcd1234", path=folder)
+    logger.resume_from(run, step, {"seed": 3, "environment": {"git": {"commit": "c0ffee"}}})
+    return logger
 
 
 def log(logger: Any, steps: range, **more: float) -> None:
@@ -29,12 +31,12 @@ def log(logger: Any, steps: range, **more: float) -> None:
 
 def test_rows_after_the_checkpoint_are_cut(tmp_path: Path) -> None:
     first = MetricsFile(tmp_path / "metrics.csv")
-    first.resume_from(start(tmp_path, 0))
+    resume(first, tmp_path, 0)
     log(first, range(6))
     with (tmp_path / "metrics.csv").open("a") as file:
         file.write("0.9")  # killed while it wrote
     second = MetricsFile(tmp_path / "metrics.csv")
-    second.resume_from(start(tmp_path, 4))
+    resume(second, tmp_path, 4)
     assert pd.read_csv(tmp_path / "metrics.csv")["step"].tolist() == [0, 1, 2, 3]
     log(second, range(4, 8), late=1.5)
     table = pd.read_csv(tmp_path / "metrics.csv")
@@ -96,7 +98,7 @@ def test_damaged_lines_are_left_out(
     damaged = damage((tmp_path / "metrics.csv").read_bytes())
     (tmp_path / "metrics.csv").write_bytes(damaged)
     metrics = MetricsFile(tmp_path / "metrics.csv")
-    metrics.resume_from(start(tmp_path, 4))
+    resume(metrics, tmp_path, 4)
     log(metrics, range(4, 5))
     assert pd.read_csv(tmp_path / "metrics.csv")["step"].tolist() == [*steps, 4]
     if b"\n" in damaged:
@@ -106,7 +108,7 @@ def test_damaged_lines_are_left_out(
 def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
     for first, last in ((0, 6), (4, 9)):
         board = TensorBoard(tmp_path, name="tensorboard", version="")
-        board.resume_from(start(tmp_path, first))
+        resume(board, tmp_path, first)
         log(board, range(first, last))
         board.finalize("success")
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -117,7 +119,7 @@ def test_tensorboard_gets_pictures(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "sheet.png")
     board = TensorBoard(tmp_path)
-    board.resume_from(start(tmp_path, 4))
+    resume(board, tmp_path, 4)
     board.show("sheet", tmp_path / "sheet.png")
     board.finalize("success")
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -131,7 +133,7 @@ def test_offline_with_one_id(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     """The real thing, twice."""
     for step in (0, 2):
         tracker = WeightsAndBiases("project", "name", tmp_path, offline=True, timeout_s=10)
-        tracker.resume_from(start(tmp_path, step))
+        resume(tracker, tmp_path, step)
         log(tracker, range(step, step + 2))
         assert tracker._run.id == "abcd1234"
         log(MetricsFile(tmp_path / "metrics.csv"), range(step, step + 2))
@@ -155,7 +157,7 @@ def test_no_failure_of_tracking_reaches_the_training(
     monkeypatch.setattr(wandb, "init", fail)
     monkeypatch.setattr(wandb, "teardown", lambda: None)
     tracker = WeightsAndBiases("project", "name", tmp_path)
-    tracker.resume_from(start(tmp_path, 0))
+    resume(tracker, tmp_path, 0)
     log(tracker, range(3))
     tracker.finish()
     assert caplog.text.count("stopped working") == 1 and "metrics.csv has everything" in caplog.text
