@@ -6,6 +6,7 @@ import io
 import logging
 import resource
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
