@@ -33,11 +33,14 @@ _END_WITHIN_S = 8.0
 _PATIENCE_S = 1.0
 
 _RESUME = "What was saved is kept, and the same command resumes from it."
-_REMEDIES: dict[int, str] = {
-    signal.SIGKILL: "Lower num_workers or batch_size, or ask for more memory (Slurm: --mem)",
-    signal.SIGBUS: "workers hand over batches in shared memory, and /dev/shm may be full. Lower num_workers (0 needs "
-    "none) or batch_size, or in a container raise the limit: --shm-size 8g (docs/containers.md)",
-    signal.SIGSEGV: "A library has crashed: if it is always over the same lesion, look at its scan with check_data.py",
+_CRASH = "A library has crashed: if it is always over the same lesion, look at its scan with check_data.py"
+#: By the name of the signal that has killed a worker.
+_REMEDIES = {
+    "SIGKILL": "Lower num_workers or batch_size, or ask for more memory (Slurm: --mem)",
+    "SIGBUS": "workers hand over batches in shared memory, and /dev/shm may be full. Lower num_workers (0 needs none) "
+    "or batch_size, or in a container raise the limit: --shm-size 8g (docs/containers.md)",
+    "SIGSEGV": _CRASH,
+    "SIGABRT": _CRASH,
 }
 
 
@@ -71,9 +74,9 @@ class WatchedLoader(DataLoader[Any]):
         self.title, self.rank = title, rank  # by these names a trainer finds them that makes the loader anew
         self.is_reading = False
         self._watch: _Watch | None = None
-        #: Of each worker its process and what it has last begun to read, in memory that is shared with it.
-        self._last_read = multiprocessing.RawArray("q", [-1, -1] * num_workers)
         if num_workers:
+            # Of each worker its process and what it has last begun to read, in memory that is shared with it.
+            self._last_read = multiprocessing.RawArray("q", [-1, -1] * num_workers)
             dataset, arguments["worker_init_fn"] = _Noted(dataset, self._last_read), _start_worker
         super().__init__(dataset, num_workers=num_workers, **arguments)
 
@@ -108,12 +111,11 @@ class WatchedLoader(DataLoader[Any]):
             self.is_reading = False
 
     def _cause_of_death(self, worker: BaseProcess) -> str:
-        code = worker.exitcode or 0
-        reason = f"ended by itself, code {code}"
-        if code < 0:
-            with suppress(ValueError):
-                reason = f"was killed by {signal.Signals(-code).name}"
-        if code == -signal.SIGKILL:
+        code, killer = worker.exitcode or 0, ""
+        with suppress(ValueError):
+            killer = signal.Signals(-code).name
+        reason = f"was killed by {killer}" if killer else f"ended by itself, code {code}"
+        if killer == "SIGKILL":
             reason += ", likely out of memory, unless somebody did it"
         lesion = dict(zip(self._last_read[::2], self._last_read[1::2], strict=True)).get(worker.pid or 0)
         last = "none" if lesion is None else f"number {lesion}"
@@ -121,8 +123,7 @@ class WatchedLoader(DataLoader[Any]):
             last += f" ({self.title(lesion)})" if self.title and lesion is not None else ""
         whose = "" if self.rank is None else f" of rank {self.rank}"
         message = f"data worker{whose} (process {worker.pid}) {reason}. Last lesion that it began to read: {last}."
-        remedy = _REMEDIES.get(signal.SIGSEGV if code == -signal.SIGABRT else -code, "")
-        return f"{message} {_RESUME} {remedy}".strip()
+        return f"{message} {_RESUME} {_REMEDIES.get(killer, '')}".strip()
 
 
 @contextmanager
