@@ -6,8 +6,9 @@ Only preparing needs SimpleITK, so that is imported when it is asked for: traini
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,22 +22,17 @@ from fmcib_ssl.types import Preprocessing
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class LesionSource:
+class LesionSource(NamedTuple):
     """The lesions that a run is trained on.
 
     Attributes:
         patches: one item a lesion.
         preprocessing: how the patches are cut.
-        num_scans: that the lesions lie in.
-        origin: for the log.
         checksum: of which lesions they are, in which order, and of their scans; not of how files are called or written.
     """
 
     patches: LesionPatches
     preprocessing: Preprocessing
-    num_scans: int
-    origin: str
     checksum: str
 
 
@@ -53,7 +49,7 @@ def open_lesions(settings: Settings, *, main_process: bool) -> LesionSource:
         fmcib_ssl.data.store.StoreError: a store that cannot be used, or made.
     """
     data = settings.data
-    store = Store(store_of(settings, main_process=main_process))
+    store = Store(data.store or _prepared(settings, main_process))
     spacing_mm = store.settings.spacing_mm
     if data.spacing_mm not in (None, spacing_mm):
         raise ConfigError(
@@ -78,27 +74,12 @@ def open_lesions(settings: Settings, *, main_process: bool) -> LesionSource:
         on_bad_row=data.on_bad_row,
     )
     preprocessing = Preprocessing(data.patch_size, spacing_mm, store.settings.padding_hu, padding=data.padding)
-    num_scans = patches.lesions["scan_id"].nunique()
-    origin = f"store {store.path}" + (f", prepared for {data.annotations}" if data.store is None else "")
-    return LesionSource(patches, preprocessing, num_scans, origin, _checksum(store, keep))
+    return LesionSource(patches, preprocessing, _checksum(store, keep))
 
 
-def store_of(settings: Settings, *, main_process: bool = True, spacing_mm: float | None = None) -> Path:
-    """The store of a run; that of a table, or of the phantom, is prepared unless it is finished.
-
-    Args:
-        settings: of the run.
-        main_process: only this one writes `rejected.csv`.
-        spacing_mm: voxels of a table's store, if not those of the settings.
-
-    Raises:
-        ConfigError: a phantom that cannot be made.
-        fmcib_ssl.data.tables.AnnotationsError: a table that cannot be used.
-        fmcib_ssl.data.store.StoreError: the store cannot be made.
-    """
+def _prepared(settings: Settings, main_process: bool) -> Path:
+    """The store of a table, or of the phantom; it is prepared unless it is finished."""
     data, rejected_csv = settings.data, settings.paths.run / "rejected.csv"
-    if data.store is not None:
-        return data.store
     from fmcib_ssl.data import make_archive, store_for_table  # noqa: PLC0415  (they need SimpleITK, and a store does not)
 
     assert data.annotations is not None
@@ -115,7 +96,7 @@ def store_of(settings: Settings, *, main_process: bool = True, spacing_mm: float
         summary = store_for_table(
             data.annotations,
             settings.paths.data / "stores",
-            StoreSettings(spacing_mm or data.spacing_mm or 1.0),
+            StoreSettings(data.spacing_mm or 1.0),
             image_root=data.image_root,
             path_prefix=data.path_prefix,
             coordinates=data.coordinates,

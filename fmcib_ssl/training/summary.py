@@ -134,6 +134,7 @@ def run_summary(settings: Settings, source: LesionSource, batch_size: int, modul
     hardware, data, optimizer = settings.hardware, settings.data, settings.optimizer
     global_batch = batch_size * settings.world_size
     steps_per_epoch, all_steps = num_steps(settings, len(source.patches) // global_batch)
+    num_scans = source.patches.lesions["scan_id"].nunique()
     chunk_size, accumulated = getattr(module, "chunk_size", None), settings.trainer.accumulate_grad_batches
     num_weights = sum(p.numel() for p in module.encoder.parameters()) / 1e6
     switches = ("channels_last", "skip_padded_kernels", "compile", "gradient_checkpointing")
@@ -144,7 +145,7 @@ def run_summary(settings: Settings, source: LesionSource, batch_size: int, modul
         loss = f", {type(built).__name__}: {arguments}"
     rows = {
         "run": f"{settings.name}, fmcib_ssl {fmcib_ssl.__version__}, in {settings.paths.run}",
-        "lesions": f"{len(source.patches)} in {source.num_scans} scans, from {source.origin}",
+        "lesions": f"{len(source.patches)} in {num_scans} scans, from store {source.patches.store.path}",
         "negatives": f"{data.negatives_per_lesion} a lesion, {data.mining}",
         "patch": f"{' x '.join(map(str, data.patch_size))} voxels (z, y, x) of {source.preprocessing.spacing_mm:g} mm",
         "batch": f"{batch_size} lesions on each of {settings.world_size} {hardware.accelerator} devices"
