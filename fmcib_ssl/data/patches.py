@@ -37,7 +37,7 @@ class LesionPatches(Dataset[PatchPair]):
         seed: not negative.
         mining: `"background"`, `"near"`, `"hard"` or `"uniform"`, or a strategy of `fmcib_ssl.data.mining`.
         negatives_per_lesion: negatives of each lesion. 0 for none: `negative` is then `(0, 1, z, y, x)`.
-        select: places in, or a Boolean mask over, `store.lesions`: the lesions to serve, in that order. What is
+        select: positions in, or a Boolean mask over, `store.lesions`: the lesions to serve, in that order. What is
             annotated in their scans stays forbidden to negatives all the same.
         padding_hu: what stands outside a scan, if `padding` is "constant".
         padding: "edge": outside a scan stands the nearest voxel of its grid.
@@ -45,7 +45,7 @@ class LesionPatches(Dataset[PatchPair]):
             another lesion stand in, which the sample's `lesion` names.
 
     Attributes:
-        lesions: the rows of `store.lesions` that are served; `lesion` of a sample is the place in it.
+        lesions: the rows of `store.lesions` that are served; `lesion` of a sample is the position in it.
 
     Raises:
         StoreError: no finished store, or no lesion selected.
@@ -81,10 +81,10 @@ class LesionPatches(Dataset[PatchPair]):
         self.negatives_per_lesion = negatives_per_lesion
         self._warned: set[str] = set()
         lesions = self.store.lesions
-        kept = np.arange(len(lesions)) if select is None else np.arange(len(lesions))[np.asarray(select)]
-        if len(kept) == 0:
+        chosen = np.arange(len(lesions)) if select is None else np.arange(len(lesions))[np.asarray(select)]
+        if len(chosen) == 0:
             raise StoreError(f"{self.store.path}: no lesion is selected of the {len(lesions)} it has")
-        self.lesions = lesions.iloc[kept].reset_index(drop=True)
+        self.lesions = lesions.iloc[chosen].reset_index(drop=True)
 
         # Arrays, not lists of objects: reading them touches no reference count, so forked workers share the pages.
         self._scan_ids, scans = np.unique(lesions["scan_id"].to_numpy(dtype=str), return_inverse=True)
@@ -92,8 +92,8 @@ class LesionPatches(Dataset[PatchPair]):
         by_scan = np.argsort(scans, kind="stable")
         self._annotated_zyx = centers[by_scan].astype(np.int64)
         self._first_of_scan = np.searchsorted(scans[by_scan], np.arange(len(self._scan_ids) + 1))
-        self._scans, self._centers_zyx = scans[kept], centers[kept].astype(np.int64)
-        self._without_place = np.zeros(len(self._scan_ids), dtype=bool)  # that is known of, for any lesion's negative
+        self._scans, self._centers_zyx = scans[chosen], centers[chosen].astype(np.int64)
+        self._without_room = np.zeros(len(self._scan_ids), dtype=bool)  # that is known of, for any lesion's negative
 
     def __len__(self) -> int:
         return len(self._scans)
@@ -146,7 +146,7 @@ class LesionPatches(Dataset[PatchPair]):
             if centers is not None:
                 return scan, centers
             # Of the lesion's own scan it may be true for this lesion only.
-            self._without_place[scan] |= scan != own
+            self._without_room[scan] |= scan != own
         extent = " x ".join(f"{edge:g}" for edge in self.patch_size * self.store.settings.spacing_mm)
         raise StoreError(
             f"{self.store.path}: no scan has room for a negative: a patch of {extent} mm (z, y, x) that is at "
@@ -158,7 +158,7 @@ class LesionPatches(Dataset[PatchPair]):
     def _scans_to_try(self, key: SampleKey, own: int) -> Iterator[int]:
         yield own
         order = np.random.default_rng([self.seed, *key, 2]).permutation(len(self._scan_ids))
-        yield from (scan for scan in order.tolist() if scan != own and not self._without_place[scan])
+        yield from (scan for scan in order.tolist() if scan != own and not self._without_room[scan])
 
     def positive(self, index: int) -> Int16[Tensor, "1 z y x"]:
         """The patch round a lesion; nothing is mined."""

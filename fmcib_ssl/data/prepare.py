@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,7 +35,6 @@ from fmcib_ssl.data.annotations import (
     read_annotations,
     rows_by_scan,
 )
-from fmcib_ssl.data.geometry import ScanGeometry
 from fmcib_ssl.data.prepare_scan import ScanTask, TableScan, prepare_scan, reject, rejection_file, scan_id_of, state_of
 from fmcib_ssl.data.processes import run_jobs
 from fmcib_ssl.data.store import StoreError, StoreGrid, StoreSettings
@@ -193,9 +193,8 @@ def prepare_store(
             _refuse_unfinished(folder, scans, states)
         elif unfinished:
             write_settings_file(folder, settings, complete=False, annotations=str(table.source))
-            tasks, geometries = _judge_rows(table, unfinished, on_bad_row, folder)
             to_read = []
-            for task in tasks:
+            for task in _judge_rows(table, unfinished, on_bad_row, folder):
                 if not task.lesions:
                     reject(folder, task.scan, task.rejected)
                 elif states[task.scan.scan_id] == "rows changed":
@@ -204,19 +203,11 @@ def prepare_store(
                 else:
                     to_read.append(task)
             if to_read:
-                chosen = [geometries[task.scan.scan_id] for task in to_read]
-                num_workers = _announce(folder, settings, chosen, num_workers)
+                num_workers = _announce(folder, settings, to_read, num_workers)
                 num_made = _prepare(folder, settings, to_read, len(scans), num_workers)
         sidecars = {scan.scan_id: read_record(sidecar_file(folder, scan.scan_id)) for scan in scans}
-        records = [
-            record
-            for scan_id, sidecar in sidecars.items()
-            for record in (sidecar or read_record(rejection_file(folder, scan_id)))["rejected"]
-        ]
+        rejected = _rejected_rows(table, folder, sidecars, whole=shard is None)
         num_lesions = None
-        if shard is None:
-            records += _rows_without_scan(table)
-        rejected = pd.DataFrame(records, columns=list(REJECTED_COLUMNS)).sort_values("row", ignore_index=True)
         if shard is None:
             num_lesions = _write_index(folder, settings, table, [s for s in sidecars.values() if s], rejected)
     num_rejected_scans = sum(not sidecar for sidecar in sidecars.values())
@@ -227,11 +218,11 @@ def _scans_of(table: LesionTable, image_root: Path | str | None) -> list[TableSc
     """The scans of a table in the order of their names, on which alone shards depend."""
     root = Path(image_root) if image_root is not None else table.source.parent
     rows, scans = _records_of(table.rows), []
-    for source, places in rows_by_scan(table.scans).items():
-        own = [(int(table.rows.index[place]), rows[place]) for place in places]
+    for source, indices in rows_by_scan(table.scans).items():
+        own = [(int(table.rows.index[index]), rows[index]) for index in indices]
         text = json.dumps([table.coordinates, *own], default=str)
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        scans.append(TableScan(scan_id_of(source, root), source, tuple(places.tolist()), digest))
+        scans.append(TableScan(scan_id_of(source, root), source, tuple(indices.tolist()), digest))
     return sorted(scans, key=lambda scan: scan.scan_id)
 
 
@@ -256,49 +247,44 @@ def _refuse_unfinished(folder: Path, scans: Sequence[TableScan], states: Mapping
         )
 
 
-def _judge_rows(
-    table: LesionTable, scans: Sequence[TableScan], on_bad_row: OnBadRow, folder: Path
-) -> tuple[list[ScanTask], dict[str, ScanGeometry]]:
+def _judge_rows(table: LesionTable, scans: Sequence[TableScan], on_bad_row: OnBadRow, folder: Path) -> list[ScanTask]:
     """Tell the rows of some scans that can be used from those that cannot, as far as headers tell.
-
-    Returns:
-        A task for each scan, and by `scan_id` the geometries of those that have usable rows.
 
     Raises:
         BadRowsError: bad rows and `on_bad_row="refuse"`; they are in `rejected.csv` then.
     """
-    places = [place for scan in scans for place in scan.places]
+    indices = [index for scan in scans for index in scan.indices]
     if on_bad_row == "refuse":
-        places += [place for place, source in enumerate(table.scans) if source is None]
+        indices += [index for index, source in enumerate(table.scans) if source is None]
     rejected_csv = folder / REJECTED_FILE if on_bad_row == "refuse" else None
     try:
-        selected = table.select(sorted(places))
-        usable, rejected = check_annotations(selected, on_bad_row=on_bad_row, rejected_csv=rejected_csv)
+        chosen = table.select(sorted(indices))
+        usable, rejected = check_annotations(chosen, on_bad_row=on_bad_row, rejected_csv=rejected_csv)
     except BadRowsError as error:
         if on_bad_row == "refuse" or error.rejected is None:
             raise
         logger.warning("%s", error)  # none of these rows can be used; the store may have others
         usable, rejected = table.select(np.zeros(len(table), dtype=bool)), error.rejected
-    lesions, bad_rows = defaultdict[int, list[Record]](list), defaultdict[int, list[Record]](list)
-    number_of_row = {table.rows.index[place]: number for number, scan in enumerate(scans) for place in scan.places}
-    for columns, row, center in zip(_records_of(usable.rows), usable.rows.index, usable.centers_lps_mm, strict=True):
-        lesion = {"row": int(row), "center_lps_mm": center.tolist(), "columns": columns}
-        lesions[number_of_row[row]].append(lesion)
+    lesions, bad_rows = defaultdict[Any, list[Record]](list), defaultdict[Any, list[Record]](list)
+    for columns, row, source, center in zip(
+        _records_of(usable.rows), usable.rows.index, usable.scans, usable.centers_lps_mm.tolist(), strict=True
+    ):
+        lesions[source].append({"row": int(row), "center_lps_mm": center, "columns": columns})
+    source_of_row = dict(zip(table.rows.index, table.scans, strict=True))
     for record in _records_of(rejected):
-        bad_rows[number_of_row[record["row"]]].append(record)
-    reports = {scan.scan_id: usable.reports.get(scan.source) for scan in scans}
-    geometries = {name: report.geometry for name, report in reports.items() if isinstance(report, ScanReport)}
-    return [ScanTask(scan, lesions[number], bad_rows[number]) for number, scan in enumerate(scans)], geometries
+        bad_rows[source_of_row[record["row"]]].append(record)
+    return [
+        ScanTask(scan, lesions[scan.source], bad_rows[scan.source], usable.reports.get(scan.source)) for scan in scans
+    ]
 
 
-def _announce(
-    folder: Path, settings: StoreSettings, geometries: Sequence[ScanGeometry], num_workers: int | None
-) -> int:
+def _announce(folder: Path, settings: StoreSettings, tasks: Sequence[ScanTask], num_workers: int | None) -> int:
     """Say how much space and time the scans will take; gives the number of processes, if none is chosen.
 
     Raises:
         StoreError: the disk has not that much space.
     """
+    geometries = [task.report.geometry for task in tasks if isinstance(task.report, ScanReport)]
     num_voxels = sum(math.prod(StoreGrid.of(geometry, settings.spacing_mm).shape_zyx) for geometry in geometries)
     num_bytes = num_voxels * _BYTES_PER_VOXEL
     seconds = (num_voxels + sum(math.prod(geometry.size_xyz) for geometry in geometries)) * _SECONDS_PER_VOXEL
@@ -321,7 +307,7 @@ def _announce(
 
 def _prepare(folder: Path, settings: StoreSettings, tasks: Sequence[ScanTask], num_scans: int, num_workers: int) -> int:
     """Prepare scans, and reject those that cannot be used; gives how many were made."""
-    made: list[ScanTask] = []
+    finished: list[ScanTask] = []
     with tqdm(
         total=num_scans,
         initial=num_scans - len(tasks),
@@ -332,17 +318,17 @@ def _prepare(folder: Path, settings: StoreSettings, tasks: Sequence[ScanTask], n
     ) as progress:
         for task, problem in run_jobs(partial(prepare_scan, folder, settings), tasks, num_workers, _killed):
             if problem is None:
-                made.append(task)
+                finished.append(task)
             else:
                 _reject_scan(folder, task, *problem)
             progress.update()
     # Scans whose files were written while they, or others after them, were read.
-    states = _states(folder, settings, [task.scan for task in made])
-    for task in (task for task in made if states[task.scan.scan_id] == "its files have changed"):
+    states = _states(folder, settings, [task.scan for task in finished])
+    for task in (task for task in finished if states[task.scan.scan_id] == "its files have changed"):
         _reject_scan(
             folder, task, "its files have changed while the store was made", "run the same command again once they stay"
         )
-    return len(made)
+    return len(finished)
 
 
 def _killed(_task: ScanTask) -> tuple[str, str]:
@@ -358,14 +344,18 @@ def _reject_scan(folder: Path, task: ScanTask, reason: str, remedy: str) -> None
     reject(folder, task.scan, [*task.rejected, *(dict(zip(REJECTED_COLUMNS, row, strict=True)) for row in values)])
 
 
-def _rows_without_scan(table: LesionTable) -> list[Record]:
-    """What is wrong with the rows that name no scan."""
-    if places := [place for place, source in enumerate(table.scans) if source is None]:
+def _rejected_rows(table: LesionTable, folder: Path, sidecars: Mapping[str, Record], *, whole: bool) -> pd.DataFrame:
+    """All rejected rows, in the order of the table; those that name no scan only of a whole table."""
+    records: list[Record] = []
+    for scan_id, sidecar in sidecars.items():
+        records += (sidecar or read_record(rejection_file(folder, scan_id)))["rejected"]
+    without_scan = [index for index, source in enumerate(table.scans) if whole and source is None]
+    if without_scan:
         try:
-            check_annotations(table.select(places))
+            check_annotations(table.select(without_scan))
         except BadRowsError as error:
-            return _records_of(error.rejected) if error.rejected is not None else []
-    return []
+            records += [] if error.rejected is None else _records_of(error.rejected)
+    return pd.DataFrame(records, columns=list(REJECTED_COLUMNS)).sort_values("row", ignore_index=True)
 
 
 def _write_index(

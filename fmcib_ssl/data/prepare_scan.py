@@ -20,6 +20,7 @@ import numpy.typing as npt
 import SimpleITK as sitk
 from jaxtyping import Int16
 
+from fmcib_ssl.data.annotations import ScanReport
 from fmcib_ssl.data.dicom_files import series_files
 from fmcib_ssl.data.mining import build_coarse_map
 from fmcib_ssl.data.scans import Scan, ScanSource, read_scan
@@ -47,22 +48,23 @@ class TableScan(NamedTuple):
     Attributes:
         scan_id: its name in the store.
         source: where it is.
-        places: of its rows in the table.
+        indices: positions of its rows in the table.
         rows: digest of all that they say.
     """
 
     scan_id: str
     source: ScanSource
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
     rows: str
 
 
 class ScanTask(NamedTuple):
-    """A scan to be prepared, with its usable and its rejected rows."""
+    """A scan to be prepared, with its usable and its rejected rows, and what its header says."""
 
     scan: TableScan
     lesions: list[Record]
     rejected: list[Record]
+    report: ScanReport | ScanError | None
 
     @property
     def sidecar(self) -> Record:
