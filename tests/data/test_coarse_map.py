@@ -37,14 +37,14 @@ def test_body_is_the_trunk_with_lungs_and_without_table() -> None:
 @pytest.mark.parametrize("shape", [(13, 24, 17), (3, 5, 40)])
 def test_tissue_by_brute_force(spacing_mm: float, edge: int, shape: tuple[int, int, int]) -> None:
     hu = np.random.default_rng(0).normal(-200, 700, shape).astype(np.int16)
-    found = build_coarse_map(hu, spacing_mm)
-    assert found.voxels_per_cell == edge
-    assert found.cells.shape == tuple(-(-n // edge) for n in shape)
+    result = build_coarse_map(hu, spacing_mm)
+    assert result.voxels_per_cell == edge
+    assert result.cells.shape == tuple(-(-n // edge) for n in shape)
     raised = np.maximum(hu, -1024).astype(float)
-    for cell in np.ndindex(found.cells.shape):
+    for cell in np.ndindex(result.cells.shape):
         window = raised[tuple(slice(max(0, (c - 1) * edge), (c + 2) * edge) for c in cell)]
-        assert abs(found.cells[cell]["mean_hu"] - window.mean()) <= 0.51
-        assert abs(found.cells[cell]["spread_hu"] - window.std()) <= 0.6
+        assert abs(result.cells[cell]["mean_hu"] - window.mean()) <= 0.51
+        assert abs(result.cells[cell]["spread_hu"] - window.std()) <= 0.6
 
 
 def test_body_and_tissue_at_a_voxel() -> None:

@@ -17,11 +17,11 @@ COORDINATES = ["coordX", "coordY", "coordZ"]
 
 
 @pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 25])
-@pytest.mark.parametrize("given", ["point", "no point"])
-def test_crops_become_a_store(real_data: Path, tmp_path: Path, given: str, every: int) -> None:
+@pytest.mark.parametrize("located", ["point", "no point"])
+def test_crops_become_a_store(real_data: Path, tmp_path: Path, located: str, every: int) -> None:
     root = real_data / "lidc_crops"
     rows = importers.lidc_crops(root / "voi_index.csv").iloc[::every]
-    rows = rows if given == "point" else rows.drop(columns=COORDINATES)
+    rows = rows if located == "point" else rows.drop(columns=COORDINATES)
     rows.to_csv(tmp_path / "lesions.csv", index=False)
     prepare_store(read_annotations(tmp_path / "lesions.csv", root), tmp_path / "store", image_root=root, num_workers=0)
     store = Store(tmp_path / "store")
@@ -30,7 +30,7 @@ def test_crops_become_a_store(real_data: Path, tmp_path: Path, given: str, every
     assert store.lesions["suspect"].sum() == rows["suspect"].sum()
     for lesion in store.lesions.to_dict("records"):
         image = sitk.ReadImage(str(root / lesion["image_path"]))
-        if given == "point":
+        if located == "point":
             point = [lesion[column] for column in COORDINATES]
         else:
             point = image.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in image.GetSize()])

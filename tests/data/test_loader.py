@@ -98,8 +98,8 @@ IDENTITIES: dict[str, ViewTransform] = {
 
 
 @pytest.mark.parametrize("transform", IDENTITIES.values(), ids=IDENTITIES)
-@pytest.mark.parametrize("place", ["workers", "device", "labelled"])
-def test_views_of_every_kind_are_normalised_as_the_preprocessing_says(transform: ViewTransform, place: str) -> None:
+@pytest.mark.parametrize("where", ["workers", "device", "labelled"])
+def test_views_of_every_kind_are_normalised_as_the_preprocessing_says(transform: ViewTransform, where: str) -> None:
     lung = Preprocessing(SIZE, padding_hu=-900, hu_offset=800.0, hu_scale=1500.0)
     order = [key.index for key in EpochSampler(3, 3)]
     pairs = [Noise()[SampleKey(0, index)] for index in order]
@@ -107,18 +107,18 @@ def test_views_of_every_kind_are_normalised_as_the_preprocessing_says(transform:
         kind: [(pair[kind].double().clamp_min(-900) + 800) / 1500 for pair in pairs]  # type: ignore[literal-required]
         for kind in ("positive", "negative")
     }
-    if place == "labelled":
+    if where == "labelled":
         labelled = LabelledPatches(
             lambda row: pairs[row]["positive"], range(3), np.zeros(3), lung, view_transform=transform
         )
-        found = {"positive": [labelled[index]["view"] for index in range(3)]}
+        result = {"positive": [labelled[index]["view"] for index in range(3)]}
     else:
         data = LesionDataModule(
-            Noise(3), transform, preprocessing=lung, batch_size=3, augment_on=place  # type: ignore[arg-type]
+            Noise(3), transform, preprocessing=lung, batch_size=3, augment_on=where  # type: ignore[arg-type]
         )  # fmt: skip
         batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
-        found = {kind: list(batch[kind][1]) for kind in expected}
-    for kind, views in found.items():
+        result = {kind: list(batch[kind][1]) for kind in expected}
+    for kind, views in result.items():
         for view, patch in zip(views, expected[kind], strict=True):
             assert view.dtype == torch.float32
             torch.testing.assert_close(view.double(), patch, atol=1e-6, rtol=0)
@@ -126,11 +126,11 @@ def test_views_of_every_kind_are_normalised_as_the_preprocessing_says(transform:
 
 def test_an_array_is_normalised_as_a_tensor_is() -> None:
     lung, patch = Preprocessing(padding_hu=-900, hu_offset=800.0, hu_scale=1500.0), Noise()[SampleKey(0, 1)]["positive"]
-    for given in (patch, patch.float(), patch.double() + 0.3):
-        before, found = given.clone(), lung.normalize(given.numpy())
-        assert isinstance(found, np.ndarray) and found.dtype == np.float32
-        assert np.array_equal(found, lung.normalize(given).numpy())
-        assert torch.equal(given, before)
+    for patch_ in (patch, patch.float(), patch.double() + 0.3):
+        before, result = patch_.clone(), lung.normalize(patch_.numpy())
+        assert isinstance(result, np.ndarray) and result.dtype == np.float32
+        assert np.array_equal(result, lung.normalize(patch_).numpy())
+        assert torch.equal(patch_, before)
 
 
 class AsTheyAre(Preprocessing):
@@ -223,11 +223,11 @@ def datamodule(transform: ViewTransform | None = None, **options: Any) -> Lesion
 
 def batches(module: LesionDataModule, epochs: tuple[int, ...] = (0, 1)) -> list[dict[str, Any]]:
     loader = module.train_dataloader()
-    found = []
+    result = []
     for epoch in epochs:
         loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
-        found += list(loader)
-    return found
+        result += list(loader)
+    return result
 
 
 def tensors(batch: dict[str, Any]) -> list[Tensor]:

@@ -154,8 +154,8 @@ def test_hard_is_the_most_similar_of_its_candidates() -> None:
         drawn = Hard(num_candidates).draw(query, 1, np.random.default_rng(0))
         draws = np.concatenate([Hard(num_candidates).draw(query, 1, np.random.default_rng(s)) for s in range(60)])
         np.testing.assert_array_equal(drawn, draws[:1])
-        found = query.coarse.cells[tuple((draws // 4).T)]
-        return float(np.median(np.hypot(found["mean_hu"] - mean, found["spread_hu"] - spread)))
+        chosen = query.coarse.cells[tuple((draws // 4).T)]
+        return float(np.median(np.hypot(chosen["mean_hu"] - mean, chosen["spread_hu"] - spread)))
 
     medians = [median_distance(n) for n in (1, 16, 256, 4096)]
     assert sorted(medians, reverse=True) == medians

@@ -150,8 +150,8 @@ def test_another_shard_is_just_writing_the_settings(tmp_path: Path) -> None:
     """Shards of a job array start at the same moment; the file is renamed when it is whole."""
     (tmp_path / ".store.json.7958.tmp").write_text('{"sett')
     with claim_store(tmp_path, StoreSettings(), (1, 3)):
-        found = read_settings_file(tmp_path)
-    assert not found["complete"]
+        about = read_settings_file(tmp_path)
+    assert not about["complete"]
 
 
 def test_bad_rows_may_refuse_the_whole_table(tmp_path: Path) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import pickle
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -80,20 +77,6 @@ def test_a_patch_starts_so_that_its_middle_voxel_holds_the_point() -> None:
         for size in (49, 50):
             (start, _, _) = patch_start((center, 0, 0), (size, 1, 1))
             assert -0.5 <= center - (start + size // 2) < 0.5
-
-
-def read_in_a_worker(store: Store) -> int:
-    return int(store.read_patch("two", (3, 4, 5), (20, 20, 20)).sum())
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_store_goes_into_other_processes(shared_store: Path, method: str) -> None:
-    store = Store(shared_store)
-    assert len(store.lesions) == 2
-    expected = read_in_a_worker(store)
-    assert len(pickle.dumps(store)) < 500  # its path, not its tables
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context(method)) as pool:
-        assert list(pool.map(read_in_a_worker, [store] * 4)) == [expected] * 4
 
 
 def test_reading_imports_neither_simpleitk_nor_torch(shared_store: Path) -> None:
