@@ -52,7 +52,7 @@ from fmcib_ssl.io import digest_of, num_cores, write_atomically, write_sealed_js
 
 logger = logging.getLogger(__name__)
 
-REJECTED_FILE = "rejected.csv"
+_REJECTED_FILE = "rejected.csv"
 #: Columns of the lesions' index that are ours; a column of the table by such a name is kept as `table_...`.
 _LESION_COLUMNS = (
     "lesion_id", "scan_id", "center_z", "center_y", "center_x",
@@ -95,7 +95,7 @@ class Summary:
         if self.num_lesions is not None:
             lines.append(f"lesions   {self.num_lesions} in the index")
         if len(self.rejected):
-            where = f"; all in {self.store / REJECTED_FILE}" if self.num_lesions is not None else ""
+            where = f"; all in {self.store / _REJECTED_FILE}" if self.num_lesions is not None else ""
             lines.append(f"rejected  {len(self.rejected)} rows; scans as a whole: {self.num_rejected_scans}{where}")
             lines += [f"          {n} x {remedy}" for remedy, n in self.rejected["remedy"].value_counts().items()]
         if self.num_lesions is None:
@@ -141,7 +141,7 @@ def store_for_table(
         table, folder, settings, image_root=image_root, num_workers=num_workers, on_bad_row=on_bad_row, for_run=True
     )
     if on_bad_row == "refuse":  # what only decoding has shown
-        refuse_or_skip(summary.rejected, annotations, len(table), on_bad_row, folder / REJECTED_FILE)
+        refuse_or_skip(summary.rejected, annotations, len(table), on_bad_row, folder / _REJECTED_FILE)
     return summary
 
 
@@ -256,7 +256,7 @@ def _judge_rows(table: LesionTable, scans: Sequence[TableScan], on_bad_row: OnBa
     indices = [index for scan in scans for index in scan.indices]
     if on_bad_row == "refuse":
         indices += [index for index, source in enumerate(table.scans) if source is None]
-    rejected_csv = folder / REJECTED_FILE if on_bad_row == "refuse" else None
+    rejected_csv = folder / _REJECTED_FILE if on_bad_row == "refuse" else None
     try:
         chosen = table.select(sorted(indices))
         usable, rejected = check_annotations(chosen, on_bad_row=on_bad_row, rejected_csv=rejected_csv)
@@ -362,9 +362,9 @@ def _write_index(
     folder: Path, settings: StoreSettings, table: LesionTable, sidecars: Sequence[Record], rejected: pd.DataFrame
 ) -> int:
     """Write the index of the finished scans and what was rejected; gives the number of lesions."""
-    write_atomically(folder / REJECTED_FILE, rejected.to_csv(index=False))
+    write_atomically(folder / _REJECTED_FILE, rejected.to_csv(index=False))
     if not sidecars:
-        raise BadRowsError(f"{table.source}: no row can be used; see {folder / REJECTED_FILE}", rejected)
+        raise BadRowsError(f"{table.source}: no row can be used; see {folder / _REJECTED_FILE}", rejected)
     scans = pd.DataFrame([{**sidecar["scan"], "num_lesions": len(sidecar["lesions"])} for sidecar in sidecars])
     records = [lesion for sidecar in sidecars for lesion in _lesions_of(sidecar)]
     lesions = pd.DataFrame(records)
