@@ -29,7 +29,7 @@ from fmcib_ssl.types import Array, ScanError
 #: Which transform of a NIfTI header to use if its two contradict each other.
 Affine = Literal["sform", "qform"]
 #: Supported formats, for messages.
-FORMATS = "NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr), MetaImage (.mha, .mhd) or DICOM (folder of slices, enhanced CT)"
+_FORMATS = "NIfTI (.nii, .nii.gz), NRRD (.nrrd, .nhdr), MetaImage (.mha, .mhd) or DICOM (folder of slices, enhanced CT)"
 
 _NIFTI = re.compile(r"\.(nii|hdr|img)(\.gz)?$", re.IGNORECASE)
 _MM_PER_UNIT = {1: 1000.0, 2: 1.0, 3: 0.001}  # metre, millimetre, micrometre; anything else counts as mm
@@ -75,7 +75,7 @@ def open_nifti(path: Path, affine: Affine | None) -> tuple[ScanGeometry, Callabl
     elif Nifti2Header.may_contain_header(head):
         header = Nifti2Header(head, check=False)
     else:
-        raise ScanError(path, f"cannot be read: its content is not what its name says; use {FORMATS}")
+        raise ScanError(path, f"cannot be read: its content is not what its name says; use {_FORMATS}")
     size = tuple(int(n) for n in header.get_data_shape())
     while len(size) > 3 and size[-1] == 1:
         size = size[:-1]
@@ -190,7 +190,7 @@ def open_itk(path: Path) -> tuple[ScanGeometry, Callable[[], Array]]:
     # Before it is opened: reading VTK leaves the whole process in the locale "C".
     if image_io not in ("", "NrrdImageIO", "MetaImageIO"):
         name = image_io.removesuffix("ImageIO")
-        raise ScanError(path, f"is a {name} file, whose geometry is not known to be right; use {FORMATS}")
+        raise ScanError(path, f"is a {name} file, whose geometry is not known to be right; use {_FORMATS}")
     reader.ReadImageInformation()
     size = reader.GetSize()
     if len(size) != 3 or min(size) < 2:
@@ -254,7 +254,7 @@ def _shortened(error: Exception) -> str:
     """An error in one sentence; those of SimpleITK span many lines."""
     text = str(error).rsplit("ERROR: ", 1)[-1].strip()
     if "Unable to determine ImageIO reader" in text:
-        return f"its content is not what its name says, or not a format we read; use {FORMATS}"
+        return f"its content is not what its name says, or not a format we read; use {_FORMATS}"
     last = re.sub(r"^(\[nrrd\] \w+: |\w+\(0x[0-9a-f]+\): )+", "", text.splitlines()[-1] if text else "").strip()
     cut_off = re.match(r"expected \d+ bytes|fread got only", last) or "MetaImageIO" in text
     return f"it is cut off ({last})" if cut_off else last
