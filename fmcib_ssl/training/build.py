@@ -87,9 +87,8 @@ def build_views(settings: Settings) -> ViewTransform:
         low, high = view_transform(torch.from_numpy(noise.astype(np.int16)), torch.tensor([0])).aminmax()
     if max(-low, high) < _NOT_IN_HU:
         raise ConfigError(
-            f"section augment of the configuration: of noise from -1000 to 1000 HU it makes a view from {low:.3g} to "
-            f"{high:.3g}, so it scales intensities itself. Leave that step out: a view stays in HU and is normalised "
-            "once, after augmentation, as the exported encoder's preprocessing says"
+            f"section augment of the configuration: noise of -1000 to 1000 HU becomes a view from {low:.3g} to "
+            f"{high:.3g}. Leave out the step that scales: views stay in HU and are normalised once, afterwards"
         )
     return view_transform
 
@@ -131,14 +130,13 @@ def batch_size_of(settings: Settings, data: LesionDataModule) -> int:
         raise ConfigError(str(error)) from error
     if batch_size * world_size > num_lesions:
         raise ConfigError(
-            f"data.batch_size={batch_size} on {world_size} device{'s' * (world_size > 1)} takes "
-            f"{batch_size * world_size} lesions a step, and there are {num_lesions} that can be used: "
-            "lower it, or set data.batch_size=auto"
+            f"data.batch_size={batch_size} on {world_size} devices takes {batch_size * world_size} lesions a step, and "
+            f"there are {num_lesions} that can be used: lower it, or set data.batch_size=auto"
         )
     if settings.loss.get("negatives") == "lesions" and batch_size * world_size < 2:
         raise ConfigError(
-            "loss.negatives=lesions contrasts the lesions of a batch with each other, and there is one lesion a step: "
-            "add lesions, or choose loss.negatives=mined"
+            "loss.negatives=lesions contrasts the lesions of a step, and there is one lesion a step: raise the batch "
+            "size, add lesions, or choose loss.negatives=mined"
         )
     return batch_size
 
@@ -176,9 +174,7 @@ def build_module(
     with config_errors_in("method"):
         method = get_class(settings.method["_target_"])
         if not issubclass(method, Pretraining):
-            raise TypeError(
-                f"{method.__name__} does not extend fmcib_ssl.models.pretraining.Pretraining (docs/methods.md)"
-            )
+            raise TypeError(f"{method.__name__} does not extend fmcib_ssl.models.Pretraining (docs/methods.md)")
     sections: dict[str, nn.Module] = {}
     if "head" in method.sections:
         sections["head"] = build_part("head", settings.head, in_dim=num_features)
@@ -186,14 +182,10 @@ def build_module(
         sections["loss"] = build_part("loss", settings.loss)
     refuse_unused({"loss", "head"} - sections.keys(), method.__name__, "method", settings.method)
     if method.compares_lesions and batch_size < 2:
-        raise ConfigError(
-            f"{method.__name__} compares the lesions of a batch with each other, and one lesion on each device leaves "
-            "none: set data.batch_size to 2 or more"
-        )
+        raise ConfigError(f"{method.__name__} compares the lesions of a batch: set data.batch_size to 2 or more")
     if settings.data.negatives_per_lesion and not method.takes_negatives:
         logger.info(
-            "%s does not look at mined negatives: data.negatives_per_lesion=0 saves the time of making them",
-            method.__name__,
+            "%s does not look at mined negatives: data.negatives_per_lesion=0 saves their time", method.__name__
         )
     extra = {"run": settings.name} if run_id is None else {"run": settings.name, "run_id": run_id}
     metadata = encoder_metadata(encoder, settings.encoder, preprocessing, extra=extra)
@@ -223,9 +215,8 @@ def build_trainer(settings: Settings, **arguments: Any) -> L.Trainer:
     changed = hardware.precision not in ("auto", precision)
     if precision.startswith("bf16") and (changed or hardware.accelerator == "cpu"):
         logger.warning(
-            "hardware.precision=%s on a CPU%s: torch's 3D convolutions are known to give wrong gradients there where z "
-            "has shrunk to 2 (docs/step.md); hardware.precision=32-true is safe",
-            hardware.precision, f" runs as {precision}, as torch has no mixed float16 there" if changed else "",
+            "hardware.precision=%s runs as %s: torch's 3D convolutions can give wrong gradients so on a CPU, where z "
+            "has shrunk to 2 (docs/step.md); hardware.precision=32-true is safe", hardware.precision, precision,
         )  # fmt: skip
     with config_errors_in("hardware or trainer"):
         return L.Trainer(

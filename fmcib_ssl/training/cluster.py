@@ -65,10 +65,7 @@ def _launch_problems(settings: Settings, environ: Mapping[str, str]) -> Iterator
         nodes = number("SLURM_STEP_NUM_NODES" if in_step else "SLURM_NNODES") or num_nodes
         if not in_step:
             if max(world_size, tasks) > 1:
-                yield (
-                    f"{max(world_size, tasks)} processes are wanted, and this one was started without srun, so the "
-                    "others never come: put `srun` before `python train.py` in the batch script"
-                )
+                yield f"{max(world_size, tasks)} processes need srun: put `srun` before `python train.py` in the script"
         elif nodes != num_nodes:
             yield (
                 f"Slurm gave {nodes} nodes and hardware.num_nodes={num_nodes}: set hardware.num_nodes={nodes}, or "
@@ -80,10 +77,7 @@ def _launch_problems(settings: Settings, environ: Mapping[str, str]) -> Iterator
                 remedy += f", or set hardware.devices={tasks // num_nodes}"
             yield f"Slurm started {tasks} tasks and hardware asks for {devices} on each of {num_nodes} nodes: {remedy}"
         elif world_size > 1 and "SLURM_NTASKS_PER_NODE" not in environ:
-            yield (
-                "Lightning wants the tasks of each node, not of the job: replace --ntasks by "
-                f"#SBATCH --ntasks-per-node={devices}"
-            )
+            yield f"Lightning needs the tasks of each node: replace --ntasks by #SBATCH --ntasks-per-node={devices}"
 
 
 def requeue(signum: signal.Signals, run: Path, *, ask: bool = True) -> int:
@@ -107,19 +101,16 @@ def requeue(signum: signal.Signals, run: Path, *, ask: bool = True) -> int:
     num_restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     if num_restarts >= _MAX_IDLE_STARTS and not preempted and num_saved(run) == 0:
         logger.error(
-            "job %s is not queued again: it was %d times, and has saved nothing. Its time is too short to start and "
-            "to take a step before the signal: raise --time, or lower SECONDS in --signal=USR1@SECONDS, and submit it "
-            "once more; the run folder is kept", job, num_restarts,
+            "job %s is not requeued: after %d restarts it has saved nothing, so its time is too short for one step. "
+            "Submit it with more --time, or lower SECONDS in --signal=USR1@SECONDS", job, num_restarts,
         )  # fmt: skip
         return _EXIT_TOO_SHORT
     if ask:
         returncode, message = _scontrol("requeue", job)
         if returncode == 0:
-            logger.info("job %s is queued again", job)
+            logger.info("job %s is requeued", job)
         else:
-            logger.warning(
-                "job %s was not queued again (%s); submit it once more to resume: the run folder is kept", job, message
-            )
+            logger.warning("job %s could not be requeued (%s): submit it once more to resume", job, message)
     return EXIT_CODES[signum]
 
 

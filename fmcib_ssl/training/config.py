@@ -167,9 +167,8 @@ def _check_run_folder(folder: Path) -> None:
         raise ConfigError(f"the run folder {folder} cannot be made: {existing} is not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(
-            f"the run folder {folder} cannot be written: {existing} does not allow it. Choose another with "
-            "hydra.run.dir=DIR, or all runs' with paths.runs=DIR; in a container, mount a folder of yours at "
-            f"{existing}"
+            f"the run folder {folder} cannot be written: no permission for {existing}. Choose another with "
+            "hydra.run.dir=DIR, or all runs' with paths.runs=DIR; in a container, mount a folder of yours there"
         )
 
 
@@ -365,7 +364,7 @@ def _check_key(override: Override, config: DictConfig) -> None:
         raise ConfigError(f"{name}: there is no such key.{_nearest_key(name, known)}{hint}")
     if isinstance(value, dict) and "_target_" in value:
         raise ConfigError(
-            f"{name}={{_target_: ...}} would be mixed with the arguments of the option it replaces; take that out: "
+            f"{name}={{_target_: ...}} would be mixed with the arguments of the option it replaces; use "
             f"~{name} '+{name}={{_target_: {value['_target_']}, ...}}'"
         )
     if name.partition(".")[0] in _COMPONENTS and isinstance(value, str) and "${" not in value:

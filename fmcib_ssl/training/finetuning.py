@@ -150,8 +150,7 @@ def _labelled_task(settings: Settings, options: FineTune, trained_on: Preprocess
             if value not in (None, expected):
                 shown = str(list(expected) if isinstance(expected, tuple) else expected).replace(" ", "")
                 raise ConfigError(
-                    f"data.{key}={value}, and {options.weights} was trained on patches with {shown}: set "
-                    f"data.{key}={shown}"
+                    f"data.{key}={value}, and {options.weights} was trained with data.{key}={shown}: set that"
                 )
     source = open_lesions(
         settings.model_copy(update={"data": settings.data.model_copy(update=changes)}), main_process=True
@@ -170,7 +169,7 @@ def _labelled_task(settings: Settings, options: FineTune, trained_on: Preprocess
             if len(shared := shared_patients(splits[0], patients)):
                 raise ConfigError(
                     f"{len(shared)} patients are on more than one side of {options.split!r}, such as {shared[0]!r}: "
-                    "results would be optimistic. Fix the split, or accept it with finetune.group=null"
+                    "data leakage, results would be optimistic. Fix the split, or accept it with finetune.group=null"
                 )
         splits = [_with_validation(split, labels, patients, options.val_share, settings.seed) for split in splits]
     except ValueError as error:

@@ -77,7 +77,7 @@ def settings_that_fit(
             if not size:
                 raise ConfigError(
                     f"hardware.auto_batch: not even {what}={min(2, max_)} fits in the GPU's memory: take a smaller "
-                    "encoder or data.patch_size, or a larger device"
+                    "encoder or data.patch_size"
                 )
             logger.info("auto_batch takes %s=%d%s", what, size, ", the largest allowed" if size == max_ else "")
             folder.note(auto_batch={what: size})

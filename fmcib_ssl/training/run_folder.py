@@ -213,8 +213,7 @@ def refuse_foreign(folder: Path) -> None:
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         raise RunFolderError(
-            f"{folder} is not the folder of a run and not empty (it has {', '.join(foreign[:3])}{more}): choose "
-            "another hydra.run.dir=DIR, or leave it out"
+            f"{folder} is not the folder of a run and not empty (it has {', '.join(foreign[:3])}{more}): choose another"
         )
 
 
@@ -234,8 +233,7 @@ def saved_settings(folder: Path) -> dict[str, Any] | None:
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise RunFolderError(
-            f"{file} is damaged ({reason}), so the run's settings cannot be compared: restore it, or remove it if the "
-            f"settings are the same; {ANEW}"
+            f"{file} is damaged ({reason}): restore it, or remove it if the settings are the same; {ANEW}"
         ) from error
     return upgraded(settings)
 
@@ -413,8 +411,7 @@ def _launch_name(environ: Mapping[str, str]) -> str:
     """What all processes of a launch have in common where no job names it."""
     if "TORCHELASTIC_RUN_ID" in environ:
         raise ConfigError(
-            "run=new under torchrun needs an id, or its processes would write into different run folders: add "
-            "--rdzv-id=NAME to torchrun, or give hydra.run.dir=DIR in place of run=new"
+            "run=new under torchrun needs an id: torchrun --rdzv-id=NAME, or hydra.run.dir=DIR for run=new"
         )
     return _start_time()
 

@@ -184,8 +184,7 @@ class Settings(_Section):
         if self.hardware.auto_batch and not self.method.get("chunk_size") and self.data.batch_size != "auto":
             raise ValueError(
                 f"hardware.auto_batch=true looks for the batch, and data.batch_size={self.data.batch_size} names one: "
-                "set data.batch_size=auto and data.max_batch_size to your upper limit, or, to keep the batch "
-                "and look for the largest chunk of it, method.chunk_size=1"
+                "set data.batch_size=auto, or, to look for the largest chunk of that batch, method.chunk_size=1"
             )
         if self.hardware.auto_batch and self.finetune is not None:
             raise ValueError("hardware.auto_batch is for pretraining: set it to false")
@@ -193,7 +192,7 @@ class Settings(_Section):
         contrasts = self.method.get("_target_") == "fmcib_ssl.models.MinedContrast"
         if contrasts and self.data.negatives_per_lesion == 0 and self.loss.get("negatives") != "lesions":
             raise ValueError(
-                "data.negatives_per_lesion=0 mines no negatives, and the loss wants some: set loss.negatives=lesions, "
+                "data.negatives_per_lesion=0 mines no negatives, and the loss needs some: set loss.negatives=lesions, "
                 "or data.negatives_per_lesion=1"
             )
         return self

@@ -128,7 +128,7 @@ def test_a_job_that_may_not_be_queued_again(bench: Bench) -> None:
     job.signal("USR1")
     ended = job.wait()
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "75:0")
-    assert "was not queued again" in job.printed and "submit it once more to go on" in job.printed
+    assert "could not be requeued" in job.printed and "submit it once more to resume" in job.printed
     assert (job.run / "checkpoints" / "last.ckpt").resolve().name == f"step-{HELD_AT:08d}.ckpt"
 
 

@@ -55,7 +55,7 @@ def test_what_fits_starts(overrides: list[str], environ: dict[str, str]) -> None
 @pytest.mark.parametrize(
     ("overrides", "environ", "fragments"),
     [
-        (["hardware.devices=2"], JOB, ["without srun", "put `srun` before"]),
+        (["hardware.devices=2"], JOB, ["2 processes need srun", "put `srun` before"]),
         ([], {**JOB, "SLURM_NTASKS": "2"}, ["2 processes", "srun"]),
         ([], TWO_TASKS, ["2 tasks", "--ntasks-per-node=1", "hardware.devices=2"]),
         (["hardware.devices=2"], STEP, ["1 tasks", "--ntasks-per-node=2", "hardware.devices=1"]),
