@@ -14,17 +14,10 @@ import hydra  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
+from fmcib_ssl import training  # noqa: E402
 from fmcib_ssl.data import end_with_parent  # noqa: E402
 from fmcib_ssl.io import exit_without_teardown, no_world_write  # noqa: E402
-from fmcib_ssl.training import (  # noqa: E402
-    CONFIG_NAME,
-    Settings,
-    check_command_line,
-    check_machine,
-    compose_run,
-    read_settings,
-    requeue,
-)
+from fmcib_ssl.training import CONFIG_NAME, Settings  # noqa: E402
 from fmcib_ssl.types import UserError  # noqa: E402
 
 CONFIG_DIR = Path(__file__).resolve().parent / "configs"
@@ -36,12 +29,12 @@ def main(_: DictConfig) -> float:
     try:
         job = HydraConfig.get()
         search_path = [o for o in job.overrides.hydra if o.startswith("hydra.searchpath=")]
-        composed = compose_run(str(job.job.config_name), [*search_path, *job.overrides.task])
-        settings = read_settings(composed.config)
+        composed = training.compose_run(str(job.job.config_name), [*search_path, *job.overrides.task])
+        settings = training.read_settings(composed.config)
         signals.listen(starting=True)  # again, because a launcher of sweeps may have taken them over
         if os.environ.get("LOCAL_RANK", "0") != "0":
             end_with_parent()
-        check_machine(settings, os.environ)
+        training.check_machine(settings, os.environ)
         if composed.dropped and os.environ.get("LOCAL_RANK", "0") == "0":
             logging.getLogger("fmcib_ssl").info("not taken from the experiment: %s", "; ".join(composed.dropped))
         return run(settings)
@@ -57,7 +50,7 @@ def stop_before_training(stopped: signals.Stopped, settings: Settings) -> int:
     if os.environ.get("SLURM_PROCID", "0") != "0":
         return stopped.exit_code
     checkpoints = (settings.callbacks or {}).get("checkpoint") or {}
-    return requeue(stopped.signum, settings.paths.run, ask=checkpoints.get("requeue", True))
+    return training.requeue(stopped.signum, settings.paths.run, ask=checkpoints.get("requeue", True))
 
 
 def run(settings: Settings) -> float:
@@ -85,7 +78,7 @@ if __name__ == "__main__":
     with exit_without_teardown():
         no_world_write()
         try:
-            sys.argv[1:] = check_command_line(sys.argv[1:], CONFIG_DIR)
+            sys.argv[1:] = training.check_command_line(sys.argv[1:], CONFIG_DIR)
             main()
         except UserError as error:
             sys.exit(f"error: {error}")

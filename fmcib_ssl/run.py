@@ -20,46 +20,11 @@ import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import rank_zero_only
 
+from fmcib_ssl import training
 from fmcib_ssl.data import LesionDataModule, no_worker_left
 from fmcib_ssl.io import checksum_of, redacted, without_names
 from fmcib_ssl.models import Pretraining
-from fmcib_ssl.training import (
-    ANEW,
-    ConfigError,
-    MetricsFile,
-    RunCheckpoints,
-    RunFolder,
-    RunFolderError,
-    RunLogger,
-    Settings,
-    WeightsAndBiases,
-    WholeFileIO,
-    accelerate,
-    batch_size_of,
-    build_data,
-    build_module,
-    build_parts,
-    build_trainer,
-    build_views,
-    check_ranks_agree,
-    draw_contact_sheet,
-    environment,
-    facts_of_rank,
-    find_checkpoint,
-    fine_tune,
-    num_saved,
-    num_steps,
-    open_lesions,
-    outcome,
-    read_metrics,
-    refuse_unused,
-    restored_state,
-    run_summary,
-    settings_that_fit,
-    signals,
-    step_of,
-    write_results,
-)
+from fmcib_ssl.training import ANEW, ConfigError, RunFolder, RunFolderError, Settings, signals
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +53,7 @@ def pretrain(settings: Settings) -> float:
                 "trainer.max_epochs; %s", folder.path, (folder.finished or {}).get("step", 0), ANEW,
             )  # fmt: skip
             return _last_loss(folder)
-        step = step_of(checkpoint) if checkpoint else 0
+        step = training.step_of(checkpoint) if checkpoint else 0
         if checkpoint is not None:
             logger.info("resuming %s at step %d; run=new starts afresh", folder.path, step)
             for change in changes:
@@ -98,65 +63,61 @@ def pretrain(settings: Settings) -> float:
 
 def _checkpoint_to_resume(folder: RunFolder) -> Path | None:
     run_id = None if folder.is_lost else folder.run_id
-    checkpoint = find_checkpoint(folder.checkpoints, run_id, main_process=folder.main_process)
+    checkpoint = training.find_checkpoint(folder.checkpoints, run_id, main_process=folder.main_process)
     if checkpoint is not None and folder.is_lost:
-        folder.restore(restored_state(checkpoint))
+        folder.restore(training.restored_state(checkpoint))
         logger.warning("%s has lost its run.json: it is restored from %s", folder.path, checkpoint.name)
     return checkpoint
 
 
 def _train(settings: Settings, folder: RunFolder, checkpoint: Path | None, step: int) -> float:
-    source = open_lesions(settings, main_process=folder.main_process)
+    source = training.open_lesions(settings, main_process=folder.main_process)
     if checkpoint is not None:  # a run of an earlier version has the checksum of these files
         store, table = settings.data.store, settings.data.annotations
         files = sorted(f for f in store.glob("*") if f.suffix in (".json", ".parquet")) if store else [table]
         folder.check_lesions(source.checksum, checksum_of(file for file in files if file is not None))
-    view_transform = build_views(settings)
+    view_transform = training.build_views(settings)
 
     def parts(settings: Settings) -> tuple[Pretraining, LesionDataModule]:
-        data = build_data(settings, source.patches, view_transform, source.preprocessing)
-        batch_size = batch_size_of(settings, data)
-        _, all_steps = num_steps(settings, len(source.patches) // (batch_size * settings.world_size))
-        module = build_module(settings, source.preprocessing, batch_size, all_steps, folder.run_id)
-        accelerate(module, module.encoder, settings.hardware)
+        data = training.build_data(settings, source.patches, view_transform, source.preprocessing)
+        batch_size = training.batch_size_of(settings, data)
+        _, all_steps = training.num_steps(settings, len(source.patches) // (batch_size * settings.world_size))
+        module = training.build_module(settings, source.preprocessing, batch_size, all_steps, folder.run_id)
+        training.accelerate(module, module.encoder, settings.hardware)
         return module, data
 
-    fitted = settings_that_fit(
-        settings,
-        folder,
-        parts,
-        max_=batch_size_of(settings, build_data(settings, source.patches, view_transform, source.preprocessing)),
-        trained=checkpoint is not None,
-    )
+    data = training.build_data(settings, source.patches, view_transform, source.preprocessing)
+    max_batch = training.batch_size_of(settings, data)
+    fitted = training.settings_that_fit(settings, folder, parts, max_=max_batch, trained=checkpoint is not None)
     module, data = parts(fitted)
 
     @cache
     def begin() -> None:
         if folder.main_process:
-            folder.begin(settings.shown(), environment(), step=step)
+            folder.begin(settings.shown(), training.environment(), step=step)
 
-    callbacks = build_parts("callbacks", settings.callbacks)
+    callbacks = training.build_parts("callbacks", settings.callbacks)
     if settings.world_size > 1:
-        facts = facts_of_rank(settings.shown(), source.patches)
+        facts = training.facts_of_rank(settings.shown(), source.patches)
         facts["newest step in the run folder, which all nodes must see"] = f"{step} in {folder.path.name}"
-        callbacks.append(LambdaCallback(setup=lambda *_, **__: check_ranks_agree(facts)))
+        callbacks.append(LambdaCallback(setup=lambda *_, **__: training.check_ranks_agree(facts)))
     # Once all others were set up: they may refuse, and what an earlier start has left must not be touched then.
     callbacks.append(LambdaCallback(on_train_batch_start=lambda *_: begin()))
-    trainer = build_trainer(
+    trainer = training.build_trainer(
         settings,
         default_root_dir=folder.path,
-        logger=build_parts("logger", settings.logger) if folder.main_process else [],
+        logger=training.build_parts("logger", settings.logger) if folder.main_process else [],
         callbacks=callbacks,
-        plugins=[WholeFileIO()],
+        plugins=[training.WholeFileIO()],
     )
     began = time.monotonic()
     if folder.main_process:
         folder.note(data_checksum=source.checksum)
-        logger.info("%s", run_summary(fitted, source, batch_size_of(fitted, data), module, step))
-        draw = partial(draw_contact_sheet, data, source.preprocessing, num_rows=settings.contact_sheet_rows)
+        logger.info("%s", training.run_summary(fitted, source, training.batch_size_of(fitted, data), module, step))
+        draw = partial(training.draw_contact_sheet, data, source.preprocessing, num_rows=settings.contact_sheet_rows)
         _begin_tracking(trainer, settings, folder, step, draw)
 
-    saves = any(isinstance(callback, RunCheckpoints) for callback in trainer.checkpoint_callbacks)
+    saves = any(isinstance(callback, training.RunCheckpoints) for callback in trainer.checkpoint_callbacks)
     with signals.deferred() if saves else nullcontext(), no_worker_left():
         exit_code = 1
         try:
@@ -165,14 +126,14 @@ def _train(settings: Settings, folder: RunFolder, checkpoint: Path | None, step:
             begin()  # also where there was no step left to take
             loss = float(trainer.callback_metrics.get("train/loss", _last_loss(folder)))
             if trainer.is_global_zero:
-                write_results(module, settings, source.preprocessing, folder.path)
+                training.write_results(module, settings, source.preprocessing, folder.path)
                 _check_all_is_saved(trainer, folder, checkpoints=saves)
                 folder.finish(step=trainer.global_step, loss=loss, **_length(settings))
                 seconds = time.monotonic() - began
-                logger.info("%s", outcome(folder.path, source.patches.store.path, trainer, loss, seconds))
+                logger.info("%s", training.outcome(folder.path, source.patches.store.path, trainer, loss, seconds))
         finally:
             for tracker in trainer.loggers:
-                if isinstance(tracker, RunLogger):
+                if isinstance(tracker, training.RunLogger):
                     tracker.finish(exit_code)
     return loss
 
@@ -196,9 +157,9 @@ def finetune(settings: Settings) -> float:
     if settings.world_size > 1:
         raise ConfigError("fine-tuning runs on one device: set hardware.devices=1 and hardware.num_nodes=1")
     unused = [*_ONLY_PRETRAINING, *["encoder"] * (options.weights is not None)]
-    refuse_unused(unused, "fine-tuning", "finetune", options.model_dump())
+    training.refuse_unused(unused, "fine-tuning", "finetune", options.model_dump())
     with _run_folder(settings) as folder:
-        return fine_tune(settings, options, folder)
+        return training.fine_tune(settings, options, folder)
 
 
 @contextmanager
@@ -251,7 +212,8 @@ def _is_finished(settings: Settings, folder: RunFolder) -> bool:
 
 
 def _last_loss(folder: RunFolder) -> float:
-    losses = [row["train/loss"] for row in read_metrics(folder.path / "metrics.csv") if row.get("train/loss")]
+    rows = training.read_metrics(folder.path / "metrics.csv")
+    losses = [row["train/loss"] for row in rows if row.get("train/loss")]
     return float(losses[-1]) if losses else float("nan")
 
 
@@ -265,10 +227,10 @@ def _begin_tracking(
         logger.info("views to look at before anything is learned: %s", sheet)
     record = _record(settings, folder)
     for tracker in trainer.loggers:
-        if not isinstance(tracker, RunLogger):
+        if not isinstance(tracker, training.RunLogger):
             continue
         tracker.resume_from(folder, step, record)
-        if isinstance(tracker, WeightsAndBiases) and settings.contact_sheet_rows:
+        if isinstance(tracker, training.WeightsAndBiases) and settings.contact_sheet_rows:
             with TemporaryDirectory() as scratch:
                 tracker.show("contact_sheet", draw(Path(scratch) / "contact_sheet.png", identifiers="hash"))
         elif sheet.is_file():
@@ -278,15 +240,15 @@ def _begin_tracking(
 def _record(settings: Settings, folder: RunFolder) -> dict[str, Any]:
     """What a tracking server is told of a run: settings and versions, without secrets, places and names of lesions."""
     values: dict[str, Any] = redacted(settings.model_dump(mode="json", exclude={"paths"}))
-    about = {key: value for key, value in environment().items() if key != "command"}
+    about = {key: value for key, value in training.environment().items() if key != "command"}
     return {**without_names(values), "environment": about, "data_checksum": folder.state["data_checksum"]}
 
 
 def _check_all_is_saved(trainer: L.Trainer, folder: RunFolder, *, checkpoints: bool) -> None:
     """Refuse to call a run finished of which a full disk has taken less than all."""
     again = "which could not be written: make room, then give the same command again"
-    if checkpoints and num_saved(folder.path) != trainer.global_step:
+    if checkpoints and training.num_saved(folder.path) != trainer.global_step:
         raise RunFolderError(f"{folder.checkpoints} lacks the last checkpoint, {again}")
     for tracker in trainer.loggers:
-        if isinstance(tracker, MetricsFile) and tracker.unwritten:
+        if isinstance(tracker, training.MetricsFile) and tracker.unwritten:
             raise RunFolderError(f"{tracker.path} lacks the last {len(tracker.unwritten)} rows, {again}")

@@ -18,18 +18,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
+from fmcib_ssl import models
 from fmcib_ssl.data import LesionDataModule
-from fmcib_ssl.models import (
-    Parts,
-    Pretraining,
-    compile_training,
-    encoder_metadata,
-    feature_dim,
-    lay_out_channels_last,
-    recompute_blocks,
-    resolve_precision,
-    skip_padded_kernels,
-)
+from fmcib_ssl.models import Parts, Pretraining
 from fmcib_ssl.training.settings import Component, ConfigError, Hardware, Settings
 from fmcib_ssl.training.throughput import flops_of_lesion
 from fmcib_ssl.types import Preprocessing, ViewTransform
@@ -166,7 +157,7 @@ def build_module(
     """
     encoder: nn.Module = build_part("encoder", settings.encoder)
     try:
-        num_features = feature_dim(encoder, preprocessing.patch_size_zyx)
+        num_features = models.feature_dim(encoder, preprocessing.patch_size_zyx)
     except ValueError as error:
         raise ConfigError(f"encoder and data.patch_size do not fit: {error}") from error
     optimizer = build_optimizer(settings, batch_size)
@@ -188,7 +179,7 @@ def build_module(
             "%s does not look at mined negatives: data.negatives_per_lesion=0 saves their time", method.__name__
         )
     extra = {"run": settings.name} if run_id is None else {"run": settings.name, "run_id": run_id}
-    metadata = encoder_metadata(encoder, settings.encoder, preprocessing, extra=extra)
+    metadata = models.encoder_metadata(encoder, settings.encoder, preprocessing, extra=extra)
     # Handed over outside Hydra, which would build the encoder that the metadata describes.
     make_module = build_part("method", {**settings.method, "_partial_": True})
     with config_errors_in("method"):
@@ -211,7 +202,7 @@ def build_trainer(settings: Settings, **arguments: Any) -> L.Trainer:
     strategy: str | DDPStrategy = hardware.strategy
     if strategy == "ddp" or (strategy == "auto" and settings.world_size > 1):
         strategy = DDPStrategy(timeout=timedelta(seconds=hardware.collective_timeout_s))
-    precision = resolve_precision(hardware.precision, hardware.accelerator)
+    precision = models.resolve_precision(hardware.precision, hardware.accelerator)
     changed = hardware.precision not in ("auto", precision)
     if precision.startswith("bf16") and (changed or hardware.accelerator == "cpu"):
         logger.warning(
@@ -236,14 +227,14 @@ def build_trainer(settings: Settings, **arguments: Any) -> L.Trainer:
 def accelerate(module: L.LightningModule, encoder: nn.Module, hardware: Hardware) -> None:
     """Lay out and compute a module and its encoder as `hardware` asks; what they compute and are called stays."""
     if hardware.channels_last:
-        lay_out_channels_last(module)
+        models.lay_out_channels_last(module)
     if hardware.skip_padded_kernels:
-        skip_padded_kernels(module)
+        models.skip_padded_kernels(module)
     if hardware.gradient_checkpointing:
         with config_errors_in("hardware"):
-            recompute_blocks(encoder)
+            models.recompute_blocks(encoder)
     if hardware.compile:
-        compile_training(encoder)
+        models.compile_training(encoder)
 
 
 def _flops_per_lesion(module: Pretraining, settings: Settings) -> int | None:

@@ -18,24 +18,9 @@ from lightning.pytorch.loggers import CSVLogger
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
+from fmcib_ssl import evaluation
 from fmcib_ssl.data import EpochSampler, LabelledPatches, LesionPatches, WatchedLoader, no_worker_left, text_of
-from fmcib_ssl.evaluation import (
-    ID_COLUMN,
-    METRICS,
-    Labels,
-    Split,
-    SplitScores,
-    column_text,
-    cross_validation,
-    estimate,
-    given_split,
-    grouped_folds,
-    patient_weights,
-    read_labels,
-    shared_patients,
-    strata,
-    value_of,
-)
+from fmcib_ssl.evaluation import ID_COLUMN, METRICS, Labels, Split
 from fmcib_ssl.io import atomic_write, checksum_of, digest_of, write_json
 from fmcib_ssl.models import (
     EncoderFileError,
@@ -157,16 +142,18 @@ def _labelled_task(settings: Settings, options: FineTune, trained_on: Preprocess
     )
     table = source.patches.lesions
     assert options.label is not None
-    labels = read_labels(table, options.task, label=options.label, threshold=options.threshold)
+    labels = evaluation.read_labels(table, options.task, label=options.label, threshold=options.threshold)
     lesions = table.iloc[labels.rows]
     ids = text_of(lesions[ID_COLUMN]).to_numpy()
-    patients = ids if options.group is None else column_text(lesions, options.group, "finetune.group")
+    patients = ids if options.group is None else evaluation.column_text(lesions, options.group, "finetune.group")
     try:
         if options.split is None:
-            splits = cross_validation(labels.kind, labels.values, patients, num_folds=options.folds, seed=settings.seed)
+            splits = evaluation.cross_validation(
+                labels.kind, labels.values, patients, num_folds=options.folds, seed=settings.seed
+            )
         else:
-            splits = [given_split(column_text(lesions, options.split, "finetune.split"))]
-            if len(shared := shared_patients(splits[0], patients)):
+            splits = [evaluation.given_split(evaluation.column_text(lesions, options.split, "finetune.split"))]
+            if len(shared := evaluation.shared_patients(splits[0], patients)):
                 raise ConfigError(
                     f"{len(shared)} patients are on more than one side of {options.split!r}, such as {shared[0]!r}: "
                     "data leakage, results would be optimistic. Fix the split, or accept it with finetune.group=null"
@@ -182,8 +169,8 @@ def _with_validation(split: Split, labels: Labels, patients: Array, share: float
     if split.val is not None:
         return split
     values = labels.values[split.train]
-    num_folds = max(2, min(round(1 / share), np.bincount(strata(labels.kind, values)).max()))
-    fit, val = grouped_folds(labels.kind, values, patients[split.train], num_folds, seed)[0]
+    num_folds = max(2, min(round(1 / share), np.bincount(evaluation.strata(labels.kind, values)).max()))
+    fit, val = evaluation.grouped_folds(labels.kind, values, patients[split.train], num_folds, seed)[0]
     return replace(split, train=split.train[fit], val=split.train[val])
 
 
@@ -327,7 +314,7 @@ def _score(task: _Task, labels: Array, scores: Array) -> float:
     """The first metric of the task."""
     metric = next(iter(METRICS[task.labels.kind].values()))
     scores = scores[:, 1] if task.labels.kind == "binary" else scores
-    return value_of(metric, labels, scores)
+    return evaluation.value_of(metric, labels, scores)
 
 
 def _predictions(task: _Task, fold: str, side: str, rows: Array, scores: Array) -> pd.DataFrame:
@@ -354,10 +341,10 @@ def _results_of(task: _Task, predictions: pd.DataFrame) -> list[dict[str, Any]]:
         rows = rows_of.loc[table[ID_COLUMN]].to_numpy()
         chosen = table["predicted"].to_numpy() if "predicted" in table else None
         scores = scores if len(names) > 1 else scores[:, 0]
-        splits.append(SplitScores(str(fold), rows, scores, setting=0.0, num_train=0, chosen=chosen))
-    weights = patient_weights(task.patients, task.options.num_bootstrap, task.settings.seed)
+        splits.append(evaluation.SplitScores(str(fold), rows, scores, setting=0.0, num_train=0, chosen=chosen))
+    weights = evaluation.patient_weights(task.patients, task.options.num_bootstrap, task.settings.seed)
     return [
-        {"metric": metric, **asdict(estimate(function, task.labels.values, splits, weights))}
+        {"metric": metric, **asdict(evaluation.estimate(function, task.labels.values, splits, weights))}
         for metric, function in METRICS[task.labels.kind].items()
     ]
 
