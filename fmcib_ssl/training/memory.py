@@ -36,14 +36,7 @@ _SPARE = 0.1
 _NUM_STEPS = 3
 
 
-def settings_that_fit(
-    settings: Settings,
-    folder: RunFolder,
-    parts: _Build,
-    *,
-    max_: int,
-    trained: bool,
-) -> Settings:
+def settings_that_fit(settings: Settings, folder: RunFolder, parts: _Build, *, max_: int, trained: bool) -> Settings:
     """With `hardware.auto_batch`, the settings with the largest batch that a GPU has room for.
 
     Where a batch is embedded in chunks (`method.chunk_size`) it stays, and the largest chunk is looked for. What an
