@@ -50,7 +50,7 @@ def pretrain(settings: Settings) -> float:
         if _is_finished(settings, folder):
             logger.info(
                 "the run in %s is finished, after %d steps: nothing to do. To train it for longer raise "
-                "trainer.max_epochs; %s", folder.path, (folder.finished or {}).get("step", 0), ANEW,
+                "trainer.max_epochs; %s", folder.path, folder.state["finished"].get("step", 0), ANEW,
             )  # fmt: skip
             return _last_loss(folder)
         step = training.step_of(checkpoint) if checkpoint else 0
@@ -207,7 +207,7 @@ def _length(settings: Settings) -> dict[str, int | None]:
 
 def _is_finished(settings: Settings, folder: RunFolder) -> bool:
     """Whether the folder's run was trained as long as it is to be, and has left its results."""
-    done = folder.finished or {}
+    done = folder.state["finished"] or {}
     return _length(settings).items() <= done.items() and (folder.path / "encoder.safetensors").is_file()
 
 

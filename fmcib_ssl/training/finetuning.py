@@ -110,7 +110,7 @@ def fine_tune(settings: Settings, options: FineTune, folder: RunFolder) -> float
     write_json(run / "results.json", {"rows": rows, **about, "train": options.train, "weights": options.weights})
     lines = [f"{row['metric']:<20} {row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})" for row in rows]
     logger.info("%s on held-out patients\n%s\nin %s", task.labels.name, "\n".join(lines), run / "results.json")
-    if folder.finished is None:
+    if folder.state["finished"] is None:
         folder.finish(step=num_splits)
     return float(rows[0]["value"])
 

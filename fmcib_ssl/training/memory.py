@@ -188,9 +188,8 @@ class MemoryAdvice(L.Callback):
             exception.args = (
                 "the GPU's memory is not enough for this run. What helps:\n"
                 "  a smaller data.batch_size; hardware.auto_batch=true looks for the largest that fits\n"
-                "  method.chunk_size=N embeds so many lesions at a time and keeps the batch; docs/large_batches.md\n"
-                "  hardware.precision=bf16-mixed takes about half of the memory for activations\n"
-                "  hardware.gradient_checkpointing=true takes less for more time\n"
+                "  method.chunk_size=N, which embeds N lesions at a time and keeps the batch (docs/large_batches.md)\n"
+                "  hardware.precision=bf16-mixed or hardware.gradient_checkpointing=true\n"
                 "  a smaller data.patch_size or encoder; more devices with fewer lesions each\n"
                 f"torch says: {reason}",
             )

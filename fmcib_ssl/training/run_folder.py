@@ -17,7 +17,7 @@ import string
 from collections.abc import Collection, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -93,17 +93,13 @@ class RunFolder:
             raise
         #: Whether the state is lost while checkpoints are there; nothing is written before `restore`.
         self.is_lost = known is None and any(self.checkpoints.glob("step-*.ckpt"))
-        self.state: dict[str, Any] = known or {"run_id": _new_id(), "starts": [], "finished": None}
+        new_id = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
+        self.state: dict[str, Any] = known or {"run_id": new_id, "starts": [], "finished": None}
 
     @property
     def run_id(self) -> str:
         """Eight letters and digits, the same through all restarts; also W&B's id."""
         return str(self.state["run_id"])
-
-    @property
-    def finished(self) -> dict[str, Any] | None:
-        """What `finish` was called with, if the run was trained to its end."""
-        return cast(dict[str, Any] | None, self.state["finished"])
 
     def begin(self, settings: Mapping[str, Any], environment: Mapping[str, Any], **start: Any) -> None:
         """Record a start that has passed all checks, with its settings and environment."""
@@ -236,10 +232,6 @@ def saved_settings(folder: Path) -> dict[str, Any] | None:
             f"{file} is damaged ({reason}): restore it, or remove it if the settings are the same; {ANEW}"
         ) from error
     return upgraded(settings)
-
-
-def _new_id() -> str:
-    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
 
 
 def _now() -> str:

@@ -43,7 +43,6 @@ _FREE_ON_EACH_RANK = (
     "name", "contact_sheet_rows", "identifiers", "logger", "paths.", "hardware.num_workers", "hardware.num_threads",
     "hardware.pin_memory", *DATA_ACCESS,
 )  # fmt: skip
-_MAX_SHOWN = 12
 
 
 def environment() -> dict[str, Any]:
@@ -89,10 +88,9 @@ def check_ranks_agree(facts: Mapping[str, Any]) -> None:
     of_all: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(of_all, dict(facts))
     if lines := _differences(of_all):
-        more = [f"and {len(lines) - _MAX_SHOWN} more"] if len(lines) > _MAX_SHOWN else []
         raise ConfigError(
             "the ranks were not given the same run, and nothing was trained:\n"
-            + "\n".join(f"  {line}" for line in [*lines[:_MAX_SHOWN], *more])
+            + "\n".join(f"  {line}" for line in lines)
             + "\nStart all of them with the same command, code and lesions"
         )
 

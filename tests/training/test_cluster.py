@@ -165,7 +165,7 @@ def test_a_time_too_short_to_get_anywhere(
     assert requeue(signal.SIGUSR1, run) == 75
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
     assert requeue(signal.SIGUSR1, run) == 78
-    assert "raise --time, or lower SECONDS in --signal=USR1@SECONDS" in caplog.text
+    assert "more --time, or lower SECONDS in --signal=USR1@SECONDS" in caplog.text
     for file in ("checkpoints/step-00000004.ckpt", "fold_0/predictions.parquet"):
         (run / file).parent.mkdir(parents=True)
         (run / file).touch()
