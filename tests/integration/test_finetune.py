@@ -81,10 +81,6 @@ def supervised(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_finetuning(store, tmp_path_factory.mktemp("supervised"), "trainer.max_epochs=12", "finetune.patience=12")
 
 
-def test_what_can_be_learned_is_learned_by_random_weights(supervised: Path) -> None:
-    assert results_of(supervised)["AUC"]["value"] > 0.95
-
-
 def test_every_lesion_is_tested_once_by_folds_without_its_patient(supervised: Path) -> None:
     predictions = pd.read_parquet(supervised / "predictions.parquet")
     test = predictions[predictions["split"] == "test"]
@@ -101,7 +97,7 @@ def test_the_metric_is_scikit_learns_over_the_folds(supervised: Path) -> None:
     test = predictions[predictions["split"] == "test"]
     aucs = [roc_auc_score(fold["label"], fold["score"]) for _, fold in test.groupby("fold")]
     result = results_of(supervised)["AUC"]
-    assert result["value"] == pytest.approx(np.mean(aucs))
+    assert result["value"] == pytest.approx(np.mean(aucs)) and result["value"] > 0.95  # what can be learned is learned
     assert result["low"] <= result["value"] <= result["high"]
 
 
