@@ -18,19 +18,11 @@ from lightning.pytorch.loggers import CSVLogger
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
-from fmcib_ssl import evaluation
+from fmcib_ssl import evaluation, models
 from fmcib_ssl.data import EpochSampler, LabelledPatches, LesionPatches, WatchedLoader, no_worker_left, text_of
 from fmcib_ssl.evaluation import ID_COLUMN, METRICS, Labels, Split
 from fmcib_ssl.io import atomic_write, checksum_of, digest_of, write_json
-from fmcib_ssl.models import (
-    EncoderFileError,
-    FineTuning,
-    Parts,
-    encoder_metadata,
-    export_encoder,
-    feature_dim,
-    load_encoder,
-)
+from fmcib_ssl.models import FineTuning, Parts
 from fmcib_ssl.training.build import (
     accelerate,
     build_optimizer,
@@ -187,8 +179,8 @@ def _starting_encoder(settings: Settings, options: FineTune) -> tuple[nn.Module,
     if options.weights is None:
         return build_part("encoder", settings.encoder), settings.encoder
     try:
-        encoder: Any = load_encoder(options.weights)
-    except (EncoderFileError, FileNotFoundError) as error:
+        encoder: Any = models.load_encoder(options.weights)
+    except (models.EncoderFileError, FileNotFoundError) as error:
         raise ConfigError(f"finetune.weights: {error}") from error
     return encoder, encoder.spec
 
@@ -211,7 +203,8 @@ def _train_split(task: _Task, split: Split, folder: Path) -> None:
     train, val, test = _loaders(task, split, batch_size)
 
     L.seed_everything(settings.seed, verbose=False)
-    metadata = encoder_metadata(encoder, spec, task.preprocessing, extra={"run": settings.name, "fold": split.name})
+    extra = {"run": settings.name, "fold": split.name}
+    metadata = models.encoder_metadata(encoder, spec, task.preprocessing, extra=extra)
     module = _build_module(task, split, encoder, batch_size, metadata)
     best = ModelCheckpoint(
         folder / "checkpoints", filename="best", monitor="val/score", mode="max", enable_version_counter=False
@@ -237,7 +230,7 @@ def _train_split(task: _Task, split: Split, folder: Path) -> None:
         "%s: %d lesions trained on, stopped after epoch %d, best in %d (validation score %.3f)",
         folder.name, len(split.train), trainer.current_epoch - 1, checkpoint["epoch"], best.best_model_score,
     )  # fmt: skip
-    export_encoder(module.encoder, spec, task.preprocessing, folder / "encoder.safetensors", extra=metadata["extra"])
+    models.export_encoder(module.encoder, spec, task.preprocessing, folder / "encoder.safetensors", extra=extra)
     tables = []
     for side, loader, rows in (("val", val, split.val), ("test", test, split.test)):
         batches = cast(list[tuple[torch.Tensor, torch.Tensor]], trainer.predict(module, loader))
@@ -294,7 +287,7 @@ def _build_module(
         parts = Parts(
             encoder,
             build_optimizer(settings, batch_size),
-            feature_dim(encoder, task.preprocessing.patch_size_zyx),
+            models.feature_dim(encoder, task.preprocessing.patch_size_zyx),
             None if settings.schedule is None else build_part("schedule", settings.schedule),
             metadata=metadata,
         )
