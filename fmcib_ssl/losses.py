@@ -41,9 +41,9 @@ __all__ = [
 Negatives = Literal["mined", "mined_and_lesions", "lesions"]
 #: How the sum over negatives is computed: with the matrix of similarities, without, or as the size suggests.
 Kernel = Literal["auto", "plain", "streamed"]
-Reduction = Literal["mean", "sum"]
+_Reduction = Literal["mean", "sum"]
 #: Rows `(views, n, dim)` of a rank to those of all, `(views, ranks * n, dim)`, rank after rank, with gradients.
-Gather = Callable[[Tensor], Tensor]
+_Gather = Callable[[Tensor], Tensor]
 
 #: From this many logits on, streaming is faster than the matrix (docs/contrast_kernel.md has the measurement).
 _WORTH_STREAMING = 2**19
@@ -61,23 +61,23 @@ class _ContrastiveLoss(nn.Module):
     margin = 0.0
 
     def __init__(
-        self, negatives: Negatives, gather_distributed: bool, kernel: Kernel, reduction: Reduction = "mean"
+        self, negatives: Negatives, gather_distributed: bool, kernel: Kernel, reduction: _Reduction = "mean"
     ) -> None:
         super().__init__()
         for name, value, allowed in (
             ("negatives", negatives, get_args(Negatives)),
             ("gather_distributed", gather_distributed, (True, False)),
             ("kernel", kernel, get_args(Kernel)),
-            ("reduction", reduction, get_args(Reduction)),
+            ("reduction", reduction, get_args(_Reduction)),
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
         self.negatives: Negatives = negatives
         self.gather_distributed = gather_distributed
         self.kernel: Kernel = kernel
-        self.reduction: Reduction = reduction
+        self.reduction: _Reduction = reduction
 
-    def forward(self, out: ViewPairs, gather: Gather | None = None) -> Float[Tensor, ""]:
+    def forward(self, out: ViewPairs, gather: _Gather | None = None) -> Float[Tensor, ""]:
         """Mean or sum of `loss(a)` over this rank's `2 * batch` anchors, in float32 (float64 if an input is).
 
         Args:
@@ -93,7 +93,7 @@ class _ContrastiveLoss(nn.Module):
         loss = self._sum(*_stack_views(out), gather or gather_rows)
         return loss / (2 * len(out["positive"][0])) if self.reduction == "mean" else loss
 
-    def _sum(self, positive: Tensor, mined: Tensor, gather: Gather) -> Tensor:
+    def _sum(self, positive: Tensor, mined: Tensor, gather: _Gather) -> Tensor:
         """Of `loss(a)` over the anchors, both views of `positive`."""
         lesions, first_lesion = positive, 0  # of all ranks, and the row where this rank's begin
         if self.gather_distributed and num_ranks() > 1:
@@ -201,7 +201,7 @@ class InfoNCELoss(_ContrastiveLoss):
         self,
         margin: float = 0.02,
         log_adversarial_temperature: float = math.log(0.05),
-        reduction: Reduction = "mean",
+        reduction: _Reduction = "mean",
         *,
         negatives: Negatives = "mined",
         trainable_temperature: bool = False,

@@ -19,7 +19,7 @@ from fmcib_ssl.types import Preprocessing
 _MONAI_DEPTHS = (10, 18, 34, 50, 101)
 _VIDEO_NAMES = ("r3d_18", "mc3_18", "r2plus1d_18")
 #: Windows (lowest, highest HU): lung with ground glass, soft tissue, calcium.
-WINDOWS_HU = ((-1000.0, 400.0), (-160.0, 240.0), (0.0, 1500.0))
+_WINDOWS_HU = ((-1000.0, 400.0), (-160.0, 240.0), (0.0, 1500.0))
 
 
 def monai_resnet(
@@ -148,7 +148,7 @@ class CenterPooledResNet(nn.Module):
         widths: Sequence[int] = (16, 32, 64),
         *,
         sigmas: Sequence[float] = (2.0, 5.0),
-        windows_hu: Sequence[Sequence[float]] = WINDOWS_HU,
+        windows_hu: Sequence[Sequence[float]] = _WINDOWS_HU,
         hu_offset: float = Preprocessing.hu_offset,
         hu_scale: float = Preprocessing.hu_scale,
     ) -> None:

@@ -29,7 +29,7 @@ from fmcib_ssl.models.trusted import is_trusted, trusted_callable
 from fmcib_ssl.types import Padding, Preprocessing, UserError, current_target
 
 #: Key of the description, in a safetensors file's metadata and in a training checkpoint.
-METADATA_KEY = "fmcib_ssl"
+_METADATA_KEY = "fmcib_ssl"
 
 #: Prefix of the encoder's weights in a training checkpoint.
 _CHECKPOINT_PREFIX = "encoder."
@@ -113,7 +113,7 @@ def export_encoder(
         weights[name] = weight.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
     metadata[_DIGEST] = _digest(metadata, weights)
     # Not safetensors' save_file: it makes files that only their owner may read.
-    write_atomically(path, save(weights, metadata={METADATA_KEY: json.dumps(metadata)}))
+    write_atomically(path, save(weights, metadata={_METADATA_KEY: json.dumps(metadata)}))
 
 
 def load_encoder(path: str | os.PathLike[str], *, trusted_targets: Collection[str] = ()) -> nn.Module:
@@ -212,12 +212,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         is_checkpoint = file.read(2) == b"PK"  # torch saves zip archives
     if is_checkpoint:
         checkpoint = read_archive(path)
-        metadata, state = checkpoint[METADATA_KEY], checkpoint["state_dict"]
+        metadata, state = checkpoint[_METADATA_KEY], checkpoint["state_dict"]
         names = [name for name in state if isinstance(name, str) and name.startswith(_CHECKPOINT_PREFIX)]
         weights = {name.removeprefix(_CHECKPOINT_PREFIX): state[name] for name in names}
     else:
         with safe_open(path, framework="pt") as file:
-            metadata = parse_json((file.metadata() or {})[METADATA_KEY])
+            metadata = parse_json((file.metadata() or {})[_METADATA_KEY])
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dictionary
     if (version := metadata.get("format_version") if isinstance(metadata, dict) else None) != FORMAT_VERSION:
         raise ValueError(

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fmcib_ssl.types import ViewPairs
 
-NamedParameters = Iterable[tuple[str, nn.Parameter]]
+_NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Parts:
     """
 
     encoder: nn.Module
-    optimizer: Callable[[NamedParameters], Optimizer]
+    optimizer: Callable[[_NamedParameters], Optimizer]
     num_features: int = 0
     schedule: Callable[..., LRScheduler] | None = None
     head: nn.Module = field(default_factory=nn.Identity)
