@@ -54,9 +54,6 @@ class Shape:
     def sbatch(self) -> list[str]:
         return [f"--nodes={self.nodes}", f"--ntasks-per-node={self.tasks_per_node}"]
 
-    def train(self) -> list[str]:
-        return [f"hardware.num_nodes={self.nodes}", f"hardware.devices={self.tasks_per_node}"]
-
 
 ONE = Shape()
 TWO_TASKS = Shape(tasks_per_node=2)
