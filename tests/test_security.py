@@ -93,17 +93,13 @@ TRUSTED = [
 ]
 UNTRUSTED = [
     "os.system",
-    "subprocess.run",
     "builtins.eval",
-    "builtins.exec",
     "torch.hub.load",
     "torch.load",
     "timm.models.load_state_dict",
     "timm.models.create_model",
-    "timm.create_model",
     "torchvision.models.video.r3d_18",
     "monai.losses.PerceptualLoss",  # fetches code from a repository
-    "monai.networks.nets.HoVerNet",
     "monai.networks.nets.get_pretrained_resnet_medicalnet",
     "torch.optim.Optimizer.load_state_dict",
     "torch.nn.modules.utils.consume_prefix_in_state_dict_if_present",
@@ -118,8 +114,6 @@ UNTRUSTED = [
     "fmcib_ssl.training.build.build",
     "fmcib_ssl.training.summary.subprocess.run",
     "hydra.utils.instantiate",
-    "pickle.loads",
-    "importlib.import_module",
     "fmcib_ssl.models.__init__.os.system",
     "fmcib_ssl.losses.__builtins__.eval",
     "no_such_package.Thing",

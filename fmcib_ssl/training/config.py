@@ -173,7 +173,7 @@ def _check_run_folder(folder: Path) -> None:
 
 
 def _single_runs(overrides: Sequence[Override]) -> Iterator[list[str]]:
-    """As many runs of a sweep as have every value of its in one of them."""
+    """Runs of a sweep in which every value of every swept key occurs; not all combinations."""
     choices = [
         [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
         if o.is_discrete_sweep()
