@@ -57,9 +57,6 @@ class WatchedLoader(DataLoader[Any]):
         rank: of this process among several, for the same message; None for one.
         num_workers: processes; 0 reads in this one, and there is nothing to watch.
         arguments: of `DataLoader`.
-
-    Attributes:
-        is_reading: whether somebody waits for a batch.
     """
 
     def __init__(
@@ -72,7 +69,6 @@ class WatchedLoader(DataLoader[Any]):
         **arguments: Any,
     ) -> None:
         self.title, self.rank = title, rank  # by these names a trainer finds them that makes the loader anew
-        self.is_reading = False
         self._watch: _Watch | None = None
         if num_workers:
             # Of each worker its process and what it has last begun to read, in memory that is shared with it.
@@ -97,18 +93,13 @@ class WatchedLoader(DataLoader[Any]):
             while True:
                 if self._watch:
                     self._watch.raise_death()
-                self.is_reading = True
-                batch = next(batches)
-                self.is_reading = False
-                yield batch
+                yield next(batches)
         except StopIteration:
             return
         except (OSError, EOFError, RuntimeError) as error:
             if self._watch:
                 self._watch.raise_death(error, _PATIENCE_S)
             raise
-        finally:
-            self.is_reading = False
 
     def _cause_of_death(self, worker: BaseProcess) -> str:
         code, killer = worker.exitcode or 0, ""
