@@ -120,12 +120,14 @@ class LesionPatches(Dataset[PatchPair]):
 
     def _pair(self, key: SampleKey, lesion: int) -> PatchPair:
         scan, centers = self._mine(key, lesion)
-        negatives = torch.empty((len(centers), 1, *self.patch_size.tolist()), dtype=torch.int16)
-        for negative, center in zip(negatives, centers, strict=True):
-            negative[:] = self.patch_at(scan, center)
+        negatives = [self.patch_at(scan, center) for center in centers]
+        if self.negatives_per_lesion == 0:
+            negative = torch.empty((0, 1, *self.patch_size.tolist()), dtype=torch.int16)
+        else:
+            negative = negatives[0] if len(negatives) == 1 else torch.stack(negatives)
         return PatchPair(
             positive=self.positive(lesion),
-            negative=negatives[0] if self.negatives_per_lesion == 1 else negatives,
+            negative=negative,
             lesion=lesion,
             negative_from_other_scan=scan != self._scan_of(lesion),
         )
