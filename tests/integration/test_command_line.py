@@ -22,7 +22,7 @@ def group_norm_net(width):
     layers = [nn.Conv3d(1, width, 3, stride=2), nn.GroupNorm(2, width), nn.ReLU(), nn.Conv3d(width, 2 * width, 3)]
     return nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten())
 """
-TARGET = "my_package.group_norm_net"
+TARGET = "my_encoders.group_norm_net"
 WIDTH = 8
 GLOBAL_BATCH = 4
 
@@ -49,7 +49,7 @@ def train_with(num_processes: int, folder: Path) -> tuple[Path, str]:
 
 
 def user_folder(phantom_table: Path, folder: Path) -> Path:
-    (folder / "my_package.py").write_text(ENCODER)
+    (folder / "my_encoders.py").write_text(ENCODER)
     (folder / "my_configs" / "encoder").mkdir(parents=True)
     (folder / "my_configs" / "encoder" / "mine.yaml").write_text(f"_target_: {TARGET}\nwidth: {WIDTH}\n")
     shutil.copytree(phantom_table.parent, folder / "archive")
