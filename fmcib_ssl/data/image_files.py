@@ -92,11 +92,10 @@ def open_nifti(path: Path, affine: Affine | None) -> tuple[ScanGeometry, Callabl
 
     def read_values() -> Array:
         with _opened(path) as file:
-            file.seek(offset)
-            data = file.read()  # to its end, where the checksum is
-        if len(data) < count * dtype.itemsize:
-            raise ScanError(path, f"is cut off: {len(data)} of {count * dtype.itemsize} bytes of voxels; copy it again")
-        values: Array = np.frombuffer(data, dtype, count).reshape(size[::-1])
+            data = _unzipped(file.fileobj) if isinstance(file, gzip.GzipFile) else file.read()
+        if (num_bytes := len(data) - offset) < count * dtype.itemsize:
+            raise ScanError(path, f"is cut off: {num_bytes} of {count * dtype.itemsize} bytes of voxels; copy it again")
+        values: Array = np.frombuffer(data, dtype, count, offset).reshape(size[::-1])
         slope, intercept = header.get_slope_inter()
         if slope is not None and (slope, intercept) != (1, 0):
             values = values.astype(np.float32)
@@ -135,6 +134,21 @@ def _opened(path: Path) -> Iterator[Any]:
             yield gzip.GzipFile(fileobj=file) if zipped else file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ScanError(path, f"is cut off or damaged ({error}); copy it again") from error
+
+
+def _unzipped(file: Any) -> bytearray:
+    """What a gzip file holds, with its checksums checked; `GzipFile.read` takes up to 1.5 times the CPU and memory."""
+    data, stream, chunk = bytearray(), zlib.decompressobj(wbits=31), b""
+    while chunk := chunk or file.read(1 << 18):
+        if stream.eof:
+            if not (chunk := chunk.lstrip(b"\0")):  # padding
+                continue
+            stream = zlib.decompressobj(wbits=31)  # the next member
+        data += stream.decompress(chunk)
+        chunk = stream.unused_data
+    if not stream.eof:
+        raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+    return data
 
 
 def _geometry(path: Path, header: Any, size: tuple[int, ...], affine: Affine | None) -> ScanGeometry:
