@@ -30,6 +30,7 @@ class Evaluate(Command):
     """Probe frozen features of lesions, beside random weights, raw voxels and the lesion's size.
 
     python scripts/evaluate.py features=features.parquet label=texture threshold='<5' output=results
+    python scripts/evaluate.py features=features.parquet label=texture readers=majority threshold='<5' output=results
     python scripts/evaluate.py features=a.parquet,b.parquet task=survival time=days event=died output=results
     python scripts/evaluate.py features=features.parquet task=luna16_malignancy tables=/data/annotations output=results
 
@@ -41,6 +42,9 @@ class Evaluate(Command):
     label: str | None = Field(None, description="column to predict")
     task: str = Field("binary", description="binary, multiclass, ordinal, continuous, survival; or of scripts/tasks")
     threshold: str | None = Field(None, description="binary: what is 1, such as '<5' or '>=3'")
+    readers: Literal["mean", "share", "majority", "unanimous"] | None = Field(
+        None, description="label was rated by several, in columns LABEL_1, LABEL_2, ...: what is made of their ratings"
+    )
     time: str | None = Field(None, description="survival: column with the time to the event or last contact")
     event: str | None = Field(None, description="survival: column that is 1 where the event was seen")
     labels: Path | None = Field(None, description="CSV or Parquet with further columns, joined to the features")
@@ -146,8 +150,10 @@ def protocol_of(command: Evaluate, tables: dict[str, FeatureTable]) -> tuple[Any
     from fmcib_ssl.evaluation import (  # noqa: PLC0415
         Kind,
         Protocol,
+        Readers,
         join_task,
         load_task,
+        read_ratings,
     )
     from fmcib_ssl.evaluation import labels as of  # noqa: PLC0415
 
@@ -170,7 +176,15 @@ def protocol_of(command: Evaluate, tables: dict[str, FeatureTable]) -> tuple[Any
     if command.labels is not None:
         lesions, absent = of.join_labels(lesions, command.labels, command.labels_on)
         notes += [f"{absent} lesions are not in {command.labels}"] if absent else []
-    labels = of.read_labels(lesions, kind, threshold=command.threshold, **columns)  # type: ignore[arg-type]
+    if command.readers is not None:
+        if command.label is None:
+            raise ValueError("readers= needs label=, the name of the columns without their number")
+        ratings = read_ratings(lesions, command.label)
+        readers = Readers(command.label, ratings, command.readers, command.threshold)
+        labels = readers.labels()
+        notes.append("lesions by target: " + ", ".join(f"{name} {num}" for name, num in readers.counts().items()))
+    else:
+        labels = of.read_labels(lesions, kind, threshold=command.threshold, **columns)  # type: ignore[arg-type]
     if lost := len(lesions) - len(labels.rows):
         notes.append(f"{lost} of {len(lesions)} lesions have no label and are skipped")
     lesions = lesions.iloc[labels.rows].reset_index(drop=True)
@@ -206,6 +220,17 @@ def show(result: Evaluation) -> None:
         by = [f"{Estimate(*row):+.3f} {metric}" for row, metric in zip(numbers, first["metric"], strict=True)]
         ahead = first.assign(by=by).rename(columns={"against": "ahead of"})
         print(f"\n{results_table(ahead[[*names[:1], 'ahead of', *names[1:3], 'by', *names[3:]]])}")
+    if readers := result.readers:
+        table = pd.DataFrame(readers["rows"])
+        if len(table):
+            print("\nagainst the other readers, where one is drawn for each lesion")
+            print(results_table(results_lines(table, ["features", "probe"], digits=3)))
+        for row in readers["differences"]:
+            if row["metric"] == table["metric"].iloc[0]:
+                by = Estimate(row["value"], row["low"], row["high"])
+                print(f"readers   {row['features']}, {row['probe']}: ahead of one reader by {by:+.3f} {row['metric']}")
+        for what in ("ceiling", "reliability"):
+            print(f"readers   {what}: " + ", ".join(f"{name} {value:.3f}" for name, value in readers[what].items()))
     for curve in result.survival:
         p = "-" if curve["log_rank_p"] is None else f"{curve['log_rank_p']:.2g}"
         print(f"log-rank  {curve['features']}, {curve['fraction']:.0%}: p = {p} between the halves by risk")

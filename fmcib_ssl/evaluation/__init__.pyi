@@ -54,6 +54,8 @@ from .probes import knn_scores as knn_scores
 from .probes import linear_scores as linear_scores
 from .probes import resampled as resampled
 from .probes import score as score
+from .readers import Readers as Readers
+from .readers import read_ratings as read_ratings
 from .report import report_all as report_all
 from .report import results_table as results_table
 from .report import write_lesion_page as write_lesion_page

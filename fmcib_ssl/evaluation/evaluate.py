@@ -18,6 +18,7 @@ from fmcib_ssl.evaluation.labels import EvaluationError, Labels, shared_patients
 from fmcib_ssl.evaluation.leakage import Finding, check_duplicates, check_patch_borders, check_patients
 from fmcib_ssl.evaluation.metrics import ERRORS, METRICS, interval, risk_halves
 from fmcib_ssl.evaluation.probes import LINEAR_PROBE, PROBES, Inputs, Protocol, SplitScores, resampled, score
+from fmcib_ssl.evaluation.readers import judge
 from fmcib_ssl.types import Array, Preprocessing
 
 #: Components to which raw voxels are reduced before a probe.
@@ -160,6 +161,7 @@ class Evaluation:
         predictions: one row a test lesion, set of features, probe and share of the labels.
         survival: Kaplan-Meier curves of the two halves by risk, with the log-rank test.
         missing: `features` that could not be scored, and the `reason`.
+        readers: of labels by several readers what `judge` gives; else empty.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -167,6 +169,7 @@ class Evaluation:
     predictions: pd.DataFrame = field(default_factory=pd.DataFrame)
     survival: list[dict[str, Any]] = field(default_factory=list)
     missing: list[dict[str, str]] = field(default_factory=list)
+    readers: dict[str, Any] = field(default_factory=dict)
 
 
 def evaluate_features(
@@ -209,7 +212,7 @@ def evaluate_features(
     evaluation = Evaluation(missing=list(candidates.missing))
     weights = protocols[0].weights(num_bootstrap)
     drawn: dict[tuple[str, str, str, float], dict[str, Array]] = {}
-    predictions = []
+    predictions, whole = [], {}
     for protocol, inputs, name, fraction in tqdm(jobs, "evaluating", disable=not progress):
         try:
             results = score(PROBES[name], inputs, protocol, fraction)
@@ -221,12 +224,16 @@ def evaluate_features(
         values = {title: resampled(metric, labels.values, results, weights) for title, metric in metrics.items()}
         evaluation.rows += _rows({"task": labels.name, **about}, values, results)
         drawn[protocol.name, inputs.name, name, fraction] = values
+        if protocol is protocols[0] and fraction == 1:
+            whole[inputs.name, name] = results
         predictions += [_predictions(one, protocol, lesions, about) for one in results]
         if labels.kind == "survival":  # above or below the median risk of the test rows, each split by its own
             rows = np.concatenate([one.rows for one in results])
             is_high = np.concatenate([one.scores > np.median(one.scores) for one in results])
             evaluation.survival.append({**about, **risk_halves(labels.values[rows], is_high)})
     evaluation.differences = _differences(drawn, candidates, labels)
+    if labels.readers is not None:
+        evaluation.readers = judge(protocols[0], whole, num_bootstrap)
     if predictions:
         evaluation.predictions = pd.concat(predictions, ignore_index=True)
     return evaluation

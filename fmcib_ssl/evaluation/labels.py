@@ -10,7 +10,7 @@ import operator
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,9 @@ from fmcib_ssl.data import IMPORTERS, read_table, text_of
 from fmcib_ssl.evaluation.feature_table import ID_COLUMN, some_of
 from fmcib_ssl.evaluation.metrics import Kind
 from fmcib_ssl.types import Array, UserError
+
+if TYPE_CHECKING:
+    from fmcib_ssl.evaluation.readers import Readers
 
 #: Points nearer than this are one lesion.
 _SAME_POINT_MM = 0.05
@@ -49,6 +52,7 @@ class Labels:
         values: `(n,)` class numbers or values; for survival `(n, 2)`: time, and 1 where the event was seen.
         rows: which rows of the lesions' table these are.
         classes: the names of the class numbers; empty unless the labels are classes.
+        readers: the ratings that the labels were made of, in the order of `values`; None for a label of its own column.
     """
 
     name: str
@@ -56,6 +60,7 @@ class Labels:
     values: Array
     rows: Array
     classes: tuple[str, ...] = ()
+    readers: Readers | None = None
 
     @property
     def num_classes(self) -> int:
@@ -113,8 +118,8 @@ def read_labels(
         if kind == "ordinal" and (values[np.isfinite(values)] % 1 != 0).any():
             raise EvaluationError(f"{label!r} holds fractions; grades are whole numbers: task=continuous?")
         if threshold is not None:
-            is_one, name, classes = _passes(values, threshold), f"{label}{threshold}", (f"not {threshold}", threshold)
-            values = np.where(np.isfinite(values), is_one, np.nan)
+            values = passes(values, threshold)
+            name, classes = f"{label}{threshold}", (f"not {threshold}", threshold)
     rows = np.flatnonzero(np.isfinite(values.reshape(len(values), -1)).all(axis=1))
     values = values[rows].astype(np.int64) if classes else values[rows]
     outcomes = values[:, 1] if kind == "survival" else values
@@ -123,11 +128,16 @@ def read_labels(
     return Labels(name, kind, values, rows, classes)
 
 
-def _passes(values: Array, threshold: str) -> Array:
+def passes(values: Array, threshold: str) -> Array:
+    """1 where a value meets a comparison such as `<5`, 0 where not, NaN where there is none.
+
+    Raises:
+        EvaluationError: the threshold is no comparison.
+    """
     match = re.fullmatch(r"\s*(<=|>=|==|!=|<|>)\s*(-?[\d.]+(?:e-?\d+)?)\s*", threshold)
     if match is None:
         raise EvaluationError(f"threshold={threshold!r} should be a comparison such as '<5' or '>=3'")
-    return np.asarray(_COMPARISONS[match[1]](values, float(match[2])))
+    return np.where(np.isfinite(values), _COMPARISONS[match[1]](values, float(match[2])), np.nan)
 
 
 def join_labels(lesions: pd.DataFrame, table: Path, on: str = ID_COLUMN) -> tuple[pd.DataFrame, int]:

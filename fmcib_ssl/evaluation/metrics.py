@@ -24,7 +24,7 @@ from sklearn.calibration import calibration_curve
 from fmcib_ssl.types import Array
 
 Metric = Callable[[Array, Array, Array], Array]
-Kind = Literal["binary", "multiclass", "ordinal", "continuous", "survival"]
+Kind = Literal["binary", "multiclass", "ordinal", "continuous", "share", "survival"]
 
 #: Probabilities that differ by no more say nothing in bins.
 _MIN_RANGE = 0.05
@@ -82,9 +82,13 @@ def _mean_absolute_error(labels: Array, scores: Array, weights: Array) -> Array:
 
 def _spearman(labels: Array, scores: Array, weights: Array) -> Array:
     """Rank correlation, ties sharing the middle rank."""
+    return _pearson(_ranks(labels, weights), _ranks(scores, weights), weights)
+
+
+def _pearson(labels: Array, scores: Array, weights: Array) -> Array:
+    """Linear correlation."""
     total = weights.sum(1, keepdims=True)
-    ranks = (_ranks(values, weights) for values in (labels, scores))
-    x, y = (rank - (weights * rank).sum(1, keepdims=True) / total for rank in ranks)
+    x, y = (values - (weights * values).sum(1, keepdims=True) / total for values in (labels, scores))
     return _ratio((weights * x * y).sum(1), np.sqrt((weights * x * x).sum(1) * (weights * y * y).sum(1)))
 
 
@@ -117,7 +121,8 @@ METRICS: dict[Kind, dict[str, Metric]] = {
     "binary": {"AUC": auc, "average precision": _average_precision, "balanced accuracy": balanced_accuracy},
     "multiclass": {"AUC": auc, "average precision": _average_precision, "balanced accuracy": balanced_accuracy},
     "ordinal": {"Spearman": _spearman, "quadratic kappa": _quadratic_kappa, "MAE": _mean_absolute_error},
-    "continuous": {"Spearman": _spearman, "MAE": _mean_absolute_error},
+    "continuous": {"Spearman": _spearman, "Pearson": _pearson, "MAE": _mean_absolute_error},
+    "share": {"Spearman": _spearman, "Pearson": _pearson, "MAE": _mean_absolute_error},
     "survival": {"C-index": concordance},
 }
 #: Of these, smaller is better.

@@ -142,8 +142,11 @@ def _logistic(x: Array, y: Array, x_test: Array, num_classes: int, settings: Seq
     """
     # scikit-learn's GridSearchCV can express the choice (a callable `refit`) and finds the same penalty, but it begins
     # every fit anew: for 994 lesions with 128 features, 15 penalties and 5 folds 2.9 s of one core; this takes 0.2 s.
-    classes, of_class = np.unique(y.astype(int), return_inverse=True)
-    one_hot = np.eye(len(classes))[:, of_class] / len(y)
+    if num_classes:
+        classes, of_class = np.unique(y.astype(int), return_inverse=True)
+        one_hot = np.eye(len(classes))[:, of_class] / len(y)
+    else:  # shares of votes: each row is as much of class 1 as its share says
+        classes, num_classes, one_hot = np.arange(2), 2, np.stack([1 - y, y]) / len(y)
     u, s, v = np.linalg.svd(x, full_matrices=False)
     rows, rows_test = (np.column_stack([side, np.ones(len(side))]) for side in (u * s, x_test @ v.T))
     curvature = np.append(s**2 / len(y), 1.0)
@@ -237,11 +240,11 @@ def _grid(first: float, last: float, num: int) -> tuple[float, ...]:
 
 
 _CLASSES: tuple[Kind, ...] = ("binary", "multiclass")
-_VALUES: tuple[Kind, ...] = ("ordinal", "continuous")
+_VALUES: tuple[Kind, ...] = ("ordinal", "continuous", "share")
 PROBES = {
-    "logistic": Probe(_CLASSES, _grid(-5, 2, 15), _logistic, probabilities=True),  # inverse strengths
+    "logistic": Probe((*_CLASSES, "share"), _grid(-5, 2, 15), _logistic, probabilities=True),  # inverse strengths
     "knn": Probe(_CLASSES + _VALUES, (80.0, 40.0, 20.0, 10.0, 5.0, 3.0, 1.0), _neighbors),
-    "ridge": Probe(_VALUES, _grid(6, -1, 15), _ridge),
+    "ridge": Probe(_VALUES[:2], _grid(6, -1, 15), _ridge),
     "cox": Probe(("survival",), _grid(5, 0, 11), _cox),
 }
 #: The linear probe of each kind of label; it is the one that is used unless another is asked for.
@@ -326,9 +329,11 @@ def _setting_score(kind: Kind, labels: Array, scores: Array) -> float:
 
 
 def _log_likelihood(labels: Array, scores: Array) -> float:
-    """Mean log-probability of the true class: log loss, negative."""
-    of_truth = np.take_along_axis(by_class_of(scores), labels.astype(int)[:, None], axis=1)
-    return float(np.log(np.maximum(of_truth, np.finfo(float).eps)).mean())
+    """Mean log-probability of the true class, or of both weighed by their shares: log loss, negative."""
+    by_class = np.log(np.maximum(by_class_of(scores), np.finfo(float).eps))
+    if by_class.shape[1] == 2:
+        return float((np.stack([1 - labels, labels], axis=1) * by_class).sum(axis=1).mean())
+    return float(np.take_along_axis(by_class, labels.astype(int)[:, None], axis=1).mean())
 
 
 def resampled(metric: Metric, values: Array, results: Sequence[SplitScores], weights: Array) -> Array:

@@ -61,6 +61,17 @@ def test_logistic(num_classes: int, rows: int) -> None:
             np.testing.assert_allclose(probabilities, expected[:, 1] if num_classes == 2 else expected, atol=1e-5)
 
 
+def test_logistic_of_shares() -> None:
+    """A share of votes counts as so much of class 1 and the rest of class 0."""
+    shares = np.random.default_rng(1).integers(0, 5, NUM) / 4
+    x, x_test = (StandardScaler().fit(X).transform(part) for part in (X, X_TEST))
+    twice, classes, weights = np.tile(x, (2, 1)), np.repeat([1, 0], NUM), np.concatenate([shares, 1 - shares])
+    for c, result in zip((1e-3, 1.0), PROBES["logistic"].path(x, shares, x_test, 0, (1e-3, 1.0)), strict=True):
+        oracle = LogisticRegression(C=c, max_iter=5000, tol=1e-9, solver="newton-cholesky")
+        oracle.fit(twice, classes, sample_weight=weights)
+        np.testing.assert_allclose(result, oracle.predict_proba(x_test)[:, 1], atol=1e-3)
+
+
 def test_the_size_alone_gives_probabilities_and_not_only_an_order() -> None:
     """All penalties of one column order the lesions alike; those that keep its probabilities apart are chosen."""
     rng = np.random.default_rng(0)
