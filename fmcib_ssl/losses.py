@@ -5,6 +5,9 @@ scores, a temperature and a margin (0 in NT-Xent),
 
     loss(a) = -log( e^p' / (e^p' + sum_n e^(a.n / temperature)) ),    p' = (a.p - margin) / temperature
 
+Other lesions of the anchor's patient are negatives like others, or none, or further positives: loss(a) is then the mean
+over all its positives, each against the same negatives (Khosla et al., Supervised Contrastive Learning, eq. 2).
+
 Read from top to bottom: what both losses do, which is to check, gather and sum loss(a); the two losses; the sum over
 negatives in panels, for large batches; gathering; checks. `docs/losses.md` says what the choices do.
 
@@ -42,6 +45,8 @@ Negatives = Literal["mined", "mined_and_lesions", "lesions"]
 #: How the sum over negatives is computed: with the matrix of similarities, without, or as the size suggests.
 Kernel = Literal["auto", "plain", "streamed"]
 _Reduction = Literal["mean", "sum"]
+#: Other lesions of the anchor's patient: negatives as any, left out of the negatives, or positives too.
+_SamePatient = Literal["keep", "ignore", "attract"]
 #: Rows `(views, n, dim)` of a rank to those of all, `(views, ranks * n, dim)`, rank after rank, with gradients.
 _Gather = Callable[[Tensor], Tensor]
 
@@ -61,18 +66,30 @@ class _ContrastiveLoss(nn.Module):
     margin = 0.0
 
     def __init__(
-        self, negatives: Negatives, gather_distributed: bool, kernel: Kernel, reduction: _Reduction = "mean"
+        self,
+        negatives: Negatives,
+        gather_distributed: bool,
+        kernel: Kernel,
+        same_patient: _SamePatient,
+        reduction: _Reduction = "mean",
     ) -> None:
         super().__init__()
         for name, value, allowed in (
             ("negatives", negatives, get_args(Negatives)),
+            ("same_patient", same_patient, get_args(_SamePatient)),
             ("gather_distributed", gather_distributed, (True, False)),
             ("kernel", kernel, get_args(Kernel)),
             ("reduction", reduction, get_args(_Reduction)),
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
+        if negatives == "mined" and same_patient == "attract":
+            raise ValueError(
+                'same_patient="attract" makes positives of lesions that are compared, but negatives="mined" compares '
+                'none: choose negatives="mined_and_lesions", or same_patient="keep"'
+            )
         self.negatives: Negatives = negatives
+        self.same_patient: _SamePatient = same_patient
         self.gather_distributed = gather_distributed
         self.kernel: Kernel = kernel
         self.reduction: _Reduction = reduction
@@ -81,26 +98,39 @@ class _ContrastiveLoss(nn.Module):
         """Mean or sum of `loss(a)` over this rank's `2 * batch` anchors, in float32 (float64 if an input is).
 
         Args:
-            out: embeddings `(batch, dim)`, not normalized; `negative` may hold another number of rows.
+            out: embeddings `(batch, dim)`, not normalized; `negative` may hold another number of rows. Unless
+                `same_patient` is "keep", also `patient`, `(batch,)` integers that are equal for lesions of one patient.
             gather: what gathers the negatives of all ranks, if `gather_distributed`; by default `gather_rows`.
                 `MinedContrast` gives Lightning's `all_gather`.
 
         Raises:
             AssertionError: a key is missing.
             ValueError: embeddings are no pairs of float tensors, their shapes, devices, or sizes across ranks do not
-                fit, or an anchor has no negative.
+                fit, or an anchor has no negative. Where `same_patient` leaves an anchor none, its loss is 0.
         """
-        loss = self._sum(*_stack_views(out), gather or gather_rows)
+        loss = self._sum(*_stack_views(out), self._patients(out), gather or gather_rows)
         return loss / (2 * len(out["positive"][0])) if self.reduction == "mean" else loss
 
-    def _sum(self, positive: Tensor, mined: Tensor, gather: _Gather) -> Tensor:
+    def _patients(self, out: ViewPairs) -> Tensor | None:
+        """The patient of each lesion, where it matters."""
+        if self.same_patient == "keep" or self.negatives == "mined":
+            return None
+        patients, num = out.get("patient"), len(out["positive"][0])
+        if patients is None or patients.shape != (num,) or patients.is_floating_point():
+            got = "none" if patients is None else f"{patients.dtype} {tuple(patients.shape)}"
+            raise ValueError(f'same_patient="{self.same_patient}" needs `patient`, {num} integers; got {got}')
+        return patients.to(out["positive"][0].device)
+
+    def _sum(self, positive: Tensor, mined: Tensor, patients: Tensor | None, gather: _Gather) -> Tensor:
         """Of `loss(a)` over the anchors, both views of `positive`."""
         lesions, first_lesion = positive, 0  # of all ranks, and the row where this rank's begin
+        all_patients = patients
         if self.gather_distributed and num_ranks() > 1:
             _check_sizes_across_ranks(positive, mined)  # before anything that may fail on one rank only
             mined = gather(mined) if self.negatives != "lesions" else mined
             lesions = gather(positive) if self.negatives != "mined" else lesions
             first_lesion = dist.get_rank() * positive.shape[1]
+            all_patients = None if patients is None else torch.cat(_of_all_ranks(patients))
         mined = mined[:, :0] if self.negatives == "lesions" else mined
         lesions = lesions[:, :0] if self.negatives == "mined" else lesions
         (num_anchors, num_mined, num_lesions) = (views.shape[1] for views in (positive, mined, lesions))
@@ -113,6 +143,7 @@ class _ContrastiveLoss(nn.Module):
             temperature = self.temperature
             anchors = unit / temperature
             positive_logits = ((unit[0] * unit[1]).sum(dim=1) - self.margin) / temperature
+            margin = positive_logits.new_zeros(()) + self.margin / temperature  # of a logit
             if self.kernel == "streamed" or (
                 self.kernel == "auto" and 2 * num_anchors * (num_mined + 2 * num_lesions) >= _WORTH_STREAMING
             ):
@@ -120,22 +151,37 @@ class _ContrastiveLoss(nn.Module):
                 own_keys = [num_mined + view * num_lesions + first_lesion for view in range(len(lesions_of_views))]
                 for view in (0, 1):
                     keys = F.normalize(torch.cat([*([mined[view]] if num_mined else []), *lesions_of_views]))
-                    loss = loss + _Streamed.apply(anchors[view], positive_logits, keys, own_keys)
+                    groups = None
+                    if patients is not None and all_patients is not None:
+                        of_mined = all_patients.new_full((num_mined,), -1)
+                        of_keys = torch.cat([of_mined, *([all_patients] * len(lesions_of_views))])
+                        groups = (patients, of_keys, num_mined, self.same_patient == "attract")
+                    loss = loss + _Streamed.apply(anchors[view], positive_logits, keys, margin, own_keys, groups)
                 return loss
-            terms = []
-            for keys in map(F.normalize, lesions_of_views):
-                terms += [torch.stack([_logsumexp(queries, keys, first_lesion) for queries in anchors])]
+            own = torch.arange(num_anchors, device=positive.device)[:, None] + first_lesion
+            own = own == torch.arange(num_lesions, device=positive.device)
+            same = own if patients is None or all_patients is None else patients[:, None] == all_patients
+            terms, keys_of_views = [], list(map(F.normalize, lesions_of_views))
+            for keys in keys_of_views:
+                terms += [torch.stack([_logsumexp(queries, keys, same) for queries in anchors])]
             if num_mined:
                 terms += [torch.stack([_logsumexp(anchors[view], F.normalize(mined[view])) for view in (0, 1)])]
             negative_logits = torch.stack(terms).logsumexp(dim=0)
             # -log(e^p / (e^p + e^n)), without cancellation where the pair is well separated already.
-            return -F.logsigmoid(positive_logits - negative_logits).sum()
+            losses = -F.logsigmoid(positive_logits - negative_logits)
+            if self.same_patient == "attract":
+                others = (same & ~own).to(losses.dtype)
+                for keys in keys_of_views:
+                    logits = anchors @ keys.T - margin
+                    losses = losses - (F.logsigmoid(logits - negative_logits[..., None]) * others).sum(dim=2)
+                losses = losses / (1 + len(keys_of_views) * others.sum(dim=1))
+            return losses.sum()
 
     def extra_repr(self) -> str:
         """What `print(loss)` shows."""
         return (
             f"temperature={torch.as_tensor(self.temperature).item():.6g}, margin={self.margin}, "
-            f"negatives={self.negatives!r}, reduction={self.reduction!r}, "
+            f"negatives={self.negatives!r}, same_patient={self.same_patient!r}, reduction={self.reduction!r}, "
             f"gather_distributed={self.gather_distributed}, kernel={self.kernel!r}"
         )
 
@@ -148,6 +194,7 @@ class NTXentNegativeMinedLoss(_ContrastiveLoss):
         gather_distributed: contrast with the negatives of all ranks, with gradients.
         negatives: what an anchor is contrasted with.
         kernel: how the sum over negatives is computed; "streamed" has no second derivative.
+        same_patient: what other lesions of the anchor's patient are, where lesions are compared.
 
     Raises:
         ValueError: `abs(temperature) < 1e-8` or not finite, or an unknown choice.
@@ -162,9 +209,10 @@ class NTXentNegativeMinedLoss(_ContrastiveLoss):
         gather_distributed: bool = False,
         negatives: Negatives = "mined",
         kernel: Kernel = "auto",
+        same_patient: _SamePatient = "keep",
     ) -> None:
         _check_temperature(temperature)
-        super().__init__(negatives, gather_distributed, kernel)
+        super().__init__(negatives, gather_distributed, kernel, same_patient)
         if temperature < 0:
             warnings.warn(
                 f"temperature {temperature} is negative: the loss then rewards similarity to the negatives "
@@ -185,6 +233,7 @@ class InfoNCELoss(_ContrastiveLoss):
         trainable_temperature: make `log_temperature` a parameter that starts where it is given.
         gather_distributed: contrast with the negatives of all ranks, with gradients.
         kernel: how the sum over negatives is computed; "streamed" has no second derivative.
+        same_patient: what other lesions of the anchor's patient are, where lesions are compared.
 
     Raises:
         ValueError: a negative or infinite margin, a temperature below 1e-8 or not finite, or an unknown choice.
@@ -207,8 +256,9 @@ class InfoNCELoss(_ContrastiveLoss):
         trainable_temperature: bool = False,
         gather_distributed: bool = False,
         kernel: Kernel = "auto",
+        same_patient: _SamePatient = "keep",
     ) -> None:
-        super().__init__(negatives, gather_distributed, kernel, reduction)
+        super().__init__(negatives, gather_distributed, kernel, same_patient, reduction)
         if margin < 0:
             raise ValueError(f"Cannot have a negative margin: {margin}; 0 turns it off, 0.01 to 0.1 is usual")
         if not math.isfinite(margin):
@@ -313,13 +363,11 @@ class InfoNCELoss(_ContrastiveLoss):
         return losses.mean() if self.reduction == "mean" else losses.sum()
 
 
-def _logsumexp(queries: Tensor, keys: Tensor, own_key: int | None = None) -> Float[Tensor, " queries"]:
-    """`log(sum_j exp(queries[i] . keys[j]))`; key `own_key + i` is left out of the sum of query `i`."""
+def _logsumexp(queries: Tensor, keys: Tensor, excluded: Tensor | None = None) -> Float[Tensor, " queries"]:
+    """`log(sum_j exp(queries[i] . keys[j]))` over the keys that are not excluded, `(queries, keys)`."""
     similarity = queries @ keys.T
-    if own_key is not None:
-        query_numbers = torch.arange(len(queries), device=queries.device)
-        key_numbers = torch.arange(len(keys), device=keys.device)
-        similarity = similarity.masked_fill(query_numbers[:, None] + own_key == key_numbers, -math.inf)
+    if excluded is not None:
+        similarity = similarity.masked_fill(excluded, -math.inf)
     return similarity.logsumexp(dim=1)
 
 
@@ -328,19 +376,24 @@ class _Streamed(torch.autograd.Function):
 
     A panel is some queries against all keys. It sees all negatives of its anchors at once, so their share of the
     gradients is known while the panel is still in the cache: they are accumulated in the forward, and the backward only
-    scales them. Query `i` does not see the keys `own_key + i`.
+    scales them. Query `i` does not see the keys `own_key + i`, nor those of its patient: `groups` has the patients of
+    queries and keys, the first key that is a lesion, and whether lesions of one patient attract each other. Then the
+    term of an anchor is the mean over all its positives; `margin` is subtracted from the logits of the further ones.
     """
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917  # autograd takes no keywords
         ctx: Any,
         queries: Float[Tensor, "n dim"],
         positive_logits: Float[Tensor, " n"],
         keys: Float[Tensor, "m dim"],
+        margin: Float[Tensor, ""],
         own_keys: Sequence[int],
+        groups: tuple[Tensor, Tensor, int, bool] | None,
     ) -> Float[Tensor, ""]:
         loss = positive_logits.new_zeros(())
         of_queries, of_positives = torch.zeros_like(queries), torch.zeros_like(positive_logits)
+        of_margin = torch.zeros_like(margin)
         of_keys = torch.zeros_like(keys) if ctx.needs_input_grad[2] else None
         # Whether no logit can be so large or small that its exponential needs a maximum subtracted. False for NaN.
         bounded = float(queries.norm(dim=1).max() * keys.norm(dim=1).max()) * _LOG2_E < _SAFE_EXPONENT
@@ -349,26 +402,48 @@ class _Streamed(torch.autograd.Function):
             rows = slice(start, min(start + num_rows, len(queries)))
             # To base 2: torch computes `exp2` more than twice as fast as `exp` on a CPU.
             panel = (queries[rows] * _LOG2_E) @ keys.T
+            further: tuple[Tensor, Tensor, Tensor] | None = None  # row, key and logit of the further positives
+            if groups is not None:
+                patients, of_keys_patients, first, attract = groups
+                same = patients[rows, None] == of_keys_patients
+                for own_key in own_keys if attract else ():
+                    same[:, own_key + start :].diagonal().fill_(False)
+                if attract:
+                    row, key = same.nonzero(as_tuple=True)
+                    further = row, key, panel[row, key] / _LOG2_E - margin
+                panel[:, first:].masked_fill_(same[:, first:], -math.inf)
             for own_key in own_keys:
                 panel[:, own_key + start :].diagonal().fill_(-math.inf)
             total, log_total = _exponentiate(panel, bounded)
             difference = positive_logits[rows] - log_total
-            loss -= F.logsigmoid(difference).sum()
             share = torch.sigmoid(-difference)  # of an anchor's probability: what its negatives have
-            of_positives[rows] = -share
+            if further is None:
+                loss -= F.logsigmoid(difference).sum()
+                of_positives[rows] = -share
+            else:
+                row, key, logits = further
+                weight = 1 / (1 + torch.bincount(row, minlength=len(share)).to(share.dtype))
+                logits = logits - log_total[row]
+                loss -= (weight * F.logsigmoid(difference)).sum() + (weight[row] * F.logsigmoid(logits)).sum()
+                pulls = weight[row] * torch.sigmoid(-logits)
+                of_positives[rows] = -weight * share
+                of_margin += pulls.sum()
+                share = (weight * share).index_add_(0, row, pulls)
+                # `factor` below turns these into `-pulls`; a pull is at most the anchor's share.
+                panel[row, key] = -pulls / share.clamp_min(torch.finfo(share.dtype).tiny)[row] * total[row]
             factor = (share / total)[:, None]  # turns exponentials into gradients of logits
             torch.mul(panel @ keys, factor, out=of_queries[rows])
             if of_keys is not None:
                 of_keys.addmm_(panel.T, queries[rows] * factor)
             del panel  # before the next one is made
-        ctx.save_for_backward(of_queries, of_positives, of_keys)
+        ctx.save_for_backward(of_queries, of_positives, of_keys, of_margin)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # autograd would take the gradients for constants
             raise RuntimeError("the streamed loss has no second derivative (create_graph=True): kernel='plain' has one")
-        return *(None if saved is None else grad * saved for saved in ctx.saved_tensors), None
+        return *(None if saved is None else grad * saved for saved in ctx.saved_tensors), None, None
 
 
 def _exponentiate(panel: Tensor, bounded: bool) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
@@ -415,12 +490,17 @@ class _GatherRows(torch.autograd.Function):
         return total.chunk(dist.get_world_size(), dim=-2)[dist.get_rank()]
 
 
+def _of_all_ranks(own: Tensor) -> list[Tensor]:
+    """A tensor of each rank, all of one shape, without gradients."""
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own.contiguous())
+    return parts
+
+
 def _check_sizes_across_ranks(positive: Float[Tensor, "2 n dim"], mined: Float[Tensor, "2 m dim"]) -> None:
     """Raise ValueError, on every rank, when batches differ in size: a gather would hang or mix up rows."""
     own = torch.tensor([positive.shape[1], mined.shape[1], positive.shape[2]], device=positive.device)
-    sizes = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, own)
-    rows = torch.stack(sizes).tolist()
+    rows = torch.stack(_of_all_ranks(own)).tolist()
     if any(row != rows[0] for row in rows):
         table = "; ".join(f"rank {rank}: {n} lesions, {m} mined, dim {d}" for rank, (n, m, d) in enumerate(rows))
         raise ValueError(

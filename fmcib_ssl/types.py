@@ -95,6 +95,7 @@ class ViewPairs(TypedDict):
     positive: tuple[Tensor, Tensor]
     negative: tuple[Tensor, Tensor]
     lesion: NotRequired[Tensor]  # (batch,) row numbers, in batches of views
+    patient: NotRequired[Tensor]  # (batch,) int64, equal for lesions of one patient
     negative_from_other_scan: NotRequired[Tensor]  # (batch,) bool
 
 

@@ -60,8 +60,11 @@ def naive_cosine(a: Tensor, b: Tensor) -> Tensor:
     return (unit(a) * unit(b)).sum()
 
 
-def naive_contrast(out: ViewPairs, temperature: float, negatives: Negatives, margin: float = 0.0) -> Tensor:
+def naive_contrast(
+    out: ViewPairs, temperature: float, negatives: Negatives, margin: float = 0.0, same_patient: str = "keep"
+) -> Tensor:
     views, mined = out["positive"], out["negative"]
+    patients = out["patient"].tolist() if same_patient != "keep" else list(range(len(views[0])))
     losses = []
     for view in (0, 1):
         for i, anchor in enumerate(views[view]):
@@ -69,10 +72,14 @@ def naive_contrast(out: ViewPairs, temperature: float, negatives: Negatives, mar
             if negatives in ("mined", "mined_and_lesions"):
                 opponents += list(mined[view])
             if negatives in ("lesions", "mined_and_lesions"):
-                opponents += [views[v][j] for v in (0, 1) for j in range(len(views[v])) if j != i]
-            pair = torch.exp((naive_cosine(anchor, views[1 - view][i]) - margin) / temperature)
+                opponents += [views[v][j] for v in (0, 1) for j in range(len(patients)) if patients[j] != patients[i]]
+            partners = [views[1 - view][i]]
+            if same_patient == "attract":
+                siblings = [j for j in range(len(patients)) if j != i and patients[j] == patients[i]]
+                partners += [views[v][j] for v in (0, 1) for j in siblings]
             rest = sum(torch.exp(naive_cosine(anchor, x) / temperature) for x in opponents)
-            losses.append(-torch.log(pair / (pair + rest)))
+            pairs = torch.stack([torch.exp((naive_cosine(anchor, x) - margin) / temperature) for x in partners])
+            losses.append(-torch.log(pairs / (pairs + rest)).mean())
     return torch.stack(losses).mean()
 
 

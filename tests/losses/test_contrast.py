@@ -24,7 +24,8 @@ from naive_contrast import (
     with_leaves,
 )
 
-from fmcib_ssl.losses import NTXentNegativeMinedLoss
+from fmcib_ssl.losses import InfoNCELoss, NTXentNegativeMinedLoss
+from fmcib_ssl.types import ViewPairs
 
 every_loss = pytest.mark.parametrize("name", LOSSES)
 every_kernel = pytest.mark.parametrize("kernel", KERNELS)
@@ -57,6 +58,69 @@ def test_value_and_gradients_equal_the_definition(kernel, name, negatives, tempe
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(gradients(loss, exact), expected_gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-12)
+
+
+def with_patients(out: ViewPairs) -> ViewPairs:
+    return {**out, "patient": torch.tensor([7, 3, 7, 9, 3, 7])[: len(out["positive"][0])]}
+
+
+@every_kernel
+@every_loss
+@pytest.mark.parametrize("negatives", ["mined_and_lesions", "lesions"])
+@pytest.mark.parametrize("same_patient", ["ignore", "attract"])
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])
+def test_lesions_of_one_patient(kernel, name, negatives, same_patient, temperature):
+    loss_function = make_loss(name, temperature, negatives, kernel=kernel, same_patient=same_patient)
+    exact = with_patients(as_double(random_views(0, 6, 4)))
+    expected = naive_contrast(exact, temperature, negatives, margin_of(loss_function), same_patient)
+    loss = loss_function(exact)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(gradients(loss, exact), gradients(expected, exact), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-12)
+
+
+@every_kernel
+@pytest.mark.parametrize("same_patient", ["ignore", "attract"])
+def test_patients_with_one_lesion_change_nothing(kernel, same_patient):
+    out = {**random_views(1, 5, 5), "patient": torch.arange(5)}
+    loss, same = (
+        make_loss("infonce", 0.1, "mined_and_lesions", kernel=kernel, same_patient=choice)(out)
+        for choice in ("keep", same_patient)
+    )
+    torch.testing.assert_close(same, loss, rtol=1e-6, atol=1e-6)
+
+
+@every_kernel
+@pytest.mark.parametrize("same_patient", ["ignore", "attract"])
+def test_an_anchor_without_negatives_adds_nothing(kernel, same_patient):
+    """All lesions are one patient's, and only lesions are compared."""
+    out = {**random_views(1, 4, 4), "patient": torch.zeros(4, dtype=torch.int64)}
+    loss = make_loss("ntxent_mined", 0.1, "lesions", kernel=kernel, same_patient=same_patient)(out)
+    assert loss == 0
+    assert all((grad == 0).all() for grad in gradients(loss, out))
+
+
+@every_kernel
+def test_the_temperature_that_is_learned_has_the_gradient_of_the_definition(kernel):
+    """With a margin on every positive; by central differences."""
+    out = with_patients(as_double(random_views(2, 6, 4)))
+    options = {"negatives": "mined_and_lesions", "same_patient": "attract", "kernel": kernel}
+    loss_function = InfoNCELoss(0.05, math.log(0.3), trainable_temperature=True, **options)
+    loss_function.log_temperature.data = loss_function.log_temperature.data.double()
+    (grad,) = torch.autograd.grad(loss_function(out), loss_function.log_temperature)
+    up, down = (
+        naive_contrast(out, 0.3 * math.exp(step), "mined_and_lesions", 0.05, "attract") for step in (1e-5, -1e-5)
+    )
+    torch.testing.assert_close(grad, (up - down) / 2e-5, rtol=1e-6, atol=1e-8)
+
+
+def test_patients_that_are_missing_or_that_no_choice_looks_at():
+    with pytest.raises(ValueError, match='same_patient="ignore" needs `patient`, 4 integers; got none'):
+        make_loss("infonce", 0.1, "lesions", same_patient="ignore")(random_views(0, 4, 4))
+    with pytest.raises(ValueError, match='negatives="mined" compares none'):
+        make_loss("infonce", 0.1, "mined", same_patient="attract")
+    out = random_views(0, 4, 4)
+    assert make_loss("infonce", 0.1, "mined", same_patient="ignore")(out) == make_loss("infonce", 0.1, "mined")(out)
 
 
 @every_kernel

@@ -11,14 +11,17 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from naive_contrast import KERNELS, LOSSES, NEGATIVES, gradients, leaves, make_loss, random_views, with_leaves
 
-CASES = [(name, negatives) for name in LOSSES for negatives in NEGATIVES]
+#: Loss, negatives, and what lesions of one patient are. Patients have lesions on several ranks.
+CASES = [(name, negatives, "keep") for name in LOSSES for negatives in NEGATIVES]
+CASES += [("infonce", "mined_and_lesions", "ignore"), ("ntxent_mined", "lesions", "attract")]
 #: (lesions, mined, dim) on rank 1 where the others have (3, 4, 8). Rank 1 alone must not report that it has no mined
 #: negatives: rank 0 would wait for it.
 UNEQUAL = [(2, 4, 8), (3, 0, 8), (3, 4, 7)]
 
 
 def whole_batch(world_size):
-    return random_views(0, 3 * world_size, 4 * world_size, dtype=torch.float64)
+    views = random_views(0, 3 * world_size, 4 * world_size, dtype=torch.float64)
+    return {**views, "patient": torch.arange(3 * world_size) % 4}
 
 
 def share_of(rank, world_size):
@@ -26,7 +29,8 @@ def share_of(rank, world_size):
     rows, mined = slice(rank * 3, rank * 3 + 3), slice(rank * 4, rank * 4 + 4)
     positive, negative = whole["positive"], whole["negative"]
     parts = [positive[0][rows], positive[1][rows], negative[0][mined], negative[1][mined]]
-    return with_leaves([x.detach().clone().requires_grad_() for x in parts])
+    views = with_leaves([x.detach().clone().requires_grad_() for x in parts])
+    return {**views, "patient": whole["patient"][rows]}
 
 
 def run_rank(rank: int, world_size: int, folder: str) -> None:
@@ -40,17 +44,20 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
         timeout=timedelta(minutes=1),  # a hang is a failure
     )
     results = {}
-    for name, negatives in CASES:
+    for case in CASES:
+        name, negatives, same_patient = case
+        options = {"gather_distributed": True, "same_patient": same_patient}
         out = share_of(rank, world_size)
         for kernel in KERNELS:
-            loss = make_loss(name, 0.1, negatives, gather_distributed=True, kernel=kernel)(out)
-            results[name, negatives, kernel] = (loss.detach(), gradients(loss, out))
+            loss = make_loss(name, 0.1, negatives, kernel=kernel, **options)(out)
+            results[case, kernel] = (loss.detach(), gradients(loss, out))
         for sizes in UNEQUAL:
             num_lesions, num_mined, dim = sizes if rank == 1 else (3, 4, 8)
             try:
-                make_loss(name, 0.1, negatives, gather_distributed=True)(random_views(1, num_lesions, num_mined, dim))
+                out = {**random_views(1, num_lesions, num_mined, dim), "patient": torch.arange(num_lesions)}
+                make_loss(name, 0.1, negatives, **options)(out)
             except ValueError as error:
-                results[name, negatives, sizes] = str(error)
+                results[case, sizes] = str(error)
     torch.save(results, Path(folder) / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -63,12 +70,13 @@ def ranks(tmp_path_factory, request):
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(request.param)]
 
 
-@pytest.mark.parametrize(("name", "negatives"), CASES)
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_ranks_equal_one_process_with_the_whole_batch(ranks, name, negatives, kernel):
+def test_ranks_equal_one_process_with_the_whole_batch(ranks, case, kernel):
     whole = whole_batch(len(ranks))
-    expected = make_loss(name, 0.1, negatives, kernel="plain")(whole)
-    losses, gradients_of_ranks = zip(*(results[name, negatives, kernel] for results in ranks), strict=True)
+    name, negatives, same_patient = case
+    expected = make_loss(name, 0.1, negatives, kernel="plain", same_patient=same_patient)(whole)
+    losses, gradients_of_ranks = zip(*(results[case, kernel] for results in ranks), strict=True)
     torch.testing.assert_close(torch.stack(losses).mean(), expected.detach(), rtol=1e-12, atol=1e-12)
     # Distributed training averages the parameter gradients of the ranks, so divides those of the embeddings.
     averaged = [torch.cat(parts) / len(ranks) for parts in zip(*gradients_of_ranks, strict=True)]
@@ -77,11 +85,11 @@ def test_ranks_equal_one_process_with_the_whole_batch(ranks, name, negatives, ke
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(("name", "negatives"), CASES)
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("sizes", UNEQUAL, ids=str)
-def test_unequal_batches_are_named_on_every_rank(ranks, name, negatives, sizes):
+def test_unequal_batches_are_named_on_every_rank(ranks, case, sizes):
     num_lesions, num_mined, dim = sizes
     table = f"rank 0: 3 lesions, 4 mined, dim 8; rank 1: {num_lesions} lesions, {num_mined} mined, dim {dim}"
     for results in ranks:
-        error = results[name, negatives, sizes]
+        error = results[case, sizes]
         assert table in error and "drop the last, incomplete batch" in error

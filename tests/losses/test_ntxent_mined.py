@@ -56,7 +56,13 @@ def test_negative_temperature_warns_what_it_does():
 
 def test_signature_that_outside_users_rely_on():
     defaults = {k: p.default for k, p in inspect.signature(NTXentNegativeMinedLoss).parameters.items()}
-    assert defaults == {"temperature": 0.1, "gather_distributed": False, "negatives": "mined", "kernel": "auto"}
+    assert defaults == {
+        "temperature": 0.1,
+        "gather_distributed": False,
+        "negatives": "mined",
+        "kernel": "auto",
+        "same_patient": "keep",
+    }
     assert list(defaults)[:2] == ["temperature", "gather_distributed"]
     loss_function = NTXentNegativeMinedLoss(0.2, True)
     assert (loss_function.temperature, loss_function.gather_distributed) == (0.2, True)
