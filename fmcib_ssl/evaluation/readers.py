@@ -150,7 +150,7 @@ def read_ratings(lesions: pd.DataFrame, name: str) -> Array:
     numbers = cells.apply(pd.to_numeric, errors="coerce")
     if (wrong := cells.to_numpy(object)[(numbers.isna() & cells.notna()).to_numpy()]).size:
         raise EvaluationError(f"ratings of {name!r} should be numbers; {wrong.size} are not, such as {wrong[0]!r}")
-    return numbers.to_numpy(dtype=np.float64, na_value=np.nan)
+    return np.asarray(numbers.to_numpy(dtype=np.float64, na_value=np.nan))
 
 
 def judge(
@@ -216,11 +216,11 @@ def _against_others(
         for key, blocks in drawn.items()
     }
     rows, differences = [], []
-    for (name, probe, metric), value in values.items():
-        about = {"features": name, "probe": probe, "metric": metric}
+    for (name, probe, title), value in values.items():
+        about = {"features": name, "probe": probe, "metric": title}
         rows.append(about | vars(interval(value)))
         if name != ONE_READER:
-            ahead = (value - values[ONE_READER, "-", metric]) * (-1 if metric in ERRORS else 1)
+            ahead = (value - values[ONE_READER, "-", title]) * (-1 if title in ERRORS else 1)
             differences.append({**about, "against": ONE_READER, **vars(interval(ahead))})
     return rows, differences
 
@@ -312,7 +312,8 @@ def ceiling(readers: Readers, seed: int = 0) -> dict[str, float]:
         target = (mean > np.quantile(mean, 1 - readers.values(ratings).mean())).astype(np.float64)
     else:
         num = np.resize(num, _NUM_SIMULATED)
-        perfect = rng.beta(*_vote_chances(readers.votes(ratings)), size=_NUM_SIMULATED)
+        a, b = _vote_chances(readers.votes(ratings))
+        perfect = rng.beta(a, b, size=_NUM_SIMULATED)
         votes = np.where(np.arange(num.max()) < num[:, None], rng.random((_NUM_SIMULATED, num.max())), np.nan)
         voted = np.where(np.isfinite(votes), votes < perfect[:, None], np.nan)
         target = Readers(readers.name, voted, readers.target, ">0.5").values()
@@ -323,7 +324,7 @@ def ceiling(readers: Readers, seed: int = 0) -> dict[str, float]:
     }
 
 
-def _vote_chances(votes: Array) -> Array:
+def _vote_chances(votes: Array) -> list[float]:
     """Both parameters of the beta distribution of the chance of a vote, by maximum likelihood."""
     num, ones = np.isfinite(votes).sum(1), np.nansum(votes, axis=1)
 
@@ -331,4 +332,4 @@ def _vote_chances(votes: Array) -> Array:
         a, b = np.exp(logarithms)
         return float((betaln(a, b) - betaln(ones + a, num - ones + b)).sum())
 
-    return np.exp(minimize(loss, np.zeros(2), bounds=[(-6.0, 6.0)] * 2).x)
+    return list(np.exp(minimize(loss, np.zeros(2), bounds=[(-6.0, 6.0)] * 2).x))
