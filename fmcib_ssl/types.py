@@ -83,6 +83,7 @@ class PatchPair(TypedDict):
     negative: Tensor  # the same shape; (K, 1, z, y, x) where K negatives, not one, are mined for each lesion
     lesion: int  # row number in the table of usable lesions
     negative_from_other_scan: bool  # the lesion's own scan had no legal place
+    patient: NotRequired[int]  # equal for lesions of one patient, not negative
 
 
 class ViewPairs(TypedDict):

@@ -148,12 +148,15 @@ class ViewPairDataset(Dataset[dict[str, Any]]):
         views_hu = self.view_transform(torch.cat([patches, patches]), torch.cat(by_view))
         view0, view1 = self.preprocessing.normalize(views_hu).chunk(2)
         num, shape = len(positive), (*negative.shape[:-4], *view0.shape[1:])
-        return ViewPairs(
+        pairs = ViewPairs(
             positive=(view0[:num], view1[:num]),
             negative=(view0[num:].view(shape), view1[num:].view(shape)),
             lesion=batch["lesion"],
             negative_from_other_scan=batch["negative_from_other_scan"],
         )
+        if "patient" in batch:
+            pairs["patient"] = batch["patient"]
+        return pairs
 
     def collate(self, pairs: list[dict[str, Any]]) -> ViewPairs:
         """Turn lesions into a batch of views."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import torch
 from jaxtyping import Int, Int16
 from torch import Tensor
@@ -93,6 +94,7 @@ class LesionPatches(Dataset[PatchPair]):
         self._annotated_zyx = centers[by_scan].astype(np.int64)
         self._first_of_scan = np.searchsorted(scans[by_scan], np.arange(len(self._scan_ids) + 1))
         self._scans, self._centers_zyx = scans[chosen], centers[chosen].astype(np.int64)
+        self._patients = _patients(lesions)[chosen]
         self._without_room = np.zeros(len(self._scan_ids), dtype=bool)  # that is known of, for any lesion's negative
 
     def __len__(self) -> int:
@@ -130,6 +132,7 @@ class LesionPatches(Dataset[PatchPair]):
             negative=negative,
             lesion=lesion,
             negative_from_other_scan=scan != self._scan_of(lesion),
+            patient=int(self._patients[lesion]),
         )
 
     def _mine(self, key: SampleKey, lesion: int) -> tuple[int, Int[np.ndarray, "negatives 3"]]:
@@ -204,3 +207,11 @@ class LesionPatches(Dataset[PatchPair]):
         if not 0 <= index < len(self):
             raise IndexError(f"lesion {index} of {len(self)}")
         return int(self._scans[index])
+
+
+def _patients(lesions: pd.DataFrame) -> npt.NDArray[np.int64]:
+    """A number for the patient of each lesion: of its `PatientID`; where there is none, of its scan."""
+    scans = "scan " + lesions["scan_id"].astype(str)
+    names = ("patient " + lesions["PatientID"].astype(str)) if "PatientID" in lesions else scans
+    known = lesions["PatientID"].notna() if "PatientID" in lesions else True
+    return np.unique(np.where(known, names, scans).astype(str), return_inverse=True)[1].astype(np.int64)

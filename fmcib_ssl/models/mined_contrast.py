@@ -63,6 +63,8 @@ class MinedContrast(Pretraining):
     def step(self, batch: ViewPairs, batch_idx: int) -> Step:
         """The loss of the embeddings of all views."""
         out = self.embed(batch)
+        if "patient" in batch:
+            out["patient"] = batch["patient"]
         gathers = num_ranks() > 1 and getattr(self.loss, "gather_distributed", False)
         loss = cast(Tensor, self.loss(out, gather=self._gather_rows) if gathers else self.loss(out))
         if getattr(self.loss, "reduction", "mean") == "sum":

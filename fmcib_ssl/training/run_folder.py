@@ -248,7 +248,12 @@ _FREE_SETTINGS = (
     "trainer.log_every_n_steps", "trainer.enable_", "trainer.profiler", *DATA_ACCESS,
 )  # fmt: skip
 #: Settings that earlier versions had not, with what they did: a run of theirs is the same run.
-_EARLIER = {"data.padding": "constant", "identifiers": "show", "loss.gather_distributed": True}
+_EARLIER = {
+    "data.padding": "constant",
+    "identifiers": "show",
+    "loss.gather_distributed": True,
+    "loss.same_patient": "keep",
+}
 #: Settings that earlier versions had, with their defaults where folders of runs were called after them.
 _GONE = {"data.check": "headers", "data.allow_short_scans": False, "data.cache_scans": None}
 #: These may only grow.

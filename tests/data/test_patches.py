@@ -51,6 +51,19 @@ def find(hu: np.ndarray, patch: np.ndarray) -> list[tuple[int, ...]]:
     return [tuple(place) for place in (places - 1).tolist()]
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [(None, [0, 1, 0, 2]), (["P", "Q", "Q", "P"], [0, 1, 1, 0]), (["a", None, None, "a"], [0, 2, 1, 0])],
+)
+def test_lesions_of_a_patient_share_a_number(
+    tmp_path: Path, names: list[str | None] | None, expected: list[int]
+) -> None:
+    """Without a name the scan stands for the patient."""
+    columns = {} if names is None else {"PatientID": names}
+    dataset = LesionPatches(make_store(tmp_path / "store", SCANS, LESIONS, **columns), SIZE, mining="uniform")
+    assert [dataset[index]["patient"] for index in range(4)] == expected
+
+
 def test_edges_are_repeated_where_that_is_chosen(store: Store) -> None:
     dataset = LesionPatches(store, SIZE, padding="edge", mining="uniform")
     for index, voxel in enumerate([(20, 31, 60), (3, 20, 20), (41, 70, 30), (25, 30, 40)]):
