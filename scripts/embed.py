@@ -26,7 +26,8 @@ PROCESS_VARIABLES = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 )
-ENCODER = "run folder, exported encoder or .ckpt; random: the one of like=, untrained; raw_voxels: no encoder"
+ENCODER = "run folder, exported encoder or .ckpt; of the patches of like=: random weights, hu_statistics or raw_voxels"
+WITHOUT_WEIGHTS = ("random", "hu_statistics", "raw_voxels")
 
 
 class Embed(Command):
@@ -62,13 +63,13 @@ class Embed(Command):
     def _fits_together(self) -> Embed:
         if (self.store is None) == (self.annotations is None):
             raise ValueError("give store=DIR or annotations=FILE.csv, one of them")
-        if self.checkpoint in ("random", "raw_voxels") and self.like is None:
+        if self.checkpoint in WITHOUT_WEIGHTS and self.like is None:
             raise ValueError(f"checkpoint={self.checkpoint}: whose network and patches? give like=ENCODER.safetensors")
         number, _, total = (self.shard or "1/1").partition("/")
         if int(number) > int(total):
             raise ValueError(f"shard={self.shard}: there are {total} parts")
-        if self.checkpoint == "raw_voxels" and self.views != "1":
-            raise ValueError("views=8 does not apply to raw voxels")
+        if self.checkpoint in WITHOUT_WEIGHTS[1:] and self.views != "1":
+            raise ValueError(f"views=8 does not apply to checkpoint={self.checkpoint}")
         return self
 
 
@@ -118,9 +119,14 @@ def source_of(command: Embed) -> dict[str, Any]:
 
 def encoder_of(command: Embed) -> FrozenEncoder:
     """The encoder that is asked for, of a file or, for a folder, of the run in it."""
-    from fmcib_ssl.evaluation import random_encoder, raw_voxels, trained_encoder  # noqa: PLC0415
+    from fmcib_ssl.evaluation import (  # noqa: PLC0415
+        random_encoder,
+        raw_voxels,
+        statistics_encoder,
+        trained_encoder,
+    )
 
-    file = command.like if command.checkpoint in ("random", "raw_voxels") else Path(command.checkpoint)
+    file = command.like if command.checkpoint in WITHOUT_WEIGHTS else Path(command.checkpoint)
     assert file is not None
     if file.is_dir():
         from fmcib_ssl.training import weights_of_run  # noqa: PLC0415  (Lightning, which a file does without)
@@ -129,6 +135,8 @@ def encoder_of(command: Embed) -> FrozenEncoder:
     encoder = trained_encoder(file, trusted_targets=command.trusted_targets)
     if command.checkpoint == "raw_voxels":
         return raw_voxels(encoder.preprocessing)
+    if command.checkpoint == "hu_statistics":
+        return statistics_encoder(encoder.preprocessing)
     if command.checkpoint == "random":
         spec, trusted = encoder.about["encoder"], command.trusted_targets
         return random_encoder(spec, encoder.preprocessing, command.seed, trusted_targets=trusted)

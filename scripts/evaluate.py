@@ -37,7 +37,10 @@ class Evaluate(Command):
     out= is another name of output=, groups= of group=.
     """
 
-    features: list[Path] = Field(min_length=1, description="tables that scripts/embed.py wrote, comma-separated")
+    features: list[Path] = Field(
+        min_length=1,
+        description="tables that scripts/embed.py wrote, comma-separated; a.parquet+b.parquet: side by side",
+    )
     output: Path = Field(description="folder for results.json and predictions.parquet")
     label: str | None = Field(None, description="column to predict")
     task: str = Field("binary", description="binary, multiclass, ordinal, continuous, survival; or of scripts/tasks")
@@ -89,9 +92,11 @@ def run(command: Evaluate) -> None:
     )
     from fmcib_ssl.training import environment  # noqa: PLC0415
 
-    stems = [path.stem for path in command.features]
+    paths = [[path] if path.exists() else [Path(part) for part in str(path).split("+")] for path in command.features]
+    stems = [" + ".join(part.stem for part in parts) for parts in paths]
     tables = {
-        path.stem if stems.count(path.stem) == 1 else str(path): FeatureTable.read(path) for path in command.features
+        stem if stems.count(stem) == 1 else str(path): FeatureTable.side_by_side([FeatureTable.read(p) for p in parts])
+        for path, parts, stem in zip(command.features, paths, stems, strict=True)
     }
     protocol, lesions, published, notes = protocol_of(command, tables)
     print(*(f"note      {note}" for note in notes), sep="\n")

@@ -8,6 +8,7 @@ from .embedding_sources import encode as encode
 from .embedding_sources import open_patches as open_patches
 from .embedding_sources import random_encoder as random_encoder
 from .embedding_sources import raw_voxels as raw_voxels
+from .embedding_sources import statistics_encoder as statistics_encoder
 from .embedding_sources import trained_encoder as trained_encoder
 from .evaluate import NUM_COMPONENTS as NUM_COMPONENTS
 from .evaluate import Evaluation as Evaluation
@@ -22,6 +23,8 @@ from .figures import ContactRow as ContactRow
 from .figures import SheetLesion as SheetLesion
 from .figures import contact_sheet as contact_sheet
 from .figures import training_curves as training_curves
+from .hu_statistics import hu_statistics as hu_statistics
+from .hu_statistics import statistic_names as statistic_names
 from .labels import Labels as Labels
 from .labels import Split as Split
 from .labels import column_text as column_text

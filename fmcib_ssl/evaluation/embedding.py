@@ -39,6 +39,7 @@ from fmcib_ssl.evaluation.embedding_sources import (
     open_patches,
     random_encoder,
     raw_voxels,
+    statistics_encoder,
 )
 from fmcib_ssl.evaluation.feature_table import ID_COLUMN, FeatureTable, FeatureTableError, some_of
 from fmcib_ssl.models import evaluation_mode
@@ -189,7 +190,8 @@ def baseline_tables(
     """What an encoder has to beat, of the same lesions, read and preprocessed in the same way.
 
     `random weights`: the same encoder with the weights it is built with, never trained; left out if the table does not
-    say what builds its encoder. `raw voxels`: the normalised patch, flattened, for a probe that reduces it first.
+    say what builds its encoder. `HU statistics`: numbers made by hand, `hu_statistics`. `raw voxels`: the normalised
+    patch, flattened, for a probe that reduces it first.
 
     Args:
         table: its source is opened again.
@@ -208,7 +210,9 @@ def baseline_tables(
             "embed them with scripts/embed.py"
         )
     preprocessing = Preprocessing.from_dict(provenance["preprocessing"])
-    encoders = {"raw voxels": (raw_voxels(preprocessing), Inference(device=device))}
+    plain = Inference(device=device)
+    encoders = {"HU statistics": (statistics_encoder(preprocessing), plain)}
+    encoders["raw voxels"] = raw_voxels(preprocessing), plain
     if provenance.get("encoder"):
         untrained = random_encoder(provenance["encoder"], preprocessing, seed)
         # Half precision of another machine may be one that this device has not.

@@ -37,6 +37,7 @@ from fmcib_ssl.data import (
     text_of,
 )
 from fmcib_ssl.evaluation.feature_table import FEATURES_COLUMN, ID_COLUMN, FeatureTableError
+from fmcib_ssl.evaluation.hu_statistics import hu_statistics
 from fmcib_ssl.io import checksum_of, digest_of
 from fmcib_ssl.models import find_builder, load_encoder
 from fmcib_ssl.types import Preprocessing
@@ -186,6 +187,23 @@ def random_encoder(
 def raw_voxels(preprocessing: Preprocessing) -> FrozenEncoder:
     """The baseline that knows nothing: normalised voxels, z slowest, as features."""
     return FrozenEncoder(nn.Flatten(), preprocessing, _about("raw voxels", "raw_voxels"))
+
+
+def statistics_encoder(preprocessing: Preprocessing) -> FrozenEncoder:
+    """The baseline that needs no training: `hu_statistics` of the patch."""
+    return FrozenEncoder(_HuStatistics(preprocessing), preprocessing, _about("HU statistics", "hu_statistics"))
+
+
+class _HuStatistics(nn.Module):
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.preprocessing = preprocessing
+
+    def forward(self, views: Tensor) -> Tensor:
+        """Statistics of normalised patches `(batch, 1, z, y, x)`; HU are whole numbers, and counted as such."""
+        cut = self.preprocessing
+        hu = (views.float() * cut.hu_scale - cut.hu_offset).round()
+        return torch.from_numpy(hu_statistics(hu.cpu().numpy(), (cut.spacing_mm,) * 3)).to(views.device)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Everything that is asked of frozen features, on the same patients: metrics with intervals, differences, curves.
 
-Beside the features stand their baselines: random weights, raw voxels, and the lesion's size alone.
+Beside the features stand their baselines: random weights, HU statistics, raw voxels, and the lesion's size.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fmcib_ssl.types import Array, Preprocessing
 
 #: Components to which raw voxels are reduced before a probe.
 NUM_COMPONENTS = 64
-_BASELINES = {"random weights": "random_weights", "raw voxels": "raw_voxels"}
+_BASELINES = {"random weights": "random_weights", "HU statistics": "hu_statistics", "raw voxels": "raw_voxels"}
 
 
 @dataclass
@@ -52,7 +52,7 @@ def gather(
     """The user's tables, their baselines, the size alone, and each table together with the size.
 
     Args:
-        tables: features by name; a table that itself is of random weights or raw voxels is not made again.
+        tables: features by name; a table that itself is a baseline is not made again.
         lesions: the rows to evaluate, with `lesion_id`.
         size: columns with the lesion's size, such as a diameter.
         make_baselines: opens a table's patches again; `embedding.baseline_tables`. None: no baselines are made.

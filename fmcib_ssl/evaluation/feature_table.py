@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,16 @@ class FeatureTable:
                 f"{self.name!r} has no features of {len(absent)} of {len(ids)} lesions: {some_of(absent)}"
             )
         return FeatureTable(self.lesions.iloc[rows].reset_index(drop=True), self.features[rows], self.provenance)
+
+    @staticmethod
+    def side_by_side(tables: Sequence[FeatureTable]) -> FeatureTable:
+        """All features of the lesions that every table has; columns and provenance are those of the first table."""
+        if len(tables) == 1:
+            return tables[0]
+        shared = set.intersection(*(set(table.lesions[ID_COLUMN]) for table in tables))
+        parts = [table.aligned(one for one in tables[0].lesions[ID_COLUMN] if one in shared) for table in tables]
+        about = {**parts[0].provenance, "name": " + ".join(part.name for part in parts), "kind": "side_by_side"}
+        return FeatureTable(parts[0].lesions, np.hstack([part.features for part in parts]), about)
 
     def write(self, path: Path | str, *, half: bool = False) -> Path:
         """Write one Parquet file, whole or not at all; one that was there is replaced.

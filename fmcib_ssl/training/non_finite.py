@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 FAULT_FORMAT = 1
 #: The first so many steps of a run are kept for a replay, and the one that it stops at.
 _NUM_KEPT = 3
+#: A run that leaves out a larger share of its steps learns too little; judged from so many steps on, and at its end.
+_MAX_SHARE, _JUDGED_FROM = 0.5, 100
 #: Below this scale of the loss, half precision is not what makes a gradient infinite.
 _MIN_SCALE = 1.0
 _MAX_NAMED = 12
@@ -137,6 +139,8 @@ class NonFiniteGuard(L.Callback):
         message = self._record(trainer, pl_module, stops)
         if stops:
             raise TrainingFaultError(message)
+        if trainer.global_step + 1 >= _JUDGED_FROM:
+            self._check_share(trainer.global_step + 1)
         _leave_out(optimizer, _scaler(trainer))
         with torch.no_grad():
             for name, buffer in pl_module.named_buffers():
@@ -155,6 +159,21 @@ class NonFiniteGuard(L.Callback):
             outputs.pop("negatives", None)
         if self.num_skipped:
             pl_module.log("train/non_finite_steps", float(self.num_skipped), batch_size=1)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse a result of too few steps.
+
+        Raises:
+            TrainingFaultError: more than half of the run's steps were left out.
+        """
+        self._check_share(trainer.global_step)
+
+    def _check_share(self, num_steps: int) -> None:
+        if self.num_skipped > _MAX_SHARE * num_steps:
+            raise TrainingFaultError(
+                f"{self.num_skipped} of {num_steps} steps were not finite and were left out: the others are too few to "
+                "learn from, and the run stops. To try: a lower optimizer.base_lr; trainer.gradient_clip_val=1"
+            )
 
     def _record(self, trainer: L.Trainer, pl_module: L.LightningModule, stops: bool) -> str:
         """Keep the step, on every rank, and say what happened; never fails for a full disk."""

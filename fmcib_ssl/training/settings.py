@@ -27,6 +27,15 @@ RENAMED_KEYS = {
 }
 #: Keys of earlier versions that are gone, with what does without them.
 _REMOVED_KEYS = {
+    "callbacks.checkpoint.every_n_epochs": "give callbacks.checkpoint.every_n_train_steps or keep_every_n_epochs",
+    "callbacks.collapse_monitor.max_lesion_cosine": "the warning comes at 0.95",
+    "callbacks.collapse_monitor.min_negative_share": "the warning comes at 0.05",
+    "callbacks.collapse_monitor.min_rank": "the warning comes at 3",
+    "callbacks.non_finite.keep": "three steps are kept for a replay, and the one that the run stops at",
+    "callbacks.online_probe.batch_size": "64 patches go through the encoder at a time",
+    "callbacks.online_probe.num_folds": "there are 5",
+    "callbacks.online_probe.num_neighbors": "20 vote",
+    "callbacks.watchdog.grace_s": "ranks wait 20 s for each other",
     "callbacks.watchdog.idle_s": "a run ends after callbacks.watchdog.timeout_s, whatever it waits for",
     "data.check": "preparing the table's store reads every scan",
     "data.allow_short_scans": "scans shorter than a patch are padded",

@@ -32,6 +32,7 @@ from fmcib_ssl.evaluation.embedding import (
 )
 from fmcib_ssl.evaluation.embedding_sources import FrozenEncoder, Inference, encode, open_patches, random_encoder
 from fmcib_ssl.evaluation.feature_table import FeatureTable, FeatureTableError
+from fmcib_ssl.evaluation.hu_statistics import hu_statistics
 from fmcib_ssl.models import small_resnet
 from fmcib_ssl.types import Preprocessing, UserError
 
@@ -244,12 +245,13 @@ def test_baselines(archive: Archive, encoder: FrozenEncoder, tmp_path: Path) -> 
     table = embed_source(encoder, archive.scans_source)
     shuffled = FeatureTable.read(table.write(tmp_path / "f.parquet")).aligned(table.lesions["lesion_id"].iloc[::-1])
     baselines = baseline_tables(shuffled, seed=3)
-    assert list(baselines) == ["random weights", "raw voxels"]
+    assert list(baselines) == ["random weights", "HU statistics", "raw voxels"]
     hu = patches_of(archive)[::-1]
     voxels = (np.stack([p.numpy().ravel() for p in hu]).astype(np.float32).clip(-1024) + 1024) / 3072
     np.testing.assert_allclose(baselines["raw voxels"].features, voxels, atol=1e-6)
     torch.manual_seed(3)
     untrained = small_resnet([4, 4, 8, 8]).eval()
+    np.testing.assert_array_equal(baselines["HU statistics"].features, hu_statistics(np.stack(hu)))
     close(baselines["random weights"].features, by_hand(replace(encoder, module=untrained), hu))
     for baseline in baselines.values():
         pd.testing.assert_frame_equal(baseline.lesions, shuffled.lesions)
@@ -261,7 +263,7 @@ def test_baselines_need_to_know_their_lesions(archive: Archive, encoder: FrozenE
     with pytest.raises(FeatureTableError, match="does not say where its lesions are"):
         baseline_tables(replace(table, provenance={"name": "diameter"}))
     unknown = replace(table, provenance={**table.provenance, "encoder": None})
-    assert list(baseline_tables(unknown)) == ["raw voxels"]
+    assert list(baseline_tables(unknown)) == ["HU statistics", "raw voxels"]
     foreign = replace(table, provenance={**table.provenance, "encoder": {"_target_": "os.system", "command": "false"}})
     with pytest.raises(FeatureTableError, match=r"os\.system, which is not one of"):
         baseline_tables(foreign)

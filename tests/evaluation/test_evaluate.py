@@ -57,12 +57,11 @@ PATCH = Preprocessing((4, 8, 8)).to_dict()
 
 
 def baselines(of: FeatureTable) -> Mapping[str, FeatureTable]:
-    if of.provenance["encoder"] is None:
-        return {"raw voxels": table(VOXELS, "raw_voxels", preprocessing=PATCH)}
-    return {
-        "random weights": table(NOISE, "random_weights"),
+    made = {
+        "HU statistics": table(NOISE[:, ::-1], "hu_statistics"),
         "raw voxels": table(VOXELS, "raw_voxels", preprocessing=PATCH),
     }
+    return made if of.provenance["encoder"] is None else {"random weights": table(NOISE, "random_weights"), **made}
 
 
 def protocol_of(labels: Labels, splits: list[Split] | None = None) -> Protocol:
@@ -96,7 +95,9 @@ def test_everything_that_explains_a_result_stands_beside_it(whole: tuple[Candida
     candidates, result = whole
     names = {row["features"] for row in result.rows}
     size = "size (diameter_mm)"
-    assert names == {"ours", "again", "random weights", "raw voxels", size, "ours + size", "again + size"}
+    assert names == {
+        "ours", "again", "random weights", "HU statistics", "raw voxels", size, "ours + size", "again + size"
+    }  # fmt: skip
     assert candidates.missing == []
     probes = {(row["features"], row["probe"]) for row in result.rows}
     assert ("random weights", "knn") in probes
@@ -164,12 +165,13 @@ def test_a_baseline_that_cannot_be_made_is_said_and_a_given_one_is_not_made_agai
     found = gather({"ours": table(GOOD)}, LESIONS.assign(diameter_mm=np.nan), ["diameter_mm"], gone)
     assert {(m["features"], m["reason"]) for m in found.missing} == {
         ("random weights of ours", "the scans are there no more"),
+        ("HU statistics of ours", "the scans are there no more"),
         ("raw voxels of ours", "the scans are there no more"),
         ("size (diameter_mm)", "160 of 160 lesions have no diameter_mm"),
     }
     given = {"ours": table(GOOD), "mine": table(NOISE, "random_weights")}
     found = gather(given, LESIONS, ["volume"], baselines)
-    assert [inputs.name for inputs in found.inputs] == ["ours", "mine", "raw voxels"]
+    assert [inputs.name for inputs in found.inputs] == ["ours", "mine", "HU statistics", "raw voxels"]
     assert found.missing == [
         {"features": "size (volume)", "reason": found.missing[0]["reason"]},
     ]

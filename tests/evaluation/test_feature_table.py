@@ -109,6 +109,15 @@ def test_what_is_no_table_is_refused(changes: dict[str, Any], message: str) -> N
         FeatureTable(**{**values, **changes})
 
 
+def test_side_by_side_joins_by_lesion() -> None:
+    first, second = table(6), table(5, dim=3).aligned(f"lesion {i}" for i in (4, 2, 0))
+    joined = FeatureTable.side_by_side([first, second])
+    assert joined.lesions["lesion_id"].tolist() == ["lesion 0", "lesion 2", "lesion 4"]
+    np.testing.assert_array_equal(joined.features, np.hstack([first.features[[0, 2, 4]], second.features[[2, 1, 0]]]))
+    assert joined.provenance["name"] == f"{first.name} + {second.name}"
+    assert FeatureTable.side_by_side([first]) is first
+
+
 def test_a_column_that_parquet_cannot_hold_is_named(tmp_path: Path) -> None:
     mixed = FeatureTable(lesions().assign(odd=[1, "two", 3.0, [], {}, None]), np.zeros((6, 3), np.float32), PROVENANCE)
     with pytest.raises(FeatureTableError, match="odd"):

@@ -184,15 +184,17 @@ def test_baselines_by_name(embed: Embed, store: Path, weights: Path, tmp_path: P
     commands = {
         "random": ("weights=random", f"like={weights}", "seed=3"),
         "voxels": ("weights=raw_voxels", f"like={weights}"),
+        "statistics": ("weights=hu_statistics", f"like={weights}"),
     }
     for name, arguments in commands.items():
         result = embed(*arguments, *shared, f"out={name}.parquet")
         assert result.status == 0, result.status
-    random, voxels = (FeatureTable.read(tmp_path / f"{name}.parquet") for name in commands)
+    random, voxels, statistics = (FeatureTable.read(tmp_path / f"{name}.parquet") for name in commands)
     assert set(random.lesions["PatientID"]) == {"phantom_0000", "phantom_0001"}
     assert random.provenance["kind"] == "random_weights" and voxels.provenance["kind"] == "raw_voxels"
     assert voxels.features.shape == (len(random), 16**3)
     assert random.provenance["seed"] == 3
+    assert statistics.features.shape == (len(random), 230)
 
 
 def test_a_store_needs_no_reader_of_scans(store: Path, weights: Path, tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "PatientID": [f"p{k // 2}" for k in range(NUM)],
             "texture": np.where(y == 1, 3, 5),
             "diameter_mm": rng.normal(8, 2, NUM),
+            **{f"spiculation_{k}": y + 1 + rng.integers(0, 2, NUM) for k in (1, 2, 3)},
             "side": np.where(np.arange(NUM) < 81, "train", "test"),  # p40 has a lesion on each
         }
     )
@@ -98,6 +99,25 @@ def test_results_predictions_and_what_is_missing(
     assert (scores.groupby(["features", "probe", "fraction"])["lesion_id"].nunique() == NUM).all()
 
 
+def test_labels_of_several_readers_and_features_side_by_side(
+    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = FeatureTable.read(features)
+    other = FeatureTable(other.lesions, other.features[:, :2] ** 2, {**other.provenance, "name": "other"})
+    path = other.write(tmp_path / "other.parquet")
+    done = evaluate(
+        capsys, f"features={features},{path},{features}+{path}", "label=spiculation", "readers=majority",
+        "threshold=>=2", "num_bootstrap=100", "baselines=false", "folds=3", f"output={tmp_path / 'results'}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "lesions by target: mean 120, share 120, majority 120, unanimous" in done.stdout
+    assert "ceiling: AUC" in done.stdout
+    results = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert {row["features"] for row in results["rows"]} >= {"made", "other", "made + other"}
+    assert {row["features"] for row in results["readers"]["rows"]} >= {"one reader", "made", "made + other"}
+    assert results["label"]["name"] == "majority of spiculation>=2"
+
+
 def test_a_shared_patient_refuses_unless_it_is_allowed_and_then_there_are_both_numbers(
     features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,6 +143,8 @@ def test_a_shared_patient_refuses_unless_it_is_allowed_and_then_there_are_both_n
         (["label=texture", "group=patient"], "group=patient: no such column"),
         (["label=texture", "task=lung2"], "task=lung2: neither a kind of label nor a published task"),
         (["task=luna16_malignancy"], "needs tables="),
+        (["label=texture", "readers=mean"], "needs the columns texture_1, texture_2 and so on"),
+        (["label=spiculation", "readers=share"], "counts votes: say with threshold="),
         (["label=texture", "allow_leakage=all"], "'patients', 'duplicates' or 'padding'"),
         (["label=texture", "probe=svm"], "'logistic', 'knn', 'ridge' or 'cox'"),
         (["label=texture", "fractions=1,1.5"], "fractions.1 is '1.5': Input should be less than or equal to 1"),

@@ -131,6 +131,19 @@ def test_what_is_kept_is_the_step(tmp_path: Path) -> None:
     assert all(torch.equal(fault["weights"][k], v) for k, v in module.state_dict().items())  # nothing was learned yet
 
 
+@pytest.mark.parametrize("mode", ["stop", "skip"])
+def test_a_run_that_skipped_more_than_half_of_its_steps_does_not_finish(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(tmp_path / "half", {1: "view", 3: "view", 5: "view"}, on_non_finite=mode)
+    bad = dict.fromkeys((0, 1, 3, 4), "view")  # of six
+    with pytest.raises(TrainingFaultError, match=r"4 of 6 steps were not finite .* a lower optimizer\.base_lr"):
+        fit(tmp_path / "end", bad, on_non_finite=mode)
+    monkeypatch.setattr(non_finite, "_JUDGED_FROM", 2)  # a run of days does not wait for its end
+    with pytest.raises(TrainingFaultError, match="2 of 2 steps"):
+        fit(tmp_path / "early", bad, on_non_finite=mode)
+
+
 @pytest.mark.parametrize(
     ("scale", "loss", "gradient", "is_fault"),
     [
