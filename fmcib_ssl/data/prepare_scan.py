@@ -23,7 +23,7 @@ from jaxtyping import Int16
 from fmcib_ssl.data.annotations import ScanReport
 from fmcib_ssl.data.dicom_files import series_files
 from fmcib_ssl.data.mining import build_coarse_map
-from fmcib_ssl.data.scans import Scan, ScanSource, read_scan
+from fmcib_ssl.data.scans import Scan, ScanSource, files_at, read_scan, source_listing
 from fmcib_ssl.data.store import SCANS_FOLDER, STORE_VERSION, StoreError, StoreGrid, StoreSettings
 from fmcib_ssl.data.store_files import Record, add_sums, read_record, scan_problem, sidecar_file, write_scan
 from fmcib_ssl.io import write_sealed_json
@@ -35,11 +35,6 @@ logger = logging.getLogger(__name__)
 #: need gigabytes.
 _SLAB = 32
 _MAX_HU = np.iinfo(np.int16).max
-#: Headers whose voxels may stand in another file: what names it.
-_DETACHED = {
-    ".mhd": re.compile(rb"^ElementDataFile *= *(.+?)\s*$", re.MULTILINE),
-    ".nhdr": re.compile(rb"^data ?file: *(.+?)\s*$", re.MULTILINE | re.IGNORECASE),
-}
 
 
 class TableScan(NamedTuple):
@@ -114,7 +109,7 @@ def state_of(folder: Path, settings: StoreSettings, scan: TableScan, *, contents
         return "not prepared"
     known = sidecar["source"]
     try:
-        listing = _source_listing(scan.source.path)
+        listing = source_listing(scan.source.path)
     except OSError:
         listing = known["listing"]
     if listing != known["listing"]:
@@ -148,7 +143,7 @@ def prepare_scan(folder: Path, settings: StoreSettings, task: ScanTask) -> tuple
     """
     scan_id, source = task.scan.scan_id, task.scan.source
     try:
-        listing = _source_listing(source.path)  # before reading: a change while it is read shows next time
+        listing = source_listing(source.path)  # before reading: a change while it is read shows next time
         files = _source_files(source)
         sha256 = _checksum(files)
         num_bytes = sum(file.stat().st_size for file in files)
@@ -260,32 +255,7 @@ def _source_files(source: ScanSource) -> list[Path]:
     """The files whose bytes are a scan: slices of a series, a header and its detached voxels; sorted by name."""
     if source.series_uid is not None and source.path.is_dir():
         return series_files(source.path, source.series_uid)
-    return _files_at(source.path)
-
-
-def _files_at(path: Path) -> list[Path]:
-    """All files of a folder, or a file with what belongs to it."""
-    if path.is_dir():
-        return sorted(file for file in path.iterdir() if file.is_file())
-    files = [path]
-    if pattern := _DETACHED.get(path.suffix.lower()):
-        with path.open("rb") as file:
-            named = pattern.search(file.read(1 << 16))
-        if named and (voxels := path.parent / named[1].decode("utf-8", "replace")).is_file():
-            files.append(voxels)
-    return files
-
-
-def _source_listing(path: Path) -> str:
-    """Digest of the names, sizes and modification times of a scan's files, in a folder of everything in it.
-
-    Cheap: no file is opened. It may change without the scan; then the files' SHA-256 tells.
-
-    Raises:
-        OSError: there is no such file.
-    """
-    lines = [f"{file.name} {(stat := file.stat()).st_size} {stat.st_mtime_ns}" for file in _files_at(path)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    return files_at(source.path)
 
 
 def _checksum(files: list[Path]) -> str:

@@ -6,6 +6,8 @@ pickled, and every filter here runs on one thread. `dicom` and `image_files` rea
 
 from __future__ import annotations
 
+import hashlib
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +36,11 @@ _SOFT_TISSUE_HU = (-200, 300)
 _MAX_CLIPPED = 0.01
 #: Voxels that are sampled.
 _NUM_SAMPLES = 2_000_000
+#: Headers whose voxels may stand in another file: what names it.
+_DETACHED = {
+    ".mhd": re.compile(rb"^ElementDataFile *= *(.+?)\s*$", re.MULTILINE),
+    ".nhdr": re.compile(rb"^data ?file: *(.+?)\s*$", re.MULTILINE | re.IGNORECASE),
+}
 
 
 class ScanSource(NamedTuple):
@@ -81,6 +88,31 @@ class Scan:
         image.SetOrigin(self.geometry.origin_lps_mm)
         image.SetDirection(np.ravel(self.geometry.direction).tolist())
         return image
+
+
+def files_at(path: Path) -> list[Path]:
+    """All files of a folder, or a file with what belongs to it."""
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.is_file())
+    files = [path]
+    if pattern := _DETACHED.get(path.suffix.lower()):
+        with path.open("rb") as file:
+            named = pattern.search(file.read(1 << 16))
+        if named and (voxels := path.parent / named[1].decode("utf-8", "replace")).is_file():
+            files.append(voxels)
+    return files
+
+
+def source_listing(path: Path) -> str:
+    """Digest of the names, sizes and modification times of a scan's files, in a folder of everything in it.
+
+    Cheap: no file is opened. It may change without the scan; then the files' SHA-256 tells.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    lines = [f"{file.name} {(stat := file.stat()).st_size} {stat.st_mtime_ns}" for file in files_at(path)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def read_header(
