@@ -31,7 +31,7 @@ class CheckData(Command):
     """
 
     annotations: Path = Field(description="CSV with image_path, coordX, coordY, coordZ; one row a lesion")
-    output: Path = Field(description="folder for rejected.csv, scans.csv, coordinates.csv, contact_sheet")
+    output: Path = Field(description="folder for tables, the contact sheet, and what is needed to resume")
     image_root: Path | None = Field(default=None, description="folder of relative paths; null: the table's own")
     path_prefix: str | None = Field(default=None, description="beginning of the paths that image_root replaces")
     coordinates: Literal["lps", "ras", "voxel"] = Field(default="lps", description="frame of the points")
@@ -61,11 +61,13 @@ def main(arguments: list[str]) -> None:
             check=command.check,
             rejected_csv=command.output / "rejected.csv",
             num_workers=command.num_workers,
+            cache=command.output / "checked_scans.jsonl",
         )
         rejected.to_csv(command.output / "rejected.csv", index=False)  # also if there is none: there may be an old one
     except AnnotationsError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
+        print("stopped; the same command resumes: usable scans that were checked are not read again", file=sys.stderr)
         sys.exit(130)
     scans = scan_table(usable)
     scans.to_csv(command.output / "scans.csv", index=False)

@@ -8,9 +8,11 @@ Rows are numbered as in the file, 1 being the first below the header.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -24,7 +26,7 @@ from fmcib_ssl.data.dicom_files import is_dicom, series_at
 from fmcib_ssl.data.geometry import FloatArray, ScanGeometry, ras_to_lps
 from fmcib_ssl.data.image_files import Affine
 from fmcib_ssl.data.processes import run_jobs
-from fmcib_ssl.data.scans import HuSummary, ScanSource, read_header, read_scan
+from fmcib_ssl.data.scans import HuSummary, ScanSource, read_header, read_scan, source_listing
 from fmcib_ssl.data.tables import (
     REJECTED_COLUMNS,
     AnnotationsError,
@@ -52,6 +54,8 @@ MASK_COLUMN = "mask_path"
 CROPPED_COLUMN = "cropped"
 #: Up to this many scans are read in this process: starting others takes as long.
 _NUM_ALONE = {"headers": 200, "full": 2}
+#: Of what makes a scan usable: to be raised when that changes, so that reports in a cache are not used any more.
+_RULES = 1
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,7 @@ def check_annotations(
     check: _Check = "headers",
     rejected_csv: Path | str | None = None,
     num_workers: int | None = 0,
+    cache: Path | None = None,
 ) -> tuple[LesionTable, pd.DataFrame]:
     """Check every row and every scan, and list all rows that cannot be used together.
 
@@ -156,6 +161,8 @@ def check_annotations(
         rejected_csv: where to write the rejected rows, if there are any.
         num_workers: processes that read scans; 0 reads in this one, None takes all cores where there is work for them.
             A script that asks for processes needs its `if __name__ == "__main__":`.
+        cache: JSON lines, one appended as soon as a scan is found usable. A later call does not read that scan again
+            unless its files' names, sizes or times, or `check`, have changed. Rejected scans are read again.
 
     Returns:
         The rows that can be used, and the rejected ones: row, image_path, value, reason, remedy.
@@ -163,7 +170,7 @@ def check_annotations(
     Raises:
         BadRowsError: bad rows and `on_bad_row="refuse"`, or no row that can be used.
     """
-    reports = inspect_scans({scan for scan in table.scans if scan is not None}, check, num_workers)
+    reports = inspect_scans({scan for scan in table.scans if scan is not None}, check, num_workers, cache)
     centers, problems = _judged(table, reports)
     table = replace(table, reports=reports, centers_lps_mm=centers)
     first_of: dict[object, int] = {}
@@ -180,13 +187,47 @@ def check_annotations(
 
 
 def inspect_scans(
-    scans: Collection[ScanSource], check: _Check, num_workers: int | None = 0
+    scans: Collection[ScanSource], check: _Check, num_workers: int | None = 0, cache: Path | None = None
 ) -> dict[ScanSource, ScanReport | ScanError]:
     """The geometry of each scan, or why it cannot be used; see `check_annotations`."""
+    digests = {scan: _digest(scan, check) for scan in scans} if cache else {}
+    reports: dict[ScanSource, ScanReport | ScanError] = {**_cached(cache, digests)} if cache else {}
+    todo, num_cached = sorted(set(scans) - reports.keys(), key=str), len(reports)
     if num_workers is None:
-        num_workers = num_cores() if len(scans) > _NUM_ALONE[check] else 0
-    jobs = run_jobs(partial(_inspect, check), sorted(scans, key=str), num_workers, _killed)
-    return dict(tqdm(jobs, f"Checking scans ({check})", len(scans), unit="scan", disable=None))
+        num_workers = num_cores() if len(todo) > _NUM_ALONE[check] else 0
+    jobs = run_jobs(partial(_inspect, check), todo, num_workers, _killed)
+    progress = tqdm(jobs, f"Checking scans ({check})", len(scans), initial=num_cached, unit="scan", disable=None)
+    for scan, report in progress:
+        reports[scan] = report
+        if cache and digests[scan] and isinstance(report, ScanReport):
+            entry = {"path": str(scan.path), "digest": digests[scan], **asdict(report)}
+            with cache.open("a", encoding="utf-8") as file:
+                file.write(f"\n{json.dumps(entry)}")  # on a line of its own, whatever an interrupt left of the last
+    return reports
+
+
+def _digest(scan: ScanSource, check: _Check) -> str:
+    """Digest of all that a report depends on, without reading the scan; "" if its files cannot be listed."""
+    try:
+        return hashlib.sha256(f"{_RULES} {check} {scan} {source_listing(scan.path)}".encode()).hexdigest()
+    except (OSError, ValueError):
+        return ""
+
+
+def _cached(cache: Path, digests: Mapping[ScanSource, str]) -> dict[ScanSource, ScanReport]:
+    """Reports of an earlier check, complete or interrupted, on scans that have not changed since."""
+    scan_of = {digest: scan for scan, digest in digests.items() if digest}
+    reports = {}
+    for line in cache.read_text(encoding="utf-8", errors="replace").splitlines() if cache.is_file() else []:
+        try:
+            entry = json.loads(line)
+            scan = scan_of.get(entry["digest"])
+        except (ValueError, KeyError):  # torn by an interrupt, or of an earlier version
+            continue
+        if scan:
+            values = HuSummary(*entry["values"]) if entry["values"] else None
+            reports[scan] = ScanReport(ScanGeometry.of(*entry["geometry"].values()), values)
+    return reports
 
 
 def _inspect(check: _Check, scan: ScanSource) -> ScanReport | ScanError:

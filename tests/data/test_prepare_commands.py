@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 import SimpleITK as sitk
 from prepared import content
 
+from fmcib_ssl.data import annotations
 from fmcib_ssl.data.store import Store
 from fmcib_ssl.evaluation import report
 
@@ -132,7 +134,44 @@ def test_check_data_shows_the_same_without_a_store(archive: Path, tmp_path: Path
     assert (scans["hu_min"].tolist(), scans["size_xyz"].tolist()) == ([-1000] * 6, ["120 x 120 x 60"] * 6)
     assert {p.name for p in out.iterdir()} == {
         "rejected.csv", "coordinates.csv", "scans.csv", "contact_sheet.png", "contact_sheet.html",
+        "checked_scans.jsonl",
     }  # fmt: skip
+
+
+def test_check_data_resumes(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A usable scan is read once, unless an interrupt tore its line, or its file changed."""
+    folder, out = Path(shutil.copytree(archive, tmp_path / "scans")), tmp_path / "out"
+    main = runpy.run_path(str(REPO / "scripts" / "check_data.py"))["main"]
+    read_scan, read = annotations.read_scan, list[str]()
+
+    def reading(path: Path, *options: object) -> object:
+        read.append(path.name)
+        if len(read) == stop_at:
+            raise KeyboardInterrupt
+        return read_scan(path, *options)
+
+    def names_read() -> list[str]:
+        read.clear()
+        main([f"annotations={folder / 'lesions.csv'}", f"output={out}", "sheet_lesions=0", "num_workers=0"])
+        return [*read]
+
+    monkeypatch.setattr(annotations, "read_scan", reading)
+    usable, rejected = [f"scan {number}.nii.gz" for number in range(6)], "scan 9.nii.gz"
+    stop_at = 3
+    with pytest.raises(SystemExit, match="130"):
+        names_read()
+    assert "the same command resumes" in capsys.readouterr().err
+    stop_at = 0
+    assert names_read() == [*usable[2:], rejected]
+    scans, lines = (out / "scans.csv").read_bytes(), (out / "checked_scans.jsonl").read_bytes()
+    assert names_read() == [rejected]
+    (out / "checked_scans.jsonl").write_bytes(lines[:-20])
+    os.utime(folder / usable[0], ns=(0, 0))
+    assert names_read() == [usable[0], usable[5], rejected]
+    assert names_read() == [rejected]
+    assert (out / "scans.csv").read_bytes() == scans
 
 
 @pytest.mark.parametrize("script", ["check_data.py", "prepare.py"])
