@@ -147,23 +147,22 @@ class _ContrastiveLoss(nn.Module):
             if self.kernel == "streamed" or (
                 self.kernel == "auto" and 2 * num_anchors * (num_mined + 2 * num_lesions) >= _WORTH_STREAMING
             ):
-                loss = positive_logits.new_zeros(())
                 own_keys = [num_mined + view * num_lesions + first_lesion for view in range(len(lesions_of_views))]
-                for view in (0, 1):
-                    keys = F.normalize(torch.cat([*([mined[view]] if num_mined else []), *lesions_of_views]))
-                    groups = None
-                    if patients is not None and all_patients is not None:
-                        of_mined = all_patients.new_full((num_mined,), -1)
-                        of_keys = torch.cat([of_mined, *([all_patients] * len(lesions_of_views))])
-                        groups = (patients, of_keys, num_mined, self.same_patient == "attract")
-                    loss = loss + _Streamed.apply(anchors[view], positive_logits, keys, margin, own_keys, groups)
+                groups = None
+                if patients is not None and all_patients is not None:
+                    of_mined = all_patients.new_full((num_mined,), -1)
+                    of_keys = torch.cat([of_mined, *([all_patients] * len(lesions_of_views))])
+                    groups = (patients, of_keys, num_mined, self.same_patient == "attract")
+                loss = positive_logits.new_zeros(())
+                for queries, own_mined in zip(anchors, mined, strict=True):
+                    keys = F.normalize(torch.cat([*([own_mined] if num_mined else []), *lesions_of_views]))
+                    loss = loss + _Streamed.apply(queries, positive_logits, keys, margin, own_keys, groups)
                 return loss
-            own = torch.arange(num_anchors, device=positive.device)[:, None] + first_lesion
-            own = own == torch.arange(num_lesions, device=positive.device)
+            numbers = torch.arange(max(num_anchors, num_lesions), device=positive.device)
+            own = numbers[:num_anchors, None] + first_lesion == numbers[:num_lesions]
             same = own if patients is None or all_patients is None else patients[:, None] == all_patients
-            terms, keys_of_views = [], list(map(F.normalize, lesions_of_views))
-            for keys in keys_of_views:
-                terms += [torch.stack([_logsumexp(queries, keys, same) for queries in anchors])]
+            keys_of_views = [F.normalize(keys) for keys in lesions_of_views]
+            terms = [torch.stack([_logsumexp(queries, keys, same) for queries in anchors]) for keys in keys_of_views]
             if num_mined:
                 terms += [torch.stack([_logsumexp(anchors[view], F.normalize(mined[view])) for view in (0, 1)])]
             negative_logits = torch.stack(terms).logsumexp(dim=0)
