@@ -262,7 +262,7 @@ def refuse_unused(unused: Iterable[str], user: str, name: str, section: Componen
     Raises:
         ConfigError: an override that would have no effect.
     """
-    unused = list(unused)
+    unused = sorted(unused)  # a set of names has another order in every process
     if not unused:
         return
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []

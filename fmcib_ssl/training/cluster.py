@@ -95,11 +95,10 @@ def requeue(signum: signal.Signals, run: Path, *, ask: bool = True) -> int:
     job = slurm_job(os.environ)
     if job is None or signum.name in ("SIGINT", "SIGHUP"):
         return EXIT_CODES[signum]
-    preempted = _is_preempted(job)
-    if signum == signal.SIGTERM and not preempted:
+    if signum == signal.SIGTERM and not _is_preempted(job):
         return EXIT_CODES[signum]
     num_restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    if num_restarts >= _MAX_IDLE_STARTS and not preempted and num_saved(run) == 0:
+    if signum != signal.SIGTERM and num_restarts >= _MAX_IDLE_STARTS and num_saved(run) == 0 and not _is_preempted(job):
         logger.error(
             "job %s is not requeued: after %d restarts it has saved nothing, so its time is too short for one step. "
             "Submit it with more --time, or lower SECONDS in --signal=USR1@SECONDS", job, num_restarts,

@@ -68,7 +68,7 @@ def test_vicreg_and_what_it_does_without(phantom_table: Path, tmp_path: Path, ca
     with caplog.at_level(logging.INFO):
         run_method("vicreg", phantom_table, tmp_path, "trainer.max_steps=1", "data.negatives_per_lesion=1")
     assert "VICReg does not look at mined negatives: data.negatives_per_lesion=0" in caplog.text
-    assert "VICReg does not use the sections loss, head" in caplog.text
+    assert "VICReg does not use the sections head, loss" in caplog.text
     with pytest.raises(ConfigError, match=r"VICReg compares the lesions.*data\.batch_size to 2"):
         run_method("vicreg", phantom_table, tmp_path / "alone", "data.batch_size=1")
 
