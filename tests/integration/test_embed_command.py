@@ -157,6 +157,7 @@ def test_processes_of_a_launcher(
     assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_share_an_archive(tmp_path: Path, weights: Path) -> None:
     """More lesions than a shard holds: files of one cropped lesion each, no point given, one of them damaged."""
     rng = np.random.default_rng(0)

@@ -58,7 +58,7 @@ def replayed(run: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("what", ["view", "weight"])
+@pytest.mark.parametrize("what", ["view", pytest.param("weight", marks=pytest.mark.slow)])
 def test_the_layer_is_found(what: str, phantom_table: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingFaultError) as caught:
         pretrain(settings(phantom_table, tmp_path, what, "++callbacks.non_finite.stop_after=1"))

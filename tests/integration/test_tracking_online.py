@@ -78,7 +78,9 @@ def test_nothing_is_sent_but_what_the_docs_list(
     assert page.config["seed"]["value"] == 0 and page.summary["contact_sheet"] and page.history
 
 
-@pytest.mark.parametrize("behaviour", ["refuses", "denies", "fails", "hangs"])
+@pytest.mark.parametrize(
+    "behaviour", ["denies", "hangs", *(pytest.param(way, marks=pytest.mark.slow) for way in ("refuses", "fails"))]
+)
 def test_a_server_that_is_none(
     behaviour: str, server: TrackingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:

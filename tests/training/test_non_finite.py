@@ -226,7 +226,7 @@ torch.save((trainer.global_step, guard.num_skipped, module.state_dict()), f"{fol
 """
 
 
-@pytest.mark.parametrize("mode", ["skip", "stop"])
+@pytest.mark.parametrize("mode", ["stop", pytest.param("skip", marks=pytest.mark.slow)])
 def test_both_ranks_leave_out_what_one_has_met(mode: str, tmp_path: Path) -> None:
     ranks = on_two_ranks(RANK.format(folder=str(tmp_path), mode=mode))
     assert [code for code, _ in ranks] == [0, 0], ranks

@@ -94,6 +94,7 @@ def test_slow_steps_are_no_hang(ends: list[int], tmp_path: Path) -> None:
     assert ends == [] and not (tmp_path / "stalls").exists()
 
 
+@pytest.mark.slow
 def test_a_suspended_process_does_not_count() -> None:
     """SIGSTOP and SIGCONT, as a scheduler that suspends a job: only ticks that were lived through count."""
     code = (
