@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import sklearn
 import torch
-from lidc_data import NUM_FOLDS, PREPROCESSING, TASKS, Nodules, hu_statistics, load
+from lidc_data import NUM_FOLDS, PREPROCESSING, TASKS, Nodules, load
 from lidc_methods import BY_NAME, CONTENDERS, Contender, features
 from lidc_probes import NUM_BOOTSTRAP, Question, mean_auc, scores_of, setup_of, told
 from pydantic import Field
@@ -45,6 +45,7 @@ from fmcib_ssl.evaluation import (
     check_patch_borders,
     check_patients,
     compact,
+    hu_statistics,
     without_shared,
 )
 from fmcib_ssl.io import Command, atomic_write, parse_command

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from scipy.ndimage import gaussian_gradient_magnitude, gaussian_laplace
 from torch import Tensor
 
 from fmcib_ssl.data import LesionPatches, Store, lidc_crops, prepare_store, read_annotations
@@ -125,31 +123,6 @@ class TrainingPatches:
     def title(self, lesion: int, /) -> str:
         """What names a nodule in a picture."""
         return f"nodule {lesion}"
-
-
-def hu_statistics(patches: Tensor) -> Array:
-    """What a table of radiomics would hold, without a mask: statistics in shells round the point, and histograms.
-
-    Mean, deviation and quantiles of the intensity, its gradient and its Laplacian in 6 shells, 126 numbers; and the
-    share of 26 steps of 50 HU under 4 Gaussian weights, 104 numbers.
-
-    Args:
-        patches: int16 HU `(n, 1, z, y, x)`.
-    """
-    hu = np.clip(patches[:, 0].numpy().astype(np.float32), -1000, 300)
-    grids = np.meshgrid(*(np.arange(size) - size // 2 for size in hu.shape[1:]), indexing="ij")
-    radius = np.sqrt(sum(np.square(grid) for grid in grids))
-    images = [hu, *(np.stack([f(one, 1.0) for one in hu]) for f in (gaussian_gradient_magnitude, gaussian_laplace))]
-    found: list[Array] = []
-    for low, high in pairwise((0, 2, 3.5, 5, 7, 10, 20)):
-        for image in images:
-            values = image[:, (radius >= low) & (radius < high)]
-            found += [values.mean(1), values.std(1), *np.percentile(values, (5, 25, 50, 75, 95), axis=1)]
-    for sigma in (1.5, 3, 5, 8):
-        weights = np.exp(-np.square(radius) / (2 * sigma**2))
-        weights /= weights.sum()
-        found += [(((hu >= low) & (hu < low + 50)) * weights).sum((1, 2, 3)) for low in range(-1000, 300, 50)]
-    return np.stack(found, axis=1).astype(np.float32)
 
 
 def _prepared(data: Path, workspace: Path) -> Store:
