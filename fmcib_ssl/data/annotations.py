@@ -8,7 +8,6 @@ Rows are numbered as in the file, 1 being the first below the header.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -36,7 +35,7 @@ from fmcib_ssl.data.tables import (
     refuse_or_skip,
     require_columns,
 )
-from fmcib_ssl.io import num_cores
+from fmcib_ssl.io import digest_of, num_cores
 from fmcib_ssl.types import ScanError
 
 Coordinates = Literal["lps", "ras", "voxel"]
@@ -209,7 +208,7 @@ def inspect_scans(
 def _digest(scan: ScanSource, check: _Check) -> str:
     """Digest of all that a report depends on, without reading the scan; "" if its files cannot be listed."""
     try:
-        return hashlib.sha256(f"{_RULES} {check} {scan} {source_listing(scan.path)}".encode()).hexdigest()
+        return digest_of(_RULES, check, str(scan), source_listing(scan.path))
     except (OSError, ValueError):
         return ""
 

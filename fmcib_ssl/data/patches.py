@@ -211,7 +211,8 @@ class LesionPatches(Dataset[PatchPair]):
 
 def _patients(lesions: pd.DataFrame) -> npt.NDArray[np.int64]:
     """A number for the patient of each lesion: of its `PatientID`; where there is none, of its scan."""
-    scans = "scan " + lesions["scan_id"].astype(str)
-    names = ("patient " + lesions["PatientID"].astype(str)) if "PatientID" in lesions else scans
-    known = lesions["PatientID"].notna() if "PatientID" in lesions else True
-    return np.unique(np.where(known, names, scans).astype(str), return_inverse=True)[1].astype(np.int64)
+    names = "scan " + lesions["scan_id"].astype(str)
+    if "PatientID" in lesions:
+        patients = lesions["PatientID"]
+        names = ("patient " + patients.astype(str)).where(patients.notna(), names)
+    return np.unique(names.to_numpy(dtype=str), return_inverse=True)[1].astype(np.int64)

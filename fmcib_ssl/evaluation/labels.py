@@ -52,7 +52,7 @@ class Labels:
         values: `(n,)` class numbers or values; for survival `(n, 2)`: time, and 1 where the event was seen.
         rows: which rows of the lesions' table these are.
         classes: the names of the class numbers; empty unless the labels are classes.
-        readers: the ratings that the labels were made of, in the order of `values`; None for a label of its own column.
+        readers: what made the labels of ratings, of all rows of the table; None for a label of its own column.
     """
 
     name: str

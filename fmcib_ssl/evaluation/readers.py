@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any, Literal
 
@@ -92,15 +92,14 @@ class Readers:
         Raises:
             EvaluationError: fewer than two different labels are left.
         """
-        values = np.where(np.isfinite(self.ratings).sum(1) >= _MIN_READERS, self.values(), np.nan)
-        rows = np.flatnonzero(np.isfinite(values))
+        values = self.values()
+        rows = np.flatnonzero(np.isfinite(values) & _have_several(self.ratings))
         if len(np.unique(values[rows])) < 2:
             raise EvaluationError(f"{self.title}: {len(rows)} lesions have a label, and it is the same for all of them")
-        readers = Readers(self.name, self.ratings[rows], self.target, self.threshold)
         if self.kind == "binary":
             names = (f"not {self.threshold}", str(self.threshold))
-            return Labels(self.title, "binary", values[rows].astype(np.int64), rows, names, readers)
-        return Labels(self.title, self.kind, values[rows], rows, readers=readers)
+            return Labels(self.title, "binary", values[rows].astype(np.int64), rows, names, self)
+        return Labels(self.title, self.kind, values[rows], rows, readers=self)
 
     @property
     def title(self) -> str:
@@ -110,9 +109,9 @@ class Readers:
     def counts(self) -> dict[str, int]:
         """How many lesions each target keeps that this threshold allows."""
         targets: Sequence[Target] = ("mean",) if self.threshold is None else ("mean", "share", "majority", "unanimous")
-        enough = np.isfinite(self.ratings).sum(1) >= _MIN_READERS
-        made = {target: Readers(self.name, self.ratings, target, self.threshold).values() for target in targets}
-        return {target: int((np.isfinite(values) & enough).sum()) for target, values in made.items()}
+        made = {target: replace(self, target=target).values() for target in targets}
+        several = _have_several(self.ratings)
+        return {target: int((np.isfinite(values) & several).sum()) for target, values in made.items()}
 
     def scores(self, ratings: Array) -> tuple[Array, Array | None]:
         """What one reader's ratings, `(n,)`, say of the target, higher for class 1, and the class that is chosen."""
@@ -128,6 +127,11 @@ class Readers:
     def votes(self, ratings: Array) -> Array:
         """1 where a rating meets the threshold, NaN where there is none."""
         return passes(ratings, str(self.threshold))
+
+
+def _have_several(ratings: Array) -> Array:
+    """Which lesions have enough readings for a target and a reader besides."""
+    return np.asarray(np.isfinite(ratings).sum(1) >= _MIN_READERS)
 
 
 def read_ratings(lesions: pd.DataFrame, name: str) -> Array:
@@ -164,7 +168,8 @@ def judge(
     left out from the start, which favours the reader; of unanimous lesions there is nothing to compare.
 
     Args:
-        protocol: whose labels were made by readers.
+        protocol: whose labels were made by readers. Their agreement is that on all lesions, also on those that the
+            target leaves out: without the ties of a majority they would seem to agree better than they do.
         results: of every split, by features and probe.
         num_bootstrap: resamples.
 
@@ -173,15 +178,17 @@ def judge(
         the reader and for each set of features, all against the others; `differences` of features and the reader.
     """
     readers: Readers = protocol.labels.readers  # type: ignore[assignment]
-    rows, differences = _against_others(readers, protocol, results, num_bootstrap)
-    num = np.isfinite(readers.ratings).sum(1)
+    judged = replace(readers, ratings=readers.ratings[protocol.labels.rows])
+    rows, differences = _against_others(judged, protocol, results, num_bootstrap)
+    num_readers = float(np.isfinite(readers.ratings[_have_several(readers.ratings)]).sum(1).mean())
+    one_reader = icc(readers.ratings)
     return {
         "target": readers.target,
         "kept": readers.counts(),
-        "num_readers": float(num.mean()),
+        "num_readers": num_readers,
         "reliability": {
-            "one reader (ICC)": icc(readers.ratings),
-            "mean (ICC, Spearman-Brown)": stepped_up(icc(readers.ratings), float(num.mean())),
+            "one reader (ICC)": one_reader,
+            "mean (ICC, Spearman-Brown)": stepped_up(one_reader, num_readers),
             "mean (split half)": split_half(readers.ratings, protocol.seed),
             "mean (split half, ranks)": split_half(readers.ratings, protocol.seed, ranks=True),
         },
@@ -243,7 +250,7 @@ def icc(ratings: Array) -> float:
 
     Source: Shrout and Fleiss, "Intraclass correlations", 1979; unequal numbers as in Donner, 1986.
     """
-    ratings = ratings[np.isfinite(ratings).sum(1) >= _MIN_READERS]
+    ratings = ratings[_have_several(ratings)]
     num = np.isfinite(ratings).sum(1)
     means = np.nanmean(ratings, axis=1)
     total = num.sum()
@@ -270,7 +277,7 @@ def split_half(ratings: Array, seed: int = 0, *, ranks: bool = False) -> float:
         seed: of the halves.
         ranks: correlate ranks (Spearman), not values (Pearson).
     """
-    ratings = ratings[np.isfinite(ratings).sum(1) >= _MIN_READERS]
+    ratings = ratings[_have_several(ratings)]
     num = np.isfinite(ratings).sum(1)
     half = (num // 2)[:, None]
     rng = np.random.default_rng([seed, 2])
@@ -299,8 +306,7 @@ def ceiling(readers: Readers, seed: int = 0) -> dict[str, float]:
 
     Source: Spearman, "The proof and measurement of association between two things", 1904; Skellam, 1948.
     """
-    num = np.isfinite(readers.ratings).sum(1)
-    ratings, num = readers.ratings[num >= _MIN_READERS], num[num >= _MIN_READERS]
+    ratings = readers.ratings[_have_several(readers.ratings)]
     rng = np.random.default_rng([seed, 3])
     if readers.target == "mean":
         rank = np.sqrt(max(split_half(ratings, seed, ranks=True), 0.0))
@@ -311,7 +317,7 @@ def ceiling(readers: Readers, seed: int = 0) -> dict[str, float]:
         mean = correlation * perfect + np.sqrt(1 - correlation**2) * noise
         target = (mean > np.quantile(mean, 1 - readers.values(ratings).mean())).astype(np.float64)
     else:
-        num = np.resize(num, _NUM_SIMULATED)
+        num = np.resize(np.isfinite(ratings).sum(1), _NUM_SIMULATED)
         a, b = _vote_chances(readers.votes(ratings))
         perfect = rng.beta(a, b, size=_NUM_SIMULATED)
         votes = np.where(np.arange(num.max()) < num[:, None], rng.random((_NUM_SIMULATED, num.max())), np.nan)

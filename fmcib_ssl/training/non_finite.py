@@ -39,6 +39,8 @@ FAULT_FORMAT = 1
 _NUM_KEPT = 3
 #: A run that leaves out a larger share of its steps learns too little; judged from so many steps on, and at its end.
 _MAX_SHARE, _JUDGED_FROM = 0.5, 100
+#: What to try against steps that are not finite.
+_REMEDIES = ("a lower optimizer.base_lr", "trainer.gradient_clip_val=1", "a higher loss.temperature")
 #: Below this scale of the loss, half precision is not what makes a gradient infinite.
 _MIN_SCALE = 1.0
 _MAX_NAMED = 12
@@ -172,7 +174,7 @@ class NonFiniteGuard(L.Callback):
         if self.num_skipped > _MAX_SHARE * num_steps:
             raise TrainingFaultError(
                 f"{self.num_skipped} of {num_steps} steps were not finite and were left out: the others are too few to "
-                "learn from, and the run stops. To try: a lower optimizer.base_lr; trainer.gradient_clip_val=1"
+                f"learn from, and the run stops. To try: {'; '.join(_REMEDIES)}"
             )
 
     def _record(self, trainer: L.Trainer, pl_module: L.LightningModule, stops: bool) -> str:
@@ -190,7 +192,7 @@ class NonFiniteGuard(L.Callback):
             f"{bad['largest_gradient']:g}) and was left out: {self.num_in_a_row} in a row, {self.num_skipped} in this "
             "run."
         )
-        remedies = ["a lower optimizer.base_lr", "trainer.gradient_clip_val=1", "a higher loss.temperature"]
+        remedies = [*_REMEDIES]
         if "16" in str(trainer.precision):
             remedies.insert(0, "hardware.precision=32-true")
         if len(lesions):

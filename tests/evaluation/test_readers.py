@@ -62,7 +62,7 @@ def test_targets(target: str, threshold: str | None, expected: list[float]) -> N
     kept = np.flatnonzero(np.isfinite(expected))
     assert labels.rows.tolist() == kept.tolist()
     np.testing.assert_allclose(labels.values, np.array(expected)[kept])
-    np.testing.assert_array_equal(labels.readers.ratings, RATINGS[kept])  # type: ignore[union-attr]
+    np.testing.assert_array_equal(labels.readers.ratings[labels.rows], RATINGS[kept])  # type: ignore[union-attr]
 
 
 def test_what_is_kept_is_counted_and_a_single_reading_is_none() -> None:
@@ -169,6 +169,16 @@ def test_every_target_is_judged(target: str) -> None:
     assert value[ONE_READER] < value["truth"]
     assert judged["ceiling"][metric] > 0.7
     assert judged["kept"]["unanimous"] <= judged["kept"]["majority"] <= judged["kept"]["mean"]
+
+
+@pytest.mark.parametrize("target", ["majority", "unanimous"])
+def test_agreement_is_that_on_all_lesions(target: str) -> None:
+    """Not only on those that the target keeps, on which readers agree better."""
+    readers = Readers("texture", simulated(240, 1.0)[1], target, ">3")  # type: ignore[arg-type]
+    judged = judge(protocol_of(readers), {}, num_bootstrap=50)
+    assert judged["ceiling"] == ceiling(readers)
+    assert judged["kept"] == readers.counts()
+    assert judged["reliability"]["one reader (ICC)"] == icc(readers.ratings)
 
 
 def test_of_unanimous_lesions_a_reader_is_no_rival() -> None:
