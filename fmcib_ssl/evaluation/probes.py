@@ -18,7 +18,7 @@ from sklearn.compose import ColumnTransformer
 from sklearn.decomposition import PCA
 from sklearn.linear_model import RidgeClassifierCV
 from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler, normalize
+from sklearn.preprocessing import FunctionTransformer, StandardScaler, normalize
 
 from fmcib_ssl.evaluation.labels import Labels, Split, grouped_folds, nested_share
 from fmcib_ssl.evaluation.metrics import (
@@ -39,6 +39,8 @@ from fmcib_ssl.types import Array
 
 #: Fits take longer the weaker the penalty: after so many that are worse than the best, weaker ones are left out.
 _PATIENCE = 4
+#: Standardised features are clipped to this many standard deviations.
+_CLIP = 10.0
 #: Sharpness of the vote while training, as Wu et al. and most who came after them have it.
 _KNN_TEMPERATURE = 0.07
 
@@ -310,8 +312,12 @@ def _path(
 
 
 def _preparation(inputs: Inputs, rows: Array, seed: int) -> Pipeline:
-    """Standardise by these rows; voxels after a PCA: they share a unit, and scaling would raise quiet ones' noise."""
-    steps: list[Any] = [StandardScaler()]
+    """Standardise by these rows; voxels after a PCA: they share a unit, and scaling would raise quiet ones' noise.
+
+    Then clip: a channel that is silent in these rows and answers in one other row has a value there of thousands of
+    their standard deviations, and alone would decide that row's score.
+    """
+    steps: list[Any] = [StandardScaler(), FunctionTransformer(np.clip, kw_args={"a_min": -_CLIP, "a_max": _CLIP})]
     if inputs.num_components is not None:
         dim = inputs.x.shape[1] - inputs.num_beside
         pca = PCA(min(inputs.num_components, len(rows), dim), svd_solver="randomized", random_state=seed)

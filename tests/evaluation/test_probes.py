@@ -119,6 +119,18 @@ def test_raw_voxels_are_reduced_by_the_training_rows_and_a_size_beside_them_is_n
     np.testing.assert_allclose(found[:, 4], (VALUES - VALUES.mean()) / VALUES.std())
 
 
+@pytest.mark.parametrize("name", ["ridge", "logistic"])
+def test_a_channel_that_is_silent_in_training_does_not_decide_a_score(name: str) -> None:
+    """One weight in a thousand of an untrained network answers in one lesion only."""
+    silent = RNG.normal(size=(NUM, 1)) * 1e-12
+    silent[-1] = 1e-3
+    train, test = np.arange(NUM - 20), np.arange(NUM - 20, NUM)
+    labels = labels_of("continuous", VALUES) if name == "ridge" else labels_of("binary", np.minimum(CLASSES, 1), 2)
+    protocol = Protocol(labels, PATIENTS, [Split("all", train, test)], "all")
+    without, beside = (score(PROBES[name], Inputs("x", x), protocol)[0].scores for x in (X, np.hstack([X, silent])))
+    assert abs(beside - without).max() < 0.5 * np.ptp(without)
+
+
 @pytest.mark.parametrize(
     ("name", "model", "parameter", "scoring"),
     [
