@@ -71,12 +71,14 @@ def _key(contender: Contender, epochs: int | None) -> str:
 
 
 SMALL = ("encoder=small", PLAIN_VIEWS)
-OWN = (PLAIN_VIEWS,)
+OWN = ("encoder=concentric", PLAIN_VIEWS)
 BOTH = ("loss.negatives=mined_and_lesions", "data.negatives_per_lesion=1")
 CONTENDERS = (
     Contender("recipe"),
     Contender("random", "random", ("encoder=small",)),
-    Contender("random_concentric", "random"),
+    Contender("concentric", overrides=("encoder=concentric",)),
+    Contender("random_radial", "random"),
+    Contender("random_concentric", "random", ("encoder=concentric",)),
     Contender("raw_voxels", "voxels"),
     Contender("hu_statistics", "statistics"),
     Contender("diameter", "diameter"),

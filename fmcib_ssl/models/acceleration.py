@@ -172,6 +172,6 @@ def compile_training(encoder: nn.Module) -> None:
     encoder.forward = partial(_compiled_in_training, encoder, compiled)
 
 
-def _compiled_in_training(encoder: nn.Module, compiled: Callable[..., Any], *inputs: Any) -> Any:
+def _compiled_in_training(encoder: nn.Module, compiled: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
     forward = compiled if encoder.training and torch.is_grad_enabled() else type(encoder).forward
-    return forward(encoder, *inputs)
+    return forward(encoder, *inputs, **options)

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fmcib_ssl.losses import at_least_float32
+from fmcib_ssl.models.encoders import learned_features
 from fmcib_ssl.models.pretraining import Parts, Step
 from fmcib_ssl.models.two_views import TwoViews
 
@@ -98,7 +99,7 @@ class DenoisingAutoencoder(TwoViews):
 
     def forward(self, views: Tensor) -> Tensor:
         """Rebuild views, `(batch, 1, z, y, x)`."""
-        return cast(Tensor, self.decoder(self.encoder(views)))
+        return cast(Tensor, self.decoder(learned_features(self.encoder, views)))
 
     def corrupt(self, views: Float[Tensor, "batch 1 z y x"], seed: int) -> Float[Tensor, "batch 1 z y x"]:
         """Add noise, then cut holes; what is drawn follows from `seed` and the kind of device."""
@@ -115,7 +116,7 @@ class DenoisingAutoencoder(TwoViews):
         views = torch.cat([view0, view1])
         key = (self.current_epoch, batch_idx, self.global_rank)
         seed = int(np.random.SeedSequence(self.seed, spawn_key=key).generate_state(1)[0])
-        features = self.encoder(self.corrupt(views, seed))
+        features = learned_features(self.encoder, self.corrupt(views, seed))
         rebuilt = self.decoder(features)
         with self.full_precision():
             loss = F.mse_loss(at_least_float32(rebuilt), at_least_float32(views))

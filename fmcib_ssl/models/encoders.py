@@ -14,12 +14,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.models import video
 
+from fmcib_ssl.models.point_features import num_point_features, point_derivatives, point_features
 from fmcib_ssl.types import Preprocessing
 
 _MONAI_DEPTHS = (10, 18, 34, 50, 101)
 _VIDEO_NAMES = ("r3d_18", "mc3_18", "r2plus1d_18")
 #: Windows (lowest, highest HU): lung with ground glass, soft tissue, calcium.
 _WINDOWS_HU = ((-1000.0, 400.0), (-160.0, 240.0), (0.0, 1500.0))
+#: HU a voxel that the stem is given as 1: most edges of nodules are within -2 to 2.
+_DERIVATIVE_SCALE = 60.0
 
 
 def monai_resnet(
@@ -130,12 +133,16 @@ class CenterPooledResNet(nn.Module):
     The patch is first cut into windows of intensity, one channel each, so that 100 HU of soft tissue are no smaller
     a difference to the network than 500 HU of bone.
 
-    Features: for each stage of width `w`, `w` maxima, then `(len(sigmas) + 1) * w` means.
+    Features: for each stage of width `w`, `w` maxima, then `(len(sigmas) + 1) * w` means; then the point features.
 
     Args:
         widths: channels of the stem and of each residual block after it; each halves the grid.
         sigmas: widths of the Gaussian weights, voxels.
         windows_hu: lowest and highest HU of each window; values beyond are clamped.
+        derivatives: give the stem also the derivatives towards the point, across, and the Laplacian
+            (`point_derivatives`).
+        point_features: append local moments and histograms that need no training (`point_features`);
+            heads are not shown these (`learned_features`), so that the loss is not lowered with what is there already.
         hu_offset: the preprocessing's, which is undone to get HU.
         hu_scale: the preprocessing's.
 
@@ -149,6 +156,8 @@ class CenterPooledResNet(nn.Module):
         *,
         sigmas: Sequence[float] = (2.0, 5.0),
         windows_hu: Sequence[Sequence[float]] = _WINDOWS_HU,
+        derivatives: bool = False,
+        point_features: bool = False,
         hu_offset: float = Preprocessing.hu_offset,
         hu_scale: float = Preprocessing.hu_scale,
     ) -> None:
@@ -162,8 +171,10 @@ class CenterPooledResNet(nn.Module):
         self.sigmas = tuple(sigmas)
         self.windows_hu = tuple((float(low), float(high)) for low, high in windows_hu)
         self.hu_offset, self.hu_scale = hu_offset, hu_scale
+        self.derivatives = derivatives
+        self.num_fixed_features = num_point_features() if point_features else 0
         self.stem = nn.Sequential(
-            nn.Conv3d(len(self.windows_hu), widths[0], 3, stride=2, padding=1, bias=False),
+            nn.Conv3d(len(self.windows_hu) + 3 * derivatives, widths[0], 3, stride=2, padding=1, bias=False),
             nn.BatchNorm3d(widths[0]),
             nn.ReLU(),
         )
@@ -171,19 +182,29 @@ class CenterPooledResNet(nn.Module):
         # Weights in this layout make a CPU's convolutions choose it, and run a quarter faster.
         self.to(memory_format=torch.channels_last_3d)
 
-    def forward(self, patches: Float[Tensor, "batch 1 z y x"]) -> Float[Tensor, "batch features"]:
-        """Features of preprocessed patches whose lesion is in the voxel `size // 2`."""
+    def forward(
+        self, patches: Float[Tensor, "batch 1 z y x"], *, learned_only: bool = False
+    ) -> Float[Tensor, "batch features"]:
+        """Features of preprocessed patches whose lesion is in the voxel `size // 2`; point features unless refused."""
         size_zyx = patches.shape[2:]
-        grid = self.stem(self._windows(patches))
+        hu = patches * self.hu_scale - self.hu_offset
+        channels = [self._windows(hu)]
+        with_point_features = self.num_fixed_features > 0 and not learned_only
+        derivatives = point_derivatives(hu) if self.derivatives or with_point_features else {}
+        if self.derivatives:
+            names = ("radial", "tangential", "laplacian")
+            channels += [derivatives[name].to(hu.dtype) / _DERIVATIVE_SCALE for name in names]
+        grid = self.stem(torch.cat(channels, dim=1))
         features = [*self._pooled(grid, size_zyx, 2)]
         for number, block in enumerate(self.blocks, start=2):
             grid = block(grid)
             features += self._pooled(grid, size_zyx, 2**number)
+        if with_point_features:
+            features.append(point_features(hu, derivatives).to(hu.dtype))
         return torch.cat(features, dim=1)
 
-    def _windows(self, patches: Tensor) -> Tensor:
+    def _windows(self, hu: Tensor) -> Tensor:
         """Each window from -2 to 2: the spread that convolutions are initialised for."""
-        hu = patches * self.hu_scale - self.hu_offset
         windows = [(hu.clamp(low, high) - (low + high) / 2) * (4 / (high - low)) for low, high in self.windows_hu]
         return torch.cat(windows, dim=1)
 
@@ -260,6 +281,17 @@ class ProjectionHead(nn.Module):
     def forward(self, features: Float[Tensor, "batch in_dim"]) -> Float[Tensor, "batch out_dim"]:
         """Project features to embeddings, not normalised."""
         return cast(Tensor, self.layers(features))
+
+
+def learned_features(encoder: nn.Module, patches: Tensor) -> Tensor:
+    """The features that training can change: `(batch, features - num_fixed_features)`, those before the fixed ones.
+
+    Args:
+        encoder: any; one that appends fixed features has `num_fixed_features` above 0 and takes `learned_only`.
+        patches: what the encoder takes.
+    """
+    fixed = getattr(encoder, "num_fixed_features", 0)
+    return cast(Tensor, encoder(patches, learned_only=True) if fixed else encoder(patches))
 
 
 def feature_dim(encoder: nn.Module, patch_size_zyx: Sequence[int]) -> int:

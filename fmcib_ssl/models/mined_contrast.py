@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fmcib_ssl.losses import num_ranks
 from fmcib_ssl.models.acceleration import recomputed
+from fmcib_ssl.models.encoders import learned_features
 from fmcib_ssl.models.pretraining import Parts, Pretraining, Step
 from fmcib_ssl.types import ViewPairs
 
@@ -58,7 +59,7 @@ class MinedContrast(Pretraining):
 
     def forward(self, views: Tensor) -> Tensor:
         """Embed views: `(batch, 1, z, y, x)` to `(batch, dim)`."""
-        return cast(Tensor, self.head(self.encoder(views)))
+        return cast(Tensor, self.head(learned_features(self.encoder, views)))
 
     def step(self, batch: ViewPairs, batch_idx: int) -> Step:
         """The loss of the embeddings of all views."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fmcib_ssl.losses import at_least_float32, gather_rows
+from fmcib_ssl.models.encoders import learned_features
 from fmcib_ssl.models.pretraining import Parts, Pretraining, Step
 from fmcib_ssl.types import ViewPairs
 
@@ -61,7 +62,7 @@ class _ComparedByCriterion(TwoViews):
 
     def forward(self, views: Tensor) -> Tensor:
         """Embed views: `(batch, 1, z, y, x)` to `(batch, dim)`."""
-        return cast(Tensor, self.head(self.encoder(views)))
+        return cast(Tensor, self.head(learned_features(self.encoder, views)))
 
     def compare(self, view0: Tensor, view1: Tensor, batch_idx: int) -> Step:
         """The criterion over all lesions of all devices."""
@@ -141,7 +142,7 @@ class _Predicting(TwoViews):
 
     def forward(self, views: Tensor) -> Tensor:
         """Embed views: `(batch, 1, z, y, x)` to `(batch, out_dim)`, by the network that is trained."""
-        return cast(Tensor, self.projector(self.encoder(views)))
+        return cast(Tensor, self.projector(learned_features(self.encoder, views)))
 
 
 class BYOL(_Predicting):
@@ -178,7 +179,7 @@ class BYOL(_Predicting):
         embeddings = self(views)
         predictions = self.predictor(embeddings)
         with torch.no_grad():
-            targets = self.target_projector(self.target_encoder(views))
+            targets = self.target_projector(learned_features(self.target_encoder, views))
         with self.full_precision():
             p0, p1 = at_least_float32(predictions).chunk(2)
             t0, t1 = at_least_float32(targets).chunk(2)
@@ -346,7 +347,7 @@ class SwAV(TwoViews):
 
     def forward(self, views: Tensor) -> Tensor:
         """Embed views: `(batch, 1, z, y, x)` to unit vectors `(batch, out_dim)`."""
-        return F.normalize(at_least_float32(self.projector(self.encoder(views))), dim=1)
+        return F.normalize(at_least_float32(self.projector(learned_features(self.encoder, views))), dim=1)
 
     def compare(self, view0: Tensor, view1: Tensor, batch_idx: int) -> Step:
         """Cross entropy between each view's prediction and the other's assignment."""

@@ -160,6 +160,7 @@ def build_module(
         num_features = models.feature_dim(encoder, preprocessing.patch_size_zyx)
     except ValueError as error:
         raise ConfigError(f"encoder and data.patch_size do not fit: {error}") from error
+    num_features -= getattr(encoder, "num_fixed_features", 0)
     optimizer = build_optimizer(settings, batch_size)
     schedule = None if settings.schedule is None else build_part("schedule", settings.schedule)
     with config_errors_in("method"):

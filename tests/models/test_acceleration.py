@@ -30,8 +30,8 @@ from fmcib_ssl.types import Preprocessing, ViewPairs
 
 #: Residual blocks as in the papers' tables.
 NUM_BLOCKS = {
-    "small": 4, "concentric": 2, "resnet10": 4, "resnet18": 8, "resnet34": 16, "resnet50": 16, "resnet50_wide": 16,
-    "resnet101": 33, "r3d_18": 8, "mc3_18": 8, "r2plus1d_18": 8,
+    "small": 4, "concentric": 2, "radial": 2, "resnet10": 4, "resnet18": 8, "resnet34": 16, "resnet50": 16,
+    "resnet50_wide": 16, "resnet101": 33, "r3d_18": 8, "mc3_18": 8, "r2plus1d_18": 8,
 }  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def test_the_part_of_a_kernel_that_meets_voxels_gives_the_same(kernel_size: int,
     assert (num_cut > 0) == (kernel_size > 1)
 
 
-@pytest.mark.parametrize("name", ["small", "concentric", "resnet18", "resnet50", "r2plus1d_18"])
+@pytest.mark.parametrize("name", ["small", "concentric", "radial", "resnet18", "resnet50", "r2plus1d_18"])
 @pytest.mark.parametrize("size", [(16, 16, 16), (8, 24, 20)])
 def test_an_encoder_with_cut_kernels_gives_the_same(name: str, size: tuple[int, int, int]) -> None:
     network = shipped(name).double()  # in which what ought to be zero is nearly so

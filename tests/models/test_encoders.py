@@ -12,10 +12,15 @@ import pytest
 import torch
 from lightly.models.modules.heads import SimCLRProjectionHead
 from monai.networks import nets
+from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 from torchvision.models import video
 
 from fmcib_ssl.models import CenterPooledResNet, ProjectionHead, feature_dim, monai_resnet, small_resnet, video_resnet
+from fmcib_ssl.models.encoders import learned_features
+from fmcib_ssl.models.point_features import num_point_features, point_derivatives, point_features
+
+RNG = np.random.default_rng(0)
 
 ENCODERS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     **{
@@ -24,6 +29,7 @@ ENCODERS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "published": (partial(monai_resnet, 50, widen_factor=2, conv1_t_stride=2), 4096),
     "small": (small_resnet, 128),
     "center_pooled": (CenterPooledResNet, (16 + 32 + 64) * 4),
+    "radial": (partial(CenterPooledResNet, derivatives=True, point_features=True), (16 + 32 + 64) * 4 + 248),
     **{name: (partial(video_resnet, name), 512) for name in ("r3d_18", "mc3_18", "r2plus1d_18")},
 }
 VIDEO = pytest.mark.parametrize("name", ["r3d_18", "mc3_18", "r2plus1d_18"])
@@ -37,7 +43,7 @@ def test_feature_dim_is_found_without_running_anything_for_real(name: str) -> No
     assert feature_dim(encoder, (50, 50, 50)) == feature_dim(encoder, (24, 32, 40)) == features
 
 
-@pytest.mark.parametrize("name", ["resnet10", "resnet50", "small", "center_pooled", "mc3_18", "r2plus1d_18"])
+@pytest.mark.parametrize("name", ["resnet10", "resnet50", "small", "center_pooled", "radial", "mc3_18", "r2plus1d_18"])
 def test_one_channel_in_features_out_and_every_weight_learns(name: str) -> None:
     build, features = ENCODERS[name]
     encoder = build()
@@ -100,6 +106,71 @@ def test_center_pooled_features_are_maxima_and_gaussian_means_round_the_point() 
                     weights = [math.exp(-(d**2) / (2 * sigma**2)) for d in distance]
                     expected[row].append(np.average([channel[cell] for cell in cells], weights=weights))
     np.testing.assert_allclose(features.numpy(), np.array(expected), rtol=1e-3, atol=1e-5)
+
+
+def test_point_features_are_what_numpy_and_scipy_compute() -> None:
+    """On a patch of unequal edges: derivatives, means and deviations in a shell, shares under a Gaussian."""
+    hu = RNG.normal(-300, 400, (2, 1, 8, 13, 12)).astype(np.float32)
+    derivatives = point_derivatives(torch.from_numpy(hu))
+    found = point_features(torch.from_numpy(hu), derivatives).numpy()
+    assert found.shape == (2, num_point_features())
+
+    clamped = hu[:, 0].clip(-1000, 300)
+    offsets = np.stack(np.meshgrid(*(np.arange(n) - n // 2 for n in (8, 13, 12)), indexing="ij")).astype(float)
+    radius = np.sqrt((offsets**2).sum(0))
+    for row, patch in enumerate(clamped):
+        smooth = gaussian_filter(patch.astype(float), 1.0, mode="nearest", truncate=3.0)
+        slopes = np.stack(np.gradient(smooth))
+        radial = (slopes * offsets / np.maximum(radius, 0.5)).sum(0)
+        magnitude = np.sqrt((slopes**2).sum(0))
+        expected = {
+            "magnitude": magnitude,
+            "radial": radial,
+            "tangential": np.sqrt(np.maximum(magnitude**2 - radial**2, 0)),
+            "laplacian": sum(np.gradient(slope, axis=axis) for axis, slope in enumerate(slopes)),
+        }
+        for name, values in expected.items():
+            np.testing.assert_allclose(derivatives[name][row, 0].numpy(), values, rtol=2e-2, atol=0.5, err_msg=name)
+
+        shell, images = (radius >= 3.5) & (radius < 5), [patch, *(derivatives[n][row, 0].numpy() for n in derivatives)]
+        moments = found[row, :60].reshape(2, 5, 6)  # means and deviations, images, shells
+        np.testing.assert_allclose(
+            moments[0, :, 2], [image[shell].mean() / 100 for image in images], rtol=1e-3, atol=1e-4
+        )
+        np.testing.assert_allclose(
+            moments[1, :, 2], [image[shell].std() / 100 for image in images], rtol=1e-3, atol=1e-3
+        )
+        gaussian = np.exp(-(radius**2) / (2 * 3.0**2))
+        at_minus_200 = np.interp(patch, [-300, -200, -100], [0, 1, 0])
+        share = found[row, 60 + 8 * 4 + 1]  # bins of intensity, in each the four Gaussians
+        assert share == pytest.approx(np.average(at_minus_200, weights=gaussian), abs=1e-5)
+        np.testing.assert_allclose(found[row, 60:].reshape(-1, 4)[:16].sum(0), 1, rtol=1e-4)
+
+
+def test_an_edge_round_the_point_is_radial_and_one_beside_it_is_not() -> None:
+    grid = torch.stack(torch.meshgrid(*(torch.arange(17.0) - 8,) * 3, indexing="ij"))
+    ball = torch.where(grid.square().sum(0).sqrt() < 5, 0.0, -800.0)[None, None]
+    plane = torch.where(grid[0] < 0, 0.0, -800.0)[None, None].roll(4, dims=3)
+    on_ball, on_plane = point_derivatives(ball), point_derivatives(plane)
+    on_edge = ((grid.square().sum(0).sqrt() - 5).abs() < 1)[None, None]
+    assert (on_ball["radial"][on_edge] < -50).all()
+    assert on_ball["tangential"][on_edge].mean() < 0.2 * on_ball["magnitude"][on_edge].mean()
+    across = on_plane["tangential"][..., 8, :, 8].mean()  # where the plane meets the point
+    assert across > on_plane["radial"][..., 8, :, 8].abs().mean()
+
+
+@pytest.mark.parametrize("derivatives", [False, True])
+def test_fixed_features_come_last_and_training_is_not_shown_them(derivatives: bool) -> None:
+    learned = CenterPooledResNet((4, 8), derivatives=derivatives).eval()
+    both = CenterPooledResNet((4, 8), derivatives=derivatives, point_features=True).eval()
+    both.load_state_dict(learned.state_dict())  # they have no weights
+    patches = torch.rand(3, 1, 8, 24, 24)
+    with torch.no_grad():
+        short, long = learned(patches), both(patches)
+        assert long.shape[1] == short.shape[1] + both.num_fixed_features == short.shape[1] + num_point_features()
+        torch.testing.assert_close(long[:, : short.shape[1]], short)
+        torch.testing.assert_close(learned_features(both, patches), short)
+        torch.testing.assert_close(learned_features(learned, patches), short)
 
 
 def test_intensities_outside_every_window_are_clamped() -> None:
