@@ -64,7 +64,9 @@ RUNS: dict[str, list[str]] = {
     "ct_infonce, 2 ranks": [*PLAIN, *TWO_RANKS],
     "ct_infonce, chunks, streamed": [*PLAIN, "method.chunk_size=2", "loss.kernel=streamed"],
     "ct_ntxent_mined": ["+experiment=ct_ntxent_mined", *NARROW, "data.batch_size=4"],
-    "nodule_recipe": ["+experiment=nodule_recipe", "encoder=concentric", "data.batch_size=8", "data.patch_size=[8,12,12]"],
+    "nodule_recipe": [
+        "+experiment=nodule_recipe", "encoder=concentric", "data.batch_size=8", "data.patch_size=[8,12,12]",
+    ],
     "deeplesion_ntxent_mined": [
         "+experiment=deeplesion_ntxent_mined", *NARROW, "data.spacing_mm=1.5", "data.batch_size=4",
     ],
