@@ -21,14 +21,6 @@ PREPROCESSING = Preprocessing(patch_size_zyx=(8, 24, 24), padding="edge")
 NUM_FOLDS = 5
 #: Negatives in the pool; they are drawn from it in every epoch anew.
 POOL_SIZE = 4000
-#: What each task calls 1.
-TASKS = {
-    "texture": ("texture", "<", 5),
-    "margin": ("margin", "<=", 3),
-    "spiculation": ("spiculation", ">", 1),
-    "calcification": ("calcification", "<", 6),
-    "malignancy": ("malignancy", ">", 3),
-}
 
 
 @dataclass(frozen=True)
@@ -36,11 +28,11 @@ class Nodules:
     """The nodules of the benchmark, in the order of the store's index.
 
     Attributes:
-        lesions: one row a nodule.
+        lesions: one row a nodule: `diameter_mm`; the mode of each rating, such as `texture`, and all, such as
+            `texture_1` to `texture_4`, empty where a nodule has fewer readers or no sure match.
         patches: int16 HU `(n, 1, 8, 24, 24)`, 1 mm, edge padded.
         patients: `(n,)`.
         fold: 0 to 4, by patient.
-        labels: 0 or 1 by task, `(n,)` each.
         pool: int16 HU `(m, 1, 8, 24, 24)`, mined in the chest CTs.
         published: the published malignancy split: `train`, `val`, `test`, or empty, `(n,)`.
         published_malignancy: its labels.
@@ -50,19 +42,17 @@ class Nodules:
     patches: Tensor
     patients: Array
     fold: Array
-    labels: dict[str, Array]
     pool: Tensor
     published: Array
     published_malignancy: Array
 
 
-def load(data: Path, workspace: Path, mining: str = "background") -> Nodules:
+def load(data: Path, workspace: Path) -> Nodules:
     """Prepare the store if need be, and cut everything that is trained and tested on.
 
     Args:
         data: the folder with `lidc_crops/` and `ct/`.
         workspace: where the store is kept.
-        mining: how the pool of negatives is drawn from the chest CTs.
     """
     store = _prepared(data, workspace)
     is_nodule = store.lesions["image_path"].str.startswith("lidc_crops/").to_numpy()
@@ -72,18 +62,18 @@ def load(data: Path, workspace: Path, mining: str = "background") -> Nodules:
     cropped = LesionPatches(store, size, negatives_per_lesion=0, select=is_nodule, padding=PREPROCESSING.padding)
     patches = torch.stack([cropped.positive(i) for i in range(len(cropped))])
 
-    in_chests = LesionPatches(store, size, mining=mining, negatives_per_lesion=8, select=~is_nodule)
+    in_chests = LesionPatches(store, size, mining="background", negatives_per_lesion=8, select=~is_nodule)
     keys = [SampleKey(k // len(in_chests), k % len(in_chests)) for k in range(POOL_SIZE // 8)]
     pool = torch.cat([in_chests[key]["negative"] for key in keys])
 
-    compare = {"<": np.less, "<=": np.less_equal, ">": np.greater}
-    labels = {
-        task: compare[sign](lesions[column].to_numpy(np.float64), bound).astype(np.int64)
-        for task, (column, sign, bound) in TASKS.items()
-    }
+    files = [Path(image).name for image in lesions["image_path"]]
+    readers = pd.read_csv(data / "lidc_crops" / "readers.csv", index_col="file").filter(regex=r"_\d$")
+    lesions = lesions.join(readers.reindex(files).reset_index(drop=True))
+    published = pd.read_csv(data / "lidc_crops" / "fmcib_task2_voi_map.csv").drop_duplicates("f").set_index("f")
+    published = published.reindex(files)
+    side, malignancy = published["split"].fillna("").to_numpy(str), published["malignancy"].fillna(0).to_numpy(np.int64)
     patients = lesions["PatientID"].to_numpy(dtype=str)
-    split, malignancy = _published_split(data / "lidc_crops" / "fmcib_task2_voi_map.csv", lesions)
-    return Nodules(lesions, patches, patients, folds_of(patients), labels, pool, split, malignancy)
+    return Nodules(lesions, patches, patients, folds_of(patients), pool, side, malignancy)
 
 
 def folds_of(patients: Array) -> Array:
@@ -137,10 +127,3 @@ def _prepared(data: Path, workspace: Path) -> Store:
     table = read_annotations(csv, image_root=data)
     prepare_store(table, workspace / "store", image_root=data, num_workers=0, on_bad_row="refuse")
     return Store(workspace / "store")
-
-
-def _published_split(path: Path, lesions: pd.DataFrame) -> tuple[Array, Array]:
-    """Side and malignancy of each nodule in the published split; empty and 0 for those that it has not."""
-    table = pd.read_csv(path).drop_duplicates("f")
-    rows = table.set_index("f").reindex([Path(image).name for image in lesions["image_path"]])
-    return rows["split"].fillna("").to_numpy(dtype=str), rows["malignancy"].fillna(0).to_numpy(np.int64)

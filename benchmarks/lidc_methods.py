@@ -10,21 +10,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import lightning as L
 import numpy as np
-import numpy.typing as npt
 import torch
 from hydra import compose, initialize_config_dir
-from lidc_data import PREPROCESSING, TrainingPatches
+from lidc_data import PREPROCESSING, Nodules, TrainingPatches
 from torch import Tensor, nn
 
 from fmcib_ssl.data import LesionDataModule
-from fmcib_ssl.evaluation import encode
+from fmcib_ssl.evaluation import compact, encode, hu_statistics
 from fmcib_ssl.training import Settings, build_module, build_part, build_views, read_settings
-
-Array = npt.NDArray[Any]
+from fmcib_ssl.types import Array
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 #: What all contenders share with the recipe, unless they say otherwise; so the budget is equal.
@@ -96,34 +94,39 @@ BY_NAME: Mapping[str, Contender] = {contender.name: contender for contender in C
 
 def features(
     contender: Contender,
-    positives: Tensor,
+    nodules: Nodules,
     train_rows: Array,
-    pool: Tensor,
     *,
     seed: int,
-    epochs: int | None,
+    epochs: int | None = None,
     accelerator: str = "cpu",
 ) -> Array:
-    """Features of all nodules by an encoder that was pretrained, without labels, on some of them.
+    """Features of all nodules, float32 `(n, dim)`.
 
     Args:
-        contender: `trained` or `random`.
-        positives: int16 HU, all nodules.
-        train_rows: those that the pretraining may see.
-        pool: int16 HU, where mined negatives come from.
+        contender: whose.
+        nodules: all of them.
+        train_rows: those that a pretraining may see, without their labels.
         seed: of weights, order, negatives and views.
         epochs: instead of the recipe's.
         accelerator: Lightning's name of what it is trained on.
     """
+    if contender.kind == "diameter":
+        return nodules.lesions[["diameter_mm"]].to_numpy(np.float32)
+    if contender.kind == "voxels":
+        return compact(nodules.patches.flatten(1).clamp_min(-1024).float().numpy()).astype(np.float32)
+    if contender.kind == "statistics":
+        return hu_statistics(nodules.patches)
     settings = contender.settings(seed, epochs)
     L.seed_everything(seed, verbose=False)
     if contender.kind == "random":
         encoder: nn.Module = build_part("encoder", settings.encoder)
     else:
-        encoder = pretrain(settings, positives[torch.from_numpy(train_rows)], pool, accelerator)
+        encoder = pretrain(settings, nodules.patches[torch.from_numpy(train_rows)], nodules.pool, accelerator)
     encoder.cpu().eval()
     # Every encoder is given the mean over a patch and its mirror images.
-    return np.concatenate([encode(encoder, some, PREPROCESSING, views=8).numpy() for some in positives.split(128)])
+    some = nodules.patches.split(128)
+    return np.concatenate([encode(encoder, patches, PREPROCESSING, views=8).numpy() for patches in some])
 
 
 def pretrain(settings: Settings, positives: Tensor, pool: Tensor, accelerator: str) -> nn.Module:
