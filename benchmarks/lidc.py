@@ -15,6 +15,7 @@ made from the results by `python benchmarks/lidc_figures.py`.
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -42,7 +43,7 @@ from fmcib_ssl.evaluation import (
     check_patients,
     score,
 )
-from fmcib_ssl.io import Command, atomic_write, parse_command, write_json
+from fmcib_ssl.io import Command, atomic_write, parse_command
 from fmcib_ssl.training import environment
 from fmcib_ssl.types import Array
 
@@ -207,6 +208,17 @@ def leakage(benchmark: Benchmark) -> Iterator[str]:
         yield f"{'WARNING' if finding.found else 'ok'} {finding.check}: {finding.message}"
 
 
+def one_line_a_row(results: dict[str, Any]) -> str:
+    """JSON that a person can read and compare with an earlier one."""
+    lists = [
+        f'"{name}": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]"
+        for name, rows in results.items()
+        if isinstance(rows, list)
+    ]
+    others = [f'"{name}": {json.dumps(value)}' for name, value in results.items() if not isinstance(value, list)]
+    return "{\n" + ",\n".join(others + lists) + "\n}\n"
+
+
 def main(arguments: Sequence[str]) -> None:
     """Run what the command line asks for."""
     command = parse_command(LidcBenchmark, arguments)
@@ -217,7 +229,8 @@ def main(arguments: Sequence[str]) -> None:
         results = benchmark.results()
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on") from None
-    write_json(command.output, results)
+    with atomic_write(command.output) as file:
+        file.write(one_line_a_row(results).encode())
     print(*tables(Results(results)).values(), sep="\n\n")
 
 

@@ -46,7 +46,7 @@ FEW_LABELS: dict[str, Key] = {
     for share in (1.0, 0.5, 0.2, 0.1)
 }
 WITHIN_SIZE: dict[str, Key] = {title: (task, "mean", "spearman", 1.0) for task, title in SIZES.items()}
-WITHIN_SIZE_AUC: dict[str, Key] = {f"{title}, AUC": (task, "majority", "auc", 1.0) for task, title in SIZES.items()}
+WITHIN_SIZE_AUC: dict[str, Key] = {title: (task, "majority", "auc", 1.0) for task, title in SIZES.items()}
 PUBLISHED: dict[str, Key] = {"AUC": ("malignancy", "published", "auc", 1.0)}
 
 
@@ -147,22 +147,19 @@ def _save(figure: Any, path: Path, axis: Any) -> None:
 
 def tables(results: Results) -> dict[str, str]:
     """The tables of the page, in Markdown, by name."""
-    columns = {
-        "mean": MEAN, "majority": MAJORITY, "few_labels": FEW_LABELS, "sizes": WITHIN_SIZE,
-        "sizes_auc": WITHIN_SIZE_AUC, "published": PUBLISHED,
-    }  # fmt: skip
+    columns = {"mean": MEAN, "majority": MAJORITY, "sizes": WITHIN_SIZE_AUC, "published": PUBLISHED}
     return {name: table(results, own) for name, own in columns.items()} | {"differences": differences(results)}
 
 
 def table(results: Results, columns: Mapping[str, Key]) -> str:
     """One row a contender, the best in the first column first; the reader, the ceiling, and how many nodules."""
-    first, spec = next(iter(columns.values())), ".3f"
-    lines = []
+    first, lines = next(iter(columns.values())), []
     for method in ["one_reader", *results.ranked(first)]:
         own = [results.rows.get((method, key)) for key in columns.values()]
         if any(own):
-            cells = [f"{row['value']:.3f}" if row and len(own) > len(MAJORITY) else _cell(row, spec) for row in own]
-            lines.append([_name(method), *cells, str(own[0]["seeds"] or "") if own[0] else ""])
+            lines.append(
+                [_name(method), *(_cell(row, ".3f") for row in own), str(own[0]["seeds"] or "") if own[0] else ""]
+            )
     if any(ceilings := [results.ceiling(key) for key in columns.values()]):
         lines.append(["ceiling", *("" if value is None else f"{value:.3f}" for value in ceilings), ""])
     about = [results.targets[key[:2]] for key in columns.values()]
@@ -172,9 +169,9 @@ def table(results: Results, columns: Mapping[str, Key]) -> str:
 
 
 def differences(results: Results) -> str:
-    """Of the mean rating's correlation: the recipe, alone and beside others, from all; all from the reader."""
+    """How far the recipe, alone and with others, is ahead of all, and statistics of the reader, in the mean rating."""
     pairs = dict.fromkeys((a, b) for a, b, key in results.differences if key in MEAN.values())
-    shown = [(a, b) for a, b in pairs if a.startswith("recipe") or b == "one_reader"]
+    shown = [(a, b) for a, b in pairs if a.startswith("recipe") or (a, b) == ("hu_statistics", "one_reader")]
     cells = [[_cell(results.differences.get((a, b, key)), "+.3f") for key in MEAN.values()] for a, b in shown]
     lines = [[_name(a), _name(b), *own] for (a, b), own in zip(shown, cells, strict=True)]
     return _markdown(("features", "ahead of", *MEAN), lines)
