@@ -32,8 +32,9 @@ LOOKS = {
     "recipe": ("#D55E00", "o"),
     "recipe+hu_statistics": ("#CC79A7", "D"),
     "hu_statistics": ("#0072B2", "s"),
+    "concentric": ("#000000", "P"),
     "random_concentric": ("#56B4E9", "^"),
-    "raw_voxels": ("#000000", "v"),
+    "raw_voxels": ("#999999", "v"),
 }
 PLAIN, READER, CEILING = ("#555555", "o"), "#E69F00", "#009E73"
 #: Task, target, metric, and share of the labels: what a column or a panel shows.
@@ -171,7 +172,9 @@ def table(results: Results, columns: Mapping[str, Key]) -> str:
 def differences(results: Results) -> str:
     """How far the recipe, alone and with others, is ahead of all, and statistics of the reader, in the mean rating."""
     pairs = dict.fromkeys((a, b) for a, b, key in results.differences if key in MEAN.values())
-    shown = [(a, b) for a, b in pairs if a.startswith("recipe") or (a, b) == ("hu_statistics", "one_reader")]
+    shown = [
+        (a, b) for a, b in pairs if a.startswith(("recipe", "concentric")) or (a, b) == ("hu_statistics", "one_reader")
+    ]
     cells = [[_cell(results.differences.get((a, b, key)), "+.3f") for key in MEAN.values()] for a, b in shown]
     lines = [[_name(a), _name(b), *own] for (a, b), own in zip(shown, cells, strict=True)]
     return _markdown(("features", "ahead of", *MEAN), lines)
