@@ -45,7 +45,7 @@ def pretrain(settings: Settings) -> float:
         fmcib_ssl.training.signals.Stopped: by a signal; what was learned is saved.
     """
     with _run_folder(settings) as folder:
-        checkpoint = _checkpoint_to_resume(folder)
+        checkpoint = training.find_checkpoint(folder.checkpoints, folder.run_id, main_process=folder.main_process)
         changes = folder.check_settings(settings.shown()) if checkpoint is not None and folder.main_process else []
         if _is_finished(settings, folder):
             logger.info(
@@ -59,15 +59,6 @@ def pretrain(settings: Settings) -> float:
             for change in changes:
                 logger.info("  with another %s", change)
         return _train(settings, folder, checkpoint, step)
-
-
-def _checkpoint_to_resume(folder: RunFolder) -> Path | None:
-    run_id = None if folder.is_lost else folder.run_id
-    checkpoint = training.find_checkpoint(folder.checkpoints, run_id, main_process=folder.main_process)
-    if checkpoint is not None and folder.is_lost:
-        folder.restore(training.restored_state(checkpoint))
-        logger.warning("%s has lost its run.json: it is restored from %s", folder.path, checkpoint.name)
-    return checkpoint
 
 
 def _train(settings: Settings, folder: RunFolder, checkpoint: Path | None, step: int) -> float:

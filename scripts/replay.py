@@ -70,13 +70,14 @@ def replay(run: Path, step: int | None = None, device: str = "cpu", trusted: Col
     batch = module.transfer_batch_to_device(fault["batch"], torch.device(device), 0)
     with torch.autograd.set_detect_anomaly(True):
         loss = module.training_step(batch, fault["batch_idx"])["loss"]
-        if culprits or not math.isfinite(loss):
-            yield culprits[0] if culprits else f"every layer is finite, and the loss is {float(loss):g}"
+        value = loss.item()
+        if culprits or not math.isfinite(value):
+            yield culprits[0] if culprits else f"every layer is finite, and the loss is {value:g}"
             return
         try:
             loss.backward()
         except RuntimeError as error:  # where it was called stands in torch's own warning
-            yield f"the loss is {float(loss):g}; going back, {error}"
+            yield f"the loss is {value:g}; going back, {error}"
             return
     cause = f": {fault['precision']} is the cause; set hardware.precision=32-true, or bf16-mixed if it was 16-mixed"
     yield "in float32 everything is finite" + ("" if str(fault["precision"]).startswith("32") else cause)

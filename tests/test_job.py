@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +128,6 @@ def test_without_it_the_run_that_was_started_last_is_meant(settings: Settings, t
     assert run_key(settings, tmp_path, environ={**SLURM, "SLURM_JOB_ID": "18"}) == f"{key}-c"  # queued again
     (tmp_path / f"{key}-b" / "run.json").write_text("{")
     assert run_key(settings, tmp_path, environ={}) == f"{key}-c"
-    (tmp_path / f"{key}-b" / "checkpoints").mkdir()  # lost, and to be restored
-    os.utime(tmp_path / f"{key}-b" / "checkpoints", (time.time(), time.time()))
-    assert run_key(settings, tmp_path, environ={}) == f"{key}-b"
 
 
 def test_a_folder_that_was_named_by_its_job_is_found(settings: Settings, tmp_path: Path) -> None:

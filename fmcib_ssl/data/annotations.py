@@ -24,7 +24,7 @@ from tqdm import tqdm
 from fmcib_ssl.data.dicom_files import is_dicom, series_at
 from fmcib_ssl.data.geometry import FloatArray, ScanGeometry, ras_to_lps
 from fmcib_ssl.data.image_files import Affine
-from fmcib_ssl.data.processes import run_jobs
+from fmcib_ssl.data.processes import KILLED, run_jobs
 from fmcib_ssl.data.scans import HuSummary, ScanSource, read_header, read_scan, source_listing
 from fmcib_ssl.data.tables import (
     REJECTED_COLUMNS,
@@ -240,8 +240,7 @@ def _inspect(check: _Check, scan: ScanSource) -> ScanReport | ScanError:
 
 
 def _killed(scan: ScanSource) -> ScanError:
-    reason = "the process that read it was killed twice: most likely there is too little memory"
-    return ScanError(scan.path, reason, "read it on a larger machine, or leave it out")
+    return ScanError(scan.path, KILLED, "read it on a larger machine, or leave it out")
 
 
 def _judged(

@@ -92,7 +92,8 @@ def open_nifti(path: Path, affine: Affine | None) -> tuple[ScanGeometry, Callabl
 
     def read_values() -> Array:
         with _opened(path) as file:
-            data = _unzipped(file.fileobj) if isinstance(file, gzip.GzipFile) else file.read()
+            # At once: `GzipFile.read` takes up to 1.5 times the CPU and memory.
+            data = gzip.decompress(path.read_bytes()) if isinstance(file, gzip.GzipFile) else file.read()
         if (num_bytes := len(data) - offset) < count * dtype.itemsize:
             raise ScanError(path, f"is cut off: {num_bytes} of {count * dtype.itemsize} bytes of voxels; copy it again")
         values: Array = np.frombuffer(data, dtype, count, offset).reshape(size[::-1])
@@ -134,21 +135,6 @@ def _opened(path: Path) -> Iterator[Any]:
             yield gzip.GzipFile(fileobj=file) if zipped else file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ScanError(path, f"is cut off or damaged ({error}); copy it again") from error
-
-
-def _unzipped(file: Any) -> bytearray:
-    """What a gzip file holds, with its checksums checked; `GzipFile.read` takes up to 1.5 times the CPU and memory."""
-    data, stream, chunk = bytearray(), zlib.decompressobj(wbits=31), b""
-    while chunk := chunk or file.read(1 << 18):
-        if stream.eof:
-            if not (chunk := chunk.lstrip(b"\0")):  # padding
-                continue
-            stream = zlib.decompressobj(wbits=31)  # the next member
-        data += stream.decompress(chunk)
-        chunk = stream.unused_data
-    if not stream.eof:
-        raise EOFError("Compressed file ended before the end-of-stream marker was reached")
-    return data
 
 
 def _geometry(path: Path, header: Any, size: tuple[int, ...], affine: Affine | None) -> ScanGeometry:

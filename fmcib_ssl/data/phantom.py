@@ -27,7 +27,7 @@ import SimpleITK as sitk
 from scipy import ndimage
 from tqdm import tqdm
 
-from fmcib_ssl.data.processes import run_jobs
+from fmcib_ssl.data.processes import KILLED, run_jobs
 from fmcib_ssl.io import write_atomically
 
 _Array = npt.NDArray[np.float32]
@@ -92,7 +92,7 @@ def make_archive(
 
 
 def _killed(number: int) -> None:
-    raise OSError(f"the process that writes scan {number} was killed twice: most likely there is too little memory")
+    raise OSError(f"scan {number}: {KILLED}")
 
 
 def _claim(folder: Path, parameters: dict[str, object]) -> None:

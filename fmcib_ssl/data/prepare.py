@@ -36,7 +36,7 @@ from fmcib_ssl.data.annotations import (
     rows_by_scan,
 )
 from fmcib_ssl.data.prepare_scan import ScanTask, TableScan, prepare_scan, reject, rejection_file, scan_id_of, state_of
-from fmcib_ssl.data.processes import run_jobs
+from fmcib_ssl.data.processes import KILLED, run_jobs
 from fmcib_ssl.data.store import StoreError, StoreGrid, StoreSettings
 from fmcib_ssl.data.store_files import (
     NUM_IO_THREADS,
@@ -332,8 +332,7 @@ def _prepare(folder: Path, settings: StoreSettings, tasks: Sequence[ScanTask], n
 
 
 def _killed(_task: ScanTask) -> tuple[str, str]:
-    reason = "its process was killed twice, the second time alone at work: most likely there is too little memory"
-    return reason, "prepare it on a larger machine, or with coarser voxels in another store"
+    return KILLED, "prepare it on a larger machine, or with coarser voxels in another store"
 
 
 def _reject_scan(folder: Path, task: ScanTask, reason: str, remedy: str) -> None:

@@ -21,6 +21,9 @@ from typing import TypeVar
 
 logger = logging.getLogger(__name__)
 
+#: Why a worker was killed, as far as that is known, in a message.
+KILLED = "its process was killed twice: most likely there is too little memory"
+
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 

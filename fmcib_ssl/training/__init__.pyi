@@ -11,7 +11,6 @@ from .build import refuse_unused as refuse_unused
 from .checkpoints import RunCheckpoints as RunCheckpoints
 from .checkpoints import WholeFileIO as WholeFileIO
 from .checkpoints import find_checkpoint as find_checkpoint
-from .checkpoints import restored_state as restored_state
 from .checkpoints import set_random_state as set_random_state
 from .checkpoints import step_of as step_of
 from .checkpoints import weights_of_run as weights_of_run

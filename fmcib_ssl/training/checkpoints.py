@@ -34,12 +34,12 @@ from fmcib_ssl.models import FORMAT_VERSION, read_archive
 from fmcib_ssl.training import signals
 from fmcib_ssl.training.cluster import requeue
 from fmcib_ssl.training.loggers import MetricsFile
-from fmcib_ssl.training.run_folder import ANEW, CHECKPOINT_NAME, RunFolderError, kept_state, read_state
+from fmcib_ssl.training.run_folder import ANEW, CHECKPOINT_NAME, RunFolderError, read_state
 
 logger = logging.getLogger(__name__)
 
-#: Keys in a checkpoint: random states, one a rank; what is needed of `run.json` should that be lost.
-_RNG_KEY, _STATE_KEY = "fmcib_ssl_rng", "fmcib_ssl_run"
+#: Key in a checkpoint: random states, one a rank.
+_RNG_KEY = "fmcib_ssl_rng"
 #: What the newest checkpoint is also called.
 _LAST = "last.ckpt"
 
@@ -136,8 +136,6 @@ class RunCheckpoints(Checkpoint):
             states = [{} for _ in range(trainer.world_size)]
             dist.all_gather_object(states, random_state())
         checkpoint[_RNG_KEY] = states
-        with contextlib.suppress(RunFolderError):
-            checkpoint[_STATE_KEY] = kept_state(self.dirpath.parent)
         if self._position is not None:
             _set_position(checkpoint["loops"]["fit_loop"], *self._position)
 
@@ -256,14 +254,14 @@ class RunCheckpoints(Checkpoint):
         raise signals.Stopped(signum, exit_code=0 if launched else exit_code, acted_on=True)
 
 
-def find_checkpoint(folder: Path, run_id: str | None, *, main_process: bool = True) -> Path | None:
+def find_checkpoint(folder: Path, run_id: str, *, main_process: bool = True) -> Path | None:
     """The newest checkpoint of a run that is whole and its own; None if there are none at all.
 
     Those that are passed over are named in the log, and renamed to `*.unusable` by the main process.
 
     Args:
         folder: of checkpoints.
-        run_id: of the run; None, if it is lost, for that of the newest.
+        run_id: of the run.
         main_process: whether this one may rename and report.
 
     Raises:
@@ -297,8 +295,8 @@ def weights_of_run(folder: Path) -> Path:
     """
     if (exported := folder / "encoder.safetensors").is_file():
         return exported
-    run_id = (read_state(folder) or {}).get("run_id")
-    checkpoint = find_checkpoint(folder / "checkpoints", run_id, main_process=False)
+    state = read_state(folder)
+    checkpoint = find_checkpoint(folder / "checkpoints", state["run_id"], main_process=False) if state else None
     if checkpoint is None:
         raise RunFolderError(
             f"{folder} is no folder of a run with weights: it has neither encoder.safetensors nor a checkpoint of the "
@@ -310,13 +308,7 @@ def weights_of_run(folder: Path) -> Path:
     return checkpoint
 
 
-def restored_state(path: Path) -> dict[str, Any]:
-    """What a whole checkpoint has kept of its run's state; of one by an earlier version, whose it is."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return {"run_id": checkpoint["fmcib_ssl"]["extra"]["run_id"], **checkpoint.get(_STATE_KEY, {})}
-
-
-def checkpoint_problem(path: Path, run_id: str | None) -> str | None:
+def checkpoint_problem(path: Path, run_id: str) -> str | None:
     """What keeps a file from being resumed from, in words; None if nothing does."""
     try:
         checkpoint = read_archive(path)
@@ -330,11 +322,7 @@ def checkpoint_problem(path: Path, run_id: str | None) -> str | None:
         return f"format version {version}, and this version of fmcib_ssl reads {FORMAT_VERSION}"
     extra = about.get("extra")
     owner = extra.get("run_id") if isinstance(extra, dict) else None
-    return (
-        None
-        if owner == run_id or (run_id is None and owner)
-        else f"it belongs to another run ({owner}, this is {run_id})"
-    )
+    return None if owner == run_id else f"it belongs to another run ({owner}, this is {run_id})"
 
 
 def step_of(path: Path) -> int:

@@ -39,8 +39,6 @@ _BEFORE_THE_START = re.compile(
     r"\.lock|\.claim|.*\.(log|out|err)|\.submitit|\.hydra|rejected\.csv"
     r"|\.(run\.json|rejected\.csv)\.[0-9a-f]{8}\.tmp"
 )
-#: Of the state, what a checkpoint keeps a copy of.
-_KEPT_IN_CHECKPOINTS = ("run_id", "data_checksum", "auto_batch")
 
 
 class _State(BaseModel):
@@ -66,7 +64,7 @@ class RunFolder:
 
     Raises:
         RunFolderError: it holds something else, another process trains in it, it cannot be written, or its state is
-            damaged.
+            damaged or lost.
     """
 
     def __init__(self, path: Path, *, main_process: bool = True) -> None:
@@ -82,6 +80,8 @@ class RunFolder:
                 for own in (path, self.checkpoints):
                     remove_leftovers(own)
             known = read_state(path)
+            if known is None and any(self.checkpoints.glob("step-*.ckpt")):
+                raise RunFolderError(f"{path} has checkpoints and no {STATE_FILE}: restore that file; {ANEW}")
         except Held as error:
             raise RunFolderError(
                 f"{path}: another process trains in this folder ({error}): wait for it or stop it; {ANEW}"
@@ -91,8 +91,6 @@ class RunFolder:
         except RunFolderError:
             self.release()
             raise
-        #: Whether the state is lost while checkpoints are there; nothing is written before `restore`.
-        self.is_lost = known is None and any(self.checkpoints.glob("step-*.ckpt"))
         new_id = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
         self.state: dict[str, Any] = known or {"run_id": new_id, "starts": [], "finished": None}
 
@@ -110,11 +108,6 @@ class RunFolder:
         self._write_state()
         self._write(_CONFIG_FILE, yaml.safe_dump(dict(settings), sort_keys=False))
         self._write(_ENVIRONMENT_FILE, json.dumps(environment, indent=2, default=str) + "\n")
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Take what a checkpoint has kept of a state that is lost."""
-        self.state.update(state)
-        self.is_lost = False
 
     def note(self, **facts: Any) -> None:
         """Note what later starts have to know."""
@@ -151,7 +144,7 @@ class RunFolder:
             self._lock = None
 
     def _write_state(self) -> None:
-        if self.main_process and not self.is_lost:
+        if self.main_process:
             self._write(STATE_FILE, json.dumps(self.state, indent=2, default=str) + "\n")
 
     def _write(self, name: str, text: str) -> None:
@@ -183,15 +176,8 @@ def read_state(folder: Path) -> dict[str, Any] | None:
         reason = str(error.__cause__ or error)
         if isinstance(error, ValidationError):
             reason = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-        raise RunFolderError(
-            f"{file} is damaged ({reason}): restore it, or remove it, since checkpoints keep what is needed; {ANEW}"
-        ) from error
+        raise RunFolderError(f"{file} is damaged ({reason}): restore it; {ANEW}") from error
     return {"finished": None, **state}
-
-
-def kept_state(folder: Path) -> dict[str, Any]:
-    """What a checkpoint has to keep of the run's state, in case that is lost."""
-    return {key: value for key, value in (read_state(folder) or {}).items() if key in _KEPT_IN_CHECKPOINTS}
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -377,9 +363,8 @@ def _last_start(run: Path, *, job: str | None) -> tuple[bool, float]:
         starts = read_json(run / STATE_FILE)["starts"]
         own = job is not None and any(start.get("job") == job for start in starts)
         return own, datetime.fromisoformat(starts[-1]["time"]).timestamp()
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # none yet, or lost, or damaged
-        checkpoints = run / "checkpoints"
-        return False, checkpoints.stat().st_mtime if checkpoints.is_dir() else 0.0
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # none yet, or damaged
+        return False, 0.0
 
 
 def started_by_slurm(environ: Mapping[str, str]) -> bool:

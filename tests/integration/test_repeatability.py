@@ -124,17 +124,6 @@ def test_a_run_whose_rows_cannot_be_written_is_not_finished(
     assert metrics_of(tmp_path)["step"].tolist() == list(range(STEPS_PER_EPOCH))
 
 
-def test_a_lost_state_comes_back(phantom_table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run_for(1, phantom_table, tmp_path)
-    before = json.loads((tmp_path / "run.json").read_text())
-    (tmp_path / "run.json").unlink()
-    run_for(2, phantom_table, tmp_path)
-    after = json.loads((tmp_path / "run.json").read_text())
-    assert "has lost its run.json: it is restored from step-00000003.ckpt" in caplog.text
-    assert (after["run_id"], after["data_checksum"]) == (before["run_id"], before["data_checksum"])
-    assert metrics_of(tmp_path)["step"].tolist() == list(range(2 * STEPS_PER_EPOCH))
-
-
 @pytest.mark.parametrize(("accumulated", "steps_per_epoch"), [(1, 3), (2, 2), (5, 1)])
 def test_the_steps_announced_are_the_steps_taken(
     accumulated: int, steps_per_epoch: int, phantom_table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture

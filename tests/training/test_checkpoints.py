@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fmcib_ssl.data.loader import EpochSampler, ResumableLoader
 from fmcib_ssl.training import signals
-from fmcib_ssl.training.checkpoints import RunCheckpoints, WholeFileIO, find_checkpoint, restored_state, step_of
+from fmcib_ssl.training.checkpoints import RunCheckpoints, WholeFileIO, find_checkpoint, step_of
 from fmcib_ssl.training.loggers import MetricsFile, read_metrics
 from fmcib_ssl.training.run_folder import RunFolderError
 from fmcib_ssl.types import SampleKey
@@ -275,13 +275,12 @@ def test_a_damaged_checkpoint_is_passed_over(
 def test_a_name_that_cannot_be_given_is_no_reason_to_stop(
     trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """`last.ckpt` is a folder; the run's id is lost."""
+    """`last.ckpt` is a folder."""
     newest, before, _ = copied(trained, tmp_path / "run")
     (tmp_path / "run" / "last.ckpt" / "mine").mkdir(parents=True)
     newest.write_bytes(b"")
-    assert find_checkpoint(tmp_path / "run", None) == before
+    assert find_checkpoint(tmp_path / "run", "mine") == before
     assert f"does not name the newest checkpoint, {before.name}" in caplog.text
-    assert restored_state(before)["run_id"] == "mine"
 
 
 class Harmful:

@@ -12,7 +12,6 @@ from fmcib_ssl.training.run_folder import (
     RunFolder,
     RunFolderError,
     check_same_run,
-    kept_state,
     refuse_foreign,
     saved_settings,
     settings_digest,
@@ -53,7 +52,7 @@ def test_the_same_id_through_all_starts(tmp_path: Path) -> None:
 )
 def test_a_damaged_state_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(RunFolderError, match=r"run\.json is damaged .*remove it.*run=new"):
+    with pytest.raises(RunFolderError, match=r"run\.json is damaged .*restore it.*run=new"):
         RunFolder(tmp_path)
 
 
@@ -154,16 +153,11 @@ def test_a_run_folder_is_one_whatever_its_start_came_to(names: list[str], tmp_pa
     refuse_foreign(tmp_path)
 
 
-def test_a_state_that_is_lost_is_restored_before_anything_is_written(tmp_path: Path) -> None:
+def test_a_state_that_is_lost_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step-00000004.ckpt").touch()
-    folder = RunFolder(tmp_path)
-    folder.note(data_checksum="d" * 64)
-    assert folder.is_lost and not (tmp_path / "run.json").exists()
-    folder.restore({"run_id": "abcd1234", "data_checksum": "c" * 64})
-    folder.begin(BEFORE, {}, step=4)
-    assert not folder.is_lost and RunFolder(tmp_path).run_id == "abcd1234"
-    assert kept_state(tmp_path) == {"run_id": "abcd1234", "data_checksum": "c" * 64}
+    with pytest.raises(RunFolderError, match=r"has checkpoints and no run\.json: restore .*run=new"):
+        RunFolder(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["a: [", "", "- 1", "42", "a: \x00"])
