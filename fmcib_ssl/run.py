@@ -21,9 +21,8 @@ from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import rank_zero_only
 
 from fmcib_ssl import training
-from fmcib_ssl.data import LesionDataModule, no_worker_left
+from fmcib_ssl.data import no_worker_left
 from fmcib_ssl.io import checksum_of, redacted, without_names
-from fmcib_ssl.models import Pretraining
 from fmcib_ssl.training import ANEW, ConfigError, RunFolder, RunFolderError, Settings, signals
 
 logger = logging.getLogger(__name__)
@@ -68,19 +67,11 @@ def _train(settings: Settings, folder: RunFolder, checkpoint: Path | None, step:
         files = sorted(f for f in store.glob("*") if f.suffix in (".json", ".parquet")) if store else [table]
         folder.check_lesions(source.checksum, checksum_of(file for file in files if file is not None))
     view_transform = training.build_views(settings)
-
-    def parts(settings: Settings) -> tuple[Pretraining, LesionDataModule]:
-        data = training.build_data(settings, source.patches, view_transform, source.preprocessing)
-        batch_size = training.batch_size_of(settings, data)
-        _, all_steps = training.num_steps(settings, len(source.patches) // (batch_size * settings.world_size))
-        module = training.build_module(settings, source.preprocessing, batch_size, all_steps, folder.run_id)
-        training.accelerate(module, module.encoder, settings.hardware)
-        return module, data
-
     data = training.build_data(settings, source.patches, view_transform, source.preprocessing)
-    max_batch = training.batch_size_of(settings, data)
-    fitted = training.settings_that_fit(settings, folder, parts, max_=max_batch, trained=checkpoint is not None)
-    module, data = parts(fitted)
+    batch_size = training.batch_size_of(settings, data)
+    _, all_steps = training.num_steps(settings, len(source.patches) // (batch_size * settings.world_size))
+    module = training.build_module(settings, source.preprocessing, batch_size, all_steps, folder.run_id)
+    training.accelerate(module, module.encoder, settings.hardware)
 
     @cache
     def begin() -> None:
@@ -104,7 +95,7 @@ def _train(settings: Settings, folder: RunFolder, checkpoint: Path | None, step:
     began = time.monotonic()
     if folder.main_process:
         folder.note(data_checksum=source.checksum)
-        logger.info("%s", training.run_summary(fitted, source, training.batch_size_of(fitted, data), module, step))
+        logger.info("%s", training.run_summary(settings, source, batch_size, module, step))
         draw = partial(training.draw_contact_sheet, data, source.preprocessing, num_rows=settings.contact_sheet_rows)
         _begin_tracking(trainer, settings, folder, step, draw)
 

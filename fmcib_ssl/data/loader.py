@@ -6,7 +6,6 @@ workers and devices, wherever the views are made, and after a restart.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
@@ -292,18 +291,6 @@ class LesionDataModule(LightningDataModule):
             raise ValueError(f"{len(self.dataset)} lesions for {world_size} devices: use fewer devices.")
         return min(self._max_batch_size, available)
 
-    def rehearsal(self, batch_size: int, num_batches: int) -> LesionDataModule:
-        """Data of the same shapes, made in the same places, but of one lesion over and over."""
-        dataset = copy.copy(self.dataset)
-        dataset.patches = _OneLesion(dataset.patches[SampleKey(0, 0)], batch_size * num_batches)
-        if self._patch_by_patch:
-            dataset.view_transform = lambda patches, seeds: self.dataset.view_transform(patches[:1], seeds[:1]).expand(
-                len(patches), -1, -1, -1, -1
-            )
-        rehearsal = copy.copy(self)
-        rehearsal.dataset, rehearsal.batch_size, rehearsal.num_workers = dataset, batch_size, 0
-        return rehearsal
-
     def train_dataloader(self) -> ResumableLoader:
         """Build the loader of this rank.
 
@@ -350,20 +337,3 @@ class LesionDataModule(LightningDataModule):
             return 0
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         return int(progress.processed)
-
-
-class _OneLesion:
-    """The same patches as often as they are asked for."""
-
-    def __init__(self, pair: PatchPair, times: int) -> None:
-        self.pair = pair
-        self.times = times
-
-    def __len__(self) -> int:
-        return self.times
-
-    def __getitem__(self, key: SampleKey, /) -> PatchPair:
-        return self.pair
-
-    def title(self, lesion: int, /) -> str:
-        return ""

@@ -27,7 +27,6 @@ from .loggers import MetricsFile as MetricsFile
 from .loggers import RunLogger as RunLogger
 from .loggers import WeightsAndBiases as WeightsAndBiases
 from .loggers import read_metrics as read_metrics
-from .memory import settings_that_fit as settings_that_fit
 from .non_finite import FAULT_FORMAT as FAULT_FORMAT
 from .online_probe import OnlineProbe as OnlineProbe
 from .run_folder import ANEW as ANEW

@@ -48,7 +48,6 @@ class _State(BaseModel):
     starts: list[dict[str, Any]]
     finished: dict[str, Any] | None = None
     data_checksum: str | None = None
-    auto_batch: dict[str, int] = {}
 
 
 class RunFolderError(UserError, ValueError):

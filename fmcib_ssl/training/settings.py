@@ -40,6 +40,7 @@ _REMOVED_KEYS = {
     "data.check": "preparing the table's store reads every scan",
     "data.allow_short_scans": "scans shorter than a patch are padded",
     "data.cache_scans": "patches are read from the table's store",
+    "hardware.auto_batch": "set data.batch_size; method.chunk_size=N trains any batch in the memory of N lesions",
     "method.gather": "loss.gather_distributed=true (default) gathers negatives of all devices",
 }
 #: Both, with the message for a command that still uses them.
@@ -113,7 +114,6 @@ class Hardware(_Section):
     augment_on: Literal["auto", "workers", "device"]
     pin_memory: bool
     collective_timeout_s: PositiveInt
-    auto_batch: bool
 
 
 class _Trainer(BaseModel):
@@ -190,13 +190,6 @@ class Settings(_Section):
     def _no_contradictions(self) -> Settings:
         if self.hardware.sync_batchnorm and self.hardware.accelerator == "cpu":
             raise ValueError("hardware.sync_batchnorm=true needs GPUs: torch has none on the CPU. Set it to false")
-        if self.hardware.auto_batch and not self.method.get("chunk_size") and self.data.batch_size != "auto":
-            raise ValueError(
-                f"hardware.auto_batch=true looks for the batch, and data.batch_size={self.data.batch_size} names one: "
-                "set data.batch_size=auto, or, to look for the largest chunk of that batch, method.chunk_size=1"
-            )
-        if self.hardware.auto_batch and self.finetune is not None:
-            raise ValueError("hardware.auto_batch is for pretraining: set it to false")
         # Only this method is known to take the loss; others may bring their own.
         contrasts = self.method.get("_target_") == "fmcib_ssl.models.MinedContrast"
         if contrasts and self.data.negatives_per_lesion == 0 and self.loss.get("negatives") != "lesions":

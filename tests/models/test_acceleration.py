@@ -177,7 +177,7 @@ def test_recomputed_blocks_give_the_same_bits(build: Callable[[], nn.Module], nu
         network = build()
         if recomputed:
             assert recompute_blocks(network) == num_blocks
-            copied = copy.deepcopy(network)  # as the target of BYOL and the trial of `auto_batch` are made
+            copied = copy.deepcopy(network)  # as the target of BYOL is made
         torch.manual_seed(3)
         results.append(a_step(network))
     assert all(torch.equal(results[1][name], value) for name, value in results[0].items())

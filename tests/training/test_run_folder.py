@@ -45,7 +45,6 @@ def test_the_same_id_through_all_starts(tmp_path: Path) -> None:
             {"finished": 3},
             {"starts": [1]},
             {"data_checksum": 7},
-            {"auto_batch": {"batch_size": "x"}},
         )
     ],
     ids=lambda content: content[:60],
