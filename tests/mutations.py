@@ -8,6 +8,8 @@ import os
 import pickle
 import random
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +114,25 @@ def harmful_pickles(canary: Path) -> dict[str, bytes]:
             archive.writestr("archive/byteorder", "little")
         found[f"{name}-torch"] = buffer.getvalue()
     return found
+
+
+MOST_MEMORY = 2_000_000_000
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held."""
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
+
+
+@contextmanager
+def only(*refusals: type[Exception]) -> Iterator[None]:
+    """A block that does what it should, or refuses in our words, and without much memory."""
+    # Else a test before this one may have held so much that nothing here would be seen.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_memory()
+    try:
+        yield
+    except refusals as error:
+        message = str(error)
+        assert len(message) > 20 and "Traceback" not in message, message
+    assert peak_memory() - before < MOST_MEMORY

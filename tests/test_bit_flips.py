@@ -1,10 +1,9 @@
-"""A single bit turned over in any file that is kept: refused in our words, or no value differs from the whole one."""
+"""Any damage to any file that is kept: refused in our words, or no value differs from the whole one."""
 
 from __future__ import annotations
 
 import random
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from mutations import damaged, only, seeds
+from stores import body, make_store
 
 from fmcib_ssl.data.patches import LesionPatches
 from fmcib_ssl.data.store import Store, StoreError
@@ -21,9 +22,6 @@ from fmcib_ssl.evaluation.feature_table import FeatureTable, FeatureTableError
 from fmcib_ssl.models import EncoderFileError, encoder_metadata, encoders, export_encoder, load_encoder
 from fmcib_ssl.models.export import read_archive
 from fmcib_ssl.types import Preprocessing
-
-sys.path.insert(0, str(Path(__file__).parent / "data"))
-from stores import body, make_store
 
 pytestmark = pytest.mark.attack
 
@@ -162,3 +160,13 @@ def test_flipped_bits(name: str, whole: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_a_thousand_flipped_bits(name: str, whole: Any, tmp_path: Path) -> None:
     assert_none_is_used_silently(name, whole, tmp_path, NUM_FLIPS_SLOW)
+
+
+@pytest.mark.parametrize("seed", seeds(40))
+@pytest.mark.parametrize("name", KINDS)
+def test_other_damage(name: str, seed: int, whole: Any, tmp_path: Path) -> None:
+    kind, (folder, expected) = KINDS[name], whole(name)
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (copy / kind.file).write_bytes(damaged((copy / kind.file).read_bytes(), seed))
+    with only(*kind.refusals):
+        assert kind.use(copy) == expected

@@ -103,6 +103,7 @@ REFUSED = [
     # Contradictions.
     (["trainer.max_epochs=-1"], ["never end", "trainer.max_steps"]),
     (["trainer.max_steps=0"], ["no step", "trainer.max_steps"]),
+    (["data.negatives_per_lesion=0"], ["data.negatives_per_lesion=0 mines no negatives", "loss.negatives=lesions"]),
     (["hardware.sync_batchnorm=true"], ["hardware.sync_batchnorm=true", "Set it to false"]),
     # Sweeps: a wrong value anywhere in one.
     (["-m", "+experiment=ct_infonce,ct_infonec"], ["ct_infonec", "Did you mean ct_infonce?"]),

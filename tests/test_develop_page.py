@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+
+import fmcib_ssl
 
 REPO = Path(__file__).resolve().parents[1]
 PAGE = (REPO / "docs" / "develop.md").read_text(encoding="utf-8")
@@ -37,8 +40,9 @@ def test_every_example_is_short() -> None:
     assert all(len(content.splitlines()) < 30 for _, content in blocks)
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_the_commands_train(number: int, examples: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_the_commands_train(number: int, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the encoder of one's own comes back, from both files, as the page says."""
     command = re.findall(r"^    python (train\.py .*)$", PAGE, re.MULTILINE)[number].split()
     store = f"data.store={REPO / 'tests' / 'golden' / 'files' / 'store'}"
     arguments = [store if word == "data.store=my_store" else word for word in command[1:]]
@@ -49,6 +53,11 @@ def test_the_commands_train(number: int, examples: Path, tmp_path: Path) -> None
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert pd.read_csv(tmp_path / "run" / "metrics.csv")["train/loss"].notna().sum() == 2
+    monkeypatch.syspath_prepend(examples)
+    files = (tmp_path / "run" / name for name in ("encoder.safetensors", "checkpoints/last.ckpt"))
+    encoders = [fmcib_ssl.load_encoder(file, trusted_targets=["my_package.encoders.TwoConvolutions"]) for file in files]
+    features, again = (encoder(torch.ones(2, 1, 16, 16, 16)) for encoder in encoders)
+    assert features.shape == (2, 8) and torch.equal(features, again)
 
 
 def test_the_importer(examples: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

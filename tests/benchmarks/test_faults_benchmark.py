@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
-import signal
 import sys
 from pathlib import Path
 
@@ -19,48 +17,8 @@ import faults  # noqa: E402
 import faults_cases  # noqa: E402
 import faults_compare  # noqa: E402
 import faults_runs  # noqa: E402
-from faults_runs import DeathTrap, HangError, Started  # noqa: E402
 
 from fmcib_ssl.data.phantom import make_archive  # noqa: E402
-from fmcib_ssl.io import write_atomically  # noqa: E402
-
-SPAWN = multiprocessing.get_context("spawn")
-
-
-def write_with_trap(folder: Path, trap: DeathTrap) -> None:
-    trap.arm()
-    write_atomically(folder / "a", b"new")
-
-
-@pytest.mark.parametrize(
-    ("trap", "files"),
-    [
-        (DeathTrap("open", r"\.a\..*\.tmp", 1), ["a"]),
-        (DeathTrap("os.rename", r"\.a\..*\.tmp", 1), [".a.x.tmp", "a"]),
-        (DeathTrap("os.rename", r"\.a\..*\.tmp", 2), ["a"]),
-    ],
-)
-def test_a_trap_strikes_before_the_event(trap: DeathTrap, files: list[str], tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"old")
-    process = SPAWN.Process(target=write_with_trap, args=(tmp_path, trap))
-    process.start()
-    process.join(250)
-    survives = trap.number == 2
-    assert process.exitcode == (0 if survives else -signal.SIGKILL)
-    assert [file if file == "a" else ".a.x.tmp" for file in sorted(p.name for p in tmp_path.iterdir())] == files
-    assert (tmp_path / "a").read_bytes() == (b"new" if survives else b"old")
-
-
-def test_what_hangs_is_noticed_and_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faults_runs, "PATIENCE_S", 0.5)
-    monkeypatch.setattr(faults_runs, "REPO", tmp_path)
-    (tmp_path / "sleep.py").write_text("import time\ntime.sleep(60)\n")
-    for wait in (lambda one: one.wait(0.5), lambda one: one.wait_until(lambda: False)):
-        started: Started = faults_runs.start("sleep.py", [], tmp_path / "log", genuine=True)
-        with pytest.raises(HangError):
-            wait(started)
-        assert started.ends_within(10) and started.session() == []
-    assert "sleep.py" in (tmp_path / "log").read_text()  # the stack
 
 
 def test_a_store_that_differs_in_a_voxel_is_seen(tmp_path: Path) -> None:

@@ -16,26 +16,13 @@ from tiny_runs import checkpoint_of, metrics_of
 REPO = Path(__file__).resolve().parents[2]
 BATCH_SCRIPT = REPO / "scripts" / "slurm" / "pretrain.sbatch"
 
-EXPERIMENT = "ct_infonce"
 #: 12 steps with one process, 4 with two: an odd lesion is left for another epoch.
 OPTIONS = [
-    f"+experiment={EXPERIMENT}",
-    "encoder=small",
-    "data.patch_size=[16,16,16]",
-    "data.spacing_mm=null",
-    "data.batch_size=2",
-    "trainer.max_epochs=4",
-    "optimizer.base_lr=0.1",
-    "contact_sheet_rows=0",
-    "callbacks.progress.refresh_rate=0",
-    "callbacks.checkpoint.every_n_train_steps=2",
-    "hardware=cpu",
-    "hardware.num_threads=1",
-    "hardware.num_workers=1",
+    *(option for option in starts.OPTIONS if not option.startswith("hardware.")),
+    *("data.spacing_mm=null", "hardware=cpu", "hardware.num_threads=1", "hardware.num_workers=1"),
 ]
 HELD_AT = 3
-#: With one process.
-NUM_STEPS = 12
+NUM_STEPS = starts.NUM_STEPS
 
 #: Much more than anything here takes, on a machine that has other work too.
 PATIENCE_S = 600

@@ -9,13 +9,9 @@ from pathlib import Path
 import pytest
 from cluster_runs import ONE, TWO_TASKS, Bench, Shape
 from slurm_cluster import SlurmCluster
+from tiny_runs import NUM_SCANS, tiny_store
 
-from fmcib_ssl.data.annotations import read_annotations
 from fmcib_ssl.data.phantom import make_archive
-from fmcib_ssl.data.prepare import prepare_store
-from fmcib_ssl.data.store import StoreSettings
-
-NUM_SCANS = 4
 
 
 @pytest.fixture(scope="session")
@@ -37,9 +33,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def store(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("store") / "store"
-    prepare_store(read_annotations(archive), folder, StoreSettings(spacing_mm=1.5), num_workers=0)
-    return folder
+    return tiny_store(tmp_path_factory.mktemp("store") / "store", archive)
 
 
 @pytest.fixture

@@ -9,11 +9,7 @@ from pathlib import Path
 import pytest
 from container_runs import Workspace
 from docker_engine import CANARY, REVISION, DockerEngine
-
-from fmcib_ssl.data.annotations import read_annotations
-from fmcib_ssl.data.phantom import make_archive
-from fmcib_ssl.data.prepare import prepare_store
-from fmcib_ssl.data.store import StoreSettings
+from tiny_runs import tiny_store
 
 #: A UID and a GID without an entry in the image's /etc/passwd.
 NOBODY = 4711
@@ -44,10 +40,7 @@ def image(engine: DockerEngine, tmp_path_factory: pytest.TempPathFactory) -> str
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six lesions in four phantom scans."""
-    folder = tmp_path_factory.mktemp("store") / "store"
-    table = make_archive(folder.with_name("archive"), 4, num_workers=1, progress=False)
-    prepare_store(read_annotations(table), folder, StoreSettings(spacing_mm=1.5), num_workers=0)
-    return folder
+    return tiny_store(tmp_path_factory.mktemp("store") / "store")
 
 
 def _workspace(folder: Path, engine: DockerEngine, image: str, store: Path) -> Workspace:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,14 @@ def body(shape_zyx: tuple[int, int, int], seed: int = 0) -> np.ndarray:
     return (hu + np.random.default_rng(seed).integers(-20, 20, shape_zyx)).astype(np.int16)
 
 
-def make_store(
-    folder: Path, scans: dict[str, np.ndarray], lesions: list[tuple[str, float, float, float]], **columns: Any
-) -> Store:
+def make_store(folder: Path, scans: dict[str, np.ndarray], lesions: Sequence[tuple[Any, ...]], **columns: Any) -> Store:
     """A store of 1 mm voxels, without going through files of scans.
 
     Args:
         folder: is made.
         scans: HU by scan id.
         lesions: scan id and centre z, y, x.
-        columns: further ones of the table of lesions.
+        columns: further ones of the table of lesions, or in place of `lesion_id` and `row`.
     """
     (folder / SCANS_FOLDER).mkdir(parents=True)
     settings = StoreSettings()
@@ -42,7 +41,7 @@ def make_store(
         [{"scan_id": scan_id, "origin_lps_mm": [0.0] * 3, "shape_zyx": list(hu.shape)} for scan_id, hu in scans.items()]
     )
     table = pd.DataFrame(lesions, columns=["scan_id", "center_z", "center_y", "center_x"])
-    table = table.assign(lesion_id=range(len(table)), row=range(1, len(table) + 1), **columns)
+    table = table.assign(**{"lesion_id": range(len(table)), "row": range(1, len(table) + 1), **columns})
     write_settings_file(folder, settings, complete=True, checked=write_index(folder, index, table))
     return Store(folder)
 

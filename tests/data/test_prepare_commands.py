@@ -203,11 +203,8 @@ def test_a_page_without_the_names_of_scans(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["store=s"], "annotations is missing"),
-        (["annotation=a.csv", "store=s"], "do you mean 'annotations'"),
         (["annotations=a.csv", "store=s", "shard=2"], "shard is '2'"),
         (["annotations=a.csv", "store=s", "shard=1/2", "merge=true"], "run all shards first"),
-        (["annotations=a.csv", "store=s", "spacing_mm=-1"], "spacing_mm is '-1'"),
         (["annotations=no such table.csv", "store=s"], "no such table.csv: cannot be opened"),
     ],
 )

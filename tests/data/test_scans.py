@@ -69,22 +69,6 @@ def test_marked_voxel_is_in_the_centre(orientation: int) -> None:
         assert_same_patch(patch, marked, point, (9, 10, 11))
 
 
-@pytest.mark.parametrize("orientation", range(48))
-def test_where_the_grids_coincide_a_patch_is_the_array(orientation: int) -> None:
-    """The oracle is transposing and flipping the array by hand."""
-    direction = AXIS_ORIENTATIONS[orientation]
-    scan = make_scan(np.random.default_rng(orientation), direction, (1.0, 1.0, 1.0))
-    axis_of_lps = [int(np.flatnonzero(direction[k])[0]) for k in range(3)]  # index axis that runs along x, y, z
-    upright = scan.hu.transpose([2 - axis_of_lps[k] for k in (2, 1, 0)])
-    flips = tuple(a for a, k in enumerate((2, 1, 0)) if direction[k, axis_of_lps[k]] < 0)
-    upright = np.pad(np.flip(upright, flips), 6, constant_values=-1024)
-    for place in [(5, 6, 7), (0, 0, 0), (3, 11, 1)]:  # x, y, z from the corner that is lowest in LPS
-        lowest = scan.geometry.bounds_lps_mm()[0] + 0.5
-        patch = crop_patch(scan, (lowest + place).tolist(), (12, 12, 12))
-        x, y, z = place
-        np.testing.assert_array_equal(patch, upright[z : z + 12, y : y + 12, x : x + 12])
-
-
 @pytest.mark.parametrize("seed", range(8))
 def test_oblique_scans_against_an_independent_sampler(seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -132,19 +132,6 @@ def test_a_table_gets_a_store_and_its_order_does_not_matter(archive: Archive, en
     close(shuffled.features, stored.features[order])
 
 
-def test_edges_are_repeated_as_the_weights_say(archive: Archive) -> None:
-    size = (PATCH_ZYX[0], 90, PATCH_ZYX[2])  # longer than the scans
-    patches = open_patches(archive.store_source, Preprocessing(size, padding="edge"))
-    plain = open_patches(archive.store_source, Preprocessing(size))
-    assert patches.preprocessing.padding == "edge"
-    for index in range(len(patches)):
-        patch, constant = patches.read(index)[0].numpy(), plain.read(index)[0].numpy()
-        columns = [np.flatnonzero((constant != -1024).any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
-        widths = [(c[0], n - 1 - c[-1]) for c, n in zip(columns, size, strict=True)]
-        assert len(columns[1]) < 90
-        np.testing.assert_array_equal(patch, np.pad(constant[np.ix_(*columns)], widths, mode="edge"))
-
-
 def test_selected_lesions_in_any_order(archive: Archive, encoder: FrozenEncoder) -> None:
     whole = embed_source(encoder, archive.store_source)
     ones = embed_source(encoder, {**archive.store_source, "select": {"label": 1}})
@@ -179,21 +166,12 @@ def test_eight_views_are_the_mean_over_mirror_images(encoder: FrozenEncoder) -> 
     assert np.abs(encode(encoder.module, patches, encoder.preprocessing).numpy() - found).max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"precision": "fp16", "device": "cpu"}, "on the CPU take precision=bf16"),
-    ],
-)
-def test_values_that_cannot_be(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(FeatureTableError, match=message):
-        Inference(**values)
-
-
 def test_sources_that_cannot_be(archive: Archive, encoder: FrozenEncoder) -> None:
     coarse = replace(encoder, preprocessing=Preprocessing(PATCH_ZYX, spacing_mm=2.0))
     with pytest.raises(FeatureTableError, match=r"voxels of 1 mm.*trained on 2 mm.*spacing_mm=2"):
         embed_source(coarse, archive.store_source)
+    with pytest.raises(FeatureTableError, match="on the CPU take precision=bf16"):
+        Inference(precision="fp16", device="cpu")
     with pytest.raises(FeatureTableError, match="not 'folder'"):
         open_patches({"kind": "folder"})
     with pytest.raises(UserError, match="select names the column 'lable'"):

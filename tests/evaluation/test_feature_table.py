@@ -139,19 +139,6 @@ def test_a_failed_writing_leaves_what_was_there(tmp_path: Path, monkeypatch: pyt
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("damage", ["cut", "no parquet", "not ours"])
-def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
-    path = table().write(tmp_path / "features.parquet")
-    if damage == "cut":
-        path.write_bytes(path.read_bytes()[:-200])
-    elif damage == "no parquet":
-        path.write_text("lesion_id,features\n")
-    else:
-        lesions().to_parquet(path)
-    with pytest.raises(FeatureTableError, match=r"features\.parquet: not a whole table of features"):
-        FeatureTable.read(path)
-
-
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"absent\.parquet.*scripts/embed\.py"):
         FeatureTable.read(tmp_path / "absent.parquet")

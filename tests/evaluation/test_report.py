@@ -9,8 +9,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ import torch
 import yaml
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.image import imread, imsave
+from matplotlib.image import imsave
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from sklearn.decomposition import PCA
@@ -31,12 +29,10 @@ from sklearn.manifold import trustworthiness
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from stores import make_store
 from torch import nn
 
-from fmcib_ssl.data.mining import build_coarse_map
 from fmcib_ssl.data.patches import LesionPatches
-from fmcib_ssl.data.store import SCANS_FOLDER, StoreSettings
-from fmcib_ssl.data.store_files import write_index, write_scan, write_settings_file
 from fmcib_ssl.evaluation import report_features, report_maps
 from fmcib_ssl.evaluation.feature_table import FeatureTable, FeatureTableError
 from fmcib_ssl.evaluation.figures import Palette
@@ -140,24 +136,15 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _write_store(folder: Path) -> None:
-    (folder / SCANS_FOLDER).mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    rows: list[dict[str, Any]] = []
-    for scan in range(NUM_SCANS):
-        hu = rng.integers(-20, 20, (20, 40, 40)).astype(np.int16)
-        for lesion in range(3):
-            rough = (scan + lesion) % 2
-            hu[6:14, 6:14, 4 + 12 * lesion : 12 + 12 * lesion] = rng.normal(100, 150 if rough else 10, SIZE)
-            place = {"center_z": 10, "center_y": 10, "center_x": 8 + 12 * lesion}
-            rows.append(
-                {"scan_id": f"s{scan}", **place, "rough": rough, "size": rng.uniform(), "PatientID": f"p{scan}"}
-            )
-        write_scan(folder, f"s{scan}", hu, build_coarse_map(hu, 1.0), {})
-    scans = [{"scan_id": f"s{k}", "origin_lps_mm": [0.0] * 3, "shape_zyx": [20, 40, 40]} for k in range(NUM_SCANS)]
-    table = pd.DataFrame(rows)
-    ids = [f"lesion-{k}" for k in range(len(table))]
-    write_index(folder, pd.DataFrame(scans), table.assign(lesion_id=ids, row=range(1, len(table) + 1)))
-    write_settings_file(folder, StoreSettings(), complete=True)
+    rng, numbers = np.random.default_rng(0), [(scan, lesion) for scan in range(NUM_SCANS) for lesion in range(3)]
+    scans = {f"s{scan}": rng.integers(-20, 20, (20, 40, 40)).astype(np.int16) for scan in range(NUM_SCANS)}
+    rough = [(scan + lesion) % 2 for scan, lesion in numbers]
+    for (scan, lesion), is_rough in zip(numbers, rough, strict=True):
+        block = np.s_[6:14, 6:14, 4 + 12 * lesion : 12 + 12 * lesion]
+        scans[f"s{scan}"][block] = rng.normal(100, 150 if is_rough else 10, SIZE)
+    ids, patients = [f"lesion-{k}" for k in range(len(numbers))], [f"p{scan}" for scan, _ in numbers]
+    columns = {"lesion_id": ids, "rough": rough, "size": rng.uniform(size=len(ids)), "PatientID": patients}
+    make_store(folder, scans, [(f"s{scan}", 10, 10, 8 + 12 * lesion) for scan, lesion in numbers], **columns)
 
 
 def _write_run(folder: Path) -> None:
@@ -219,29 +206,6 @@ def _write_results(folder: Path, table: FeatureTable) -> None:
 def _no_umap(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numba takes long to compile it; the map has a test of its own."""
     monkeypatch.setattr(report_maps, "has_umap", lambda: False)
-
-
-def test_the_page_holds_everything_it_shows(tmp_path: Path) -> None:
-    picture = tmp_path / "picture.png"
-    imsave(picture, np.linspace(0, 1, 12).reshape(3, 4))
-    sections = [
-        Section("Numbers", "First.\n\nSecond & <last>.", ROWS),
-        Section("Pictures", figures=[ReportFigure(picture, 'A "picture"')]),
-    ]
-    path = write_report(tmp_path / "new" / "report.html", "What was learned", sections, "run 1")
-    original = imread(picture)
-    picture.unlink()
-    page = parse(path)
-    assert page.cells == [
-        "features", "AUC", "dim", "pretrained", "0.94 (0.90 to 0.97)", "128", "raw <voxels>", "0.612", "64",
-    ]  # fmt: skip
-    for text in ("What was learned", "run 1", "First.", "Second & <last>.", 'A "picture"'):
-        assert text in page.text
-    (address,) = page.addresses
-    head, data = address.split(",")
-    assert head == "data:image/png;base64"
-    np.testing.assert_array_equal(imread(io.BytesIO(base64.b64decode(data))), original)
-    assert not re.search(r"https?://|<script|@import|url\(", path.read_text())
 
 
 def test_the_page_is_legible_in_the_dark(tmp_path: Path) -> None:
@@ -382,19 +346,6 @@ def test_what_is_not_there_is_named(given: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"absent\.png"):
         write_report(out, "T", [Section("S", figures=[ReportFigure(tmp_path / "absent.png", "")])])
     assert not out.exists()
-
-
-@pytest.mark.slow
-def test_the_command(given: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(REPO / "scripts" / "report.py"), f"out={tmp_path / 'page.html'}"]
-    done = subprocess.run([*command, f"run={given / 'run'}"], capture_output=True, text=True, check=True, timeout=300)
-    assert "page.html" in done.stdout
-    assert "Training" in parse(tmp_path / "page.html").headings
-    failed = subprocess.run(
-        [*command, "features=absent.parquet"], capture_output=True, text=True, check=False, timeout=300
-    )
-    assert (failed.returncode, "Traceback" in failed.stderr) == (1, False)
-    assert "absent.parquet: no such file" in failed.stderr
 
 
 @pytest.mark.parametrize("num", [1, 3])

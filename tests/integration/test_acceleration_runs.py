@@ -21,6 +21,7 @@ def run_for(epochs: int, table: Path, run: Path, *overrides: str) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_switches_change_no_loss_and_resume_is_exact_with_them(
     phantom_table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

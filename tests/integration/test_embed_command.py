@@ -14,9 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import pytest
-import SimpleITK as sitk
 import torch
-from tiny_runs import NUM_SCANS, REPO, tiny_settings
+from tiny_runs import NUM_SCANS, REPO, tiny_settings, tiny_store
 
 import fmcib_ssl
 from fmcib_ssl.data import LesionPatches, importers
@@ -83,9 +82,7 @@ def embed_apart(folder: Path, *arguments: str, start: tuple[str, ...] = (str(SCR
 
 @pytest.fixture(scope="module")
 def store(phantom_table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("phantom") / "store"
-    prepare_store(read_annotations(phantom_table), folder, num_workers=0)
-    return folder
+    return tiny_store(tmp_path_factory.mktemp("phantom") / "store", phantom_table)
 
 
 @pytest.fixture(scope="module")
@@ -155,29 +152,6 @@ def test_processes_of_a_launcher(
     assert last.status == first.status == 0
     assert "are with other processes" in last.out and "features  two.parquet" in first.out
     assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
-
-
-@pytest.mark.slow
-def test_two_processes_share_an_archive(tmp_path: Path, weights: Path) -> None:
-    """More lesions than a shard holds: files of one cropped lesion each, no point given, one of them damaged."""
-    rng = np.random.default_rng(0)
-    for number in range(300):
-        image = sitk.GetImageFromArray(rng.integers(-900, 300, (6, 9, 8)).astype(np.int16))
-        sitk.WriteImage(image, str(tmp_path / f"{number}.nrrd"))
-    (tmp_path / "7.nrrd").write_bytes((tmp_path / "7.nrrd").read_bytes()[:-100])
-    names = [f"{number}.nrrd" for number in range(300)]
-    pd.DataFrame({"image_path": names, "cropped": True}).to_csv(tmp_path / "crops.csv", index=False)
-    embed_apart(tmp_path, f"weights={weights}", "annotations=crops.csv", "out=one.parquet", "num_workers=0")
-    for shard in ("1/2", "2/2"):
-        message = embed_apart(
-            tmp_path, f"weights={weights}", "annotations=crops.csv", "out=two.parquet", f"shard={shard}"
-        )
-        assert f"process {shard[0]} of 2" in message
-    assert "features  two.parquet" in message
-    assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
-    assert not list(tmp_path.glob("*.parts"))
-    assert len(FeatureTable.read(tmp_path / "one.parquet")) == 299
-    assert pd.read_csv(tmp_path / "two.rejected.csv")["image_path"].tolist() == ["7.nrrd"]
 
 
 def test_baselines_by_name(embed: Embed, store: Path, weights: Path, tmp_path: Path) -> None:

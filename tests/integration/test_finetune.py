@@ -12,12 +12,10 @@ import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
+from stores import make_store, reseal
 from tiny_runs import assert_equal_weights, composed
 
 import fmcib_ssl
-from fmcib_ssl.data.mining import build_coarse_map
-from fmcib_ssl.data.store import SCANS_FOLDER, StoreSettings
-from fmcib_ssl.data.store_files import write_index, write_scan, write_settings_file
 from fmcib_ssl.models.encoders import small_resnet
 from fmcib_ssl.models.export import export_encoder
 from fmcib_ssl.run import finetune
@@ -32,26 +30,21 @@ ENCODER = {"_target_": "fmcib_ssl.models.encoders.small_resnet", "widths": [4, 4
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A patient with odd number has two bright lesions, an even one two dark ones; `texture` is 3 and 5."""
-    folder = tmp_path_factory.mktemp("labelled") / "store"
-    (folder / SCANS_FOLDER).mkdir(parents=True)
-    rng, lesions, scans = np.random.default_rng(0), [], []
+    rng, scans = np.random.default_rng(0), {}
+    patients = np.arange(NUM_PATIENTS).repeat(2)
     for patient in range(NUM_PATIENTS):
-        name, is_bright = f"scan_{patient:02}", patient % 2
-        hu = rng.integers(-60, 60, (24, 40, 60)).astype(np.int16)
+        scans[f"scan_{patient:02}"] = hu = rng.integers(-60, 60, (24, 40, 60)).astype(np.int16)
         for x in (16, 44):
-            hu[8:16, 16:24, x - 4 : x + 4] += 700 if is_bright else -700
-            lesions.append({
-                "scan_id": name, "center_z": 12.0, "center_y": 20.0, "center_x": float(x),
-                "PatientID": f"p{patient}", "texture": 3 if is_bright else 5, "grade": 1 + patient % 4,
-                "side": ("train", "train", "val", "test")[patient // 4],
-            })  # fmt: skip
-        write_scan(folder, name, hu, build_coarse_map(hu, 1.0), {})
-        scans.append({"scan_id": name, "origin_lps_mm": [0.0] * 3, "shape_zyx": list(hu.shape)})
-    table = pd.DataFrame(lesions)
-    ids = [f"lesion_{number}" for number in range(len(table))]
-    write_index(folder, pd.DataFrame(scans), table.assign(lesion_id=ids, row=range(1, len(table) + 1)))
-    write_settings_file(folder, StoreSettings(), complete=True)
-    return folder
+            hu[8:16, 16:24, x - 4 : x + 4] += 700 if patient % 2 else -700
+    columns = {
+        "lesion_id": [f"lesion_{number}" for number in range(len(patients))],
+        "PatientID": [f"p{patient}" for patient in patients],
+        "texture": np.where(patients % 2, 3, 5),
+        "grade": 1 + patients % 4,
+        "side": np.repeat(["train", "train", "val", "test"], NUM_PATIENTS // 2),
+    }
+    lesions = [(f"scan_{patient:02}", 12.0, 20.0, x) for patient in range(NUM_PATIENTS) for x in (16.0, 44.0)]
+    return make_store(tmp_path_factory.mktemp("labelled") / "store", scans, lesions, **columns).path
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +132,7 @@ def test_other_weights_or_labels_are_another_run(store: Path, weights: Path, tmp
     shutil.copy(weights, tmp_path / "weights.safetensors")
     lesions = pd.read_parquet(tmp_path / "store" / "lesions.parquet")
     lesions.assign(texture=8 - lesions["texture"]).to_parquet(tmp_path / "store" / "lesions.parquet", index=False)
+    reseal(tmp_path / "store")
     with pytest.raises(RunFolderError, match=r"trained on other lesions.*run=new"):
         run_finetuning(tmp_path / "store", run, *options)
     assert ((run / "run.json").read_bytes(), (run / "config.yaml").read_bytes()) == before

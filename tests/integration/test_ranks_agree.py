@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from starts import end, start, steps_logged
 
-pytestmark = pytest.mark.attack
+pytestmark = [pytest.mark.attack, pytest.mark.slow]
 
 OPTIONS = ["hardware.devices=2", "data.batch_size=1", "head.batch_norm=false"]
 
@@ -42,7 +42,6 @@ def test_other_settings(phantom_table: Path, tmp_path: Path) -> None:
     assert steps_logged(tmp_path / "run") == 0
 
 
-@pytest.mark.slow
 def test_lesions_in_another_order(phantom_table: Path, tmp_path: Path) -> None:
     other = phantom_table.with_name("other.csv")
     pd.read_csv(phantom_table).iloc[::-1].to_csv(other, index=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from tiny_runs import NUM_SCANS, REPO, composed, metrics_of, tiny_settings
+from tiny_runs import NUM_SCANS, REPO, composed, tiny_settings
 
 from fmcib_ssl.run import pretrain
 from fmcib_ssl.training.config import read_settings
@@ -112,16 +111,3 @@ def test_bad_rows_are_listed_and_refused(table_with_bad_rows: Path, tmp_path: Pa
     assert rejected["row"].tolist() == [2, 4]
     assert rejected["image_path"].tolist() == ["scans/phantom_0000.nii.gz", "scans/absent.nii.gz"]
     assert not (tmp_path / "run" / "metrics.csv").exists()
-
-
-def test_bad_rows_are_skipped_if_asked(
-    table_with_bad_rows: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    run = tmp_path / "run"
-    options = ["encoder=small", "data.on_bad_row=skip", "data.batch_size=auto", "trainer.max_epochs=1"]
-    with caplog.at_level(logging.INFO):
-        pretrain(tiny_settings(table_with_bad_rows, run, *options))
-    assert "2 of 6 rows cannot be used" in caplog.text and "4 in 3 scans" in caplog.text
-    assert pd.read_csv(run / "rejected.csv")["row"].tolist() == [2, 4]
-    assert len(metrics_of(run)) == 1
-    assert (run / "encoder.safetensors").is_file()

@@ -41,19 +41,13 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     return {**job, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
 
 
-@pytest.mark.parametrize(
-    ("signum", "code"),
-    [
-        (signal.SIGUSR1, 75),
-        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_stopped_by_a_signal(
-    signum: signal.Signals, code: int, phantom_table: Path, whole: Path, slurm: dict[str, str], tmp_path: Path
+    signum: signal.Signals, code: int, phantom_table: Path, whole: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    process = start(phantom_table, run, environ=slurm)
+    process = start(phantom_table, run)
     wait_for(lambda: steps_logged(run) >= 4, process)
     os.kill(process.pid or 0, signum)
     assert end(process) == code
@@ -62,8 +56,6 @@ def test_stopped_by_a_signal(
     steps = steps_logged(run)
     assert (run / "checkpoints" / "last.ckpt").resolve().name == f"step-{steps:08d}.ckpt"  # nothing is lost
     assert not (run / "encoder.safetensors").exists()
-    if signum == signal.SIGUSR1:
-        assert (tmp_path / "asked").read_text() == "requeue 812\n"
     run_id = state_of(run)["run_id"]
     assert end(start(phantom_table, run)) == 0
     assert state_of(run)["run_id"] == run_id and len(state_of(run)["starts"]) == 2  # type: ignore[arg-type]
@@ -71,19 +63,24 @@ def test_stopped_by_a_signal(
 
 
 def test_the_same_command_finds_its_run_and_a_new_one_is_beside_it(
-    phantom_table: Path, whole: Path, tmp_path: Path
+    phantom_table: Path, whole: Path, slurm: dict[str, str], tmp_path: Path
 ) -> None:
-    """No folder is named: stopped, started again with the table typed another way, and once anew."""
+    """No folder is named: stopped as Slurm does it, started again with the table typed another way, and once anew."""
     runs = tmp_path / "runs"
-    process = start(phantom_table, runs, named=False)
+    process = start(phantom_table, runs, named=False, environ=slurm)
     wait_for(lambda: any(steps_logged(run) >= 4 for run in runs.glob("*/*")), process)
-    os.kill(process.pid or 0, signal.SIGINT)
-    assert end(process) == 130
+    os.kill(process.pid or 0, signal.SIGUSR1)
+    assert end(process) == 75
+    assert (tmp_path / "asked").read_text() == "requeue 812\n"
     (run,) = runs.glob("*/*")
+    steps, state = steps_logged(run), state_of(run)
+    assert (run / "checkpoints" / "last.ckpt").resolve().name == f"step-{steps:08d}.ckpt"  # nothing is lost
     other_way = phantom_table.parent / ".." / phantom_table.parent.name / phantom_table.name
     assert end(start(other_way, runs, "hardware.num_threads=1", named=False)) == 0
     assert_same_runs(run, whole)
+    assert state_of(run)["run_id"] == state["run_id"] and len(state_of(run)["starts"]) == 2  # type: ignore[arg-type]
     printed = runs.with_suffix(".out").read_text()
+    assert "stopped by SIGUSR1 after step" in printed and "Traceback" not in printed
     assert "The same command resumes from there" in printed
     assert re.search(rf"resuming {run} at step \d+; run=new starts afresh", printed)
     kept = {path: path.read_bytes() for path in run.rglob("*") if path.suffix not in (".log", "") and path.is_file()}

@@ -20,8 +20,6 @@ from fmcib_ssl.training.loggers import MetricsFile, WeightsAndBiases
 RUN_ID = "abcd1234"
 #: Of the server, in these tests; W&B's own look at the login may take ten seconds more.
 TIMEOUT_S = 2
-#: Nothing takes as long that is going to end.
-NEVER_S = 120
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ def whole(phantom_table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return run
 
 
-@pytest.mark.parametrize("method", ["fork", pytest.param("forkserver", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
 def test_killed_within_the_lock_of_the_queue(method: str, phantom_table: Path, whole: Path, tmp_path: Path) -> None:
     run, fuse = tmp_path / "run", tmp_path / "fuse"
     options = [*OPTIONS, f"+augment.fuse={fuse}"]

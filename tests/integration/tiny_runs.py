@@ -12,6 +12,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor
 
+from fmcib_ssl.data.annotations import read_annotations
+from fmcib_ssl.data.phantom import make_archive
+from fmcib_ssl.data.prepare import prepare_store
+from fmcib_ssl.data.store import StoreSettings
 from fmcib_ssl.training.config import read_settings
 from fmcib_ssl.training.settings import Settings
 
@@ -44,6 +48,13 @@ class Watch(L.Callback):
 
 
 WATCH = f"+callbacks.watch._target_={__name__}.Watch"
+
+
+def tiny_store(folder: Path, table: Path | None = None) -> Path:
+    """A store of 1.5 mm of a phantom archive, by default one of six lesions in four scans that is made beside it."""
+    table = table or make_archive(folder.with_name("archive"), NUM_SCANS, progress=False)
+    prepare_store(read_annotations(table), folder, StoreSettings(spacing_mm=1.5), num_workers=0)
+    return folder
 
 
 def composed(*overrides: str) -> DictConfig:

@@ -352,17 +352,3 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, caplog: pytest.
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     assert "could not be saved" in caplog.text and "File too large" in caplog.text
-
-
-def test_no_checkpoint_is_taken_without_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run resumed from it would lack them."""
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as disk:
-        disk.setattr(MetricsFile, "_write_anew", full)
-        fit(tmp_path, max_epochs=2, every_n_train_steps=1)
-    assert not list(tmp_path.glob("step-*"))
-    fit(tmp_path, max_epochs=2)
-    assert {int(row["step"]) for row in read_metrics(tmp_path / "metrics.csv")} == set(range(6))

@@ -92,7 +92,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    answer_with(tmp_path, "JobState=RUNNING PreemptTime=None", 0)
+    answer_with(tmp_path, RUNNING, 0)
     return tmp_path / "asked"
 
 
@@ -105,38 +105,36 @@ def answer_with(folder: Path, shown: str, code: int) -> None:
     scontrol.chmod(0o755)
 
 
-def test_the_signal_it_asked_for(asked: Path) -> None:
-    assert requeue(signal.SIGUSR1, asked.parent / "run") == 75
-    assert asked.read_text() == "requeue 17\n"
-
-
-def test_one_task_of_an_array(asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "16")
-    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
-    assert requeue(signal.SIGUSR1, asked.parent / "run") == 75
-    assert asked.read_text() == "requeue 16_2\n"
+RUNNING, PUSHED_OUT = "JobState=RUNNING PreemptTime=None", "JobState=RUNNING PreemptTime=2026-01-01T00:00:00"
+ARRAY = {"SLURM_ARRAY_JOB_ID": "16", "SLURM_ARRAY_TASK_ID": "2"}
 
 
 @pytest.mark.parametrize(
-    ("shown", "expected"),
+    ("signum", "shown", "environ", "code", "request_"),
     [
-        ("JobState=RUNNING PreemptTime=2026-01-01T00:00:00", True),
-        ("JobState=RUNNING PreemptTime=None", False),  # scancel --signal=TERM
-        ("JobState=CANCELLED PreemptTime=None", False),
-        ("JobState=COMPLETING PreemptTime=2026-01-01T00:00:00", False),
-        ("", False),
+        pytest.param("SIGUSR1", RUNNING, {}, 75, "17", id="the signal it asked for"),
+        pytest.param("SIGUSR1", RUNNING, ARRAY, 75, "16_2", id="one task of an array"),
+        pytest.param("SIGTERM", PUSHED_OUT, {}, 143, "17", id="preempted"),
+        pytest.param("SIGTERM", RUNNING, {}, 143, None, id="scancel --signal=TERM"),
+        pytest.param("SIGTERM", "JobState=CANCELLED PreemptTime=None", {}, 143, None, id="cancelled"),
+        pytest.param("SIGTERM", PUSHED_OUT.replace("RUNN", "COMPLET"), {}, 143, None, id="cancelled while preempted"),
+        pytest.param("SIGTERM", "", {}, 143, None, id="no answer"),
+        pytest.param("SIGINT", RUNNING, {}, 130, None, id="Ctrl-C"),
+        pytest.param("SIGHUP", RUNNING, {}, 129, None, id="the terminal is closed"),
+        pytest.param("SIGUSR1", RUNNING, {"SLURM_JOB_ID": None}, 75, None, id="no Slurm"),
+        pytest.param("SIGUSR1", RUNNING, {"PATH": "/nowhere"}, 75, None, id="no scontrol"),
     ],
 )
-def test_sigterm_only_if_preempted(shown: str, expected: bool, asked: Path, tmp_path: Path) -> None:
-    answer_with(tmp_path, shown, 0)
-    assert requeue(signal.SIGTERM, tmp_path / "run") == 143
-    assert asked.exists() == expected
-
-
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
-def test_ctrl_c_is_the_end(signum: signal.Signals, code: int, asked: Path, tmp_path: Path) -> None:
-    assert requeue(signum, tmp_path / "run") == code
-    assert not asked.exists()
+def test_when_a_job_is_requeued(
+    signum: str, shown: str, environ: dict[str, str | None], code: int, request_: str | None, asked: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    answer_with(asked.parent, shown, 0)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
+    assert requeue(signal.Signals[signum], asked.parent / "run") == code
+    assert (asked.read_text() if asked.exists() else None) == (f"requeue {request_}\n" if request_ else None)
+    assert not (asked.parent / "run").exists()
 
 
 def test_refused(asked: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -144,17 +142,6 @@ def test_refused(asked: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     with caplog.at_level(logging.WARNING):
         assert requeue(signal.SIGUSR1, tmp_path / "run") == 75
     assert "Job is not requeueable" in caplog.text and "once more to resume" in caplog.text
-
-
-def test_no_scontrol_here(asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    assert requeue(signal.SIGUSR1, tmp_path / "run") == 75
-
-
-def test_no_slurm(asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SLURM_JOB_ID")
-    assert requeue(signal.SIGUSR1, tmp_path / "run") == 75
-    assert not asked.exists() and not (tmp_path / "run").exists()
 
 
 def test_a_time_too_short_to_get_anywhere(
@@ -177,7 +164,7 @@ def test_a_time_too_short_to_get_anywhere(
 def test_a_job_that_others_push_out_is_always_put_back(
     asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer_with(tmp_path, "JobState=RUNNING PreemptTime=2026-01-01T00:00:00", 0)
+    answer_with(tmp_path, PUSHED_OUT, 0)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "5")
     for signum in (signal.SIGTERM, signal.SIGUSR1):
         requeue(signum, tmp_path / "run")

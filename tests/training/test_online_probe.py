@@ -11,14 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from stores import make_store
 from tiny_trainer import tiny_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fmcib_ssl.data.mining import build_coarse_map
 from fmcib_ssl.data.patches import LesionPatches
-from fmcib_ssl.data.store import SCANS_FOLDER, StoreSettings
-from fmcib_ssl.data.store_files import write_index, write_scan, write_settings_file
 from fmcib_ssl.evaluation import auc, knn_scores, linear_scores, value_of
 from fmcib_ssl.training.online_probe import OnlineProbe
 from fmcib_ssl.types import Preprocessing
@@ -30,36 +28,19 @@ NUM_SCANS, LESIONS_EACH = 9, 3
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Noisy scans; a lesion of class 1 is rougher. The last scan has no label, the one before it is `train`."""
-    folder = tmp_path_factory.mktemp("probe") / "store"
-    (folder / SCANS_FOLDER).mkdir(parents=True)
     rng = np.random.default_rng(0)
-    rows = []
-    for scan in range(NUM_SCANS):
-        hu = rng.integers(-20, 20, (16, 40, 40)).astype(np.int16)
-        for lesion in range(LESIONS_EACH):
-            center, label = (8, 8, 8 + 10 * lesion), (scan + lesion) % 2
-            block = tuple(slice(c - 3, c + 3) for c in center)
-            hu[block] = rng.normal(100, 150 if label else 20, SIZE)
-            rows.append(
-                {
-                    "scan_id": f"s{scan}",
-                    "center_z": center[0],
-                    "center_y": center[1],
-                    "center_x": center[2],
-                    "rough": None if scan == NUM_SCANS - 1 else f"{label}",
-                    "split": "train" if scan == NUM_SCANS - 2 else "val",
-                    "size": 0.1 * len(rows),
-                    "PatientID": f"p{scan}",
-                }
-            )
-        write_scan(folder, f"s{scan}", hu, build_coarse_map(hu, 1.0), {})
-    scans = [
-        {"scan_id": f"s{scan}", "origin_lps_mm": [0.0] * 3, "shape_zyx": [16, 40, 40]} for scan in range(NUM_SCANS)
-    ]
-    table = pd.DataFrame(rows)
-    write_index(folder, pd.DataFrame(scans), table.assign(lesion_id=range(len(table)), row=range(1, len(table) + 1)))
-    write_settings_file(folder, StoreSettings(), complete=True)
-    return folder
+    scans = {f"s{scan}": rng.integers(-20, 20, (16, 40, 40)).astype(np.int16) for scan in range(NUM_SCANS)}
+    numbers = [(scan, lesion) for scan in range(NUM_SCANS) for lesion in range(LESIONS_EACH)]
+    labels = [(scan + lesion) % 2 for scan, lesion in numbers]
+    for (scan, lesion), label in zip(numbers, labels, strict=True):
+        scans[f"s{scan}"][5:11, 5:11, 5 + 10 * lesion : 11 + 10 * lesion] = rng.normal(100, 150 if label else 20, SIZE)
+    columns = {
+        "rough": [None if n[0] == NUM_SCANS - 1 else f"{label}" for n, label in zip(numbers, labels, strict=True)],
+        "split": ["train" if scan == NUM_SCANS - 2 else "val" for scan, _ in numbers],
+        "PatientID": [f"p{scan}" for scan, _ in numbers],
+    }
+    lesions = [(f"s{scan}", 8, 8, 8 + 10 * lesion) for scan, lesion in numbers]
+    return make_store(tmp_path_factory.mktemp("probe") / "store", scans, lesions, **columns).path
 
 
 class Toy(L.LightningModule):

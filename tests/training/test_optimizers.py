@@ -190,8 +190,5 @@ def test_constant_stays_after_warmup() -> None:
 def test_impossible_schedules_are_refused(make: type, total_steps: int, warmup: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(sgd(), total_steps, warmup=warmup)
-
-
-def test_final_rate_above_the_top_is_refused() -> None:
     with pytest.raises(ValueError, match=r"final_lr_ratio=1\.5"):
         warmup_cosine(sgd(), 10, final_lr_ratio=1.5)

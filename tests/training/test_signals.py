@@ -32,48 +32,35 @@ def test_before_training_it_ends_the_process(name: str, code: int, starting: boo
     assert (result.returncode, result.stdout, result.stderr) == (code, expected, "")
 
 
-def test_in_training_it_is_remembered() -> None:
-    result = run(
-        "with signals.deferred():\n"
-        "    os.kill(os.getpid(), signal.SIGUSR1)\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    print(signals.received().name)"
-    )
-    assert (result.returncode, result.stdout) == (0, "SIGUSR1\n")
-    assert "SIGUSR1: saving after this step" in result.stderr
-
-
-def test_a_second_ctrl_c_interrupts() -> None:
-    result = run(
-        "with signals.deferred():\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    print('goes on', flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    time.sleep(30)"
-    )
-    assert result.stdout == "goes on\n" and "KeyboardInterrupt" in result.stderr and "Ctrl-C again" in result.stderr
-
-
-def test_one_before_training_counts() -> None:
-    """It came where an exception could not be raised."""
-    result = run("signals._received = signal.SIGTERM\nwith signals.deferred(): print('trained')")
-    assert (result.returncode, result.stdout) == (143, "stopped by SIGTERM\n")
-
-
-def test_handlers_of_others_are_taken_back() -> None:
-    """Lightning puts its own in when training begins."""
-    result = run("signal.signal(signal.SIGTERM, print)\nsignals.take_back()\nos.kill(os.getpid(), signal.SIGTERM)")
-    assert (result.returncode, result.stdout) == (143, "stopped by SIGTERM\n")
-
-
-def test_ctrl_c_while_starting_ends_without_a_word() -> None:
-    result = run("signals.listen(starting=True)\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(30)")
-    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
-
-
-def test_while_it_ends_another_changes_nothing() -> None:
-    """Slurm sends SIGTERM some time after SIGUSR1."""
-    result = run(
+DEFERRED = "with signals.deferred():\n    "
+FORKED = (
+    "child = os.fork()\nif child == 0:\n    os.kill(os.getpid(), signal.{})\n    os._exit(7)\n"
+    "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
+)
+#: Code, exit code, what is printed, and what stands in the errors.
+CASES: dict[str, tuple[str, int, str, str]] = {
+    "in training it is remembered": (
+        DEFERRED + "for name in ('USR1', 'TERM'): os.kill(os.getpid(), signal.Signals['SIG' + name])\n"
+        "    print(signals.received().name)",
+        0, "SIGUSR1\n", "SIGUSR1: saving after this step",
+    ),
+    "a second Ctrl-C interrupts": (
+        DEFERRED + "os.kill(os.getpid(), signal.SIGINT)\n    print('goes on', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(30)",
+        -signal.SIGINT, "goes on\n", "Ctrl-C again",
+    ),
+    "one that came where no exception could be raised counts": (
+        "signals._received = signal.SIGTERM\nwith signals.deferred(): print('trained')",
+        143, "stopped by SIGTERM\n", "",
+    ),
+    "handlers of others, such as Lightning's, are taken back": (
+        "signal.signal(signal.SIGTERM, print)\nsignals.take_back()\nos.kill(os.getpid(), signal.SIGTERM)",
+        143, "stopped by SIGTERM\n", "",
+    ),
+    "Ctrl-C while starting ends without a word": (
+        "signals.listen(starting=True)\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(30)", 130, "", "",
+    ),
+    "while it ends another changes nothing": (  # Slurm sends SIGTERM some time after SIGUSR1
         "try:\n"
         "    with signals.deferred():\n"
         "        os.kill(os.getpid(), signal.SIGUSR1)\n"
@@ -81,10 +68,21 @@ def test_while_it_ends_another_changes_nothing() -> None:
         "finally:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    signals.ignore()\n"
-        "    for name in ('INT', 'TERM', 'USR2'): os.kill(os.getpid(), signal.Signals['SIG' + name])"
-    )
-    assert (result.returncode, result.stdout) == (75, "stopped by SIGUSR1\n")
-    assert "Traceback" not in result.stderr
+        "    for name in ('INT', 'TERM', 'USR2'): os.kill(os.getpid(), signal.Signals['SIG' + name])",
+        75, "stopped by SIGUSR1\n", "saving after this step",
+    ),
+    "a forked child does not hear what a scheduler announces": (FORKED.format("SIGUSR1"), 0, "7\n", ""),
+    "a forked child ends by SIGTERM as any process": (FORKED.format("SIGTERM"), 0, f"{-signal.SIGTERM}\n", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_a_signal_does(case: str) -> None:
+    code, returncode, printed, error = CASES[case]
+    result = run(code)
+    assert (result.returncode, result.stdout) == (returncode, printed), result.stderr
+    assert error in result.stderr and bool(result.stderr) == bool(error)
+    assert "Traceback" not in result.stderr or returncode == -signal.SIGINT
 
 
 def test_what_was_ignored_stays_so() -> None:
@@ -92,19 +90,6 @@ def test_what_was_ignored_stays_so() -> None:
         f"import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n{LISTEN}os.kill(os.getpid(), signal.SIGHUP)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False, timeout=250).returncode == 0
-
-
-@pytest.mark.parametrize(("name", "status"), [("SIGUSR1", 7), ("SIGTERM", -signal.SIGTERM)])
-def test_a_forked_child_is_no_listener(name: str, status: int) -> None:
-    """It ends by SIGTERM as any process would; what a scheduler announces is not meant for it."""
-    result = run(
-        "child = os.fork()\n"
-        "if child == 0:\n"
-        f"    os.kill(os.getpid(), signal.{name})\n"
-        "    os._exit(7)\n"
-        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
-    )
-    assert result.stdout == f"{status}\n"
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])

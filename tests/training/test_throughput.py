@@ -8,7 +8,6 @@ import re
 import sys
 import warnings
 from math import prod
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -92,14 +91,6 @@ def test_the_mean_of_a_window(clock: Clock) -> None:
         assert logged["perf/samples_per_s"] == pytest.approx(2 * len(window) / seconds)
         assert logged["perf/data_wait_share"] == pytest.approx(sum(window) / seconds)
         assert logged["perf/tflops"] == pytest.approx(7 * logged["perf/samples_per_s"])
-
-
-def test_two_devices_share_the_work() -> None:
-    callback, module = Throughput(), SimpleNamespace(flops_per_lesion=FLOPS)
-    callback._steps.append((2.0, 0.5, 8))
-    figures = callback.figures(SimpleNamespace(world_size=2), module)  # type: ignore[arg-type]  # 8 on each in 2 s
-    assert figures["perf/samples_per_s"] == 8
-    assert figures["perf/tflops"] == pytest.approx(4 * 7)
 
 
 def test_waiting_is_said_once_with_a_remedy(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
