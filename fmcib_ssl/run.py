@@ -61,16 +61,16 @@ def pretrain(settings: Settings) -> float:
 
 
 def _train(settings: Settings, folder: RunFolder, checkpoint: Path | None, step: int) -> float:
-    source = training.open_lesions(settings, main_process=folder.main_process)
+    patches, checksum = training.open_lesions(settings, main_process=folder.main_process)
     if checkpoint is not None:  # a run of an earlier version has the checksum of these files
         store, table = settings.data.store, settings.data.annotations
         files = sorted(f for f in store.glob("*") if f.suffix in (".json", ".parquet")) if store else [table]
-        folder.check_lesions(source.checksum, checksum_of(file for file in files if file is not None))
+        folder.check_lesions(checksum, checksum_of(file for file in files if file is not None))
     view_transform = training.build_views(settings)
-    data = training.build_data(settings, source.patches, view_transform, source.preprocessing)
+    data = training.build_data(settings, patches, view_transform)
     batch_size = training.batch_size_of(settings, data)
-    _, all_steps = training.num_steps(settings, len(source.patches) // (batch_size * settings.world_size))
-    module = training.build_module(settings, source.preprocessing, batch_size, all_steps, folder.run_id)
+    _, all_steps = training.num_steps(settings, len(patches) // (batch_size * settings.world_size))
+    module = training.build_module(settings, patches.preprocessing, batch_size, all_steps, folder.run_id)
     training.accelerate(module, module.encoder, settings.hardware)
 
     @cache
@@ -80,7 +80,7 @@ def _train(settings: Settings, folder: RunFolder, checkpoint: Path | None, step:
 
     callbacks = training.build_parts("callbacks", settings.callbacks)
     if settings.world_size > 1:
-        facts = training.facts_of_rank(settings.shown(), source.patches)
+        facts = training.facts_of_rank(settings.shown(), patches)
         facts["newest step in the run folder, which all nodes must see"] = f"{step} in {folder.path.name}"
         callbacks.append(LambdaCallback(setup=lambda *_, **__: training.check_ranks_agree(facts)))
     # Once all others were set up: they may refuse, and what an earlier start has left must not be touched then.
@@ -94,9 +94,9 @@ def _train(settings: Settings, folder: RunFolder, checkpoint: Path | None, step:
     )
     began = time.monotonic()
     if folder.main_process:
-        folder.note(data_checksum=source.checksum)
-        logger.info("%s", training.run_summary(settings, source, batch_size, module, step))
-        draw = partial(training.draw_contact_sheet, data, source.preprocessing, num_rows=settings.contact_sheet_rows)
+        folder.note(data_checksum=checksum)
+        logger.info("%s", training.run_summary(settings, patches, batch_size, module, step))
+        draw = partial(training.draw_contact_sheet, data, patches.preprocessing, num_rows=settings.contact_sheet_rows)
         _begin_tracking(trainer, settings, folder, step, draw)
 
     saves = any(isinstance(callback, training.RunCheckpoints) for callback in trainer.checkpoint_callbacks)
@@ -108,11 +108,11 @@ def _train(settings: Settings, folder: RunFolder, checkpoint: Path | None, step:
             begin()  # also where there was no step left to take
             loss = float(trainer.callback_metrics.get("train/loss", _last_loss(folder)))
             if trainer.is_global_zero:
-                training.write_results(module, settings, source.preprocessing, folder.path)
+                training.write_results(module, settings, patches.preprocessing, folder.path)
                 _check_all_is_saved(trainer, folder, checkpoints=saves)
                 folder.finish(step=trainer.global_step, loss=loss, **_length(settings))
                 seconds = time.monotonic() - began
-                logger.info("%s", training.outcome(folder.path, source.patches.store.path, trainer, loss, seconds))
+                logger.info("%s", training.outcome(folder.path, patches.store.path, trainer, loss, seconds))
         finally:
             for tracker in trainer.loggers:
                 if isinstance(tracker, training.RunLogger):

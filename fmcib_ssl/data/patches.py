@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from fmcib_ssl.data.mining import STRATEGIES, MiningStrategy, NegativeQuery
 from fmcib_ssl.data.store import DamagedStoreError, Store, StoreError
 from fmcib_ssl.data.tables import OnBadRow
-from fmcib_ssl.types import PADDING_HU, Padding, PatchPair, SampleKey
+from fmcib_ssl.types import Padding, PatchPair, Preprocessing, SampleKey
 
 
 class LesionPatches(Dataset[PatchPair]):
@@ -40,8 +40,7 @@ class LesionPatches(Dataset[PatchPair]):
         negatives_per_lesion: negatives of each lesion. 0 for none: `negative` is then `(0, 1, z, y, x)`.
         select: positions in, or a Boolean mask over, `store.lesions`: the lesions to serve, in that order. What is
             annotated in their scans stays forbidden to negatives all the same.
-        padding_hu: what stands outside a scan, if `padding` is "constant".
-        padding: "edge": outside a scan stands the nearest voxel of its grid.
+        padding: "edge": outside a scan stands the nearest voxel of its grid, not `store.settings.padding_hu`.
         on_bad_row: when a scan turns out to be damaged: "refuse" raises; "skip" warns once for each damage and lets
             another lesion stand in, which the sample's `lesion` names.
 
@@ -62,7 +61,6 @@ class LesionPatches(Dataset[PatchPair]):
         mining: str | MiningStrategy = "background",
         negatives_per_lesion: int = 1,
         select: npt.ArrayLike | None = None,
-        padding_hu: int = PADDING_HU,
         padding: Padding = "constant",
         on_bad_row: OnBadRow = "refuse",
     ) -> None:
@@ -74,8 +72,7 @@ class LesionPatches(Dataset[PatchPair]):
         if isinstance(mining, str) and mining not in STRATEGIES:
             raise ValueError(f"mining={mining!r} is not one of {', '.join(map(repr, STRATEGIES))}")
         self.patch_size = np.array(patch_size, dtype=np.int64)
-        self.padding_hu = padding_hu
-        self.padding = padding
+        self.padding: Padding = padding
         self.on_bad_row = on_bad_row
         self.seed = seed
         self.mining: MiningStrategy = STRATEGIES[mining]() if isinstance(mining, str) else mining
@@ -96,6 +93,12 @@ class LesionPatches(Dataset[PatchPair]):
         self._scans, self._centers_zyx = scans[chosen], centers[chosen].astype(np.int64)
         self._patients = _patients(lesions)[chosen]
         self._without_room = np.zeros(len(self._scan_ids), dtype=bool)  # that is known of, for any lesion's negative
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How the patches are cut, for the encoder that is trained on them."""
+        (z, y, x), grid = self.patch_size.tolist(), self.store.settings
+        return Preprocessing((z, y, x), grid.spacing_mm, grid.padding_hu, padding=self.padding)
 
     def __len__(self) -> int:
         return len(self._scans)
@@ -178,12 +181,12 @@ class LesionPatches(Dataset[PatchPair]):
         """
         start, scan_id = center_zyx - self.patch_size // 2, str(self._scan_ids[scan])
         if self.padding == "constant":
-            hu = self.store.read_patch(scan_id, start.tolist(), self.patch_size.tolist(), self.padding_hu)
+            hu = self.store.read_patch(scan_id, start.tolist(), self.patch_size.tolist())
             return torch.from_numpy(hu)[None]
         axes = zip(start.tolist(), self.patch_size.tolist(), self.store.shapes[scan_id], strict=True)
         nearest = [np.clip(np.arange(first, first + size), 0, length - 1) for first, size, length in axes]
         inside = self.store.read_patch(
-            scan_id, [int(rows[0]) for rows in nearest], [int(np.ptp(rows)) + 1 for rows in nearest], self.padding_hu
+            scan_id, [int(rows[0]) for rows in nearest], [int(np.ptp(rows)) + 1 for rows in nearest]
         )
         return torch.from_numpy(inside[np.ix_(*(rows - rows[0] for rows in nearest))])[None]
 

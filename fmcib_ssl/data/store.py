@@ -193,10 +193,8 @@ class Store:
         nz, ny, nx = map(int, scan["shape_zyx"])
         return StoreGrid((x, y, z), (nz, ny, nx), self.settings.spacing_mm)
 
-    def read_patch(
-        self, scan_id: str, start_zyx: Sequence[int], size_zyx: Sequence[int], padding_hu: int = PADDING_HU
-    ) -> Int16[np.ndarray, "z y x"]:
-        """Voxels `start` to `start + size` of a scan; what lies outside it is `padding_hu`.
+    def read_patch(self, scan_id: str, start_zyx: Sequence[int], size_zyx: Sequence[int]) -> Int16[np.ndarray, "z y x"]:
+        """Voxels `start` to `start + size` of a scan; what lies outside it is `settings.padding_hu`.
 
         Raises:
             DamagedStoreError: no such scan, or a damaged file.
@@ -210,7 +208,7 @@ class Store:
             raise DamagedStoreError.of(file, error) from error
         if voxels is not None and voxels.shape == tuple(size_zyx):
             return voxels
-        patch: npt.NDArray[np.int16] = np.full(tuple(size_zyx), padding_hu, dtype=np.int16)
+        patch: npt.NDArray[np.int16] = np.full(tuple(size_zyx), self.settings.padding_hu, dtype=np.int16)
         if voxels is not None:
             patch[tuple(slice(low - a, high - a) for (low, high), a in zip(window, start_zyx, strict=True))] = voxels
         return patch

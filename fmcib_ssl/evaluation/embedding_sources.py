@@ -120,8 +120,7 @@ def open_patches(source: Mapping[str, Any], preprocessing: Preprocessing | None 
     keep = selected(store.lesions, source.get("select"), key="select", where=store.path)
     if not keep.any():
         raise FeatureTableError(f"no row of {store.path} has select={source.get('select')}")
-    options = {"padding_hu": cut.padding_hu, "padding": cut.padding}
-    patches = LesionPatches(store, cut.patch_size_zyx, negatives_per_lesion=0, select=keep, **options)
+    patches = LesionPatches(store, cut.patch_size_zyx, negatives_per_lesion=0, select=keep, padding=cut.padding)
     lesions = patches.lesions.rename(columns={FEATURES_COLUMN: f"table_{FEATURES_COLUMN}"})
     lesions = lesions.assign(**{ID_COLUMN: text_of(lesions[ID_COLUMN])})
     fingerprint = digest_of(checksum_of(contents), source.get("select"), how)

@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from fmcib_ssl import models
-from fmcib_ssl.data import LesionDataModule
+from fmcib_ssl.data import LesionDataModule, LesionPatches
 from fmcib_ssl.models import Parts, Pretraining
 from fmcib_ssl.training.settings import Component, ConfigError, Hardware, Settings
 from fmcib_ssl.training.throughput import flops_of_lesion
@@ -89,16 +89,14 @@ def build_parts(section: str, components: Mapping[str, Component] | None) -> lis
     return [build_part(section, component) for component in (components or {}).values()]
 
 
-def build_data(
-    settings: Settings, patches: Any, view_transform: ViewTransform, preprocessing: Preprocessing
-) -> LesionDataModule:
+def build_data(settings: Settings, patches: LesionPatches, view_transform: ViewTransform) -> LesionDataModule:
     """Batches of views of the lesions in `patches`."""
     data, hardware = settings.data, settings.hardware
     with config_errors_in("hardware"):
         return LesionDataModule(
             patches,
             view_transform,
-            preprocessing=preprocessing,
+            preprocessing=patches.preprocessing,
             batch_size=data.batch_size,
             max_batch_size=data.max_batch_size,
             num_workers=hardware.num_workers,

@@ -129,10 +129,9 @@ def _labelled_task(settings: Settings, options: FineTune, trained_on: Preprocess
                 raise ConfigError(
                     f"data.{key}={value}, and {options.weights} was trained with data.{key}={shown}: set that"
                 )
-    source = open_lesions(
-        settings.model_copy(update={"data": settings.data.model_copy(update=changes)}), main_process=True
-    )
-    table = source.patches.lesions
+    data = settings.data.model_copy(update=changes)
+    patches, _ = open_lesions(settings.model_copy(update={"data": data}), main_process=True)
+    table = patches.lesions
     assert options.label is not None
     labels = evaluation.read_labels(table, options.task, label=options.label, threshold=options.threshold)
     lesions = table.iloc[labels.rows]
@@ -153,7 +152,7 @@ def _labelled_task(settings: Settings, options: FineTune, trained_on: Preprocess
         splits = [_with_validation(split, labels, patients, options.val_share, settings.seed) for split in splits]
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return _Task(settings, options, source.patches, trained_on or source.preprocessing, labels, ids, patients, splits)
+    return _Task(settings, options, patches, trained_on or patches.preprocessing, labels, ids, patients, splits)
 
 
 def _with_validation(split: Split, labels: Labels, patients: Array, share: float, seed: int) -> Split:

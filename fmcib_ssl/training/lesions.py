@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,27 +16,14 @@ import pandas as pd
 from fmcib_ssl.data import AnnotationsError, BadRowsError, LesionPatches, Store, StoreSettings, selected
 from fmcib_ssl.io import digest_of
 from fmcib_ssl.training.settings import ConfigError, Settings
-from fmcib_ssl.types import Preprocessing
 
 logger = logging.getLogger(__name__)
 
 
-class LesionSource(NamedTuple):
-    """The lesions that a run is trained on.
+def open_lesions(settings: Settings, *, main_process: bool) -> tuple[LesionPatches, str]:
+    """The lesions of the store that the configuration names, or of its table's, with a checksum.
 
-    Attributes:
-        patches: one item a lesion.
-        preprocessing: how the patches are cut.
-        checksum: of which lesions they are, in which order, and of their scans; not of how files are called or written.
-    """
-
-    patches: LesionPatches
-    preprocessing: Preprocessing
-    checksum: str
-
-
-def open_lesions(settings: Settings, *, main_process: bool) -> LesionSource:
-    """Open the store that the configuration names, or the one of its table.
+    It is of which lesions they are, in which order, and of their scans; not of how files are called or written.
 
     Args:
         settings: of the run.
@@ -69,12 +55,10 @@ def open_lesions(settings: Settings, *, main_process: bool) -> LesionSource:
         mining=data.mining,
         negatives_per_lesion=data.negatives_per_lesion,
         select=keep,
-        padding_hu=store.settings.padding_hu,
         padding=data.padding,
         on_bad_row=data.on_bad_row,
     )
-    preprocessing = Preprocessing(data.patch_size, spacing_mm, store.settings.padding_hu, padding=data.padding)
-    return LesionSource(patches, preprocessing, _checksum(store, keep))
+    return patches, _checksum(store, keep)
 
 
 def _prepared(settings: Settings, main_process: bool) -> Path:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fmcib_ssl.data import LesionPatches, Store, selected, text_of
 from fmcib_ssl.evaluation import auc, column_text, knn_scores, linear_scores, read_labels, value_of
 from fmcib_ssl.models import class_spread, effective_rank, evaluation_mode, mean_cosine_within, uniformity, unit_vectors
-from fmcib_ssl.types import Padding, Preprocessing
+from fmcib_ssl.types import Padding
 
 logger = logging.getLogger(__name__)
 
@@ -71,16 +71,13 @@ class OnlineProbe(L.Callback):
         if every_n_epochs < 1:
             raise ValueError(f"every_n_epochs={every_n_epochs}: must be at least 1")
         opened = Store(store)
-        padding_hu = opened.settings.padding_hu
         rows = np.flatnonzero(selected(opened.lesions, select, key="select", where=store))
         if not len(rows):
             raise ValueError(f"no lesion of {store} has select={dict(select or {})}")
         rows = rows[read_labels(opened.lesions.iloc[rows], "multiclass", label=label).rows]
         if len(rows) > max_lesions:
             rows = np.sort(np.random.default_rng(0).permutation(rows)[:max_lesions])
-        self.patches = LesionPatches(opened, patch_size, select=rows, padding_hu=padding_hu, padding=padding)
-        size = cast(tuple[int, int, int], tuple(patch_size))
-        self.preprocessing = Preprocessing(size, opened.settings.spacing_mm, padding_hu, padding=padding)
+        self.patches = LesionPatches(opened, patch_size, select=rows, padding=padding)
         lesions = self.patches.lesions
         self.labels = read_labels(lesions, "multiclass", label=label)
         self.group = group or ("PatientID" if "PatientID" in lesions else "scan_id")
@@ -150,7 +147,7 @@ class OnlineProbe(L.Callback):
         parts = []
         with evaluation_mode(encoder), trainer.precision_plugin.forward_context():
             for patches in torch.split(self._hu, _BATCH_SIZE):
-                views = self.preprocessing.normalize(patches.to(pl_module.device)).to(dtype)
+                views = self.patches.preprocessing.normalize(patches.to(pl_module.device)).to(dtype)
                 parts.append(encoder(views).float())
         features = torch.cat(parts)
         if world_size > 1:

@@ -22,12 +22,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fmcib_ssl
-from fmcib_ssl.data import LesionDataModule
+from fmcib_ssl.data import LesionDataModule, LesionPatches
 from fmcib_ssl.evaluation import ContactRow, contact_sheet, training_curves
 from fmcib_ssl.io import Identifiers, checksum_of, identifier, redacted
 from fmcib_ssl.models import Pretraining, export_encoder, resolve_precision
 from fmcib_ssl.training.build import learning_rate, num_steps
-from fmcib_ssl.training.lesions import LesionSource
 from fmcib_ssl.training.loggers import RunLogger
 from fmcib_ssl.training.online_probe import OnlineProbe
 from fmcib_ssl.training.run_folder import DATA_ACCESS, flat_settings
@@ -127,12 +126,12 @@ def _differences(facts: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def run_summary(settings: Settings, source: LesionSource, batch_size: int, module: Pretraining, step: int) -> str:
+def run_summary(settings: Settings, patches: LesionPatches, batch_size: int, module: Pretraining, step: int) -> str:
     """A line for each part of a run of which `step` optimizer steps are done."""
     hardware, data, optimizer = settings.hardware, settings.data, settings.optimizer
     global_batch = batch_size * settings.world_size
-    steps_per_epoch, all_steps = num_steps(settings, len(source.patches) // global_batch)
-    num_scans = source.patches.lesions["scan_id"].nunique()
+    steps_per_epoch, all_steps = num_steps(settings, len(patches) // global_batch)
+    num_scans = patches.lesions["scan_id"].nunique()
     chunk_size, accumulated = getattr(module, "chunk_size", None), settings.trainer.accumulate_grad_batches
     num_weights = sum(p.numel() for p in module.encoder.parameters()) / 1e6
     switches = ("channels_last", "skip_padded_kernels", "compile", "gradient_checkpointing")
@@ -143,9 +142,9 @@ def run_summary(settings: Settings, source: LesionSource, batch_size: int, modul
         loss = f", {type(built).__name__}: {arguments}"
     rows = {
         "run": f"{settings.name}, fmcib_ssl {fmcib_ssl.__version__}, in {settings.paths.run}",
-        "lesions": f"{len(source.patches)} in {num_scans} scans, from store {source.patches.store.path}",
+        "lesions": f"{len(patches)} in {num_scans} scans, from store {patches.store.path}",
         "negatives": f"{data.negatives_per_lesion} a lesion, {data.mining}",
-        "patch": f"{' x '.join(map(str, data.patch_size))} voxels (z, y, x) of {source.preprocessing.spacing_mm:g} mm",
+        "patch": f"{' x '.join(map(str, data.patch_size))} voxels (z, y, x) of {patches.preprocessing.spacing_mm:g} mm",
         "batch": f"{batch_size} lesions on each of {settings.world_size} {hardware.accelerator} devices"
         + (f", in chunks of {chunk_size}" if chunk_size and chunk_size < batch_size else "")
         + (f", {accumulated} accumulated" if accumulated > 1 else ""),

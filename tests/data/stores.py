@@ -24,17 +24,23 @@ def body(shape_zyx: tuple[int, int, int], seed: int = 0) -> np.ndarray:
     return (hu + np.random.default_rng(seed).integers(-20, 20, shape_zyx)).astype(np.int16)
 
 
-def make_store(folder: Path, scans: dict[str, np.ndarray], lesions: Sequence[tuple[Any, ...]], **columns: Any) -> Store:
+def make_store(
+    folder: Path,
+    scans: dict[str, np.ndarray],
+    lesions: Sequence[tuple[Any, ...]],
+    settings: StoreSettings = StoreSettings(),  # noqa: B008  (frozen)
+    **columns: Any,
+) -> Store:
     """A store of 1 mm voxels, without going through files of scans.
 
     Args:
         folder: is made.
         scans: HU by scan id.
         lesions: scan id and centre z, y, x.
+        settings: what the store says of its voxels.
         columns: further ones of the table of lesions, or in place of `lesion_id` and `row`.
     """
     (folder / SCANS_FOLDER).mkdir(parents=True)
-    settings = StoreSettings()
     for scan_id, hu in scans.items():
         write_scan(folder, scan_id, hu, build_coarse_map(hu, settings.spacing_mm), {})
     index = pd.DataFrame(

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 import fmcib_ssl.data
 from fmcib_ssl.data.mining import Near
 from fmcib_ssl.data.patches import LesionPatches
-from fmcib_ssl.data.store import Store, StoreError
-from fmcib_ssl.types import PatchPair, SampleKey
+from fmcib_ssl.data.store import Store, StoreError, StoreSettings
+from fmcib_ssl.types import PatchPair, Preprocessing, SampleKey
 
 SIZE = (16, 18, 20)
 SCANS = {"a": body((60, 90, 100), 1), "b": body((70, 80, 90), 2), "ü ö": body((50, 70, 80), 3)}
@@ -91,7 +91,13 @@ def test_positives_are_the_voxels_round_the_lesion(store: Store) -> None:
         assert sample["lesion"] == index
         assert dataset.title(index) == f"{scan_id}, row {index + 1}"
     assert (dataset.positive(1)[0, :5] == -1024).all()  # five slices below the scan
-    assert (LesionPatches(store, SIZE, padding_hu=-2000).positive(1)[0, :5] == -2000).all()
+
+
+def test_a_store_says_what_stands_outside_its_scans(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", SCANS, LESIONS, StoreSettings(spacing_mm=1.5, padding_hu=-2000))
+    dataset = LesionPatches(store, SIZE)
+    assert (dataset.positive(1)[0, :5] == -2000).all()
+    assert dataset.preprocessing == Preprocessing(SIZE, 1.5, -2000)
 
 
 @pytest.mark.parametrize("mining", ["background", "near", "hard", "uniform", Near(20, 45)])

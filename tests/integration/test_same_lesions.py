@@ -24,14 +24,14 @@ def archive(phantom_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def of_table(table: Path, *overrides: str) -> str:
-    return open_lesions(tiny_settings(table, Path("run"), *overrides), main_process=True).checksum
+    return open_lesions(tiny_settings(table, Path("run"), *overrides), main_process=True)[1]
 
 
 def of_store(table: Path, *overrides: str, spacing_mm: float = 1.5) -> str:
     store = Path(f"store_{spacing_mm}")
     prepare_store(read_annotations(table), store, StoreSettings(spacing_mm), num_workers=0)
     options = [f"data.store={store}", "data.annotations=null", "data.spacing_mm=null", *overrides]
-    return open_lesions(tiny_settings(table, Path("run"), *options), main_process=True).checksum
+    return open_lesions(tiny_settings(table, Path("run"), *options), main_process=True)[1]
 
 
 def test_how_the_table_is_called_and_written_and_where_scans_lie_does_not_count(archive: Path) -> None:
