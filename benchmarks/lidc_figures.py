@@ -103,7 +103,8 @@ def forest(results: Results, panels: Mapping[str, Key], path: Path) -> None:
                 continue
             error = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
             axis.errorbar(row["value"], place, xerr=error, fmt=marker, color=color, markersize=5, linewidth=1.2)
-            if ahead := results.differences.get((method, "one_reader", key)):
+            ahead = results.differences.get((method, "one_reader", key))
+            if reader and ahead:
                 against_others = reader["value"] + ahead["value"]
                 axis.plot(against_others, place, marker, color=color, markersize=5, markerfacecolor="white")
         axis.set_title(title, fontsize=10)
