@@ -26,22 +26,14 @@ Share = Annotated[float, Field(gt=0, le=1)]
 ALIASES = {"out": "output", "groups": "group", "seeds": "repeats"}
 
 
-class Evaluate(Command):
-    """Probe frozen features of lesions, beside random weights, raw voxels and the lesion's size.
-
-    python scripts/evaluate.py features=features.parquet label=texture threshold='<5' output=results
-    python scripts/evaluate.py features=features.parquet label=texture readers=majority threshold='<5' output=results
-    python scripts/evaluate.py features=a.parquet,b.parquet task=survival time=days event=died output=results
-    python scripts/evaluate.py features=features.parquet task=luna16_malignancy tables=/data/annotations output=results
-
-    out= is another name of output=, groups= of group=.
-    """
+class Labelled(Command):
+    """What is predicted of which lesions, and who is trained on and tested."""
 
     features: list[Path] = Field(
         min_length=1,
         description="tables that scripts/embed.py wrote, comma-separated; a.parquet+b.parquet: side by side",
     )
-    output: Path = Field(description="folder for results.json and predictions.parquet")
+    output: Path = Field(description="folder for the results")
     label: str | None = Field(None, description="column to predict")
     task: str = Field("binary", description="binary, multiclass, ordinal, continuous, survival; or of scripts/tasks")
     threshold: str | None = Field(None, description="binary: what is 1, such as '<5' or '>=3'")
@@ -57,14 +49,34 @@ class Evaluate(Command):
     split: str | None = Field(None, description="column with train, test and perhaps val, instead of folds")
     repeats: PositiveInt = Field(1, description="times that the folds are drawn anew")
     group: str | None = Field("PatientID", description="column of the patient; null: each lesion is its own")
+    num_bootstrap: PositiveInt = Field(2000, description="resamples of the patients for the intervals")
+    seed: NonNegativeInt = Field(0, description="of folds, shares of the labels, resamples and random weights")
+    device: str | None = Field(None, description="for encoders that are run; null: a GPU if there is one")
+
+    def feature_files(self) -> dict[str, list[Path]]:
+        """Files by the name of their features; several under one name stand side by side."""
+        files = [[path] if path.exists() else [Path(part) for part in str(path).split("+")] for path in self.features]
+        stems = [" + ".join(part.stem for part in parts) for parts in files]
+        names = zip(self.features, stems, strict=True)
+        return dict(zip((s if stems.count(s) == 1 else str(path) for path, s in names), files, strict=True))
+
+
+class Evaluate(Labelled):
+    """Probe frozen features of lesions, beside random weights, raw voxels and the lesion's size.
+
+    python scripts/evaluate.py features=features.parquet label=texture threshold='<5' output=results
+    python scripts/evaluate.py features=features.parquet label=texture readers=majority threshold='<5' output=results
+    python scripts/evaluate.py features=a.parquet,b.parquet task=survival time=days event=died output=results
+    python scripts/evaluate.py features=features.parquet task=luna16_malignancy tables=/data/annotations output=results
+
+    Written are results.json and predictions.parquet. out= is another name of output=, groups= of group=.
+    """
+
     probe: list[Probe] | None = Field(None, description="logistic, knn, ridge, cox; null: the linear one of the label")
     fractions: list[Share] = Field([1.0], description="shares of the training patients, such as 1,0.5,0.2,0.1")
     size: list[str] | None = Field(["diameter_mm"], description="columns with the lesion's size, a baseline of its own")
     baselines: bool = Field(True, description="false: no random weights, no raw voxels")
     allow_leakage: list[Literal["patients", "duplicates", "padding"]] = Field([], description="leakage to accept")
-    num_bootstrap: PositiveInt = Field(2000, description="resamples of the patients for the intervals")
-    seed: NonNegativeInt = Field(0, description="of folds, shares of the labels, resamples and random weights")
-    device: str | None = Field(None, description="for random weights; null: a GPU if there is one")
 
 
 def main(arguments: list[str]) -> None:
@@ -92,11 +104,9 @@ def run(command: Evaluate) -> None:
     )
     from fmcib_ssl.training import environment  # noqa: PLC0415
 
-    paths = [[path] if path.exists() else [Path(part) for part in str(path).split("+")] for path in command.features]
-    stems = [" + ".join(part.stem for part in parts) for parts in paths]
     tables = {
-        stem if stems.count(stem) == 1 else str(path): FeatureTable.side_by_side([FeatureTable.read(p) for p in parts])
-        for path, parts, stem in zip(command.features, paths, stems, strict=True)
+        name: FeatureTable.side_by_side([FeatureTable.read(file) for file in files])
+        for name, files in command.feature_files().items()
     }
     protocol, lesions, published, notes = protocol_of(command, tables)
     print(*(f"note      {note}" for note in notes), sep="\n")
@@ -148,7 +158,7 @@ def run(command: Evaluate) -> None:
     print(f"\nresults   {command.output / 'results.json'}\nscores    {command.output / 'predictions.parquet'}")
 
 
-def protocol_of(command: Evaluate, tables: dict[str, FeatureTable]) -> tuple[Any, ...]:
+def protocol_of(command: Labelled, tables: dict[str, FeatureTable]) -> tuple[Any, ...]:
     """Who is labelled how, trained on and tested; the rows of the lesions, the published task, and notes on them."""
     import numpy as np  # noqa: PLC0415
 

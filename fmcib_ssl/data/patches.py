@@ -168,9 +168,20 @@ class LesionPatches(Dataset[PatchPair]):
         order = np.random.default_rng([self.seed, *key, 2]).permutation(len(self._scan_ids))
         yield from (scan for scan in order.tolist() if scan != own and not self._without_room[scan])
 
-    def positive(self, index: int) -> Int16[Tensor, "1 z y x"]:
-        """The patch round a lesion; nothing is mined."""
-        return self.patch_at(self._scan_of(index), self._centers_zyx[index])
+    def positive(self, index: int, offset_mm_zyx: Sequence[float] = (0.0, 0.0, 0.0)) -> Int16[Tensor, "1 z y x"]:
+        """The patch round a lesion, or round the point of its scan that is nearest to an offset from it.
+
+        Args:
+            index: of the lesion, in `lesions`.
+            offset_mm_zyx: from the lesion's point, along z, y, x.
+        """
+        scan, center = self._scan_of(index), self._centers_zyx[index]
+        if any(offset_mm_zyx):
+            point = self.lesions.loc[index, ["center_z", "center_y", "center_x"]].to_numpy(dtype=np.float64)
+            moved = point + np.asarray(offset_mm_zyx) / self.store.settings.spacing_mm
+            last = np.array(self.store.shapes[str(self._scan_ids[scan])]) - 1
+            center = np.clip(np.floor(moved + 0.5), 0, last).astype(np.int64)
+        return self.patch_at(scan, center)
 
     def patch_at(self, scan: int, center_zyx: npt.NDArray[np.int64]) -> Int16[Tensor, "1 z y x"]:
         """The patch whose voxel `size // 2` is a given voxel of a scan.

@@ -64,3 +64,6 @@ from .report import results_table as results_table
 from .report import write_lesion_page as write_lesion_page
 from .report_features import FeatureOptions as FeatureOptions
 from .report_results import results_lines as results_lines
+from .report_robustness import write_robustness as write_robustness
+from .robustness import embed_conditions as embed_conditions
+from .robustness import measure_robustness as measure_robustness

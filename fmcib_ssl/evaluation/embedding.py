@@ -184,6 +184,13 @@ def embed_source(
     return table.aligned([lesion for lesion in lesions[ID_COLUMN].iloc[rows] if lesion not in failures])
 
 
+def inference_of(table: FeatureTable, device: str | torch.device | None = None) -> Inference:
+    """How a table was embedded, on this device; fp16 of another machine may be what this one has not."""
+    provenance = table.provenance
+    precision: Precision = "32" if provenance["precision"] == "fp16" else provenance["precision"]
+    return Inference(precision=precision, views=provenance["views"], device=device)
+
+
 def baseline_tables(
     table: FeatureTable, *, seed: int = 0, device: str | torch.device | None = None
 ) -> dict[str, FeatureTable]:
@@ -215,10 +222,7 @@ def baseline_tables(
     encoders["raw voxels"] = raw_voxels(preprocessing), plain
     if provenance.get("encoder"):
         untrained = random_encoder(provenance["encoder"], preprocessing, seed)
-        # Half precision of another machine may be one that this device has not.
-        precision: Precision = "32" if provenance["precision"] == "fp16" else provenance["precision"]
-        alike = Inference(precision=precision, views=provenance["views"], device=device)
-        encoders = {"random weights": (untrained, alike), **encoders}
+        encoders = {"random weights": (untrained, inference_of(table, device)), **encoders}
     baselines = {}
     for name, (encoder, inference) in encoders.items():
         features = embed_source(encoder, provenance["source"], inference, ids.tolist()).aligned(ids)

@@ -8,7 +8,8 @@ opened again:
   "on_bad_row": "skip", "stores": DIR}`; all but the first two may be left out. A store is prepared for the table, or
   brought up to date, in the folder `stores`; as embedding does it, so does training.
 
-Both take `select`, `{column: value or values}`, and may hold `preprocessing`.
+Both take `select`, `{column: value or values}`, and `condition`, `{"name": one of CONDITIONS, "draw": number}`: what is
+done to every patch that is read. They may hold `preprocessing`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from fmcib_ssl.data import (
     selected,
     text_of,
 )
+from fmcib_ssl.evaluation.conditions import CONDITIONS, ConditionedPatches, margin_of
 from fmcib_ssl.evaluation.feature_table import FEATURES_COLUMN, ID_COLUMN, FeatureTableError
 from fmcib_ssl.evaluation.hu_statistics import hu_statistics
 from fmcib_ssl.io import checksum_of, digest_of
@@ -83,8 +85,8 @@ def open_patches(source: Mapping[str, Any], preprocessing: Preprocessing | None 
             50 voxels of 1 mm, or of the store's spacing.
 
     Raises:
-        FeatureTableError: a source of another kind, no lesion selected, or a store whose voxels are not those of
-            `preprocessing`.
+        FeatureTableError: a source of another kind, an unknown condition, no lesion selected, or a store whose voxels
+            are not those of `preprocessing`.
         fmcib_ssl.data.tables.AnnotationsError: a selection by a column that is missing.
         fmcib_ssl.data.store.StoreError: the store cannot be read or prepared.
         fmcib_ssl.data.tables.AnnotationsError: no table that can be read, or no row that can be used.
@@ -120,10 +122,17 @@ def open_patches(source: Mapping[str, Any], preprocessing: Preprocessing | None 
     keep = selected(store.lesions, source.get("select"), key="select", where=store.path)
     if not keep.any():
         raise FeatureTableError(f"no row of {store.path} has select={source.get('select')}")
-    patches = LesionPatches(store, cut.patch_size_zyx, negatives_per_lesion=0, select=keep, padding=cut.padding)
+    if (condition := source.get("condition")) and condition["name"] not in CONDITIONS:
+        raise FeatureTableError(f"condition {condition['name']!r} is not one of {', '.join(CONDITIONS)}")
+    margin = margin_of(condition["name"], grid.spacing_mm) if condition else 0
+    size = [n + 2 * margin for n in cut.patch_size_zyx]
+    patches = LesionPatches(store, size, negatives_per_lesion=0, select=keep, padding=cut.padding)
     lesions = patches.lesions.rename(columns={FEATURES_COLUMN: f"table_{FEATURES_COLUMN}"})
     lesions = lesions.assign(**{ID_COLUMN: text_of(lesions[ID_COLUMN])})
-    fingerprint = digest_of(checksum_of(contents), source.get("select"), how)
+    fingerprint = digest_of(checksum_of(contents), source.get("select"), how, *([condition] if condition else []))
+    if condition:
+        read = ConditionedPatches(patches, lesions[ID_COLUMN].tolist(), condition["name"], condition["draw"]).read
+        return SourcePatches(lesions, read, rejected, fingerprint, cut)
     return SourcePatches(lesions, patches.positive, rejected, fingerprint, cut)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,22 @@ def test_side_by_side_joins_by_lesion() -> None:
     np.testing.assert_array_equal(joined.features, np.hstack([first.features[[0, 2, 4]], second.features[[2, 1, 0]]]))
     assert joined.provenance["name"] == f"{first.name} + {second.name}"
     assert FeatureTable.side_by_side([first]) is first
+
+
+def test_features_made_elsewhere_join_as_the_docs_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = FeatureTable(lesions().assign(image_path=[f"{i}.nii" for i in range(6)]), table().features, PROVENANCE)
+    own.write("features.parquet")
+    Path("radiomics.csv").write_text(
+        "image_path,label,volume,entropy\n4.nii,x,40,4.5\n1.nii,y,10,1.5\n9.nii,z,90,9.5\n"
+    )
+    page = (Path(__file__).resolve().parents[2] / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(example, {})
+    both = FeatureTable.side_by_side([own, FeatureTable.read("radiomics.parquet")])
+    assert both.lesions["lesion_id"].tolist() == ["lesion 1", "lesion 4"]
+    np.testing.assert_array_equal(both.features[:, :-2], own.features[[1, 4]])
+    np.testing.assert_array_equal(both.features[:, -2:], [[10, 1.5], [40, 4.5]])
 
 
 def test_a_column_that_parquet_cannot_hold_is_named(tmp_path: Path) -> None:
