@@ -57,8 +57,8 @@ def write_robustness(
 def _markdown(rows: pd.DataFrame, metric: str) -> str:
     """A line a condition, a column a set of features."""
     own = rows[rows["metric"] == metric]
-    numbers = own[["value", "low", "high"]].astype(float).itertuples(index=False)
-    text = [f"{n.value:.3f}" if pd.isna(n.low) else f"{Estimate(*n):.3f}" for n in numbers]
+    numbers = own[["value", "low", "high"]].to_numpy(float)
+    text = [f"{value:.3f}" if np.isnan(low) else f"{Estimate(value, low, high):.3f}" for value, low, high in numbers]
     table = own.assign(text=text).pivot(index="condition", columns="features", values="text")
     table = table.loc[own["condition"].unique(), own["features"].unique()]
     lines = [["condition", *table], ["---", *["---:"] * len(table.columns)]]
