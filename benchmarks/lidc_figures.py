@@ -33,7 +33,7 @@ LOOKS = {
     "recipe+hu_statistics": ("#CC79A7", "D"),
     "hu_statistics": ("#0072B2", "s"),
     "concentric": ("#000000", "P"),
-    "random_concentric": ("#56B4E9", "^"),
+    "point_features": ("#56B4E9", "^"),
     "raw_voxels": ("#999999", "v"),
 }
 PLAIN, READER, CEILING = ("#555555", "o"), "#E69F00", "#009E73"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fmcib_ssl.data import LesionDataModule
 from fmcib_ssl.evaluation import compact, encode, hu_statistics
+from fmcib_ssl.models.point_features import point_derivatives, point_features
 from fmcib_ssl.training import Settings, build_module, build_part, build_views, read_settings
 from fmcib_ssl.types import Array
 
@@ -42,7 +43,7 @@ class Contender:
     """
 
     name: str
-    kind: Literal["trained", "random", "voxels", "statistics", "diameter"] = "trained"
+    kind: Literal["trained", "random", "voxels", "statistics", "points", "diameter"] = "trained"
     overrides: tuple[str, ...] = field(default=())
 
     def settings(self, seed: int, epochs: int | None) -> Settings:
@@ -73,6 +74,8 @@ OWN = ("encoder=concentric", PLAIN_VIEWS)
 BOTH = ("loss.negatives=mined_and_lesions", "data.negatives_per_lesion=1")
 CONTENDERS = (
     Contender("recipe"),
+    Contender("learned_only", overrides=("encoder.point_features=false",)),
+    Contender("point_features", "points"),
     Contender("random", "random", ("encoder=small",)),
     Contender("concentric", overrides=("encoder=concentric",)),
     Contender("random_radial", "random"),
@@ -117,6 +120,9 @@ def features(
         return compact(nodules.patches.flatten(1).clamp_min(-1024).float().numpy()).astype(np.float32)
     if contender.kind == "statistics":
         return hu_statistics(nodules.patches)
+    if contender.kind == "points":
+        hu = nodules.patches.clamp_min(-1024).float()
+        return point_features(hu, point_derivatives(hu)).numpy()
     settings = contender.settings(seed, epochs)
     L.seed_everything(seed, verbose=False)
     if contender.kind == "random":

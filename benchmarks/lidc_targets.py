@@ -45,8 +45,8 @@ NUM_BOOTSTRAP = 2000
 #: By kind of label. Logistic regression is coarser than the package's own, as there are thousands of fits.
 PROBE = {"binary": replace(PROBES["logistic"], settings=(1e-4, 1e-3, 1e-2, 1e-1)), "continuous": PROBES["ridge"]}
 REFERENCES = (
-    "concentric", "random", "random_radial", "random_concentric", "raw_voxels", "lightly_simclr",
-    "lightly_simclr_concentric", "diameter",
+    "concentric", "learned_only", "point_features", "random", "random_radial", "random_concentric", "raw_voxels",
+    "lightly_simclr", "lightly_simclr_concentric", "diameter",
 )  # fmt: skip
 
 
