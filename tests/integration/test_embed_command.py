@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_runs import NUM_SCANS, REPO, tiny_settings, tiny_store
+from tiny_runs import NUM_SCANS, REPO, tiny_settings
 
 import fmcib_ssl
 from fmcib_ssl.data import LesionPatches, importers
@@ -82,7 +82,9 @@ def embed_apart(folder: Path, *arguments: str, start: tuple[str, ...] = (str(SCR
 
 @pytest.fixture(scope="module")
 def store(phantom_table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_store(tmp_path_factory.mktemp("phantom") / "store", phantom_table)
+    folder = tmp_path_factory.mktemp("phantom") / "store"
+    prepare_store(read_annotations(phantom_table), folder, num_workers=0)  # at 1 mm, as the encoders of these tests
+    return folder
 
 
 @pytest.fixture(scope="module")
