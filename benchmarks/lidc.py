@@ -15,7 +15,6 @@ made from the results by `python benchmarks/lidc_figures.py`.
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from lidc_data import PREPROCESSING, Nodules, load
 from lidc_figures import Results, tables
 from lidc_methods import BY_NAME, CONTENDERS, Contender, features
 from lidc_targets import REFERENCES, Question, answers, published_split, questions, splits_of, within_sizes
+from measure import RESULTS, one_line_a_row
 from pydantic import Field
 from tqdm import tqdm
 
@@ -47,7 +47,6 @@ from fmcib_ssl.io import Command, atomic_write, parse_command
 from fmcib_ssl.training import environment
 from fmcib_ssl.types import Array
 
-RESULTS = Path(__file__).parent / "results" / "lidc.json"
 METHODS = (
     *(contender.name for contender in CONTENDERS), "recipe+hu_statistics", "recipe+mined", "recipe+diameter",
 )  # fmt: skip
@@ -65,7 +64,7 @@ class LidcBenchmark(Command):
 
     data: Path = Field(description="folder with lidc_crops/ and ct/")
     workspace: Path = Field(Path("runs/lidc"), description="store, features and scores; a stopped run goes on from it")
-    output: Path = Field(RESULTS, description="results")
+    output: Path = Field(RESULTS / "lidc.json", description="results")
     methods: list[str] = Field(list(METHODS), description="contenders; a+b: the features of both, side by side")
     seeds: int = Field(3, ge=1, description="pretrainings of each fold")
     epochs: int | None = Field(None, ge=1, description="of each pretraining; null: the recipe's")
@@ -206,17 +205,6 @@ def leakage(benchmark: Benchmark) -> Iterator[str]:
             findings += [replace(finding, message=f"{question.task}: {finding.message}") for finding in borders]
     for finding in findings:
         yield f"{'WARNING' if finding.found else 'ok'} {finding.check}: {finding.message}"
-
-
-def one_line_a_row(results: dict[str, Any]) -> str:
-    """JSON that a person can read and compare with an earlier one."""
-    lists = [
-        f'"{name}": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]"
-        for name, rows in results.items()
-        if isinstance(rows, list)
-    ]
-    others = [f'"{name}": {json.dumps(value)}' for name, value in results.items() if not isinstance(value, list)]
-    return "{\n" + ",\n".join(others + lists) + "\n}\n"
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,8 @@ def load(data: Path, workspace: Path) -> Nodules:
         data: the folder with `lidc_crops/` and `ct/`.
         workspace: where the store is kept.
     """
-    store = _prepared(data, workspace)
+    chests = pd.read_csv(data / "ct" / "annotations.csv").drop(columns="mask_path")  # its paths start at `data`
+    store = prepared_store([nodule_crops(data), chests], data, workspace)
     is_nodule = store.lesions["image_path"].str.startswith("lidc_crops/").to_numpy()
     lesions = store.lesions[is_nodule].reset_index(drop=True)
     size = PREPROCESSING.patch_size_zyx
@@ -76,13 +78,13 @@ def load(data: Path, workspace: Path) -> Nodules:
     return Nodules(lesions, patches, patients, folds_of(patients), pool, side, malignancy)
 
 
-def folds_of(patients: Array) -> Array:
+def folds_of(patients: Array, num_folds: int = NUM_FOLDS) -> Array:
     """The fold of every row: patients in a random order, dealt out in turn."""
     names = np.unique(patients)
     dealt = np.empty(len(names), dtype=np.int64)
     dealt[np.random.default_rng(0).permutation(len(names))] = np.arange(len(names))
     # names[permutation[k]] is the k-th in the order
-    return (dealt % NUM_FOLDS)[np.searchsorted(names, patients)]
+    return (dealt % num_folds)[np.searchsorted(names, patients)]
 
 
 class TrainingPatches:
@@ -115,15 +117,18 @@ class TrainingPatches:
         return f"nodule {lesion}"
 
 
-def _prepared(data: Path, workspace: Path) -> Store:
-    """A store of all crops but the suspect one, and of the chest CTs; made once."""
+def nodule_crops(data: Path) -> pd.DataFrame:
+    """A row for every crop but the suspect one; paths start at `data`."""
     crops = lidc_crops(data / "lidc_crops" / "voi_index.csv")
     crops = crops[~crops["suspect"]].drop(columns="mask_path")
-    chests = pd.read_csv(data / "ct" / "annotations.csv").drop(columns="mask_path")  # its paths start at `data`
-    crops["image_path"] = [f"lidc_crops/{path}" for path in crops["image_path"]]
+    return crops.assign(image_path="lidc_crops/" + crops["image_path"])
+
+
+def prepared_store(tables: Sequence[pd.DataFrame], data: Path, workspace: Path) -> Store:
+    """A store of the lesions of tables, whose paths start at `data`; made once."""
     workspace.mkdir(parents=True, exist_ok=True)
     csv = workspace / "lesions.csv"
-    pd.concat([crops, chests], ignore_index=True).to_csv(csv, index=False)
+    pd.concat(tables, ignore_index=True).to_csv(csv, index=False)
     table = read_annotations(csv, image_root=data)
     prepare_store(table, workspace / "store", image_root=data, num_workers=0, on_bad_row="refuse")
     return Store(workspace / "store")

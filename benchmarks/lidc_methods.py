@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from typing import Literal
 
 import lightning as L
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
-from lidc_data import PREPROCESSING, Nodules, TrainingPatches
-from torch import Tensor, nn
+from contenders import composed, embedded, pretrained, what_decides
+from lidc_data import Nodules, TrainingPatches
+from torch import nn
 
-from fmcib_ssl.data import LesionDataModule
-from fmcib_ssl.evaluation import compact, encode, hu_statistics
+from fmcib_ssl.evaluation import compact, hu_statistics
 from fmcib_ssl.models.point_features import point_derivatives, point_features
-from fmcib_ssl.training import Settings, build_module, build_part, build_views, read_settings
+from fmcib_ssl.training import Settings, build_part
 from fmcib_ssl.types import Array
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 #: What all contenders share with the recipe, unless they say otherwise; so the budget is equal.
 RECIPE = "+experiment=nodule_recipe"
 #: The same views without what is the recipe's own.
@@ -49,24 +43,15 @@ class Contender:
     def settings(self, seed: int, epochs: int | None) -> Settings:
         """Everything about its training."""
         length = [] if epochs is None else [f"trainer.max_epochs={epochs}"]
-        own = ["data.store=none", "paths.run=none", f"seed={seed}", *length, *self.overrides]
-        with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
-            return read_settings(compose("train", [RECIPE, *own]))
+        return composed(RECIPE, f"seed={seed}", *length, *self.overrides)
 
     def key(self, epochs: int | None) -> str:
         """Name and a checksum of the configuration: features that are kept are used again for the same only."""
-        return _key(self, epochs)
-
-
-@cache
-def _key(contender: Contender, epochs: int | None) -> str:
-    if contender.kind not in ("trained", "random"):
-        return contender.name
-    values = contender.settings(0, epochs).model_dump(mode="json")
-    parts = ("augment", "data", "encoder", "head", "loss", "method", "optimizer", "schedule", "trainer")
-    wanted = {name: values[name] for name in (parts if contender.kind == "trained" else ("encoder",))}
-    digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
-    return f"{contender.name}-{digest[:8]}"
+        if self.kind not in ("trained", "random"):
+            return self.name
+        decides = what_decides(self.settings(0, epochs), self.kind)
+        digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+        return f"{self.name}-{digest[:8]}"
 
 
 SMALL = ("encoder=small", PLAIN_VIEWS)
@@ -128,29 +113,10 @@ def features(
     if contender.kind == "random":
         encoder: nn.Module = build_part("encoder", settings.encoder)
     else:
-        encoder = pretrain(settings, nodules.patches[torch.from_numpy(train_rows)], nodules.pool, accelerator)
-    encoder.cpu().eval()
-    # Every encoder is given the mean over a patch and its mirror images.
-    some = nodules.patches.split(128)
-    return np.concatenate([encode(encoder, patches, PREPROCESSING, views=8).numpy() for patches in some])
-
-
-def pretrain(settings: Settings, positives: Tensor, pool: Tensor, accelerator: str) -> nn.Module:
-    """Train an encoder as `train.py` does with these settings, on patches that lie in memory."""
-    for library in ("lightning.pytorch", "lightning.fabric", "fmcib_ssl"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning|torch")
-    patches = TrainingPatches(positives, pool, settings.seed, settings.data.negatives_per_lesion)
-    batch_size = settings.data.batch_size
-    assert isinstance(batch_size, int)
-    data = LesionDataModule(patches, build_views(settings), batch_size=batch_size, seed=settings.seed)
-    epochs = settings.trainer.max_epochs
-    assert epochs is not None
-    module = build_module(settings, PREPROCESSING, batch_size, epochs * (len(patches) // batch_size))
-    trainer = L.Trainer(
-        accelerator=accelerator, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False, max_epochs=epochs,
-        gradient_clip_val=settings.trainer.gradient_clip_val,
-    )  # fmt: skip
-    trainer.fit(module, datamodule=data)
-    return module.encoder
+        patches = nodules.patches[torch.from_numpy(train_rows)]
+        pairs = TrainingPatches(patches, nodules.pool, seed, settings.data.negatives_per_lesion)
+        assert isinstance(settings.data.batch_size, int)
+        assert settings.trainer.max_epochs is not None
+        steps_per_epoch = len(pairs) // settings.data.batch_size
+        encoder = pretrained(settings, pairs, settings.trainer.max_epochs * steps_per_epoch, accelerator)
+    return embedded(encoder, nodules.patches)[0]

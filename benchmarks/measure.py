@@ -37,3 +37,14 @@ def add_results(path: Path, results: dict[str, Any]) -> None:
     known = json.loads(path.read_text()) if path.is_file() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**known, **results}, indent=1) + "\n")
+
+
+def one_line_a_row(results: dict[str, Any]) -> str:
+    """JSON that a person can read and compare with an earlier one."""
+    lists = [
+        f'"{name}": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]"
+        for name, rows in results.items()
+        if isinstance(rows, list)
+    ]
+    others = [f'"{name}": {json.dumps(value)}' for name, value in results.items() if not isinstance(value, list)]
+    return "{\n" + ",\n".join(others + lists) + "\n}\n"

@@ -13,7 +13,6 @@ stopped, and writes the results in the end. `data` holds `ct/sarcoma/` and `lidc
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,9 +22,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from measure import RESULTS, machine
+from lidc_data import folds_of
+from measure import RESULTS, machine, one_line_a_row
 from pydantic import Field
-from sarcoma_data import NUM_FOLDS, PREPROCESSING, Sarcomas, folds_of, load
+from sarcoma_data import NUM_FOLDS, PREPROCESSING, Sarcomas, load
 from sarcoma_methods import BY_NAME, CONTENDERS, Contender, features
 from sarcoma_probes import figures, judged
 from tqdm import tqdm
@@ -79,7 +79,7 @@ class Benchmark:
         if unknown := [name for name in names if name not in BY_NAME]:
             raise SystemExit(f"methods={unknown[0]}: there is {', '.join(BY_NAME)}")
         self.contenders = [contender for contender in CONTENDERS if contender.name in names]
-        self.fold = folds_of(sarcomas.patients)
+        self.fold = folds_of(sarcomas.patients, NUM_FOLDS)
 
     def jobs(self) -> Iterator[Job]:
         """All pieces of work, seed by seed; what does not depend on a seed is asked once."""
@@ -163,7 +163,7 @@ class Benchmark:
         full = self.command.form == "full"
         output = self.command.output or (RESULTS if full else self.command.workspace) / "sarcoma.json"
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        output.write_text(one_line_a_row(results), encoding="utf-8")
         return results
 
 

@@ -12,18 +12,17 @@ import numpy.typing as npt
 import pandas as pd
 import SimpleITK as sitk
 import torch
+from lidc_data import PREPROCESSING, nodule_crops, prepared_store
 from scipy import ndimage
 from torch import Tensor
 from tqdm import tqdm
 
-from fmcib_ssl.data import STRATEGIES, LesionPatches, Store, lidc_crops, prepare_store, read_annotations
+from fmcib_ssl.data import STRATEGIES, LesionPatches, Store
 from fmcib_ssl.evaluation import Readers, read_ratings
 from fmcib_ssl.io import atomic_write
-from fmcib_ssl.types import Preprocessing
 
 Array = npt.NDArray[Any]
 
-PREPROCESSING = Preprocessing(patch_size_zyx=(8, 24, 24), padding="edge")
 SIZE_ZYX = np.array(PREPROCESSING.patch_size_zyx)
 NUM_FOLDS = 3
 #: Distance of the points that annotate a tumour, mm along z, y, x: patches of neighbours overlap, so that negatives
@@ -127,7 +126,7 @@ def load(data: Path, workspace: Path) -> Sarcomas:
     masks = {
         row["PatientID"]: Mask.read(data / "ct" / "sarcoma" / row["mask_path"]) for row in table.to_dict("records")
     }
-    store = _prepared(data, workspace, table, masks)
+    store = prepared_store([*_tumour_points(table, masks), nodule_crops(data)], data, workspace)
     is_nodule = store.lesions["image_path"].str.startswith("lidc_crops/").to_numpy()
     cropped = LesionPatches(
         store, PREPROCESSING.patch_size_zyx, negatives_per_lesion=0, select=is_nodule, padding="edge"
@@ -156,21 +155,13 @@ def load(data: Path, workspace: Path) -> Sarcomas:
     )
 
 
-def _prepared(data: Path, workspace: Path, table: pd.DataFrame, masks: dict[str, Mask]) -> Store:
-    """A store of the scans, their tumours annotated by many points, and of the nodules; made once."""
-    crops = lidc_crops(data / "lidc_crops" / "voi_index.csv")
-    crops = crops[~crops["suspect"]].drop(columns="mask_path")
-    crops["image_path"] = [f"lidc_crops/{path}" for path in crops["image_path"]]
+def _tumour_points(table: pd.DataFrame, masks: dict[str, Mask]) -> list[pd.DataFrame]:
+    """A row for every point of a lattice in each tumour; paths start at the folder of the data."""
     tumours = []
     for row in table.to_dict("records"):
         points = pd.DataFrame(masks[row["PatientID"]].lattice_lps_mm(), columns=["coordX", "coordY", "coordZ"])
         tumours.append(points.assign(image_path=f"ct/sarcoma/{row['image_path']}", PatientID=row["PatientID"]))
-    workspace.mkdir(parents=True, exist_ok=True)
-    csv = workspace / "points.csv"
-    pd.concat([*tumours, crops], ignore_index=True).to_csv(csv, index=False)
-    annotations = read_annotations(csv, image_root=data)
-    prepare_store(annotations, workspace / "store", image_root=data, num_workers=0, on_bad_row="refuse")
-    return Store(workspace / "store")
+    return tumours
 
 
 def place_table(store: Store, masks: dict[str, Mask]) -> pd.DataFrame:
@@ -292,11 +283,3 @@ def centroid_row(annotated: LesionPatches, strategy: str, masks: dict[str, Mask]
         "mining": strategy, "annotated": "centroid", "negatives": sum(map(len, in_tumour)),
         "in_tumour": round(float(np.mean(shares)), 4), "scans_over_10_percent": int(np.sum(np.array(shares) > 0.1)),
     }  # fmt: skip
-
-
-def folds_of(patients: Array) -> Array:
-    """The fold of every row: patients in a random order, dealt out in turn."""
-    names, member_of = np.unique(patients, return_inverse=True)
-    fold = np.empty(len(names), dtype=np.int64)
-    fold[np.random.default_rng(0).permutation(len(names))] = np.arange(len(names)) % NUM_FOLDS
-    return np.asarray(fold[member_of])

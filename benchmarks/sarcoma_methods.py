@@ -4,35 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import lightning as L
 import numpy as np
-import numpy.typing as npt
 import torch
-from hydra import compose, initialize_config_dir
-from sarcoma_data import NUM_NEGATIVES, PREPROCESSING, SIZE_ZYX, Sarcomas
+from contenders import composed, embedded, pretrained, what_decides
+from sarcoma_data import NUM_NEGATIVES, SIZE_ZYX, Sarcomas
 from torch import Tensor, nn
 
-from fmcib_ssl.data import LesionDataModule
-from fmcib_ssl.evaluation import encode
-from fmcib_ssl.training import Settings, build_module, build_part, build_views, read_settings
-from fmcib_ssl.types import PatchPair, SampleKey
-
-Array = npt.NDArray[Any]
+from fmcib_ssl.training import Settings, build_part
+from fmcib_ssl.types import Array, PatchPair, SampleKey
 
 _PatchOf = Callable[[SampleKey], Tensor]
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 #: What all share unless they say otherwise: the recipe for nodules with the small encoder, and views that keep what
 #: lies round the point, since a sarcoma fills its patch.
-SHARED = ("+experiment=nodule_recipe", "encoder=small", "~augment.transforms.surroundings", "data.store=none")
+SHARED = ("+experiment=nodule_recipe", "encoder=small", "~augment.transforms.surroundings")
 #: Lesions of a step, unless a contender says otherwise, with as many steps, the same learning rate and as many views.
 BATCH_SIZE = 64
 
@@ -54,21 +44,16 @@ class Contender:
     overrides: tuple[str, ...] = ()
     pool: str = "background"
 
-    @lru_cache(16)  # noqa: B019  # a contender lives as long as the module
     def settings(self, seed: int, epochs: int) -> Settings:
         """Everything about its training."""
-        with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
-            length = f"trainer.max_epochs={epochs}"
-            return read_settings(compose("train", [*SHARED, f"seed={seed}", length, "paths.run=none", *self.overrides]))
+        return composed(*SHARED, f"seed={seed}", f"trainer.max_epochs={epochs}", *self.overrides)
 
     def key(self, epochs: int) -> str:
         """Name and a checksum of the configuration: pieces that are kept are used again for the same only."""
         if self.kind not in ("trained", "random"):
             return self.name
-        values = self.settings(0, epochs).model_dump(mode="json")
-        parts = ("augment", "data", "encoder", "head", "loss", "method", "optimizer", "schedule", "trainer")
-        relevant = [values[name] for name in (parts if self.kind == "trained" else ("encoder",))]
-        digest = hashlib.sha256(json.dumps([relevant, self.pool], sort_keys=True).encode()).hexdigest()
+        decides = what_decides(self.settings(0, epochs), self.kind)
+        digest = hashlib.sha256(json.dumps([list(decides.values()), self.pool], sort_keys=True).encode()).hexdigest()
         return f"{self.name}-{digest[:8]}"
 
 
@@ -171,32 +156,7 @@ def features(contender: Contender, sarcomas: Sarcomas, train_patients: Array, *,
     if contender.kind == "random":
         encoder: nn.Module = build_part("encoder", contender.settings(seed, epochs).encoder)
     else:
-        encoder = _pretrained(contender, sarcomas, train_patients, seed, epochs)
-    encoder.eval()
-    # Every encoder is given the mean over a patch and its mirror images.
-    return [
-        np.concatenate([encode(encoder, some, PREPROCESSING, views=8).numpy() for some in patches.split(128)])
-        for patches in (sarcomas.patches, sarcomas.nodule_patches)
-    ]
-
-
-def _pretrained(contender: Contender, sarcomas: Sarcomas, train_patients: Array, seed: int, epochs: int) -> nn.Module:
-    """Train an encoder as `train.py` does with these settings, on patches that lie in memory."""
-    for library in ("lightning.pytorch", "lightning.fabric", "fmcib_ssl"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning|torch")
-    settings = contender.settings(seed, epochs)
-    rows = np.flatnonzero(np.isin(sarcomas.patients[sarcomas.rows_of("inside")], train_patients))
-    steps = epochs * (len(rows) // BATCH_SIZE)
-    batch_size = settings.data.batch_size
-    assert isinstance(batch_size, int)
-    patches = training_places(contender.pool, sarcomas, rows, seed)
-    data = LesionDataModule(patches, build_views(settings), batch_size=batch_size, seed=seed)
-    module = build_module(settings, PREPROCESSING, batch_size, steps)
-    trainer = L.Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False, max_steps=steps, max_epochs=-1,
-        gradient_clip_val=settings.trainer.gradient_clip_val,
-    )  # fmt: skip
-    trainer.fit(module, datamodule=data)
-    return module.encoder
+        rows = np.flatnonzero(np.isin(sarcomas.patients[sarcomas.rows_of("inside")], train_patients))
+        places = training_places(contender.pool, sarcomas, rows, seed)
+        encoder = pretrained(contender.settings(seed, epochs), places, epochs * (len(rows) // BATCH_SIZE))
+    return embedded(encoder, sarcomas.patches, sarcomas.nodule_patches)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 TASKS = Path(__file__).resolve().parent / "tasks"
 Probe = Literal["logistic", "knn", "ridge", "cox"]
 Share = Annotated[float, Field(gt=0, le=1)]
+C = TypeVar("C", bound=Command)
 #: Other spellings that are taken.
 ALIASES = {"out": "output", "groups": "group", "seeds": "repeats"}
 
@@ -81,14 +83,21 @@ class Evaluate(Labelled):
 
 def main(arguments: list[str]) -> None:
     """Evaluate, write, print."""
+    run_command(Evaluate, run, arguments)
+
+
+def run_command(command: type[C], work: Callable[[C], None], arguments: list[str], interrupted: str = "") -> None:
+    """Parse the command line, with other spellings, and report errors as the user's."""
     renamed = [ALIASES.get(key, key) + sign + value for key, sign, value in (a.partition("=") for a in arguments)]
-    command = parse_command(Evaluate, renamed)
+    parsed = parse_command(command, renamed)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
-        run(command)
+        work(parsed)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
+        if interrupted:
+            print(interrupted, file=sys.stderr)
         sys.exit(130)
 
 

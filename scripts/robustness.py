@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 
-from evaluate import ALIASES, Labelled, protocol_of  # the script beside this one
+from evaluate import Labelled, protocol_of, run_command  # the script beside this one
 from pydantic import Field
 
-from fmcib_ssl.io import exit_without_teardown, parse_command
+from fmcib_ssl.io import exit_without_teardown
 
 
 class Robustness(Labelled):
@@ -30,16 +29,7 @@ class Robustness(Labelled):
 
 def main(arguments: list[str]) -> None:
     """Embed, compare, write, print."""
-    renamed = [ALIASES.get(key, key) + sign + value for key, sign, value in (a.partition("=") for a in arguments)]
-    command = parse_command(Robustness, renamed)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    try:
-        run(command)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("stopped; the same command resumes from here", file=sys.stderr)
-        sys.exit(130)
+    run_command(Robustness, run, arguments, interrupted="stopped; the same command resumes from here")
 
 
 def run(command: Robustness) -> None:

@@ -19,7 +19,7 @@ _SMOOTHING = 1.0
 _SHELLS = (0.0, 2.0, 3.5, 5.0, 7.0, 10.0, 20.0)
 #: Standard deviations of the Gaussian weights under which values are counted, voxels.
 _SIGMAS = (1.5, 3.0, 5.0, 8.0)
-#: Centres of the bins: HU, HU a voxel (magnitude and towards the centre's outside), HU a square voxel.
+#: Centres of the bins: HU; HU a voxel for the gradient's magnitude and its part away from the point; HU a square voxel.
 _BINS = {
     "intensity": (-1000, -900, -800, -700, -600, -500, -400, -300, -200, -100, -50, 0, 50, 100, 200, 300),
     "magnitude": (0, 10, 20, 40, 70, 110, 160, 220, 300),
@@ -28,7 +28,7 @@ _BINS = {
 }
 
 
-def distances(shape: tuple[int, ...], device: torch.device) -> Float[Tensor, "3 z y x"]:
+def offsets_from_point(shape: tuple[int, ...], device: torch.device) -> Float[Tensor, "3 z y x"]:
     """Voxels along z, y and x from the voxel `size // 2`, which holds the lesion's point, to every other."""
     axes = [torch.arange(size, device=device, dtype=torch.float32) - size // 2 for size in shape]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"))
@@ -54,7 +54,7 @@ def point_derivatives(hu: Float[Tensor, "batch 1 z y x"]) -> dict[str, Float[Ten
         slopes = torch.gradient(smooth, dim=(2, 3, 4))
         second = [torch.gradient(slope, dim=axis)[0] for axis, slope in enumerate(slopes, start=2)]
         laplacian = torch.cat(second, dim=1).sum(1, keepdim=True)
-        offsets = distances(hu.shape[2:], hu.device)
+        offsets = offsets_from_point(hu.shape[2:], hu.device)
         directions = offsets / offsets.square().sum(0).sqrt().clamp_min(0.5)
         gradient = torch.cat(slopes, dim=1)
         squared = gradient.square().sum(1, keepdim=True)
@@ -92,7 +92,7 @@ def point_features(
     """
     with _full_precision(hu.device):
         images = {"intensity": hu.float().clamp(*_HU_RANGE), **derivatives}
-        radius = distances(hu.shape[2:], hu.device).square().sum(0).flatten().sqrt()
+        radius = offsets_from_point(hu.shape[2:], hu.device).square().sum(0).flatten().sqrt()
         inside = torch.stack([(low <= radius) & (radius < high) for low, high in pairwise(_SHELLS)], dim=1).float()
         gaussians = torch.stack([torch.softmax(-radius.square() / (2 * sigma**2), dim=0) for sigma in _SIGMAS], dim=1)
         values = torch.cat(list(images.values()), dim=1).flatten(2) / 100
