@@ -208,7 +208,10 @@ def _intervals(
 ) -> ReportFigure:
     """Values with their intervals, a panel a probe, a line a row, the first at the top."""
     max_rows = max(len(rows) for rows in panels.values())
-    figure, all_axes = panels_of(len(panels), 3, (4.0, 0.9 + 0.32 * max_rows))
+    longest = max(len(name) for rows in panels.values() for name in rows["name"])
+    # Names stand left of the axes, which have to stay wide enough for their title.
+    width = max(4.0, 2.8 + 0.06 * longest)
+    figure, all_axes = panels_of(len(panels), 3, (width, 0.9 + 0.32 * max_rows))
     kind, unit, caption = "intervals", metric, f"{metric} with 95 % intervals, bootstrap over patients"
     if differences:
         kind, unit = "differences", f"difference in {metric}"

@@ -33,7 +33,7 @@ from stores import make_store
 from torch import nn
 
 from fmcib_ssl.data.patches import LesionPatches
-from fmcib_ssl.evaluation import report_features, report_maps
+from fmcib_ssl.evaluation import report_features, report_maps, report_results
 from fmcib_ssl.evaluation.feature_table import FeatureTable, FeatureTableError
 from fmcib_ssl.evaluation.figures import Palette
 from fmcib_ssl.evaluation.metrics import Estimate
@@ -620,3 +620,16 @@ def test_the_readout_is_scikit_learns_probe_behind_the_encoder() -> None:
     oracle = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=5000)).fit(features, labels)
     with torch.no_grad():
         np.testing.assert_allclose(readout(views).numpy(), oracle.decision_function(features), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["random weights", "pretrained + size minus size (diameter_mm)"])
+def test_the_title_of_a_panel_is_not_cut_off_beside_long_names(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(report_results, "save_chart", lambda figure, path: figures.append(figure) or path)
+    rows = pd.DataFrame({"name": [name], "features": ["a"], "value": [0.4], "low": [0.3], "high": [0.5]})
+    panels = {"Difference in AUC, logistic": rows}
+    report_results._intervals(panels, tmp_path / "results", Palette(), "AUC", differences=True)
+    figures[0].draw_without_rendering()
+    assert figures[0].axes[0]._left_title.get_window_extent().x1 <= figures[0].bbox.x1  # type: ignore[attr-defined]
