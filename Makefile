@@ -12,7 +12,7 @@ CONTAINERS_ARE_THERE := { docker info || { command -v dockerd && command -v debo
 CLUSTER_TESTS ?= cluster
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-attacks test-cluster slurm test-container containers lint check clean
+.PHONY: help demo test test-slow test-attacks test-cluster slurm test-container containers lint docs check clean
 
 help:            ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 18
@@ -53,10 +53,13 @@ lint: $(VENV)/.dev     ## style, types, import rules, Dockerfile, shell scripts
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/shellcheck .ci/run $$(find scripts -name '*.sh' -o -name '*.sbatch')
 
-check: lint test     ## what CI runs
+docs: $(VENV)/.dev     ## build the documentation into site/; a broken link or name is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+check: lint docs test     ## what CI runs
 
 clean:     ## remove the environment and what tools leave behind
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
