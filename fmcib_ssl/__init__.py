@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_encoder"]
+__all__ = ["LesionPatches", "__version__", "embed", "load_encoder", "prepare"]
 
-if TYPE_CHECKING:
-    from fmcib_ssl.models import load_encoder
+# torch takes seconds to import; `import fmcib_ssl` must not pay for it (`train.py --help` does that).
+# What type checkers read is `__init__.pyi`.
+_MODULES = {"LesionPatches": "data", "embed": "api", "load_encoder": "models", "prepare": "api"}
 
 
 def __getattr__(name: str) -> Any:
-    # torch takes seconds to import; `import fmcib_ssl` must not pay for it (`train.py --help` does that).
-    if name == "load_encoder":
-        from fmcib_ssl.models import load_encoder  # noqa: PLC0415
-
-        return load_encoder
+    if name in _MODULES:
+        return getattr(import_module(f"fmcib_ssl.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

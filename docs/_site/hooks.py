@@ -25,6 +25,7 @@ PACKAGE = REPO / "fmcib_ssl"
 #: Files outside docs/ that are pages of the site.
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
 ROOMS = {
+    "api": "What a notebook calls, and `fmcib_ssl` offers itself",
     "data": "From a table and scans to batches of patches",
     "augment": "From patches to views",
     "losses": "Both losses",

@@ -1,5 +1,6 @@
 from .embedding import Outcome as Outcome
 from .embedding import baseline_tables as baseline_tables
+from .embedding import embed_source as embed_source
 from .embedding import embed_to_file as embed_to_file
 from .embedding import rejected_file as rejected_file
 from .embedding_sources import FrozenEncoder as FrozenEncoder

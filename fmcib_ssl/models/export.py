@@ -135,6 +135,12 @@ def load_encoder(path: str | os.PathLike[str], *, trusted_targets: Collection[st
         FileNotFoundError: no such file.
         EncoderFileError: not such a file, a damaged one, weights that do not fit the network or are not finite, or a
             network whose target is not trusted.
+
+    Example:
+        >>> encoder = fmcib_ssl.load_encoder("encoder.safetensors")
+        >>> patches_hu = torch.full((2, 1, *encoder.preprocessing.patch_size_zyx), -1000)
+        >>> encoder(encoder.preprocessing.normalize(patches_hu)).shape
+        torch.Size([2, 8])
     """
     path = Path(path)
     if not path.is_file():

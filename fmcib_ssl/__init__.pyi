@@ -1,0 +1,7 @@
+from fmcib_ssl.api import embed as embed
+from fmcib_ssl.api import prepare as prepare
+from fmcib_ssl.data import LesionPatches as LesionPatches
+from fmcib_ssl.models import load_encoder as load_encoder
+
+__version__: str
+__all__ = ["LesionPatches", "__version__", "embed", "load_encoder", "prepare"]
