@@ -1,0 +1,118 @@
+"""The page of settings, made of the YAML files under configs/ and of the types in fmcib_ssl/training/settings.py."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+from fmcib_ssl.training import Settings
+
+REPO = Path(__file__).resolve().parents[2]
+CONFIGS = REPO / "configs"
+#: Sections whose values are typed, and the option that holds the defaults.
+TYPED = {"data": "lesions", "hardware": "cpu", "paths": "default", "finetune": "default"}
+#: Groups whose options are shown as they are written, in this order.
+GROUPS = ("experiment", "loss", "method", "encoder", "head", "augment", "optimizer", "schedule", "callbacks", "logger")
+INTRODUCTION = """# Settings
+
+Every key of a run: `key=value` on the command line, `group=option` for another part, `+experiment=NAME` for a whole
+recipe. A misspelt name or a value that is not allowed is refused before anything heavy is imported. `python train.py
+--cfg job ...` shows what a run would use, and the run folder's `config.yaml` what it did use.
+
+This page is made of the YAML files and of the types that check them."""
+TRAINER = "How long and how carefully to train; any other argument of Lightning's Trainer can be added."
+KINDS = {
+    "boolean": "`true`, `false`", "string": "text", "number": "number", "integer": "whole number", "null": "`null`",
+    "object": "dictionary",
+}  # fmt: skip
+BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">"}
+_LINE = re.compile(r"^(?P<key>\w+):\s*(?P<value>.*?)\s*(?:# (?P<comment>.*))?$")
+_PAGE = re.compile(r"docs/(\w+)\.md")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the page."""
+    files.append(File.generated(config, "settings.md", content="\n".join([INTRODUCTION, *lines()]) + "\n"))
+    return files
+
+
+def lines() -> Iterator[str]:
+    """The page below its introduction."""
+    schema = Settings.model_json_schema()
+    top, sections = schema["properties"], schema["$defs"]
+    train = (CONFIGS / "train.yaml").read_text(encoding="utf-8")
+    yield from ["", "## The run", "", *table("", train, {k: v for k, v in top.items() if k not in TYPED}, sections)]
+    trainer = re.search(r"^trainer:.*\n((?:  .*\n)+)", train, re.MULTILINE)
+    assert trainer is not None
+    inner = re.sub("^  ", "", trainer[1], flags=re.MULTILINE)
+    yield from [
+        "",
+        "## trainer",
+        "",
+        "How long and how carefully to train; any other argument of Lightning's Trainer can be added.",
+    ]
+    yield from ["", *table("trainer.", inner, sections["_Trainer"]["properties"], sections)]
+    for group, option in TYPED.items():
+        text = (CONFIGS / group / f"{option}.yaml").read_text(encoding="utf-8")
+        reference = top[group].get("$ref") or top[group]["anyOf"][0]["$ref"]
+        yield from ["", f"## {group}", "", introduction(text), ""]
+        yield from table(f"{group}.", text, sections[reference.rpartition("/")[2]]["properties"], sections)
+        yield from options(group, skip=option)
+    for group in GROUPS:
+        yield from ["", f"## {group}", *options(group)]
+
+
+def options(group: str, skip: str = "") -> Iterator[str]:
+    """Each option of a group as its file has it."""
+    plus = "+" if group == "experiment" else ""
+    for file in sorted((CONFIGS / group).glob("*.yaml")):
+        if file.stem != skip:
+            text = file.read_text(encoding="utf-8")
+            body = text[len(header(text)) :].strip()
+            yield from ["", f"### {plus}{group}={file.stem}", "", introduction(text), "", "```yaml", body, "```"]
+
+
+def header(text: str) -> str:
+    """The comments at the beginning of a file."""
+    match = re.match(r"(?:#.*\n)*", text)
+    assert match is not None
+    return match[0]
+
+
+def introduction(text: str) -> str:
+    """The comments at the beginning of a file as text, its command lines as code."""
+    rows = [row[2:] for row in header(text).splitlines() if not row.startswith("# @package")]
+    return linked("\n".join(f"\n    {row.strip()}\n" if row.startswith("  ") else row for row in rows))
+
+
+def table(prefix: str, text: str, properties: Mapping[str, Any], sections: Mapping[str, Any]) -> Iterator[str]:
+    """Keys of a file with default, type and comment."""
+    yield from ["| key | default | allowed | |", "| --- | --- | --- | --- |"]
+    for row in text.splitlines():
+        match = _LINE.match(row)
+        if match is not None and match["key"] in properties and "$ref" not in properties[match["key"]]:
+            value, about = match["value"], linked(match["comment"] or "").replace("|", "\\|")
+            shown = f"`{value}`" if value else ""
+            yield f"| `{prefix}{match['key']}` | {shown} | {allowed(properties[match['key']])} | {about} |"
+
+
+def allowed(schema: Mapping[str, Any]) -> str:
+    """The values of a type, in words."""
+    if "anyOf" in schema:
+        return ", ".join(filter(None, map(allowed, schema["anyOf"])))
+    if "enum" in schema or "const" in schema:
+        return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
+    if "prefixItems" in schema:
+        return f"{len(schema['prefixItems'])} numbers"
+    words = [f"{sign} {schema[key]:g}" for key, sign in BOUNDS.items() if key in schema]
+    kind = "path" if schema.get("format") == "path" else KINDS[schema.get("type", "object")]
+    return " ".join([kind, *words])
+
+
+def linked(text: str) -> str:
+    """Names of pages in a comment as links."""
+    return _PAGE.sub(r"[\1](\1.md)", text)
