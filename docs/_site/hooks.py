@@ -34,7 +34,7 @@ ROOMS = {
     "evaluation": "Features, probes, reports",
     "types": "What the rooms hand each other, and the base of all errors",
 }
-_LINK = re.compile(r"(\]\()(?!https?:|mailto:|#)([^)#\s]+)((?:#[^)\s]*)?\))")
+_LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?!https?:|mailto:|#)(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
 _CODE = re.compile(r"(^```.*?^```[ ]*$|^    [^\n]*$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 _FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+?)\$", re.DOTALL)
 
@@ -49,17 +49,19 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
-    """Resolve links out of docs/ and draw formulas."""
+    """Resolve links out of docs/, draw formulas, list the rooms."""
+    if page.file.src_uri == "api/index.md":
+        markdown += "\n" + "".join(f"- [`fmcib_ssl.{room}`]({room}.md): {title}\n" for room, title in ROOMS.items())
     sources = {made: source for source, made in PAGES.items()}
     folder = posixpath.dirname(sources.get(page.file.src_uri, f"docs/{page.file.src_uri}"))
 
     def link(match: re.Match[str]) -> str:
-        target = posixpath.normpath(posixpath.join(folder, match[2]))
-        target = PAGES.get(target, target.removeprefix("docs/") if target.startswith("docs/") else f"/{target}")
-        if not target.startswith("/"):
-            here = posixpath.dirname(page.file.src_uri) or "."
-            return f"{match[1]}{posixpath.relpath(target, here)}{match[3]}"
-        return f"{match[1]}{config.repo_url.rstrip('/')}/blob/main{target}{match[3]}" if config.repo_url else match[0]
+        target = posixpath.normpath(posixpath.join(folder, match["path"]))
+        if page_of := PAGES.get(target) or (target.startswith("docs/") and target.removeprefix("docs/")):
+            place = posixpath.relpath(page_of, posixpath.dirname(page.file.src_uri) or ".")
+            return f"[{match['text']}]({place}{match['anchor'] or ''})"
+        repository = (config.repo_url or "").rstrip("/")
+        return f"[{match['text']}]({repository}/blob/main/{target})" if repository else match["text"]
 
     pieces = _CODE.split(markdown)
     pieces[::2] = [_FORMULA.sub(formula, _LINK.sub(link, piece)) for piece in pieces[::2]]
@@ -80,8 +82,7 @@ def formula(match: re.Match[str]) -> str:
 
 def api_pages() -> dict[str, str]:
     """A page for each room, of the names that it offers to others."""
-    rows = [f"- [`fmcib_ssl.{room}`]({room}.md): {title}" for room, title in ROOMS.items()]
-    pages = {"api/index.md": "\n".join(["# Python API", "", *rows])}
+    pages = {}
     for room, title in ROOMS.items():
         entries = [f"::: fmcib_ssl.{room}.{name}\n" for name in offered_names(room)]
         pages[f"api/{room}.md"] = "\n".join([f"# fmcib_ssl.{room}", "", f"{title}.", "", *entries])

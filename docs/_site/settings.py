@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File, Files
-
 from fmcib_ssl.training import Settings
 
 REPO = Path(__file__).resolve().parents[2]
@@ -17,13 +15,6 @@ CONFIGS = REPO / "configs"
 TYPED = {"data": "lesions", "hardware": "cpu", "paths": "default", "finetune": "default"}
 #: Groups whose options are shown as they are written, in this order.
 GROUPS = ("experiment", "loss", "method", "encoder", "head", "augment", "optimizer", "schedule", "callbacks", "logger")
-INTRODUCTION = """# Settings
-
-Every key of a run: `key=value` on the command line, `group=option` for another part, `+experiment=NAME` for a whole
-recipe. A misspelt name or a value that is not allowed is refused before anything heavy is imported. `python train.py
---cfg job ...` shows what a run would use, and the run folder's `config.yaml` what it did use.
-
-This page is made of the YAML files and of the types that check them."""
 TRAINER = "How long and how carefully to train; any other argument of Lightning's Trainer can be added."
 KINDS = {
     "boolean": "`true`, `false`", "string": "text", "number": "number", "integer": "whole number", "null": "`null`",
@@ -34,10 +25,9 @@ _LINE = re.compile(r"^(?P<key>\w+):\s*(?P<value>.*?)\s*(?:# (?P<comment>.*))?$")
 _PAGE = re.compile(r"docs/(\w+)\.md")
 
 
-def on_files(files: Files, config: Any) -> Files:
-    """Add the page."""
-    files.append(File.generated(config, "settings.md", content="\n".join([INTRODUCTION, *lines()]) + "\n"))
-    return files
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Add the keys to the page."""
+    return "\n".join([markdown, *lines()]) + "\n" if page.file.src_uri == "settings.md" else markdown
 
 
 def lines() -> Iterator[str]:
