@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
 __all__ = ["LesionPatches", "__version__", "embed", "load_encoder", "prepare"]
 
 # torch takes seconds to import; `import fmcib_ssl` must not pay for it (`train.py --help` does that).
@@ -14,6 +13,8 @@ _MODULES = {"LesionPatches": "data", "embed": "api", "load_encoder": "models", "
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":  # what it was built from: a tag of git
+        return import_module("importlib.metadata").version("fmcib_ssl")
     if name in _MODULES:
         return getattr(import_module(f"fmcib_ssl.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,7 +23,7 @@ from mkdocs.structure.files import File, Files
 REPO = Path(__file__).resolve().parents[2]
 PACKAGE = REPO / "fmcib_ssl"
 #: Files outside docs/ that are pages of the site.
-PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
+PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 ROOMS = {
     "api": "What a notebook calls, and `fmcib_ssl` offers itself",
     "data": "From a table and scans to batches of patches",
