@@ -182,6 +182,12 @@ def checksum_of(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file, as `sha256sum` prints it."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def num_cores() -> int:
     """Cores that this process may use: a batch system gives a part of the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -435,6 +441,12 @@ def no_world_write() -> None:
     """From here on no file of this process and its children is world-writable, whatever the umask."""
     umask = os.umask(0o077)
     os.umask(umask | 0o002)
+
+
+def config_dir() -> Path:
+    """Folder of the configurations: the wheel's own copy, or that of the checkout which this package is part of."""
+    package = Path(__file__).resolve().parent
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 
 class Command(BaseModel):

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,9 +22,10 @@ from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import rank_zero_only
 
 from fmcib_ssl import training
-from fmcib_ssl.data import no_worker_left
+from fmcib_ssl.data import LesionPatches, no_worker_left
 from fmcib_ssl.io import checksum_of, redacted, without_names
 from fmcib_ssl.training import ANEW, ConfigError, RunFolder, RunFolderError, Settings, signals
+from fmcib_ssl.types import Preprocessing
 
 logger = logging.getLogger(__name__)
 
@@ -61,16 +63,17 @@ def pretrain(settings: Settings) -> float:
 
 
 def _train(settings: Settings, folder: RunFolder, checkpoint: Path | None, step: int) -> float:
-    patches, checksum = training.open_lesions(settings, main_process=folder.main_process)
+    start = training.warm_start(settings, checkpoint)
+    patches, checksum, preprocessing = _lesions(settings, start, main_process=folder.main_process)
     if checkpoint is not None:  # a run of an earlier version has the checksum of these files
         store, table = settings.data.store, settings.data.annotations
         files = sorted(f for f in store.glob("*") if f.suffix in (".json", ".parquet")) if store else [table]
         folder.check_lesions(checksum, checksum_of(file for file in files if file is not None))
     view_transform = training.build_views(settings)
-    data = training.build_data(settings, patches, view_transform)
+    data = training.build_data(settings, patches, view_transform, preprocessing)
     batch_size = training.batch_size_of(settings, data)
     _, all_steps = training.num_steps(settings, len(patches) // (batch_size * settings.world_size))
-    module = training.build_module(settings, patches.preprocessing, batch_size, all_steps, folder.run_id)
+    module = training.build_module(settings, preprocessing, batch_size, all_steps, folder.run_id, start=start)
     training.accelerate(module, module.encoder, settings.hardware)
 
     @cache
@@ -94,9 +97,9 @@ def _train(settings: Settings, folder: RunFolder, checkpoint: Path | None, step:
     )
     began = time.monotonic()
     if folder.main_process:
-        folder.note(data_checksum=checksum)
+        folder.note(data_checksum=checksum, **({"started_from": start.record} if start and start.record else {}))
         logger.info("%s", training.run_summary(settings, patches, batch_size, module, step))
-        draw = partial(training.draw_contact_sheet, data, patches.preprocessing, num_rows=settings.contact_sheet_rows)
+        draw = partial(training.draw_contact_sheet, data, preprocessing, num_rows=settings.contact_sheet_rows)
         _begin_tracking(trainer, settings, folder, step, draw)
 
     saves = any(isinstance(callback, training.RunCheckpoints) for callback in trainer.checkpoint_callbacks)
@@ -108,7 +111,7 @@ def _train(settings: Settings, folder: RunFolder, checkpoint: Path | None, step:
             begin()  # also where there was no step left to take
             loss = float(trainer.callback_metrics.get("train/loss", _last_loss(folder)))
             if trainer.is_global_zero:
-                training.write_results(module, settings, patches.preprocessing, folder.path)
+                training.write_results(module, settings, preprocessing, folder.path)
                 _check_all_is_saved(trainer, folder, checkpoints=saves)
                 folder.finish(step=trainer.global_step, loss=loss, **_length(settings))
                 seconds = time.monotonic() - began
@@ -118,6 +121,18 @@ def _train(settings: Settings, folder: RunFolder, checkpoint: Path | None, step:
                 if isinstance(tracker, training.RunLogger):
                     tracker.finish(exit_code)
     return loss
+
+
+def _lesions(
+    settings: Settings, start: training.Start | None, *, main_process: bool
+) -> tuple[LesionPatches, str, Preprocessing]:
+    """The lesions with their checksum, and how their patches are cut and scaled: as the weights know them, if any."""
+    if start is None:
+        patches, checksum = training.open_lesions(settings, main_process=main_process)
+        return patches, checksum, patches.preprocessing
+    settings = training.with_patches_of(settings, start.preprocessing, settings.encoder["weights"])
+    patches, checksum = training.open_lesions(settings, main_process=main_process)
+    return patches, checksum, replace(start.preprocessing, padding_hu=patches.preprocessing.padding_hu)
 
 
 def finetune(settings: Settings) -> float:
@@ -138,7 +153,11 @@ def finetune(settings: Settings) -> float:
         raise ConfigError("finetune.label has no value: name the column to be learned, finetune.label=COLUMN")
     if settings.world_size > 1:
         raise ConfigError("fine-tuning runs on one device: set hardware.devices=1 and hardware.num_nodes=1")
-    unused = [*_ONLY_PRETRAINING, *["encoder"] * (options.weights is not None)]
+    if weights := settings.encoder.get("weights"):
+        if options.weights is not None:
+            raise ConfigError("encoder.weights and finetune.weights are the same: give one of them")
+        options = options.model_copy(update={"weights": Path(weights)})
+    unused = [*_ONLY_PRETRAINING, *["encoder"] * (options.weights is not None and not weights)]
     training.refuse_unused(unused, "fine-tuning", "finetune", options.model_dump())
     with _run_folder(settings) as folder:
         return training.fine_tune(settings, options, folder)

@@ -123,6 +123,8 @@ class Preprocessing:
         hu_scale: divisor after the offset, HU. With the defaults air is 0 and 2048 HU is 1.
         padding: "constant": outside the scan is `padding_hu`; "edge": the scan's nearest voxel, for files that were
             cropped round their lesions, where a constant would show how large the crop is.
+        window_hu: lowest and highest HU that the encoder was trained on; values beyond are clamped. None: only what
+            is below `padding_hu` is.
     """
 
     patch_size_zyx: tuple[int, int, int] = (50, 50, 50)
@@ -131,6 +133,7 @@ class Preprocessing:
     hu_offset: float = 1024.0
     hu_scale: float = 3072.0
     padding: Padding = "constant"
+    window_hu: tuple[float, float] | None = None
 
     @overload
     def normalize(self, patch_hu: Tensor) -> Tensor: ...
@@ -139,21 +142,24 @@ class Preprocessing:
     def normalize(self, patch_hu: npt.NDArray[Any]) -> npt.NDArray[np.float32]: ...
 
     def normalize(self, patch_hu: Tensor | npt.NDArray[Any]) -> Tensor | npt.NDArray[np.float32]:
-        """HU to the encoder's range, float32: `(max(hu, padding_hu) + hu_offset) / hu_scale`; of an array an array."""
+        """HU to the encoder's range, float32: `(clamp(hu, *window) + hu_offset) / hu_scale`; of an array an array."""
+        low, high = self.window_hu or (self.padding_hu, None)
         if isinstance(patch_hu, np.ndarray):
-            floored = np.maximum(patch_hu.astype(np.float32), np.float32(self.padding_hu))
-            return (floored + np.float32(self.hu_offset)) / np.float32(self.hu_scale)
-        return patch_hu.float().clamp_min(self.padding_hu).add_(self.hu_offset).div_(self.hu_scale)
+            clamped = np.clip(patch_hu.astype(np.float32), np.float32(low), high)
+            return (clamped + np.float32(self.hu_offset)) / np.float32(self.hu_scale)
+        return patch_hu.float().clamp(low, high).add_(self.hu_offset).div_(self.hu_scale)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; without `padding` where that is as it was before there was a choice."""
-        values = asdict(self)
-        return values if self.padding != "constant" else {k: v for k, v in values.items() if k != "padding"}
+        """Plain values, for JSON; without `padding` and `window_hu` where they are as before there was a choice."""
+        before = {"padding": "constant", "window_hu": None}.items()
+        return {key: value for key, value in asdict(self).items() if (key, value) not in before}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
         """The inverse of `to_dict`, also after a journey through JSON."""
-        return cls(**{**values, "patch_size_zyx": tuple(values["patch_size_zyx"])})
+        window = values.get("window_hu")
+        tuples = {"patch_size_zyx": tuple(values["patch_size_zyx"]), "window_hu": window and tuple(window)}
+        return cls(**{**values, **tuples})
 
 
 def current_target(target: str) -> str:

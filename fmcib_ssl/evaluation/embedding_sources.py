@@ -14,7 +14,6 @@ done to every patch that is read. They may hold `preprocessing`.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -40,8 +39,8 @@ from fmcib_ssl.data import (
 from fmcib_ssl.evaluation.conditions import CONDITIONS, ConditionedPatches, margin_of
 from fmcib_ssl.evaluation.feature_table import FEATURES_COLUMN, ID_COLUMN, FeatureTableError
 from fmcib_ssl.evaluation.hu_statistics import hu_statistics
-from fmcib_ssl.io import checksum_of, digest_of
-from fmcib_ssl.models import find_builder, load_encoder
+from fmcib_ssl.io import checksum_of, digest_of, sha256_of
+from fmcib_ssl.models import build_network, load_encoder
 from fmcib_ssl.types import Preprocessing
 
 Precision = Literal["32", "bf16", "fp16"]
@@ -159,9 +158,7 @@ def trained_encoder(path: Path | str, *, trusted_targets: Collection[str] = ()) 
     """An encoder from an exported file or a training checkpoint; arguments and errors as of `load_encoder`."""
     path = Path(path)
     module = load_encoder(path, trusted_targets=trusted_targets)
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    about = _about(path.stem, "encoder", weights=str(path.absolute()), sha256=sha256, encoder=module.spec)
+    about = _about(path.stem, "encoder", weights=str(path.absolute()), sha256=sha256_of(path), encoder=module.spec)
     return FrozenEncoder(module, module.preprocessing, about)  # type: ignore[arg-type]  # an attribute of a module
 
 
@@ -179,15 +176,12 @@ def random_encoder(
     Raises:
         FeatureTableError: a target that is not trusted, or that cannot be built so.
     """
-    arguments = dict(spec)
-    target = str(arguments.pop("_target_", None))
     try:
-        build = find_builder(target, trusted_targets, "random weights")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            module = build(**arguments)
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise FeatureTableError(f"{target} with {arguments} cannot be built: {error}") from error
+            module = build_network(spec, trusted_targets, "random weights")
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise FeatureTableError(f"{dict(spec)} cannot be built: {error}") from error
     about = _about("random weights", "random_weights", encoder=dict(spec), seed=seed)
     return FrozenEncoder(module.eval(), preprocessing, about)
 

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 import fmcib_ssl
 from fmcib_ssl.io import parse_json, write_atomically
-from fmcib_ssl.models import encoders
+from fmcib_ssl.models import encoders, published
 from fmcib_ssl.models.trusted import is_trusted, trusted_callable
-from fmcib_ssl.types import Padding, Preprocessing, UserError, current_target
+from fmcib_ssl.types import Padding, Preprocessing, UserError, current_target, with_current_targets
 
 #: Key of the description, in a safetensors file's metadata and in a training checkpoint.
 _METADATA_KEY = "fmcib_ssl"
@@ -34,18 +34,24 @@ _METADATA_KEY = "fmcib_ssl"
 #: Prefix of the encoder's weights in a training checkpoint.
 _CHECKPOINT_PREFIX = "encoder."
 
+#: Prefix of a projection head's weights in an exported file; no name of a module has a colon.
+_HEAD_PREFIX = "head:"
+
 #: Of that description; goes up when older versions of this package could not read it.
 FORMAT_VERSION = 1
 #: In an exported file's description; what is there besides it is what files had before they had it.
 _DIGEST = "digest"
-_DESCRIPTION = {"format_version", "encoder", "feature_dim", "preprocessing", "versions", "extra"}
+_DESCRIPTION = {"format_version", "encoder", "feature_dim", "preprocessing", "versions", "extra", "head"}
 #: Voxels along an edge; a larger one in a file is damage.
 _LARGEST_PATCH = 4096
 #: What a file may name without being trusted.
 _OWN_TARGETS: dict[str, Callable[..., nn.Module]] = {
     f"{build.__module__}.{build.__name__}": build
-    for build in (encoders.monai_resnet, encoders.small_resnet, encoders.video_resnet, encoders.CenterPooledResNet)
-}
+    for build in (
+        encoders.monai_resnet, encoders.small_resnet, encoders.video_resnet, encoders.CenterPooledResNet,
+        published.PooledNetwork, published.genesis_unet, published.segresnet, published.swin_transformer,
+    )
+}  # fmt: skip
 
 
 class EncoderFileError(UserError, ValueError):
@@ -90,6 +96,7 @@ def export_encoder(
     path: str | os.PathLike[str],
     *,
     extra: Mapping[str, Any] | None = None,
+    head: nn.Module | None = None,
 ) -> None:
     """Write an encoder as one safetensors file, float32, that `load_encoder` can read.
 
@@ -101,14 +108,19 @@ def export_encoder(
         preprocessing: of the patches it was trained on.
         path: of the file; folders are made as needed.
         extra: further metadata.
+        head: the projection that was trained with it, to be kept in the file for `load_head`.
 
     Raises:
         ValueError: as `encoder_metadata`.
     """
     path = Path(path)
     metadata = encoder_metadata(encoder, spec, preprocessing, extra)
+    named = dict(encoder.state_dict())
+    if head is not None:
+        metadata["head"] = type(head).__name__
+        named |= {_HEAD_PREFIX + name: weight for name, weight in head.state_dict().items()}
     weights = {}  # dense copies on the CPU, in float32 if they are floating-point tensors
-    for name, weight in encoder.state_dict().items():
+    for name, weight in named.items():
         dtype = torch.float32 if weight.is_floating_point() else weight.dtype
         weights[name] = weight.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
     metadata[_DIGEST] = _digest(metadata, weights)
@@ -127,9 +139,10 @@ def load_encoder(path: str | os.PathLike[str], *, trusted_targets: Collection[st
     Returns:
         The encoder, `(batch, 1, z, y, x)` to `(batch, features)`, float32, on the CPU, in eval mode. Its
         `preprocessing` (`fmcib_ssl.types.Preprocessing`) says how patches are cut and scaled for it; `feature_dim` is
-        the number of features, `spec` the `_target_` and arguments that built it. It refuses patches of another size
-        than `preprocessing` says: most networks take them, and give features that mean something else. Who wants them
-        says so: `encoder.preprocessing = dataclasses.replace(encoder.preprocessing, patch_size_zyx=(z, y, x))`.
+        the number of features, `spec` the `_target_` and arguments that built it, `extra` what else was noted. It
+        refuses patches of another size than `preprocessing` says: most networks take them, and give features that mean
+        something else. Who wants them says so:
+        `encoder.preprocessing = dataclasses.replace(encoder.preprocessing, patch_size_zyx=(z, y, x))`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -146,9 +159,9 @@ def load_encoder(path: str | os.PathLike[str], *, trusted_targets: Collection[st
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file; give an exported encoder or a .ckpt of a run.")
     try:
-        metadata, weights = _read(path)
-        spec = dict(metadata["encoder"])
-        target = current_target(str(spec.pop("_target_")))
+        metadata, weights, _ = _read(path)
+        spec = with_current_targets(dict(metadata["encoder"]))
+        spec["_target_"] = target = str(spec["_target_"])
         num_features = int(metadata["feature_dim"])
         preprocessing = _preprocessing(metadata["preprocessing"])
     except (SafetensorError, LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -156,21 +169,39 @@ def load_encoder(path: str | os.PathLike[str], *, trusted_targets: Collection[st
             f"{path}: damaged, or not an encoder that fmcib_ssl wrote: {error!r}. Export or copy it again"
         ) from error
 
-    build = find_builder(target, trusted_targets, path)
     try:
-        if target in _OWN_TARGETS:
+        if target in _OWN_TARGETS and not any(isinstance(value, dict) for value in spec.values()):
             with torch.device("meta"):  # sizes that do not fit are refused before they take any memory
-                build(**spec).load_state_dict(weights, strict=True, assign=True)
+                build_network(spec, trusted_targets, path).load_state_dict(weights, strict=True, assign=True)
         with torch.random.fork_rng(devices=[]):  # the first weights are drawn only to be overwritten
-            encoder = build(**spec)
+            encoder = build_network(spec, trusted_targets, path)
         encoder.load_state_dict(weights, strict=True)
+    except EncoderFileError:
+        raise
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, ArithmeticError, MemoryError) as error:
-        raise EncoderFileError(f"{path}: {target} with {spec} does not fit the weights in the file: {error}") from error
+        raise EncoderFileError(f"{path}: {spec} does not fit the weights in the file: {error}") from error
     encoder.preprocessing = preprocessing  # type: ignore[assignment]
     encoder.register_forward_pre_hook(_check_patches)
     encoder.feature_dim = num_features  # type: ignore[assignment]
-    encoder.spec = {"_target_": target, **spec}  # type: ignore[assignment]
+    encoder.spec = spec
+    encoder.extra = metadata["extra"]
     return encoder.float().eval()
+
+
+def load_head(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Weights of the projection head in a checkpoint, or in an exported file that keeps it, by name.
+
+    Raises:
+        FileNotFoundError: no such file.
+        EncoderFileError: as of `load_encoder`, or a file without a head.
+    """
+    try:
+        _, _, head = _read(Path(path))
+    except (SafetensorError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise EncoderFileError(f"{path}: damaged, or not an encoder that fmcib_ssl wrote: {error!r}") from error
+    if not head:
+        raise EncoderFileError(f"{path} keeps no head: a run with export.keep_head=true does, and its checkpoints do")
+    return head
 
 
 def _check_patches(encoder: Any, inputs: tuple[Any, ...]) -> None:
@@ -187,7 +218,8 @@ def _check_patches(encoder: Any, inputs: tuple[Any, ...]) -> None:
 def _preprocessing(values: Any) -> Preprocessing:
     """The preprocessing in a file's description, checked."""
     result = Preprocessing.from_dict(values)
-    sizes, numbers = result.patch_size_zyx, (result.spacing_mm, result.padding_hu, result.hu_offset, result.hu_scale)
+    sizes, window = result.patch_size_zyx, result.window_hu or ()
+    numbers = (result.spacing_mm, result.padding_hu, result.hu_offset, result.hu_scale, *window)
     if len(sizes) != 3 or not all(type(size) is int and 1 <= size <= _LARGEST_PATCH for size in sizes):
         raise ValueError(f"patch_size_zyx={sizes}")
     if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
@@ -196,6 +228,8 @@ def _preprocessing(values: Any) -> Preprocessing:
         raise ValueError(
             f"{values}: spacing_mm must be above 0, hu_scale not 0, padding {' or '.join(get_args(Padding))}"
         )
+    if window and not (len(window) == 2 and window[0] < window[1]):
+        raise ValueError(f"window_hu={window}: must be the lowest and the highest HU")
     return result
 
 
@@ -208,8 +242,8 @@ def _digest(description: Mapping[str, Any], weights: Mapping[str, Tensor]) -> st
     return digest.hexdigest()
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Description and weights of an exported file or a checkpoint, as they were written.
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """Description, weights and those of the head, if it has one, of an exported file or a checkpoint, as written.
 
     Raises:
         SafetensorError, LookupError, TypeError, ValueError, RecursionError: it is neither, or is damaged.
@@ -219,8 +253,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if is_checkpoint:
         checkpoint = read_archive(path)
         metadata, state = checkpoint[_METADATA_KEY], checkpoint["state_dict"]
-        names = [name for name in state if isinstance(name, str) and name.startswith(_CHECKPOINT_PREFIX)]
-        weights = {name.removeprefix(_CHECKPOINT_PREFIX): state[name] for name in names}
+        weights, head = _behind(_CHECKPOINT_PREFIX, state), _behind("head.", state)
     else:
         with safe_open(path, framework="pt") as file:
             metadata = parse_json((file.metadata() or {})[_METADATA_KEY])
@@ -230,7 +263,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"format version {version}, and this is fmcib_ssl {fmcib_ssl.__version__}, which reads version "
             f"{FORMAT_VERSION}: use the version of fmcib_ssl that wrote it, or a newer one"
         )
-    for name, weight in weights.items():
+    for name, weight in [*weights.items(), *(head.items() if is_checkpoint else ())]:
         if not isinstance(weight, Tensor):
             raise TypeError(f"{name} is no tensor but {type(weight).__name__}")
         if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
@@ -242,7 +275,15 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if unknown or (digest is not None and digest != _digest(metadata, weights)):
             reason = f"unknown: {sorted(unknown)}" if unknown else "the digest differs"
             raise ValueError(f"its contents are not those that were exported ({reason})")
-    return metadata, weights
+        head = _behind(_HEAD_PREFIX, weights)
+        weights = {name: weight for name, weight in weights.items() if not name.startswith(_HEAD_PREFIX)}
+    return metadata, weights, head
+
+
+def _behind(prefix: str, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Those whose names have a prefix, by their names without it."""
+    chosen = (name for name in weights if isinstance(name, str) and name.startswith(prefix))
+    return {name.removeprefix(prefix): weights[name] for name in chosen}
 
 
 def read_archive(path: Path) -> Any:
@@ -265,12 +306,32 @@ def read_archive(path: Path) -> Any:
         raise ValueError(f"damaged, or not of this kind: {reason}") from error
 
 
-def find_builder(target: str, trusted_targets: Collection[str], source: object) -> Callable[..., nn.Module]:
-    """What a file's `_target_` stands for; imports it only if it is ours or trusted.
+def build_network(spec: Mapping[str, Any], trusted_targets: Collection[str], source: object) -> nn.Module:
+    """Build what `_target_` names with the arguments beside it, among which may be other networks, named alike.
+
+    Imports only what is ours or trusted.
+
+    Args:
+        spec: `_target_` and arguments.
+        trusted_targets: as of `load_encoder`.
+        source: who asks for it, for messages.
 
     Raises:
-        EncoderFileError: it is neither, or there is no such thing.
+        EncoderFileError: a target is neither ours nor trusted, or there is no such thing.
+        Exception: whatever the network raises for its arguments.
     """
+    arguments = {
+        key: build_network(value, trusted_targets, source)
+        if isinstance(value, Mapping) and "_target_" in value
+        else value
+        for key, value in spec.items()
+        if key != "_target_"
+    }
+    return _builder(str(spec["_target_"]), trusted_targets, source)(**arguments)
+
+
+def _builder(target: str, trusted_targets: Collection[str], source: object) -> Callable[..., nn.Module]:
+    """What `_target_` stands for."""
     target = current_target(target)
     if target in _OWN_TARGETS:
         return _OWN_TARGETS[target]

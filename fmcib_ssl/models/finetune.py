@@ -13,7 +13,7 @@ from jaxtyping import Float
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from fmcib_ssl.models.pretraining import Parts, with_schedule
+from fmcib_ssl.models.pretraining import Parts, at_two_rates, with_schedule
 
 #: `view`, float32 `(batch, 1, z, y, x)`; `label`, class numbers or float32 values; `row`, which lesions they are.
 _LabelledViews = dict[str, Tensor]
@@ -135,10 +135,11 @@ class FineTuning(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer whose groups of the encoder have a rate of their own."""
-        optimizer = self._make_optimizer(self.head.named_parameters())
-        if self.depth != "head":
-            for group in self._make_optimizer(self.encoder.named_parameters()).param_groups:
-                optimizer.add_param_group({**group, "lr": group["lr"] * self.encoder_rate})
+        of_head = self.head.named_parameters()
+        if self.depth == "head":
+            optimizer = self._make_optimizer(of_head)
+        else:
+            optimizer = at_two_rates(self._make_optimizer, of_head, self.encoder, self.encoder_rate)
         return with_schedule(self, optimizer, self._make_schedule)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ class Parts:
         head: `(batch, features)` to `(batch, dim)`, thrown away after training; for methods whose `sections` name it.
         loss: takes `{"positive": (pos0, pos1), "negative": (neg0, neg1)}`; likewise.
         metadata: stored in every checkpoint under `"fmcib_ssl"`, so that the encoder can be rebuilt from it.
+        encoder_rate: the encoder's learning rate over that of all else.
     """
 
     encoder: nn.Module
@@ -40,6 +41,7 @@ class Parts:
     head: nn.Module = field(default_factory=nn.Identity)
     loss: nn.Module = field(default_factory=nn.Identity)
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    encoder_rate: float = 1.0
 
 
 class Step(NamedTuple):
@@ -81,7 +83,7 @@ class Pretraining(L.LightningModule):
         super().__init__()
         self.encoder = parts.encoder
         self.metadata = parts.metadata
-        self.make_optimizer = parts.optimizer
+        self.make_optimizer, self.encoder_rate = parts.optimizer, parts.encoder_rate
         self._make_schedule = parts.schedule
         self.flops_per_lesion: int | None = None
         self._row: dict[str, Tensor] = {}
@@ -139,7 +141,13 @@ class Pretraining(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over all parameters, and a schedule stepped once per optimizer step."""
-        return with_schedule(self, self.make_optimizer(self.named_parameters()), self._make_schedule)
+        if self.encoder_rate == 1:
+            optimizer = self.make_optimizer(self.named_parameters())
+        else:
+            of_encoder = {id(parameter) for parameter in self.encoder.parameters()}
+            others = [(name, value) for name, value in self.named_parameters() if id(value) not in of_encoder]
+            optimizer = at_two_rates(self.make_optimizer, others, self.encoder, self.encoder_rate)
+        return with_schedule(self, optimizer, self._make_schedule)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let every checkpoint say how its encoder is rebuilt."""
@@ -155,6 +163,16 @@ def row_is_due(trainer: L.Trainer, batch_idx: int) -> bool:
         and (is_last or (batch_idx + 1) % trainer.accumulate_grad_batches == 0)
         and (trainer.global_step % steps == 0)
     )
+
+
+def at_two_rates(
+    make_optimizer: Callable[[_NamedParameters], Optimizer], others: _NamedParameters, encoder: nn.Module, rate: float
+) -> Optimizer:
+    """One optimizer whose groups of the encoder, after the others, have `rate` times the others' learning rate."""
+    optimizer = make_optimizer(others)
+    for group in make_optimizer(encoder.named_parameters()).param_groups:
+        optimizer.add_param_group({**group, "lr": group["lr"] * rate})
+    return optimizer
 
 
 def with_schedule(

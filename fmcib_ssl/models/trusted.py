@@ -20,6 +20,7 @@ _OWN_PARTS = (
     "fmcib_ssl.models.encoders",
     "fmcib_ssl.models.finetune",
     "fmcib_ssl.models.mined_contrast",
+    "fmcib_ssl.models.published",
     "fmcib_ssl.models.two_views",
     "fmcib_ssl.training.optimizers",
 )

@@ -1,3 +1,4 @@
+from .build import Start as Start
 from .build import accelerate as accelerate
 from .build import batch_size_of as batch_size_of
 from .build import build_data as build_data
@@ -8,6 +9,8 @@ from .build import build_trainer as build_trainer
 from .build import build_views as build_views
 from .build import num_steps as num_steps
 from .build import refuse_unused as refuse_unused
+from .build import warm_start as warm_start
+from .build import with_patches_of as with_patches_of
 from .checkpoints import RunCheckpoints as RunCheckpoints
 from .checkpoints import WholeFileIO as WholeFileIO
 from .checkpoints import find_checkpoint as find_checkpoint
@@ -20,6 +23,7 @@ from .collapse_monitor import CollapseMonitor as CollapseMonitor
 from .config import CONFIG_NAME as CONFIG_NAME
 from .config import check_command_line as check_command_line
 from .config import compose_run as compose_run
+from .config import encoder_spec as encoder_spec
 from .config import read_settings as read_settings
 from .finetuning import fine_tune as fine_tune
 from .lesions import open_lesions as open_lesions

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -16,10 +18,11 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
-from torch import nn
+from torch import Tensor, nn
 
 from fmcib_ssl import models
 from fmcib_ssl.data import LesionDataModule, LesionPatches
+from fmcib_ssl.io import sha256_of
 from fmcib_ssl.models import Parts, Pretraining
 from fmcib_ssl.training.settings import Component, ConfigError, Hardware, Settings
 from fmcib_ssl.training.throughput import flops_of_lesion
@@ -29,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 #: A view of noise over hundreds of HU reaches further than this; one that was normalised does not.
 _NOT_IN_HU = 20.0
+#: Settings of `data` that an encoder's preprocessing decides, and what it calls them.
+_PATCH_KEYS = {"patch_size": "patch_size_zyx", "spacing_mm": "spacing_mm", "padding": "padding"}
 
 
 def build_part(section: str, component: Component, **arguments: Any) -> Any:
@@ -89,14 +94,16 @@ def build_parts(section: str, components: Mapping[str, Component] | None) -> lis
     return [build_part(section, component) for component in (components or {}).values()]
 
 
-def build_data(settings: Settings, patches: LesionPatches, view_transform: ViewTransform) -> LesionDataModule:
-    """Batches of views of the lesions in `patches`."""
+def build_data(
+    settings: Settings, patches: LesionPatches, view_transform: ViewTransform, preprocessing: Preprocessing
+) -> LesionDataModule:
+    """Batches of views of the lesions in `patches`, scaled as `preprocessing` says."""
     data, hardware = settings.data, settings.hardware
     with config_errors_in("hardware"):
         return LesionDataModule(
             patches,
             view_transform,
-            preprocessing=patches.preprocessing,
+            preprocessing=preprocessing,
             batch_size=data.batch_size,
             max_batch_size=data.max_batch_size,
             num_workers=hardware.num_workers,
@@ -139,7 +146,13 @@ def num_steps(settings: Settings, batches_per_epoch: int) -> tuple[int, int]:
 
 
 def build_module(
-    settings: Settings, preprocessing: Preprocessing, batch_size: int, num_steps: int, run_id: str | None = None
+    settings: Settings,
+    preprocessing: Preprocessing,
+    batch_size: int,
+    num_steps: int,
+    run_id: str | None = None,
+    *,
+    start: Start | None = None,
 ) -> Pretraining:
     """Encoder, optimizer, schedule and the method that trains them; head and loss where the method takes them.
 
@@ -149,11 +162,13 @@ def build_module(
         batch_size: lesions a step on each device.
         num_steps: optimizer steps of the whole run.
         run_id: stored in checkpoints, to tell whose they are.
+        start: the weights to start from; None: random ones.
 
     Raises:
         ConfigError: naming the section that cannot be used.
     """
-    encoder: nn.Module = build_part("encoder", settings.encoder)
+    encoder: nn.Module = build_part("encoder", settings.network) if start is None else start.encoder
+    spec = settings.network if start is None else start.spec
     try:
         num_features = models.feature_dim(encoder, preprocessing.patch_size_zyx)
     except ValueError as error:
@@ -167,7 +182,13 @@ def build_module(
             raise TypeError(f"{method.__name__} does not extend fmcib_ssl.models.Pretraining (docs/methods.md)")
     sections: dict[str, nn.Module] = {}
     if "head" in method.sections:
-        sections["head"] = build_part("head", settings.head, in_dim=num_features)
+        of_head = {key: value for key, value in settings.head.items() if key != "weights"}
+        sections["head"] = build_part("head", of_head, in_dim=num_features)
+        if start is not None and start.head:
+            with config_errors_in("head"):
+                if problems := models.misfits(start.head, sections["head"].state_dict()):
+                    raise ValueError(f"it does not fit {settings.head['weights']}:\n" + "\n".join(problems))
+                sections["head"].load_state_dict(start.head)
     if "loss" in method.sections:
         sections["loss"] = build_part("loss", settings.loss)
     refuse_unused({"loss", "head"} - sections.keys(), method.__name__, "method", settings.method)
@@ -178,13 +199,16 @@ def build_module(
             "%s does not look at mined negatives: data.negatives_per_lesion=0 saves their time", method.__name__
         )
     extra = {"run": settings.name} if run_id is None else {"run": settings.name, "run_id": run_id}
-    metadata = models.encoder_metadata(encoder, settings.encoder, preprocessing, extra=extra)
+    metadata = models.encoder_metadata(encoder, spec, preprocessing, extra=extra)
     # Handed over outside Hydra, which would build the encoder that the metadata describes.
     make_module = build_part("method", {**settings.method, "_partial_": True})
     with config_errors_in("method"):
         module: Pretraining = make_module(
-            Parts(encoder, optimizer, num_features, schedule, metadata=metadata, **sections)
-        )
+            Parts(
+                encoder, optimizer, num_features, schedule,
+                metadata=metadata, encoder_rate=settings.encoder.get("rate", 1.0), **sections,
+            )
+        )  # fmt: skip
     module.flops_per_lesion = _flops_per_lesion(module, settings)
     # Lightning builds both once training has begun; what they refuse is to be known now.
     with config_errors_in("optimizer"):
@@ -193,6 +217,97 @@ def build_module(
         with config_errors_in("schedule"):
             schedule(trial, total_steps=num_steps)
     return module
+
+
+@dataclass(frozen=True)
+class Start:
+    """Weights that a run starts from, and whose they are.
+
+    Attributes:
+        encoder: with its weights; it may be trained.
+        spec: `_target_` and arguments of its network.
+        preprocessing: of the patches that it knows.
+        head: weights of the projection head, if they are to be taken, too.
+        record: what was loaded from which file, for `run.json`; empty where a checkpoint is resumed from.
+    """
+
+    encoder: nn.Module
+    spec: Component
+    preprocessing: Preprocessing
+    head: Mapping[str, Tensor]
+    record: Mapping[str, Any]
+
+
+def warm_start(settings: Settings, checkpoint: Path | None = None) -> Start | None:
+    """The encoder of `encoder.weights`, and the head of `head.weights`; None if the run starts from random weights.
+
+    Args:
+        settings: of the run.
+        checkpoint: that the run is resumed from, whose encoder is taken then: the files are not read again.
+
+    Raises:
+        ConfigError: files that cannot be used, or a network on the command line that they do not fit.
+    """
+    weights, of_head = settings.encoder.get("weights"), settings.head.get("weights")
+    if weights is None:
+        return None
+    source = Path(weights) if checkpoint is None else checkpoint
+    try:
+        encoder: Any = models.load_encoder(source, trusted_targets=_targets(settings.network))
+        head = models.load_head(of_head) if of_head and checkpoint is None else {}
+    except (models.EncoderFileError, FileNotFoundError) as error:
+        raise ConfigError(f"encoder.weights and head.weights: {error}") from error
+    named = [
+        o for key, o in _overrides() if key.startswith("encoder") and key not in ("encoder.weights", "encoder.rate")
+    ]
+    if named and (
+        problems := models.misfits(encoder.state_dict(), build_part("encoder", settings.network).state_dict())
+    ):
+        raise ConfigError(
+            f"{' '.join(named)} does not fit {source}, which holds {encoder.spec}; without it the network "
+            "is that of the file:\n" + "\n".join(problems)
+        )
+    record: dict[str, Any] = {}
+    if checkpoint is None:
+        for name, file, keys in (("encoder", weights, encoder.state_dict()), ("head", of_head, head)):
+            record |= (
+                {name: {"file": str(file), "sha256": sha256_of(Path(str(file))), "keys": len(keys)}} if keys else {}
+            )
+            if keys:
+                logger.info("%s: all %d keys are from %s", name, len(keys), file)
+        record["encoder"] |= {key: encoder.extra[key] for key in ("source", "licence") if encoder.extra.get(key)}
+        if not head:
+            logger.info("the head starts from random weights")
+    return Start(encoder.train(), encoder.spec, encoder.preprocessing, head, record)
+
+
+def with_patches_of(settings: Settings, preprocessing: Preprocessing, weights: object) -> Settings:
+    """Settings whose patches are cut as an encoder knows them.
+
+    Raises:
+        ConfigError: other patches were asked for.
+    """
+    changes = {key: getattr(preprocessing, name) for key, name in _PATCH_KEYS.items()}
+    for key, expected in changes.items():
+        value = getattr(settings.data, key)
+        if value not in (None, expected):
+            shown = str(list(expected) if isinstance(expected, tuple) else expected).replace(" ", "")
+            raise ConfigError(f"data.{key}={value}, and {weights} was trained with data.{key}={shown}: set that")
+    return settings.model_copy(update={"data": settings.data.model_copy(update=changes)})
+
+
+def _targets(section: Any) -> list[str]:
+    """What a section of the command line's configuration names, and so trusts."""
+    if not isinstance(section, Mapping):
+        return []
+    own = [section["_target_"]] if isinstance(section.get("_target_"), str) else []
+    return [*own, *(target for value in section.values() for target in _targets(value))]
+
+
+def _overrides() -> list[tuple[str, str]]:
+    """The words of the command line that set something, with the key that each sets."""
+    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    return [(word.lstrip("+~").partition("=")[0], word) for word in words]
 
 
 def build_trainer(settings: Settings, **arguments: Any) -> L.Trainer:
@@ -264,9 +379,8 @@ def refuse_unused(unused: Iterable[str], user: str, name: str, section: Componen
     unused = sorted(unused)  # a set of names has another order in every process
     if not unused:
         return
-    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     own = ", ".join(f"{name}.{key}" for key in section if not key.startswith("_"))
-    for override in overrides:
-        if override.lstrip("+~").partition("=")[0].partition(".")[0] in unused:
+    for key, override in _overrides():
+        if key.partition(".")[0] in unused:
             raise ConfigError(f"{override} would have no effect: {user} does not use it. It has {own}")
     logger.info("%s does not use the section%s %s", user, "s" * (len(unused) > 1), ", ".join(unused))

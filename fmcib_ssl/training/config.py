@@ -27,7 +27,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fmcib_ssl.io import nearest
+from fmcib_ssl.io import config_dir, nearest
 from fmcib_ssl.training.run_folder import LENGTHS, refuse_foreign, run_key
 from fmcib_ssl.training.settings import FORMER_KEYS, ConfigError, Settings, settings_of
 from fmcib_ssl.types import current_target
@@ -401,3 +401,20 @@ def _nearest_key(name: str, keys: Sequence[str]) -> str:
         section = section.rpartition(".")[0]
     siblings = (key.rpartition(".")[2] for key in keys if key.rpartition(".")[0] == section)
     return f" {section or 'The configuration'} has: {', '.join(key for key in siblings if not key.startswith('_'))}."
+
+
+def encoder_spec(encoder: str) -> dict[str, Any]:
+    """`_target_` and arguments of a network: of an option of `configs/encoder`, or as they are, `{_target_: ...}`.
+
+    Raises:
+        ConfigError: no such option.
+    """
+    if encoder.lstrip().startswith("{"):
+        values = OmegaConf.create(encoder)
+    else:
+        with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
+            values = _compose(CONFIG_NAME, [f"encoder={encoder}"]).encoder
+    spec: dict[str, Any] = OmegaConf.to_container(values, resolve=True)  # type: ignore[assignment]
+    if not isinstance(spec, dict) or "_target_" not in spec:
+        raise ConfigError(f"encoder={encoder}: should name a _target_, the dotted name of what builds it")
+    return spec

@@ -30,6 +30,7 @@ from fmcib_ssl.training.build import (
     build_trainer,
     build_views,
     config_errors_in,
+    with_patches_of,
 )
 from fmcib_ssl.training.lesions import open_lesions
 from fmcib_ssl.training.run_folder import RunFolder, num_saved
@@ -118,18 +119,9 @@ def _labelled_task(settings: Settings, options: FineTune, trained_on: Preprocess
     Raises:
         UserError: patches that are not those, no such column or label, patients on two sides of a split.
     """
-    changes: dict[str, Any] = {"negatives_per_lesion": 0}
     if trained_on is not None:
-        changes |= {"patch_size": trained_on.patch_size_zyx, "spacing_mm": trained_on.spacing_mm}
-        changes |= {"padding": trained_on.padding}
-        for key in ("patch_size", "spacing_mm", "padding"):
-            value, expected = getattr(settings.data, key), changes[key]
-            if value not in (None, expected):
-                shown = str(list(expected) if isinstance(expected, tuple) else expected).replace(" ", "")
-                raise ConfigError(
-                    f"data.{key}={value}, and {options.weights} was trained with data.{key}={shown}: set that"
-                )
-    data = settings.data.model_copy(update=changes)
+        settings = with_patches_of(settings, trained_on, options.weights)
+    data = settings.data.model_copy(update={"negatives_per_lesion": 0})
     patches, _ = open_lesions(settings.model_copy(update={"data": data}), main_process=True)
     table = patches.lesions
     assert options.label is not None
@@ -176,7 +168,7 @@ def _starting_encoder(settings: Settings, options: FineTune) -> tuple[nn.Module,
     """The encoder to begin with, and what builds it; the same at every call."""
     L.seed_everything(settings.seed, verbose=False)
     if options.weights is None:
-        return build_part("encoder", settings.encoder), settings.encoder
+        return build_part("encoder", settings.network), settings.network
     try:
         encoder: Any = models.load_encoder(options.weights)
     except (models.EncoderFileError, FileNotFoundError) as error:

@@ -229,12 +229,16 @@ def _now() -> str:
 DATA_ACCESS = ("data.store", "data.annotations", "data.image_root", "data.path_prefix", "data.phantom.folder")
 #: Settings that a run may be resumed with changed: where and how fast it runs, where its data lie, what is watched.
 _FREE_SETTINGS = (
-    "name", "contact_sheet_rows", "identifiers", "hardware.", "logger", "callbacks", "paths.",
+    "name", "contact_sheet_rows", "identifiers", "hardware.", "logger", "callbacks", "paths.", "export.",
     "trainer.log_every_n_steps", "trainer.enable_", "trainer.profiler", *DATA_ACCESS,
 )  # fmt: skip
 #: Settings that earlier versions had not, with what they did: a run of theirs is the same run.
 _EARLIER = {
     "data.padding": "constant",
+    "encoder.rate": 1.0,
+    "encoder.weights": None,
+    "export.keep_head": False,
+    "head.weights": None,
     "identifiers": "show",
     "loss.gather_distributed": True,
     "loss.same_patient": "keep",
@@ -244,7 +248,7 @@ _GONE = {"data.check": "headers", "data.allow_short_scans": False, "data.cache_s
 #: These may only grow.
 LENGTHS = ("trainer.max_epochs", "trainer.max_steps")
 #: Files and folders: the same however they are typed.
-_PLACES = ("data.store", "data.annotations", "finetune.weights")
+_PLACES = ("data.store", "data.annotations", "encoder.weights", "finetune.weights", "head.weights")
 
 
 def settings_digest(settings: Mapping[str, Any], keyed: Collection[str] = ()) -> str:

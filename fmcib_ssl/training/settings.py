@@ -145,6 +145,12 @@ class _Paths(_Section):
     run: Path
 
 
+class _Export(_Section):
+    """What is written at the end of a run."""
+
+    keep_head: bool = False
+
+
 class FineTune(_Section):
     """What `+experiment=finetune` trains for; see `configs/finetune/default.yaml`."""
 
@@ -184,12 +190,21 @@ class Settings(_Section):
     schedule: Component | None = None
     logger: dict[str, Component] | None = None
     callbacks: dict[str, Component] | None = None
+    export: _Export = _Export()
     finetune: FineTune | None = None
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Settings:
         if self.hardware.sync_batchnorm and self.hardware.accelerator == "cpu":
             raise ValueError("hardware.sync_batchnorm=true needs GPUs: torch has none on the CPU. Set it to false")
+        for key in ("encoder.weights", "head.weights"):
+            weights = getattr(self, key.partition(".")[0]).get("weights")
+            if not isinstance(weights, str | None):
+                raise ValueError(f"{key}={weights}: should be a file of weights, or null")
+        if not isinstance(rate := self.encoder.get("rate", 1.0), int | float) or rate <= 0:
+            raise ValueError(f"encoder.rate={rate}: the encoder's learning rate over the others' must be above 0")
+        if self.head.get("weights") and not self.encoder.get("weights"):
+            raise ValueError("head.weights is of no use without encoder.weights: the head belongs to its encoder")
         # Only this method is known to take the loss; others may bring their own.
         contrasts = self.method.get("_target_") == "fmcib_ssl.models.MinedContrast"
         if contrasts and self.data.negatives_per_lesion == 0 and self.loss.get("negatives") != "lesions":
@@ -203,6 +218,11 @@ class Settings(_Section):
         """Plain values as they are written and compared, without secrets."""
         values: dict[str, Any] = redacted(self.model_dump(mode="json"))
         return values
+
+    @property
+    def network(self) -> Component:
+        """The section `encoder` without the keys that say what its weights start from and how fast they change."""
+        return {key: value for key, value in self.encoder.items() if key not in ("weights", "rate")}
 
     @property
     def world_size(self) -> int:

@@ -149,8 +149,8 @@ def run_summary(settings: Settings, patches: LesionPatches, batch_size: int, mod
         + (f", in chunks of {chunk_size}" if chunk_size and chunk_size < batch_size else "")
         + (f", {accumulated} accumulated" if accumulated > 1 else ""),
         "steps": f"{all_steps} in all, {steps_per_epoch} an epoch" + (f"; {step} are done" if step else ""),
-        "encoder": f"{_last_name(settings.encoder)}, {num_weights:.2f} M weights, "
-        f"{module.metadata['feature_dim']} features",
+        "encoder": f"{_last_name(module.metadata['encoder'])}, {num_weights:.2f} M weights, "
+        f"{module.metadata['feature_dim']} features, from {settings.encoder.get('weights') or 'random weights'}",
         "step": ", ".join([precision, *[name for name in switches if getattr(hardware, name)]]),
         "method": f"{type(module).__name__}{loss}",
         "rate": f"{learning_rate(settings, batch_size):.3g} at its highest = {optimizer['base_lr']:g} x "
@@ -196,7 +196,8 @@ def write_results(module: Pretraining, settings: Settings, preprocessing: Prepro
     trainer = module.trainer
     extra = {"run": settings.name, "step": trainer.global_step, "epoch": trainer.current_epoch, "seed": settings.seed}
     weights = run / "encoder.safetensors"
-    export_encoder(module.encoder, settings.encoder, preprocessing, weights, extra=extra)
+    head = getattr(module, "head", None) if settings.export.keep_head else None
+    export_encoder(module.encoder, module.metadata["encoder"], preprocessing, weights, extra=extra, head=head)
     lines = [f"encoder    {weights}   (fmcib_ssl.load_encoder reads it)"]
     if (run / "metrics.csv").is_file():
         curves = training_curves(run / "metrics.csv", run / "curves.png")

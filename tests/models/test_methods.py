@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -132,3 +133,22 @@ def test_without_lightly_it_is_said_how_to_get_it(name: str, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "lightly", None)
     with pytest.raises(ImportError, match=r"pip install 'fmcib_ssl\[baselines\]'"):
         make_method(name)
+
+
+@pytest.mark.parametrize("name", ["simclr", "byol"])
+def test_the_encoder_at_a_rate_of_its_own(name: str) -> None:
+    """One step of plain SGD moves each weight by its rate times its gradient."""
+    moved = {}
+    for rate in (1.0, 0.25):
+        method = make_method(name)
+        method.encoder_rate = rate
+        method.trainer = SimpleNamespace(estimated_stepping_batches=1)
+        before = {key: value.detach().clone() for key, value in method.named_parameters()}
+        for parameter in method.parameters():
+            parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+        method.configure_optimizers().step()
+        moved[rate] = {key: (value.detach() - before[key]) for key, value in method.named_parameters()}
+    for key, step in moved[1.0].items():
+        factor = 0.25 if key.startswith("encoder.") else 1.0
+        torch.testing.assert_close(moved[0.25][key], factor * step)
+        assert not key.startswith("encoder.") or step.abs().max() > 0
