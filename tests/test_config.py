@@ -240,7 +240,8 @@ def test_what_an_experiment_sets_holds_for_an_option_that_has_the_key(
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["loss"] == {**yaml.safe_load((CONFIGS / "loss/infonce.yaml").read_text()), "negatives": "lesions"}
     # The experiment's own object, with arguments that are no other's.
-    assert shown["encoder"] == yaml.safe_load((CONFIGS / "encoder/resnet34.yaml").read_text())
+    own_keys = {"weights": None, "rate": 1.0}  # of every encoder, whatever its network
+    assert shown["encoder"] == {**own_keys, **yaml.safe_load((CONFIGS / "encoder/resnet34.yaml").read_text())}
 
 
 # The command line as a user sees it.
@@ -301,7 +302,11 @@ FILLED_IN = {
     "schedule": {"optimizer", "total_steps"},
 }
 #: Keys that the run takes out and works with itself.
-TAKEN_OUT = {"optimizer": {"base_lr", "reference_batch"}}
+TAKEN_OUT = {
+    "encoder": {"weights", "rate"},
+    "head": {"weights"},
+    "optimizer": {"base_lr", "reference_batch"},
+}
 
 
 def composed(group: str, option: str) -> DictConfig:

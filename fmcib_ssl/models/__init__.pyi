@@ -31,6 +31,7 @@ from .pretraining import Step as Step
 from .pretraining import row_is_due as row_is_due
 from .published import PooledNetwork as PooledNetwork
 from .published import genesis_unet as genesis_unet
+from .published import medicalnet_resnet as medicalnet_resnet
 from .published import segresnet as segresnet
 from .published import swin_transformer as swin_transformer
 from .representation import class_spread as class_spread

@@ -32,8 +32,6 @@ def monai_resnet(
     conv1_t_size: int = 7,
     conv1_t_stride: int = 1,
     no_max_pool: bool = False,
-    shortcut_type: str = "B",
-    bias_downsample: bool = True,
 ) -> nn.Module:
     """MONAI's 3D ResNet without its classifier; arguments and weight names are MONAI's.
 
@@ -46,8 +44,6 @@ def monai_resnet(
         conv1_t_size: kernel of the first convolution, voxels.
         conv1_t_stride: stride of the first convolution.
         no_max_pool: leave out the pooling after the first convolution.
-        shortcut_type: "A": shortcuts that change size are subsampled and padded with zeros, "B": they are convolutions.
-        bias_downsample: whether these convolutions have a bias; not those of MedicalNet's weights.
 
     Raises:
         ValueError: another depth.
@@ -63,8 +59,6 @@ def monai_resnet(
         conv1_t_size=conv1_t_size,
         conv1_t_stride=conv1_t_stride,
         no_max_pool=no_max_pool,
-        shortcut_type=shortcut_type,
-        bias_downsample=bias_downsample,
     )
     return encoder
 

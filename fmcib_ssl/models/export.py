@@ -49,7 +49,8 @@ _OWN_TARGETS: dict[str, Callable[..., nn.Module]] = {
     f"{build.__module__}.{build.__name__}": build
     for build in (
         encoders.monai_resnet, encoders.small_resnet, encoders.video_resnet, encoders.CenterPooledResNet,
-        published.PooledNetwork, published.genesis_unet, published.segresnet, published.swin_transformer,
+        published.PooledNetwork, published.genesis_unet, published.medicalnet_resnet, published.segresnet,
+        published.swin_transformer,
     )
 }  # fmt: skip
 

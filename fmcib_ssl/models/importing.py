@@ -49,13 +49,6 @@ class Source:
     citation: str | None = None
 
 
-def _resnet(depth: int, **arguments: Any) -> dict[str, Any]:
-    return {
-        "_target_": "fmcib_ssl.models.encoders.monai_resnet",
-        "depth": depth, "widen_factor": 1.0, "conv1_t_size": 7, "conv1_t_stride": 2, "no_max_pool": False, **arguments,
-    }  # fmt: skip
-
-
 def _window(low: float, high: float, mean: float = 0.0, std: float = 1.0) -> dict[str, Any]:
     """Arguments of `Preprocessing` that scale `low` to `high` HU to 0 to 1, and standardise that."""
     if not low < high:
@@ -90,7 +83,14 @@ _KINETICS = Source(
 #: Sources by name; docs/weights.md says which were tested how.
 SOURCES: dict[str, Source] = {
     "fmcib": Source(
-        _resnet(50, widen_factor=2.0),
+        {
+            "_target_": "fmcib_ssl.models.encoders.monai_resnet",
+            "depth": 50,
+            "widen_factor": 2.0,
+            "conv1_t_size": 7,
+            "conv1_t_stride": 2,
+            "no_max_pool": False,
+        },
         Preprocessing(),
         licence="MIT (code)",
         citation="Pai et al. 2024, Foundation model for cancer imaging biomarkers, doi:10.1038/s42256-024-00807-9",
@@ -109,9 +109,9 @@ SOURCES: dict[str, Source] = {
     },
     **{
         f"medicalnet_resnet{depth}": replace(
-            _MEDICALNET, encoder=_resnet(depth, shortcut_type=shortcut, bias_downsample=False)
+            _MEDICALNET, encoder={"_target_": f"{_MODULE}.medicalnet_resnet", "depth": depth}
         )
-        for depth, shortcut in ((10, "B"), (18, "A"), (34, "A"), (50, "B"))
+        for depth in (10, 18, 34, 50)
     },
     **{
         f"torchvision_{name}": replace(

@@ -51,8 +51,8 @@ def point_derivatives(hu: Float[Tensor, "batch 1 z y x"]) -> dict[str, Float[Ten
         clamped = hu.float().clamp(*_HU_RANGE)
         kernel = gaussian_1d(torch.tensor(_SMOOTHING), 3.0, approx="sampled", normalize=True).to(hu.device)
         smooth = separable_filtering(clamped, [kernel] * 3, mode="replicate")
-        slopes = torch.gradient(smooth, dim=(2, 3, 4))
-        second = [torch.gradient(slope, dim=axis)[0] for axis, slope in enumerate(slopes, start=2)]
+        slopes = [_slope(smooth, axis) for axis in (2, 3, 4)]
+        second = [_slope(slope, axis) for axis, slope in enumerate(slopes, start=2)]
         laplacian = torch.cat(second, dim=1).sum(1, keepdim=True)
         offsets = offsets_from_point(hu.shape[2:], hu.device)
         directions = offsets / offsets.square().sum(0).sqrt().clamp_min(0.5)
@@ -63,6 +63,14 @@ def point_derivatives(hu: Float[Tensor, "batch 1 z y x"]) -> dict[str, Float[Ten
         across = (squared - radial.square()).clamp_min(1e-6).sqrt()
         magnitude = squared.clamp_min(1e-6).sqrt()
     return {"magnitude": magnitude, "laplacian": laplacian, "radial": radial, "tangential": across}
+
+
+def _slope(image: Tensor, axis: int) -> Tensor:
+    """`torch.gradient` along an axis, which cannot be exported for batches of any size."""
+    size = image.shape[axis]
+    first, last = (image.narrow(axis, start + 1, 1) - image.narrow(axis, start, 1) for start in (0, size - 2))
+    between = (image.narrow(axis, 2, size - 2) - image.narrow(axis, 0, size - 2)) / 2
+    return torch.cat([first, between, last], dim=axis)
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager[object]:

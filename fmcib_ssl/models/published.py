@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
+import monai.networks.nets.resnet as monai_nets
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 #: Axis of our patches `(z, y, x)`, whose indices grow towards S, P and L, that a direction lies on.
 _AXIS_OF = {"S": 0, "I": 0, "P": 1, "A": 1, "L": 2, "R": 2}
+#: "A": shortcuts that change size are subsampled and padded with zeros; "B": they are convolutions.
+_MEDICALNET_SHORTCUTS = {10: "B", 18: "A", 34: "A", 50: "B", 101: "B"}
 _SWIN_SIZES = (12, 24, 36, 48, 96, 192)
 
 
@@ -57,6 +60,29 @@ def genesis_unet() -> PooledNetwork:
     feature extractor flattens overlapping means of the last map; this one is the mean over the patch.
     """
     return PooledNetwork(_GenesisUNet(), axes="LPS")
+
+
+def medicalnet_resnet(depth: int) -> nn.Module:
+    """MONAI's 3D ResNet as it takes MedicalNet's weights: 512 features, 2048 from depth 50 on.
+
+    Args:
+        depth: 10, 18, 34, 50 or 101.
+
+    Raises:
+        ValueError: another depth.
+
+    Source: Chen et al. 2019, Med3D. As MONAI does, it leaves out the dilation that MedicalNet has in its last stages.
+    """
+    if depth not in _MEDICALNET_SHORTCUTS:
+        raise ValueError(f"depth={depth}: must be one of {', '.join(map(str, _MEDICALNET_SHORTCUTS))}")
+    network: nn.Module = getattr(monai_nets, f"resnet{depth}")(
+        n_input_channels=1,
+        conv1_t_stride=2,
+        feed_forward=False,
+        bias_downsample=False,
+        shortcut_type=_MEDICALNET_SHORTCUTS[depth],
+    )
+    return network
 
 
 def segresnet(init_filters: int = 32, blocks_down: Sequence[int] = (1, 2, 2, 4, 4)) -> PooledNetwork:

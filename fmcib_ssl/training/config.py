@@ -417,4 +417,4 @@ def encoder_spec(encoder: str) -> dict[str, Any]:
     spec: dict[str, Any] = OmegaConf.to_container(values, resolve=True)  # type: ignore[assignment]
     if not isinstance(spec, dict) or "_target_" not in spec:
         raise ConfigError(f"encoder={encoder}: should name a _target_, the dotted name of what builds it")
-    return spec
+    return {key: value for key, value in spec.items() if key not in ("weights", "rate")}  # of runs
