@@ -20,6 +20,10 @@ from .export import load_encoder as load_encoder
 from .export import load_head as load_head
 from .export import read_archive as read_archive
 from .finetune import FineTuning as FineTuning
+from .formats import FormatError as FormatError
+from .formats import write_huggingface as write_huggingface
+from .formats import write_monai_bundle as write_monai_bundle
+from .formats import write_program as write_program
 from .importing import SOURCES as SOURCES
 from .importing import Imported as Imported
 from .importing import import_encoder as import_encoder
