@@ -148,8 +148,7 @@ def run(command: Evaluate) -> None:
     command.output.mkdir(parents=True, exist_ok=True)
     result.predictions.to_parquet(command.output / "predictions.parquet", index=False)
     labels = protocol.labels
-    values: dict[str, Any] = {name: value for name, value in vars(result).items() if name != "predictions"}
-    values |= {
+    values: dict[str, Any] = result.plain() | {
         "leakage": [vars(finding) for finding in findings],
         "published": published.published if published else [],
         "notes": notes,

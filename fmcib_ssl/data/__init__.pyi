@@ -20,6 +20,7 @@ from .prepare import store_for_table as store_for_table
 from .processes import STOP_SIGNALS as STOP_SIGNALS
 from .processes import end_with_parent as end_with_parent
 from .processes import held as held
+from .processes import run_jobs as run_jobs
 from .scans import crop_patch as crop_patch
 from .scans import read_scan as read_scan
 from .splits import assign_folds as assign_folds

@@ -14,6 +14,7 @@ import logging
 import re
 import zipfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
@@ -42,6 +43,11 @@ _LOOKS_LIKE = (
     ("lung1", "PatientID", r"^LUNG1-\d+$"),
     ("luna16", "seriesuid", r"^[\d.]+$"),
     ("luna16", PATH_COLUMN, r"[\d.]{20,}\.mhd$"),
+    ("dlcs", "ct_nifti_file", r"^DLCS_"),
+    ("luna25", "SeriesInstanceUID", r"^[\d.]+$"),
+    ("c4kc_kits", "patient_id", r"^KiTS-"),
+    ("colorectal_liver", "Patient-ID", r"^CRLM-"),
+    ("nsclc_radiogenomics", "Case ID", r"^(R01|AMC)-"),
 )
 
 _DEEPLESION_SPLITS = {1: "train", 2: "val", 3: "test"}
@@ -183,6 +189,56 @@ def lidc_crops(path: Path | str) -> pd.DataFrame:
     return table.assign(suspect=(ratio > _SUSPECT_RATIO) | (ratio < 1 / _SUSPECT_RATIO))
 
 
+class _Columns(NamedTuple):
+    """Where a table with a lesion a row and points in LPS mm has what this package needs.
+
+    Attributes:
+        image: the scan's path, with names of columns in braces.
+        patient: becomes `PatientID`.
+        renamed: other columns.
+        event: becomes `event`, 1 where a column has a value.
+        edges: of a box round the lesion, mm; the longest becomes `diameter_mm`.
+        point: the coordinates.
+    """
+
+    image: str
+    patient: str
+    renamed: dict[str, str]
+    event: tuple[str, str] | None = None
+    edges: tuple[str, ...] = ()
+    point: tuple[str, str, str] = ("coordX", "coordY", "coordZ")
+
+
+#: Tables of TumorImagingBench (data/eval), whose points its loaders read as LPS mm, and that of the LUNA25 challenge.
+_TABLES = {
+    "dlcs": _Columns(
+        "{ct_nifti_file}", "patient-id", {"benchmark_split": "split", "Malignant_lbl": "malignancy"},
+        edges=("w", "h", "d"),
+    ),
+    "luna25": _Columns(
+        "{SeriesInstanceUID}.mha", "PatientID", {"label": "malignancy"}, point=("CoordX", "CoordY", "CoordZ")
+    ),
+    "c4kc_kits": _Columns("{Series UID}", "patient_id", {}, event=("vital_status", "dead")),
+    "colorectal_liver": _Columns("{Series UID}", "Patient-ID", {}, event=("vital_status", "1")),
+    "nsclc_radiogenomics": _Columns("{Case ID}.nrrd", "Case ID", {}, event=("Survival Status", "Dead")),
+}  # fmt: skip
+
+
+def columns_table(source: str, path: Path | str) -> pd.DataFrame:
+    """A table that needs nothing but its columns found, `_TABLES`."""
+    rows, how = _table_of(source, path), _TABLES[source]
+    needed = {*re.findall(r"{(.+?)}", how.image), how.patient, *how.renamed, *how.edges, *how.point}
+    require_columns(path, rows, sorted(needed | ({how.event[0]} if how.event else set())))
+    files = [how.image.format_map(row) for row in rows.to_dict("records")]
+    table = _plain(rows, files, _points(rows, how.point, path), {*how.point, "mask_path"})
+    table["PatientID"] = rows[how.patient].astype(str)
+    if how.event:
+        table["event"] = (rows[how.event[0]].astype(str) == how.event[1]).astype(int)
+    if how.edges:
+        table["diameter_mm"] = np.max([_number(rows, edge, path) for edge in how.edges], axis=0)
+    return table.rename(columns=how.renamed)
+
+
 def _table_of(source: str, path: Path | str) -> pd.DataFrame:
     """Read a table, unless it looks like that of another data set."""
     rows = read_table(path)
@@ -239,6 +295,7 @@ IMPORTERS: dict[str, Callable[[Path], pd.DataFrame]] = {
     "luna16": luna16,
     "lung1": lung1,
     "lidc_crops": lidc_crops,
+    **{source: partial(columns_table, source) for source in _TABLES},
 }
 
 

@@ -32,8 +32,6 @@ from .labels import column_text as column_text
 from .labels import cross_validation as cross_validation
 from .labels import given_split as given_split
 from .labels import grouped_folds as grouped_folds
-from .labels import join_task as join_task
-from .labels import load_task as load_task
 from .labels import read_labels as read_labels
 from .labels import shared_patients as shared_patients
 from .labels import strata as strata
@@ -48,6 +46,8 @@ from .metrics import auc as auc
 from .metrics import interval as interval
 from .metrics import patient_weights as patient_weights
 from .metrics import value_of as value_of
+from .patients import Pooling as Pooling
+from .patients import by_patient as by_patient
 from .probes import LINEAR_PROBE as LINEAR_PROBE
 from .probes import PROBES as PROBES
 from .probes import Inputs as Inputs
@@ -58,6 +58,7 @@ from .probes import knn_scores as knn_scores
 from .probes import linear_scores as linear_scores
 from .probes import resampled as resampled
 from .probes import score as score
+from .probes import within as within
 from .readers import Readers as Readers
 from .readers import read_ratings as read_ratings
 from .report import report_all as report_all
@@ -66,5 +67,13 @@ from .report import write_lesion_page as write_lesion_page
 from .report_features import FeatureOptions as FeatureOptions
 from .report_results import results_lines as results_lines
 from .report_robustness import write_robustness as write_robustness
+from .report_suite import write_suite as write_suite
 from .robustness import embed_conditions as embed_conditions
 from .robustness import measure_robustness as measure_robustness
+from .suite import Suite as Suite
+from .suite import contenders as contenders
+from .suite import run_suite as run_suite
+from .tasks import Task as Task
+from .tasks import join_task as join_task
+from .tasks import load_task as load_task
+from .tasks import protocol_of as protocol_of

@@ -196,6 +196,33 @@ def statistics_encoder(preprocessing: Preprocessing) -> FrozenEncoder:
     return FrozenEncoder(_HuStatistics(preprocessing), preprocessing, _about("HU statistics", "hu_statistics"))
 
 
+def rebuilt_encoder(about: Mapping[str, Any], trusted_targets: Collection[str] = ()) -> FrozenEncoder:
+    """The encoder that a table's provenance describes.
+
+    Args:
+        about: `kind`, `preprocessing`; of an encoder `weights` and `sha256`, of random weights `encoder` and `seed`.
+        trusted_targets: foreign encoders that may be built.
+
+    Raises:
+        FeatureTableError: no such kind, or weights that have changed since.
+        FileNotFoundError: the weights are gone.
+    """
+    preprocessing, kind = Preprocessing.from_dict(about["preprocessing"]), about["kind"]
+    if kind == "encoder":
+        encoder = trained_encoder(about["weights"], trusted_targets=trusted_targets)
+        if encoder.about["sha256"] != about["sha256"]:
+            name = about.get("name")
+            raise FeatureTableError(f"{about['weights']} has changed since {name!r} was embedded: embed it again")
+        return encoder
+    if kind == "random_weights":
+        return random_encoder(about["encoder"], preprocessing, about["seed"], trusted_targets=trusted_targets)
+    if kind in (makers := {"hu_statistics": statistics_encoder, "raw_voxels": raw_voxels}):
+        return makers[kind](preprocessing)
+    raise FeatureTableError(
+        f"{about.get('name')!r} was not made by an encoder: give tables that scripts/embed.py wrote"
+    )
+
+
 class _HuStatistics(nn.Module):
     def __init__(self, preprocessing: Preprocessing) -> None:
         super().__init__()

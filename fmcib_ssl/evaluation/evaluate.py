@@ -153,7 +153,7 @@ def without_shared_patients(protocol: Protocol) -> Protocol | None:
 
 @dataclass
 class Evaluation:
-    """What an evaluation gives; plain values, but for the predictions.
+    """What an evaluation gives; plain values, but for predictions and scores.
 
     Attributes:
         rows: one row a set of features, probe, metric and share of the labels.
@@ -162,6 +162,7 @@ class Evaluation:
         survival: Kaplan-Meier curves of the two halves by risk, with the log-rank test.
         missing: `features` that could not be scored, and the `reason`.
         readers: of labels by several readers what `judge` gives; else empty.
+        scores: of the test lesions, by split, set of features, probe and share of the labels; no plain values either.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -170,6 +171,11 @@ class Evaluation:
     survival: list[dict[str, Any]] = field(default_factory=list)
     missing: list[dict[str, str]] = field(default_factory=list)
     readers: dict[str, Any] = field(default_factory=dict)
+    scores: dict[tuple[str, str, str, float], list[SplitScores]] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """What JSON can hold, by name."""
+        return {name: value for name, value in vars(self).items() if name not in ("predictions", "scores")}
 
 
 def evaluate_features(
@@ -212,7 +218,7 @@ def evaluate_features(
     evaluation = Evaluation(missing=list(candidates.missing))
     weights = protocols[0].weights(num_bootstrap)
     drawn: dict[tuple[str, str, str, float], dict[str, Array]] = {}
-    predictions, whole = [], {}
+    predictions = []
     for protocol, inputs, name, fraction in tqdm(jobs, "evaluating", disable=not progress):
         try:
             results = score(PROBES[name], inputs, protocol, fraction)
@@ -224,8 +230,7 @@ def evaluate_features(
         values = {title: resampled(metric, labels.values, results, weights) for title, metric in metrics.items()}
         evaluation.rows += _rows({"task": labels.name, **about}, values, results)
         drawn[protocol.name, inputs.name, name, fraction] = values
-        if protocol is protocols[0] and fraction == 1:
-            whole[inputs.name, name] = results
+        evaluation.scores[protocol.name, inputs.name, name, fraction] = results
         predictions += [_predictions(one, protocol, lesions, about) for one in results]
         if labels.kind == "survival":  # above or below the median risk of the test rows, each split by its own
             rows = np.concatenate([one.rows for one in results])
@@ -233,6 +238,7 @@ def evaluate_features(
             evaluation.survival.append({**about, **risk_halves(labels.values[rows], is_high)})
     evaluation.differences = _differences(drawn, candidates, labels)
     if labels.readers is not None:
+        whole = {key[1:3]: results for key, results in evaluation.scores.items() if key[::3] == (protocols[0].name, 1)}
         evaluation.readers = judge(protocols[0], whole, num_bootstrap)
     if predictions:
         evaluation.predictions = pd.concat(predictions, ignore_index=True)

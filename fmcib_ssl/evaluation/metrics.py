@@ -88,7 +88,7 @@ def _spearman(labels: Array, scores: Array, weights: Array) -> Array:
 def _pearson(labels: Array, scores: Array, weights: Array) -> Array:
     """Linear correlation."""
     total = weights.sum(1, keepdims=True)
-    x, y = (values - (weights * values).sum(1, keepdims=True) / total for values in (labels, scores))
+    x, y = (values - _ratio((weights * values).sum(1, keepdims=True), total) for values in (labels, scores))
     return _ratio((weights * x * y).sum(1), np.sqrt((weights * x * x).sum(1) * (weights * y * y).sum(1)))
 
 

@@ -1,4 +1,4 @@
-"""Probes of frozen features: logistic regression, nearest neighbours, ridge, Cox. The test set chooses nothing.
+"""Probes of frozen features: logistic, nearest neighbours, ridge, Cox, attention. The test set chooses nothing.
 
 The setting that is best on folds of the training patients, or on given validation rows, is fitted on all training rows.
 Features are standardised by the rows that a fit sees. At the end of the module are the quick probes that run while an
@@ -8,7 +8,7 @@ encoder is trained, and the nearest lesions of other patients, which a report sh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple, get_args
 
@@ -51,7 +51,8 @@ class Inputs:
 
     Attributes:
         name: in tables.
-        x: `(n, dim + num_beside)`; the last `num_beside` columns, such as a diameter, stand beside the features.
+        x: `(n, dim + num_beside)`; the last `num_beside` columns, such as a diameter, stand beside the features. For
+            the probe `attention` it may be `(patients, lesions, dim)`, NaN where a patient has fewer lesions.
         num_components: reduce the features by a PCA of the training rows first, as raw voxels need.
         num_beside: columns that such a PCA leaves alone.
         linear_only: not for nearest neighbours, whose cosine knows only the sign of a single column.
@@ -75,6 +76,7 @@ class Protocol:
         name: of the splits, in tables of results.
         seed: decides inner folds, PCA, which patients are in a share of the labels, and the resamples.
         num_inner_folds: folds of the training patients by which a setting is chosen, at least 2.
+        population: patients of all evaluations that meet the same resamples, these among them; empty: only these.
     """
 
     labels: Labels
@@ -83,6 +85,7 @@ class Protocol:
     name: str
     seed: int = 0
     num_inner_folds: int = 5
+    population: Sequence[str] = ()
 
     @lru_cache(256)  # noqa: B019  # drawn once for all features; the rows are few
     def training(self, split: Split, fraction: float) -> tuple[Array, list[tuple[Array, Array]]]:
@@ -102,7 +105,9 @@ class Protocol:
 
     def weights(self, num_bootstrap: int) -> Array:
         """Weights of every lesion, as of `patient_weights`."""
-        return patient_weights(self.patients, num_bootstrap, self.seed)
+        others = np.setdiff1d(self.population, self.patients) if len(self.population) else self.patients[:0]
+        weights = patient_weights(np.concatenate([self.patients, others]), num_bootstrap, self.seed)
+        return weights[:, : len(self.patients)]
 
 
 @dataclass(frozen=True)
@@ -237,6 +242,12 @@ def _cox(x: Array, y: Array, x_test: Array, num_classes: int, settings: Sequence
     return np.asarray(coefficients @ basis @ x_test.T)
 
 
+def _attention(x: Array, y: Array, x_test: Array, num_classes: int, settings: Sequence[float]) -> Iterator[Array]:
+    from fmcib_ssl.evaluation.attention import attention_scores  # noqa: PLC0415  # torch takes seconds
+
+    return attention_scores(x, y, x_test, num_classes, settings)
+
+
 def _grid(first: float, last: float, num: int) -> tuple[float, ...]:
     return tuple(float(value) for value in np.logspace(first, last, num))
 
@@ -248,6 +259,7 @@ PROBES = {
     "knn": Probe(_CLASSES + _VALUES, (80.0, 40.0, 20.0, 10.0, 5.0, 3.0, 1.0), _neighbors),
     "ridge": Probe(_VALUES[:2], _grid(6, -1, 15), _ridge),
     "cox": Probe(("survival",), _grid(5, 0, 11), _cox),
+    "attention": Probe((*_CLASSES, *_VALUES[:2], "survival"), _grid(4, -1, 6), _attention),  # of patients
 }
 #: The linear probe of each kind of label; it is the one that is used unless another is asked for.
 LINEAR_PROBE: dict[Kind, str] = {
@@ -307,8 +319,13 @@ def _path(
     """Scores of the rows to check, fitted on the others, for one setting after the other."""
     fit, check = fold
     prepare = _preparation(inputs, fit, seed)
-    x, x_test = (prepare.transform(inputs.x[rows]) for rows in (fit, check))
+    x, x_test = (_by_lesion(prepare.transform, inputs.x[rows]) for rows in (fit, check))
     yield from probe.path(x, labels.values[fit], x_test, labels.num_classes, settings)
+
+
+def _by_lesion(transform: Callable[[Array], Array], x: Array) -> Array:
+    """Rows of `x`, or of each of its patients the lesions, through a transform."""
+    return transform(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
 def _preparation(inputs: Inputs, rows: Array, seed: int) -> Pipeline:
@@ -324,7 +341,8 @@ def _preparation(inputs: Inputs, rows: Array, seed: int) -> Pipeline:
         if inputs.num_beside:
             pca = ColumnTransformer([("pca", pca, slice(0, dim))], remainder="passthrough")
         steps = [pca, *steps]
-    return make_pipeline(*steps).fit(inputs.x[rows])
+    x = inputs.x[rows]
+    return make_pipeline(*steps).fit(x.reshape(-1, x.shape[-1]))
 
 
 def _setting_score(kind: Kind, labels: Array, scores: Array) -> float:
@@ -352,6 +370,21 @@ def resampled(metric: Metric, values: Array, results: Sequence[SplitScores], wei
         scores = one.chosen if metric is balanced_accuracy and one.chosen is not None else one.scores
         by_split.append(metric(values[one.rows], scores, weights[:, one.rows]))
     return mean_of_known(by_split)
+
+
+def within(results: Sequence[SplitScores], strata: Array) -> list[SplitScores]:
+    """Each split's scores cut into strata, `(n,)`: `resampled` then compares only lesions of one stratum."""
+    return [
+        replace(
+            one,
+            rows=one.rows[own],
+            scores=one.scores[own],
+            chosen=None if one.chosen is None else one.chosen[own],
+        )
+        for one in results
+        for stratum in np.unique(strata)
+        if (own := strata[one.rows] == stratum).any()
+    ]
 
 
 def estimate(metric: Metric, values: Array, results: Sequence[SplitScores], weights: Array) -> Estimate:

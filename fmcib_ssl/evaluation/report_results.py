@@ -188,13 +188,13 @@ def _task(rows: pd.DataFrame, differences: pd.DataFrame, title: str, stem: Path,
         table["trained / tested on"] = (sizes["num_train"] + " / " + sizes["num_test"]).to_list()
     own = whole[whole["metric"] == first].assign(name=lambda table: table["features"])
     panels = {f"{first}, {probe}": own[own["probe"] == probe] for probe in probes}
-    figures = [_intervals(panels, stem, palette, first)]
+    figures = [interval_chart(panels, stem, palette, first)]
     if len(differences):
         named = differences.assign(name=differences["features"] + " minus " + differences["against"])
         named = named[(named["metric"] == first) & (named["fraction"] == whole["fraction"].iloc[0])]
         panels = {f"Difference in {first}, {probe}": part for probe, part in named.groupby("probe", sort=False)}
         if panels:
-            figures.append(_intervals(panels, stem, palette, first, differences=True))
+            figures.append(interval_chart(panels, stem, palette, first, differences=True))
     if rows["fraction"].nunique() > 1:
         figures.append(_fewer_labels(rows[(rows["metric"] == first) & (rows["probe"] == probes[0])], stem, palette))
     split = f" Split: {rows['split'].iloc[0]}." if rows["split"].iloc[0] else ""
@@ -203,7 +203,7 @@ def _task(rows: pd.DataFrame, differences: pd.DataFrame, title: str, stem: Path,
     return Section(title, text, table, figures)
 
 
-def _intervals(
+def interval_chart(
     panels: Mapping[str, pd.DataFrame], stem: Path, palette: Palette, metric: str, *, differences: bool = False
 ) -> ReportFigure:
     """Values with their intervals, a panel a probe, a line a row, the first at the top."""

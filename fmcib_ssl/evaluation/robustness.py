@@ -20,13 +20,7 @@ from tqdm import tqdm
 
 from fmcib_ssl.evaluation.conditions import CLEAN, CONDITIONS
 from fmcib_ssl.evaluation.embedding import embed_to_file, inference_of
-from fmcib_ssl.evaluation.embedding_sources import (
-    FrozenEncoder,
-    random_encoder,
-    raw_voxels,
-    statistics_encoder,
-    trained_encoder,
-)
+from fmcib_ssl.evaluation.embedding_sources import FrozenEncoder, rebuilt_encoder
 from fmcib_ssl.evaluation.evaluate import NUM_COMPONENTS
 from fmcib_ssl.evaluation.feature_table import FeatureTable, FeatureTableError
 from fmcib_ssl.evaluation.metrics import METRICS, interval
@@ -34,7 +28,7 @@ from fmcib_ssl.evaluation.probes import LINEAR_PROBE, PROBES, Inputs, Protocol, 
 from fmcib_ssl.evaluation.readers import icc
 from fmcib_ssl.evaluation.report_results import safe_name
 from fmcib_ssl.io import digest_of
-from fmcib_ssl.types import Array, Preprocessing
+from fmcib_ssl.types import Array
 
 #: Features of the same lesions in the same order, `(n, dim)`: for each condition one array a draw.
 ByCondition = Mapping[str, Sequence[Array]]
@@ -57,21 +51,15 @@ def encoder_of(table: FeatureTable, trusted_targets: Sequence[str] = ()) -> Froz
     about, name = table.provenance, table.name
     if not about.get("source") or not about.get("preprocessing"):
         raise FeatureTableError(f"{name!r} does not say where its lesions are: embed them with scripts/embed.py")
-    preprocessing = Preprocessing.from_dict(about["preprocessing"])
-    if about["kind"] == "encoder":
-        encoder = trained_encoder(about["weights"], trusted_targets=trusted_targets)
-        if encoder.about["sha256"] != about["sha256"]:
-            raise FeatureTableError(f"{about['weights']} has changed since {name!r} was embedded: embed it again")
-        return encoder
-    if about["kind"] == "random_weights":
-        return random_encoder(about["encoder"], preprocessing, about["seed"], trusted_targets=trusted_targets)
-    if about["kind"] in (makers := {"hu_statistics": statistics_encoder, "raw_voxels": raw_voxels}):
-        return makers[about["kind"]](preprocessing)
-    raise FeatureTableError(f"{name!r} was not made by an encoder: give tables that scripts/embed.py wrote")
+    return rebuilt_encoder(about, trusted_targets)
 
 
 def embed_conditions(
-    files: Sequence[Path], *, device: str | torch.device | None = None, trusted_targets: Sequence[str] = ()
+    files: Sequence[Path],
+    *,
+    conditions: Sequence[str] = tuple(CONDITIONS),
+    device: str | torch.device | None = None,
+    trusted_targets: Sequence[str] = (),
 ) -> dict[str, list[FeatureTable]]:
     """Embed the lesions of tables of features under every condition, each by the encoder that made the table.
 
@@ -79,6 +67,7 @@ def embed_conditions(
 
     Args:
         files: of the tables; several are put side by side.
+        conditions: names of `CONDITIONS`.
         device: a GPU if there is one, by default.
         trusted_targets: foreign encoders that may be built, as of `load_encoder`.
 
@@ -88,20 +77,20 @@ def embed_conditions(
     Raises:
         FeatureTableError: as `encoder_of` and `embed_to_file`.
     """
-    parts = [_embed_conditions(file, device, trusted_targets) for file in files]
+    parts = [_embed_conditions(file, conditions, device, trusted_targets) for file in files]
     return {
         condition: [FeatureTable.side_by_side(draw) for draw in zip(*(part[condition] for part in parts), strict=True)]
-        for condition in CONDITIONS
+        for condition in conditions
     }
 
 
 def _embed_conditions(
-    file: Path, device: str | torch.device | None, trusted_targets: Sequence[str]
+    file: Path, conditions: Sequence[str], device: str | torch.device | None, trusted_targets: Sequence[str]
 ) -> dict[str, list[FeatureTable]]:
     table, embedded = FeatureTable.read(file), defaultdict(list)
     encoder, inference = encoder_of(table, trusted_targets), inference_of(table, device)
     folder = file.with_suffix(f".conditions-{digest_of(table.provenance)[:8]}")
-    draws = [(condition, draw) for condition, one in CONDITIONS.items() for draw in range(one.num_draws)]
+    draws = [(condition, draw) for condition in conditions for draw in range(CONDITIONS[condition].num_draws)]
     for condition, draw in (bar := tqdm(draws, unit="table")):
         bar.set_description(f"{file.stem}, {condition}")
         output = folder / f"{safe_name(condition)}_{draw}.parquet"

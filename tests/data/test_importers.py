@@ -225,3 +225,55 @@ def test_a_table_of_ones_own_is_no_published_one(source: str, column: str, tmp_p
     path.write_text("image_path,PatientID,coordX,coordY,coordZ\nP1/CT.nrrd,P1,1,2,3\n")
     with pytest.raises(AnnotationsError, match=f"row 1.*expected .*{column}"):
         importers.IMPORTERS[source](path)
+
+
+#: Tables with the columns of the published ones that are read, and what becomes of their first row.
+PLAIN = {
+    "dlcs": (
+        "patient-id,nodule_id,ct_nifti_file,coordX,coordY,coordZ,w,h,d,Malignant_lbl,benchmark_split\n"
+        "DLCS_0001,DLCS_0001_01,DLCS_0001.nii.gz,-106.5,-63.8,-211.7,4.4,4.5,4.3,0,train\n",
+        {"image_path": "DLCS_0001.nii.gz", "PatientID": "DLCS_0001", "coordX": -106.5, "malignancy": 0,
+         "split": "train", "diameter_mm": 4.5},
+    ),
+    "luna25": (
+        "PatientID,SeriesInstanceUID,StudyDate,CoordX,CoordY,CoordZ,LesionID,AnnotationID,NoduleID,label,Age,Gender\n"
+        "100012,1.2.840.113654.2.55.1,19990102,-106.5,-63.8,-211.7,1,100012_1_19990102,100012_1,1,61,Male\n",
+        {"image_path": "1.2.840.113654.2.55.1.mha", "PatientID": "100012", "coordX": -106.5, "malignancy": 1},
+    ),
+    "c4kc_kits": (
+        "patient_id,radiographic_size,vital_status,vital_days_after_surgery,Series UID,coordX,coordY,coordZ\n"
+        "KiTS-00169,3.5,dead,233,1.3.6.1,-106.5,46.9,1287.6\n",
+        {"image_path": "1.3.6.1", "PatientID": "KiTS-00169", "coordX": -106.5, "event": 1, "radiographic_size": 3.5},
+    ),
+    "colorectal_liver": (
+        "Series UID,Patient-ID,max_tumor_size,overall_survival_months,vital_status,mask_path,coordX,coordY,coordZ\n"
+        "1.3.6.2,CRLM-CT-1001,1.1,117.4,0,[Path('a')],-106.5,-35.5,-156.9\n",
+        {"image_path": "1.3.6.2", "PatientID": "CRLM-CT-1001", "coordX": -106.5, "event": 0, "max_tumor_size": 1.1},
+    ),
+    "nsclc_radiogenomics": (
+        "Case ID,Survival Status,Survival.time,image_path,mask_path,coordX,coordY,coordZ,deadstatus.event\n"
+        "R01-001,Alive,3078,/theirs/R01-001.nrrd,/theirs/SEG/Heart.nrrd,-106.5,-145.0,-66.1,0\n",
+        {"image_path": "R01-001.nrrd", "PatientID": "R01-001", "coordX": -106.5, "event": 0, "Survival.time": 3078},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("source", PLAIN)
+def test_a_table_that_only_names_its_columns_otherwise(source: str, tmp_path: Path) -> None:
+    text, expected = PLAIN[source]
+    path = tmp_path / "table.csv"
+    path.write_text(text)
+    rows = importers.IMPORTERS[source](path)
+    assert rows.iloc[0][list(expected)].to_dict() == expected
+    assert list(rows)[:4] == ["image_path", *POINT]
+    assert "mask_path" not in rows  # of its authors' machine
+    with pytest.raises(AnnotationsError, match=f"looks like a table of {source}"):
+        importers.luna16(path)
+    head, row = text.splitlines()
+    path.write_text(f"{head.replace('coordX', 'x').replace('CoordX', 'x')}\n{row}\n")
+    with pytest.raises(AnnotationsError, match="oordX"):
+        importers.IMPORTERS[source](path)
+
+
+def test_the_tables_are_those_that_are_tested() -> None:
+    assert set(importers.IMPORTERS) == {*PLAIN, "deeplesion", "luna16", "lung1", "lidc_crops"}

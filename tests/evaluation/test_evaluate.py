@@ -240,5 +240,5 @@ def test_a_share_that_is_too_small_is_said_and_wrong_options_are_refused() -> No
     result = run(BINARY, candidates, fractions=[1.0, 0.01])
     assert [m["features"] for m in result.missing] == ["size", "ours, logistic, 1% of the patients, 3 folds"]
     assert {row["fraction"] for row in result.rows} == {1.0}
-    with pytest.raises(EvaluationError, match="probe=cox cannot learn binary labels; logistic, knn can"):
+    with pytest.raises(EvaluationError, match="probe=cox cannot learn binary labels; logistic, knn, attention can"):
         run(BINARY, candidates, probes=["cox"])

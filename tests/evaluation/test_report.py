@@ -630,6 +630,6 @@ def test_the_title_of_a_panel_is_not_cut_off_beside_long_names(
     monkeypatch.setattr(report_results, "save_chart", lambda figure, path: figures.append(figure) or path)
     rows = pd.DataFrame({"name": [name], "features": ["a"], "value": [0.4], "low": [0.3], "high": [0.5]})
     panels = {"Difference in AUC, logistic": rows}
-    report_results._intervals(panels, tmp_path / "results", Palette(), "AUC", differences=True)
+    report_results.interval_chart(panels, tmp_path / "results", Palette(), "AUC", differences=True)
     figures[0].draw_without_rendering()
     assert figures[0].axes[0]._left_title.get_window_extent().x1 <= figures[0].bbox.x1  # type: ignore[attr-defined]

@@ -148,7 +148,7 @@ def test_a_shared_patient_refuses_unless_it_is_allowed_and_then_there_are_both_n
         (["label=texture", "allow_leakage=all"], "'patients', 'duplicates' or 'padding'"),
         (["label=texture", "probe=svm"], "'logistic', 'knn', 'ridge' or 'cox'"),
         (["label=texture", "fractions=1,1.5"], "fractions.1 is '1.5': Input should be less than or equal to 1"),
-        (["label=texture", "probe=cox"], "probe=cox cannot learn binary labels; logistic, knn can"),
+        (["label=texture", "probe=cox"], "probe=cox cannot learn binary labels; logistic, knn, attention can"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_in_a_sentence(
