@@ -75,6 +75,9 @@ class Evaluate(Labelled):
     """
 
     probe: list[Probe] | None = Field(None, description="logistic, knn, ridge, cox; null: the linear one of the label")
+    patients: Literal["mean", "max", "attention"] | None = Field(
+        None, description="label of patients: pool the features of a patient's lesions, or let the probe learn weights"
+    )
     fractions: list[Share] = Field([1.0], description="shares of the training patients, such as 1,0.5,0.2,0.1")
     size: list[str] | None = Field(["diameter_mm"], description="columns with the lesion's size, a baseline of its own")
     baselines: bool = Field(True, description="false: no random weights, no raw voxels")
@@ -136,12 +139,19 @@ def run(command: Evaluate) -> None:
             f"data leakage: results would be optimistic. Fix the split, or accept it with "
             f"allow_leakage={','.join(refused)}"
         )
-    apart = without_shared_patients(protocol)
+    apart, probes = without_shared_patients(protocol), command.probe or [LINEAR_PROBE[protocol.labels.kind]]
+    protocols = [protocol, *([apart] if apart else [])]
+    if command.patients is not None:
+        from fmcib_ssl.evaluation import by_patient  # noqa: PLC0415
+
+        pooled, lesions, candidates = by_patient(protocols[-1], lesions, candidates, command.patients)
+        protocols, probes = [pooled], ["attention"] if command.patients == "attention" else probes
+        print(f"note      {len(lesions)} patients, whose lesions are pooled: {command.patients}")
     result = evaluate_features(
-        [protocol, *([apart] if apart else [])],
+        protocols,
         lesions,
         candidates,
-        probes=command.probe or [LINEAR_PROBE[protocol.labels.kind]],
+        probes=probes,
         fractions=command.fractions,
         num_bootstrap=command.num_bootstrap,
     )

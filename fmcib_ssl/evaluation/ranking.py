@@ -1,17 +1,19 @@
 """Which of several models is best over several tasks, and which of them cannot be told apart.
 
 A score is 0 at chance and 1 where every order is right, whatever the kind of label: Somers' D, which is 2 AUC - 1 and
-2 C - 1, and Spearman's correlation. Each pair of models is compared by the mean over tasks of their difference, with
-the standard error that the same resamples of the patients give it.
+2 C - 1, and Spearman's correlation. Each pair of models is compared by the mean over tasks of their difference. Its
+variance is that of the same resamples of the patients, which is of the test sets, and of a task times `1 + retraining`
+for the training sets: without that, models of equal worth are told apart by what their probes happened to learn.
 
 Source: Wiesenfarth et al., Methods and open-source toolkit for analyzing and visualizing challenge results, Scientific
-Reports 11, 2369, 2021 (ranks in resamples, pairs by Holm); Holm, A simple sequentially rejective multiple test
-procedure, 1979; Piepho, An algorithm for a letter-based representation of all-pairwise comparisons, 2004 (groups).
+Reports 11, 2369, 2021 (ranks in resamples, pairs by Holm); Nadeau and Bengio, Inference for the generalization error,
+Machine Learning 52, 2003 (training sets); Holm, A simple sequentially rejective multiple test procedure, 1979; Piepho,
+An algorithm for a letter-based representation of all-pairwise comparisons, 2004 (groups).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import norm, rankdata
 
+from fmcib_ssl.evaluation.labels import Split
 from fmcib_ssl.evaluation.metrics import interval
 from fmcib_ssl.types import Array
 
@@ -26,6 +29,7 @@ from fmcib_ssl.types import Array
 _HALF_AT_CHANCE = ("AUC", "C-index")
 #: Chance of at least one wrong statement among all pairs.
 _LEVEL = 0.05
+_QUANTILE = float(norm.ppf(0.975))
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Ranking:
         rows: of each model `model`, `score`, and its mean `rank` over tasks (1 is best) with `low` and `high`, the
             95 % interval over resamples; `group`, letters: models with a letter in common cannot be told apart.
         pairs: of each pair, the better `model` and the other, `against`; `difference` of their scores with `low` and
-            `high`; `p`, two-sided and adjusted by Holm; `separable`.
+            `high`, 95 %; `p`, two-sided and adjusted by Holm; `separable`.
         tasks: on which all models have a value.
     """
 
@@ -63,12 +67,14 @@ def chance_corrected(metric: str, values: Array) -> Array:
     return 2 * values - 1 if metric in _HALF_AT_CHANCE else values
 
 
-def rank_models(drawn: Mapping[str, Mapping[str, Array]]) -> Ranking:
+def rank_models(drawn: Mapping[str, Mapping[str, Array]], retraining: Mapping[str, float] | None = None) -> Ranking:
     """Rank models by their mean score over tasks.
 
     Args:
         drawn: by task and model the score, `(1 + resamples,)`: its value, then that of every resample of the patients;
             resamples have the same numbers in all tasks. A model without a value on one of the tasks is left out.
+        retraining: by task the variance that other training sets would add, as a share of that of the test sets; 0
+            where nothing is trained. `retraining_share` says it of splits.
     """
     tasks = list(drawn)
     names = [name for name in dict.fromkeys(n for by_model in drawn.values() for n in by_model)
@@ -80,7 +86,8 @@ def rank_models(drawn: Mapping[str, Mapping[str, Array]]) -> Ranking:
     ranks = rankdata(-scores, axis=1).mean(axis=0)
     means = scores.mean(axis=0)
     order = np.argsort(-means[:, 0], kind="stable")
-    pairs = _compare([names[k] for k in order], means[order])
+    shares = np.array([(retraining or {}).get(task, 0.0) for task in tasks])
+    pairs = _compare([names[k] for k in order], scores[:, order], shares)
     letters = _letters(len(names), [(i, j) for (i, j), pair in pairs.items() if pair["separable"]])
     rows = [
         {"model": names[k], "score": float(means[k, 0])}
@@ -91,15 +98,22 @@ def rank_models(drawn: Mapping[str, Mapping[str, Array]]) -> Ranking:
     return Ranking(rows, list(pairs.values()), tasks)
 
 
-def _compare(names: list[str], means: Array) -> dict[tuple[int, int], dict[str, Any]]:
-    """All pairs of models that are sorted by their mean scores, `(models, 1 + resamples)`, by their places."""
+def retraining_share(splits: Sequence[Split]) -> float:
+    """Variance by other training sets as a share of that by other test sets, `splits * tested / trained`."""
+    return float(len(splits) * np.mean([len(split.test) / len(split.train) for split in splits]))
+
+
+def _compare(names: list[str], scores: Array, shares: Array) -> dict[tuple[int, int], dict[str, Any]]:
+    """All pairs by their places; scores are `(tasks, models, 1 + resamples)`, the best model first."""
     pairs: dict[tuple[int, int], dict[str, Any]] = {}
     for i, j in combinations(range(len(names)), 2):
-        apart = means[i] - means[j]
-        value, low, high = vars(interval(apart)).values()
-        error = float(apart[1:].std())
+        apart = scores[:, i] - scores[:, j]
+        value = float(apart[:, 0].mean())
+        variance = apart[:, 1:].mean(0).var() + (shares * apart[:, 1:].var(1)).sum() / len(apart) ** 2
+        error = float(np.sqrt(variance))
         # Not the share of resamples below 0: with hundreds of pairs, Holm's first step is finer than one of 2,000.
         p = float(2 * norm.sf(abs(value) / error)) if error > 0 else float(value == 0)
+        low, high = (value + sign * _QUANTILE * error for sign in (-1, 1))
         pairs[i, j] = {"model": names[i], "against": names[j], "difference": value, "low": low, "high": high, "p": p}
     highest = 0.0
     for place, pair in enumerate(sorted(pairs.values(), key=lambda pair: pair["p"])):

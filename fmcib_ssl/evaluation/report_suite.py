@@ -21,7 +21,7 @@ from fmcib_ssl.evaluation.tasks import Task
 _HOW = (
     "Ranks and differences come from resamples of the patients, the same for all models and tasks. Score: 0 at chance, "
     "1 at best (2 AUC - 1, 2 C - 1, Spearman), of the linear probe, mean over tasks. Models with a letter in common "
-    "cannot be told apart (two-sided, Holm's correction over all pairs, 5 %). Another training is not covered."
+    "cannot be told apart (two-sided, Holm's correction over all pairs, 5 %, other training sets included)."
 )
 
 

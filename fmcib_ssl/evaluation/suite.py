@@ -25,7 +25,7 @@ from fmcib_ssl.evaluation.feature_table import ID_COLUMN, FeatureTable
 from fmcib_ssl.evaluation.metrics import METRICS, interval
 from fmcib_ssl.evaluation.patients import by_patient
 from fmcib_ssl.evaluation.probes import LINEAR_PROBE, PROBES, Inputs, Protocol, resampled, within
-from fmcib_ssl.evaluation.ranking import Ranking, chance_corrected, rank_models
+from fmcib_ssl.evaluation.ranking import Ranking, chance_corrected, rank_models, retraining_share
 from fmcib_ssl.evaluation.report_results import safe_name
 from fmcib_ssl.evaluation.robustness import embed_conditions, measure_robustness
 from fmcib_ssl.evaluation.tasks import Task, join_further_labels, protocol_of, read_task
@@ -57,7 +57,6 @@ class Suite:
         tables: folder that the tasks' tables lie in.
         images: folder that the tasks' folders of scans lie in.
         output: features, results and page go there.
-        probes: of features, besides the linear one of the kind of label.
         robustness: embed every lesion under `CONDITIONS_SHOWN`, too.
         num_bootstrap: resamples of the patients.
         num_workers: processes, each with one model or task at a time; 0 works in this one.
@@ -71,7 +70,6 @@ class Suite:
     tables: Path
     images: Path
     output: Path
-    probes: Sequence[str] = ("knn",)
     robustness: bool = True
     num_bootstrap: int = 2000
     num_workers: int = 0
@@ -91,6 +89,7 @@ class TaskResult:
         notes: on lesions, split and readers.
         missing: `features` that have no value, and the `reason`.
         metric: the first of the kind of label.
+        retraining: as of `rank_models`.
         drawn: by model the score of the linear probe, 0 at chance, `(1 + resamples,)`.
     """
 
@@ -100,6 +99,7 @@ class TaskResult:
     notes: list[str] = field(default_factory=list)
     missing: list[dict[str, str]] = field(default_factory=list)
     metric: str = ""
+    retraining: float = 0.0
     drawn: dict[str, Array] = field(default_factory=dict)
 
     @property
@@ -185,7 +185,10 @@ def run_suite(suite: Suite) -> tuple[dict[str, TaskResult], Ranking]:
         found[evaluated.task] = result
         logger.info("%d of %d: %s is evaluated", len(found), len(to_evaluate), evaluated.task)
     results = {name: found[name] for name in suite.tasks}
-    ranking = rank_models({name: one.drawn for name, one in results.items() if one.drawn and not one.refused})
+    counted = {name: one for name, one in results.items() if one.drawn and not one.refused}
+    ranking = rank_models(
+        {name: one.drawn for name, one in counted.items()}, {name: one.retraining for name, one in counted.items()}
+    )
     write_json(
         suite.output / "results.json",
         {
@@ -279,7 +282,7 @@ def _evaluate(job: _Evaluation) -> TaskResult:
     able = [model for model in suite.models if model not in job.failures]
     files = {model: _features_file(suite, model, job.task, job.table) for model in able}
     further = [suite.tables / task.labels] if task.labels else []
-    settings = (suite.probes, suite.robustness, suite.num_bootstrap, suite.seed)
+    settings = (suite.robustness, suite.num_bootstrap, suite.seed)
     request = digest_of(task.model_dump(), checksum_of([job.table, *further, *files.values()]), list(files),
                         list(job.failures.items()), job.population, settings)  # fmt: skip
     result_file, drawn_file = folder / "results.json", folder / "resamples.parquet"
@@ -322,9 +325,9 @@ def _evaluated(job: _Evaluation, tables: Mapping[str, FeatureTable], files: Mapp
     kind = protocol.labels.kind
     metric, function = next(iter(METRICS[kind].items()))
     linear = LINEAR_PROBE[kind] if task.patients != "attention" else "attention"
-    others = [name for name in suite.probes if kind in PROBES[name].kinds and task.patients != "attention"]
+    probes = [linear, *(["knn"] if kind in PROBES["knn"].kinds and task.patients != "attention" else [])]
     evaluation = evaluate_features(
-        [protocol], lesions, candidates, probes=list(dict.fromkeys([linear, *others])),
+        [protocol], lesions, candidates, probes=probes,
         num_bootstrap=suite.num_bootstrap, progress=False,
     )  # fmt: skip
     weights, about = protocol.weights(suite.num_bootstrap), {"task": job.task}
@@ -351,6 +354,7 @@ def _evaluated(job: _Evaluation, tables: Mapping[str, FeatureTable], files: Mapp
         notes=[*notes, *_of_readers(evaluation.readers, metric)],
         missing=evaluation.missing,
         metric=metric,
+        retraining=retraining_share(protocol.splits),
         drawn=drawn,
     )
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
 import pytest
 from scipy.stats import norm, rankdata, somersd
 
-from fmcib_ssl.evaluation.labels import Labels, cross_validation
+from fmcib_ssl.evaluation.labels import Labels, Split, cross_validation
 from fmcib_ssl.evaluation.metrics import auc, patient_weights, value_of
 from fmcib_ssl.evaluation.probes import PROBES, Inputs, Protocol, resampled, score
-from fmcib_ssl.evaluation.ranking import Ranking, chance_corrected, rank_models
+from fmcib_ssl.evaluation.ranking import Ranking, chance_corrected, rank_models, retraining_share
 from fmcib_ssl.types import Array
 
 
@@ -67,6 +68,19 @@ def test_ranks_differences_and_holm_are_those_of_their_definitions() -> None:
         assert pair["separable"] == rejected
 
 
+def test_other_training_sets_widen_a_difference_as_nadeau_and_bengio_say() -> None:
+    rows = np.arange(60)
+    folds = [Split(str(k), rows[rows % 5 != k], rows[rows % 5 == k]) for k in range(5)]
+    assert retraining_share(folds) == pytest.approx(
+        5 * 12 / 48
+    )  # of J = 5 means 1 / J + tested / trained, times J, less 1
+    assert retraining_share(folds[:1]) == pytest.approx(12 / 48)
+    drawn = simulated(0, [1.0, 0.0], num_tasks=1)
+    (test_set,), (both,) = rank_models(drawn).pairs, rank_models(drawn, {"task 0": 1.25}).pairs
+    assert both["difference"] == test_set["difference"]
+    assert both["high"] - both["low"] == pytest.approx(1.5 * (test_set["high"] - test_set["low"]))
+
+
 def test_models_share_a_letter_if_and_only_if_they_cannot_be_told_apart() -> None:
     for seed in range(12):
         ranking = rank_models(simulated(seed, [0.0, 0.4, 0.5, 0.9, 1.0, 1.7], num=60))
@@ -98,7 +112,7 @@ def test_without_a_difference_models_cannot_be_told_apart() -> None:
 @pytest.mark.slow  # a hundred evaluations of four models
 def test_without_a_difference_probes_of_features_are_told_apart_in_at_most_five_of_a_hundred() -> None:
     """From features to the verdict; four models see the same label through their own noise."""
-    wrong = 0
+    wrong, probe = 0, replace(PROBES["logistic"], settings=(1e-3, 1e-2, 1e-1, 1.0))
     for seed in range(100):
         rng, drawn = np.random.default_rng(seed), {}
         for task in ("first", "second"):
@@ -111,9 +125,9 @@ def test_without_a_difference_probes_of_features_are_told_apart_in_at_most_five_
             drawn[task] = {}
             for model in "abcd":
                 x = 0.4 * y[:, None] + 0.7 * shared + rng.normal(size=(160, 8))
-                results = score(PROBES["logistic"], Inputs(model, x), protocol)
+                results = score(probe, Inputs(model, x), protocol)
                 drawn[task][model] = chance_corrected("AUC", resampled(auc, y, results, weights))
-        wrong += separates(rank_models(drawn))
+        wrong += separates(rank_models(drawn, dict.fromkeys(drawn, retraining_share(protocol.splits))))
     assert wrong <= 5
 
 

@@ -74,6 +74,26 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return FeatureTable(lesions, x, provenance).write(tmp_path_factory.mktemp("features") / "made.parquet")
 
 
+@pytest.mark.parametrize("pooling", ["mean", "max", "attention"])
+def test_labels_of_patients(features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], pooling: str) -> None:
+    table = FeatureTable.read(features)
+    first = table.lesions.groupby("PatientID")["texture"].transform("first")
+    file = FeatureTable(table.lesions.assign(died=first), table.features, table.provenance).write(
+        tmp_path / "p.parquet"
+    )
+    asked = [f"features={file}", f"patients={pooling}", "folds=2", "num_bootstrap=20", f"output={tmp_path / 'out'}"]
+    done = evaluate(capsys, *asked, "label=died")
+    assert done.returncode == 0, done.stderr
+    assert f"60 patients, whose lesions are pooled: {pooling}" in done.stdout
+    predictions = pd.read_parquet(tmp_path / "out" / "predictions.parquet")
+    assert predictions[predictions["features"] == "p"]["lesion_id"].is_unique
+    assert set(predictions["lesion_id"]) == set(table.lesions["PatientID"])
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert rows[0]["probe"] == ("attention" if pooling == "attention" else "logistic")
+    done = evaluate(capsys, *asked, "label=texture")
+    assert "'texture' differs between lesions of patient" in done.stderr
+
+
 def test_results_predictions_and_what_is_missing(
     features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
