@@ -12,13 +12,20 @@ CONTAINERS_ARE_THERE := { docker info || { command -v dockerd && command -v debo
 CLUSTER_TESTS ?= cluster
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-attacks test-cluster slurm test-container containers lint docs check clean
+.PHONY: help demo suite test test-slow test-attacks test-cluster slurm test-container containers lint docs check clean
 
 help:            ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 18
 
 demo: $(VENV)/.run     ## pretrain on synthetic scans, then show what was learned
 	$(BIN)/python scripts/demo.py
+
+# What the tables at hand allow: make suite SUITE_DATA=/data SUITE_MODELS=runs/mine,random,hu_statistics,raw_voxels
+SUITE_DATA ?= ../shared/data
+SUITE_MODELS ?= random:small,random:concentric,random:radial,hu_statistics,raw_voxels
+SUITE_TASKS ?= lidc_texture,lidc_margin,lidc_spiculation,lidc_malignancy,luna16_malignancy_crops,sarcoma_metastasis,sarcoma_survival
+suite: $(VENV)/.run     ## compare models on public lesion tasks; needs the scans and tables of docs/suite.md
+	$(BIN)/python scripts/suite.py "models=[$(SUITE_MODELS)]" "tasks=[$(SUITE_TASKS)]" tables=$(SUITE_DATA) output=runs/suite num_workers=2
 
 test: $(VENV)/.dev     ## run the tests, on all cores
 	$(BIN)/python -m pytest -n auto -m "not slow and not cluster and not container"

@@ -14,7 +14,9 @@ CONFIGS = REPO / "configs"
 #: Sections whose values are typed, and the option that holds the defaults.
 TYPED = {"data": "lesions", "hardware": "cpu", "paths": "default", "finetune": "default"}
 #: Groups whose options are shown as they are written, in this order.
-GROUPS = ("experiment", "loss", "method", "encoder", "head", "augment", "optimizer", "schedule", "callbacks", "logger")
+GROUPS = (
+    "experiment", "loss", "method", "encoder", "head", "augment", "optimizer", "schedule", "callbacks", "logger", "task"
+)  # fmt: skip
 TRAINER = "How long and how carefully to train; any other argument of Lightning's Trainer can be added."
 KINDS = {
     "boolean": "`true`, `false`", "string": "text", "number": "number", "integer": "whole number", "null": "`null`",

@@ -56,10 +56,10 @@ class Ranking:
         if not any(pair["separable"] for pair in self.pairs):
             return f"The {len(self.rows)} models cannot be told apart."
         best = [row["model"] for row in self.rows if set(row["group"]) & set(self.rows[0]["group"])]
-        others = len(self.rows) - len(best)
+        behind = [row["model"] for row in self.rows if row["model"] not in best]
         if len(best) == 1:
-            return f"{best[0]} is ahead of all {others} others."
-        return f"{', '.join(best)} cannot be told apart from the best; {others} others are behind {best[0]}."
+            return f"{best[0]} is ahead of all others."
+        return f"{', '.join(best)} cannot be told apart from the best. Behind {best[0]}: {', '.join(behind)}."
 
 
 def chance_corrected(metric: str, values: Array) -> Array:

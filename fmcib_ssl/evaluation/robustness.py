@@ -57,7 +57,7 @@ def encoder_of(table: FeatureTable, trusted_targets: Sequence[str] = ()) -> Froz
 def embed_conditions(
     files: Sequence[Path],
     *,
-    conditions: Sequence[str] = tuple(CONDITIONS),
+    conditions: Sequence[str] | None = None,
     device: str | torch.device | None = None,
     trusted_targets: Sequence[str] = (),
 ) -> dict[str, list[FeatureTable]]:
@@ -67,7 +67,7 @@ def embed_conditions(
 
     Args:
         files: of the tables; several are put side by side.
-        conditions: names of `CONDITIONS`.
+        conditions: names of `CONDITIONS`; None: all.
         device: a GPU if there is one, by default.
         trusted_targets: foreign encoders that may be built, as of `load_encoder`.
 
@@ -77,6 +77,7 @@ def embed_conditions(
     Raises:
         FeatureTableError: as `encoder_of` and `embed_to_file`.
     """
+    conditions = list(CONDITIONS) if conditions is None else conditions
     parts = [_embed_conditions(file, conditions, device, trusted_targets) for file in files]
     return {
         condition: [FeatureTable.side_by_side(draw) for draw in zip(*(part[condition] for part in parts), strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -163,3 +164,21 @@ def test_baselines_of_each_patch_and_network_are_made_once(made: Suite, tmp_path
     run_suite(some)
     (features,) = (tmp_path / "features").glob("*/*.parquet")
     assert FeatureTable.read(features).provenance["preprocessing"]["patch_size_zyx"] == [4, 6, 6]
+
+
+def test_the_command(
+    made: Suite, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = tmp_path / "mine.yaml"
+    task.write_text("title: Mine\nkind: binary\nlabel: bright\ntables: {all: lesions.csv}\nfolds: 2\n")
+    scripts = Path(__file__).resolve().parents[2] / "scripts"
+    monkeypatch.syspath_prepend(str(scripts))
+    models = f"models=[net={made.tables / 'enc.safetensors'},random:small,hu_statistics]"
+    options = [models, f"tasks={task}", f"tables={made.tables}", f"output={tmp_path / 'out'}", "num_bootstrap=20"]
+    runpy.run_path(str(scripts / "suite.py"))["main"]([*options, "robustness=false", "patients=mean"])
+    rows = pd.DataFrame(json.loads((tmp_path / "out" / "results.json").read_text())["rows"])
+    assert set(rows["model"]) == {"net", "net + size", "random weights (small)", "HU statistics", "size"}
+    assert set(rows["task"]) == {"mine"}
+    assert f"page      {tmp_path / 'out' / 'suite.html'}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"error: task=yours: neither"):
+        runpy.run_path(str(scripts / "suite.py"))["main"]([models, "tasks=yours", *options[2:]])
