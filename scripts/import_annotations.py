@@ -24,9 +24,10 @@ class ImportAnnotations(Command):
     docs/importers.md says what each source is and what its points mean.
     """
 
-    source: Literal["deeplesion", "luna16", "lung1", "lidc_crops", "masks"] = Field(
-        description="deeplesion, luna16 (also the malignancy task), lung1, lidc_crops; masks: a table with mask_path"
-    )
+    source: Literal[
+        "deeplesion", "luna16", "lung1", "lidc_crops", "dlcs", "luna25", "c4kc_kits", "colorectal_liver",
+        "nsclc_radiogenomics", "masks",
+    ] = Field(description="whose table it is; luna16: also of the malignancy task; masks: a table with mask_path")  # fmt: skip
     table: Path = Field(description="the published table; of masks, a CSV with image_path, mask_path")
     output: Path = Field(description="the CSV to write; must not exist")
     image_root: Path | None = Field(

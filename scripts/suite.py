@@ -57,10 +57,10 @@ def run(command: Suite) -> None:
     networks = {}
     for model in command.models:
         if model.startswith("random:"):
-            from fmcib_ssl.training import encoder_options  # noqa: PLC0415
+            from fmcib_ssl.training import encoder_spec  # noqa: PLC0415
 
             network = model.removeprefix("random:")
-            networks[network] = encoder_options(network, CONFIGS)
+            networks[network] = encoder_spec(network)
     tasks = {Path(name).stem: evaluation.load_task(name, CONFIGS / "task") for name in command.tasks}
     if command.patients is not None:
         tasks = {name: task.model_copy(update={"patients": command.patients}) for name, task in tasks.items()}
