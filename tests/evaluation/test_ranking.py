@@ -98,9 +98,7 @@ def test_a_known_order_is_found_and_equals_are_said_to_be_equals() -> None:
     assert [row["group"] for row in ranking.rows] == ["a", "b", "b", "c", "d"]
     assert ranking.verdict == "model 1 is ahead of all others."
     best = rank_models(simulated(1, [0.0, 1.7, 1.7], num=400))
-    assert best.verdict.endswith(
-        "cannot be told apart from the best; 1 others are behind " + best.rows[0]["model"] + "."
-    )
+    assert best.verdict.endswith(f" cannot be told apart from the best. Behind {best.rows[0]['model']}: model 0.")
 
 
 def test_without_a_difference_models_cannot_be_told_apart() -> None:
