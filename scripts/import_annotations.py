@@ -27,7 +27,7 @@ class ImportAnnotations(Command):
     source: Literal[
         "deeplesion", "luna16", "lung1", "lidc_crops", "dlcs", "luna25", "c4kc_kits", "colorectal_liver",
         "nsclc_radiogenomics", "masks",
-    ] = Field(description="whose table; luna16: also of the malignancy task; masks: a table with mask_path")  # fmt: skip
+    ] = Field(description="whose table; luna16: also of its malignancy task; masks: with mask_path")  # fmt: skip
     table: Path = Field(description="the published table; of masks, a CSV with image_path, mask_path")
     output: Path = Field(description="the CSV to write; must not exist")
     image_root: Path | None = Field(
