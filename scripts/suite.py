@@ -23,8 +23,8 @@ class Suite(Command):
 
     python scripts/suite.py models=runs/mine,theirs=fmcib.safetensors tasks=luna16_malignancy tables=/data output=suite
 
-    Tasks are those of configs/task, or YAML files like them. Stopped or killed, the same command resumes; a further
-    model or task costs its own time only.
+    Tasks are those of configs/task, or YAML files like them. Stopped or killed, the same command resumes; with a further
+    model or task only that is embedded.
     """
 
     models: list[str] = Field(

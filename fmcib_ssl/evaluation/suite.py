@@ -1,8 +1,10 @@
 """Several models on several tasks, beside the rivals that explain a figure, and a ranking with its doubts.
 
 Each model embeds the lesions of each table once, each task is evaluated once: what is done is kept in the output's
-folder by a digest of what it was made from, so that the same command resumes and a further model or task costs its own
-time only. Rows of results are `{model, task, probe, metric, value, low, high}`.
+folder by a digest of what it was made from, so that the same command resumes. A further model embeds its own lesions;
+probes are fitted again, since all are compared on the same resamples.
+
+Rows of results are `{model, task, probe, metric, value, low, high}`.
 """
 
 from __future__ import annotations

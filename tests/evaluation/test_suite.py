@@ -102,7 +102,7 @@ def test_lesions_are_embedded_once_and_patients_are_pooled_and_never_shared(
     assert not found["shared"].refused
 
 
-def test_the_same_command_makes_nothing_again_and_a_further_model_only_its_own(
+def test_the_same_command_makes_nothing_again(
     made: Suite, found: dict[str, TaskResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = [file for part in ("features", "tasks") for file in (made.output / part).rglob("*.parquet")]
