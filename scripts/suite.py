@@ -23,8 +23,8 @@ class Suite(Command):
 
     python scripts/suite.py models=runs/mine,theirs=fmcib.safetensors tasks=luna16_malignancy tables=/data output=suite
 
-    Tasks are those of configs/task, or YAML files like them. Stopped or killed, the same command resumes; with a further
-    model or task only that is embedded.
+    Tasks are those of configs/task, or YAML files like them. Stopped or killed, the same command resumes; what is
+    embedded is kept for a run with further models or tasks.
     """
 
     models: list[str] = Field(

@@ -1,8 +1,8 @@
 """Several models on several tasks, beside the rivals that explain a figure, and a ranking with its doubts.
 
 Each model embeds the lesions of each table once, each task is evaluated once: what is done is kept in the output's
-folder by a digest of what it was made from, so that the same command resumes. A further model embeds its own lesions;
-probes are fitted again, since all are compared on the same resamples.
+folder by a digest of what it was made from, so that the same command resumes. With a further model only that one is
+embedded, and probes are fitted again.
 
 Rows of results are `{model, task, probe, metric, value, low, high}`.
 """
