@@ -12,7 +12,8 @@ Read from top to bottom: what both losses do, which is to check, gather and sum 
 negatives in panels, for large batches; gathering; checks. `docs/losses.md` says what the choices do.
 
 Departs from the published class in this only: the positive logit is a row-wise product, not the diagonal of a matrix;
-what is gathered is what the choice of negatives needs; all is computed in float32, whatever autocast says.
+what is gathered is what the choice of negatives needs; all is computed in float32, backward too, whatever autocast
+says; a batch without a lesion or without negatives is an error, not a loss of NaN or 0.
 """
 
 from __future__ import annotations
@@ -40,8 +41,10 @@ __all__ = [
     "num_ranks",
 ]
 
-#: What an anchor is pushed away from: the mined patches in its view, both views of the other lesions (SimCLR), or both.
-Negatives = Literal["mined", "mined_and_lesions", "lesions"]
+#: What an anchor is pushed away from: the mined patches in its view, both views of the other lesions (SimCLR), or both
+#: kinds; or both views of the other lesions' mined patches (the published run).
+Negatives = Literal["mined", "mined_and_lesions", "lesions", "mined_of_others"]
+_COMPARE_LESIONS = ("mined_and_lesions", "lesions")
 #: How the sum over negatives is computed: with the matrix of similarities, without, or as the size suggests.
 Kernel = Literal["auto", "plain", "streamed"]
 _Reduction = Literal["mean", "sum"]
@@ -54,6 +57,7 @@ _Gather = Callable[[Tensor], Tensor]
 _WORTH_STREAMING = 2**19
 #: Elements of a panel: 16 MiB of float32 on a CPU, whose caches reuse it; 256 MiB where kernels have to be kept busy.
 _PANEL_CPU, _PANEL_OTHER = 2**22, 2**26
+_MIN_TEMPERATURE = 1e-8
 #: Powers of two up to this magnitude, and sums of very many of them, are safe in float32 without subtracting a maximum.
 _SAFE_EXPONENT = 60.0
 _LOG2_E = math.log2(math.e)
@@ -83,10 +87,10 @@ class _ContrastiveLoss(nn.Module):
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
-        if negatives == "mined" and same_patient == "attract":
+        if negatives not in _COMPARE_LESIONS and same_patient == "attract":
             raise ValueError(
-                'same_patient="attract" makes positives of lesions that are compared, but negatives="mined" compares '
-                'none: choose negatives="mined_and_lesions", or same_patient="keep"'
+                'same_patient="attract" makes positives of lesions that are compared, but '
+                f'negatives="{negatives}" compares none: choose negatives="mined_and_lesions", or same_patient="keep"'
             )
         self.negatives: Negatives = negatives
         self.same_patient: _SamePatient = same_patient
@@ -98,8 +102,9 @@ class _ContrastiveLoss(nn.Module):
         """Mean or sum of `loss(a)` over this rank's `2 * batch` anchors, in float32 (float64 if an input is).
 
         Args:
-            out: embeddings `(batch, dim)`, not normalized; `negative` may hold another number of rows. Unless
-                `same_patient` is "keep", also `patient`, `(batch,)` integers that are equal for lesions of one patient.
+            out: embeddings `(batch, dim)`, not normalized; `negative` may hold another number of rows, with
+                "mined_of_others" a multiple: those of lesion 0 first. Unless `same_patient` is "keep", also `patient`,
+                `(batch,)` integers that are equal for lesions of one patient.
             gather: what gathers the negatives of all ranks, if `gather_distributed`; by default `gather_rows`.
                 `MinedContrast` gives Lightning's `all_gather`.
 
@@ -108,12 +113,13 @@ class _ContrastiveLoss(nn.Module):
             ValueError: embeddings are no pairs of float tensors, their shapes, devices, or sizes across ranks do not
                 fit, or an anchor has no negative. Where `same_patient` leaves an anchor none, its loss is 0.
         """
-        loss = self._sum(*_stack_views(out), self._patients(out), gather or gather_rows)
-        return loss / (2 * len(out["positive"][0])) if self.reduction == "mean" else loss
+        positive, mined = _stack_views(out)
+        loss = self._sum(positive, mined, self._patients(out), gather or gather_rows)
+        return loss / (2 * positive.shape[1]) if self.reduction == "mean" else loss
 
     def _patients(self, out: ViewPairs) -> Tensor | None:
         """The patient of each lesion, where it matters."""
-        if self.same_patient == "keep" or self.negatives == "mined":
+        if self.same_patient == "keep" or self.negatives not in _COMPARE_LESIONS:
             return None
         patients, num = out.get("patient"), len(out["positive"][0])
         if patients is None or patients.shape != (num,) or patients.is_floating_point():
@@ -123,21 +129,15 @@ class _ContrastiveLoss(nn.Module):
 
     def _sum(self, positive: Tensor, mined: Tensor, patients: Tensor | None, gather: _Gather) -> Tensor:
         """Of `loss(a)` over the anchors, both views of `positive`."""
-        lesions, first_lesion = positive, 0  # of all ranks, and the row where this rank's begin
-        all_patients = patients
+        all_patients, first_lesion = patients, 0  # of all ranks, and the row where this rank's begin
         if self.gather_distributed and num_ranks() > 1:
             _check_sizes_across_ranks(positive, mined)  # before anything that may fail on one rank only
-            mined = gather(mined) if self.negatives != "lesions" else mined
-            lesions = gather(positive) if self.negatives != "mined" else lesions
+            mined, others = self._keys(positive, mined, gather)
             first_lesion = dist.get_rank() * positive.shape[1]
             all_patients = None if patients is None else torch.cat(_of_all_ranks(patients))
-        mined = mined[:, :0] if self.negatives == "lesions" else mined
-        lesions = lesions[:, :0] if self.negatives == "mined" else lesions
-        (num_anchors, num_mined, num_lesions) = (views.shape[1] for views in (positive, mined, lesions))
-        _check_rows(num_anchors, num_mined, num_lesions, self.negatives)
-
-        # Both views of the lesions are negatives of both views; a mined negative of its own view only.
-        lesions_of_views = list(lesions) if num_lesions else []
+        else:
+            mined, others = self._keys(positive, mined, lambda rows: rows)
+        num_anchors, num_mined, num_lesions = positive.shape[1], mined.shape[1], len(others[0]) if others else 0
         with torch.autocast(positive.device.type, enabled=False):
             unit = F.normalize(positive, dim=2)
             temperature = self.temperature
@@ -145,36 +145,52 @@ class _ContrastiveLoss(nn.Module):
             positive_logits = ((unit[0] * unit[1]).sum(dim=1) - self.margin) / temperature
             margin = positive_logits.new_zeros(()) + self.margin / temperature  # of a logit
             if self.kernel == "streamed" or (
-                self.kernel == "auto" and 2 * num_anchors * (num_mined + 2 * num_lesions) >= _WORTH_STREAMING
+                self.kernel == "auto" and 2 * num_anchors * (num_mined + len(others) * num_lesions) >= _WORTH_STREAMING
             ):
-                own_keys = [num_mined + view * num_lesions + first_lesion for view in range(len(lesions_of_views))]
+                own_keys = [num_mined + view * num_lesions + first_lesion for view in range(len(others))]
                 groups = None
                 if patients is not None and all_patients is not None:
                     of_mined = all_patients.new_full((num_mined,), -1)
-                    of_keys = torch.cat([of_mined, *([all_patients] * len(lesions_of_views))])
+                    of_keys = torch.cat([of_mined, *([all_patients] * len(others))])
                     groups = (patients, of_keys, num_mined, self.same_patient == "attract")
                 loss = positive_logits.new_zeros(())
                 for queries, own_mined in zip(anchors, mined, strict=True):
-                    keys = F.normalize(torch.cat([*([own_mined] if num_mined else []), *lesions_of_views]))
+                    keys = F.normalize(torch.cat([*([own_mined] if num_mined else []), *others]))
                     loss = loss + _Streamed.apply(queries, positive_logits, keys, margin, own_keys, groups)
                 return loss
             numbers = torch.arange(max(num_anchors, num_lesions), device=positive.device)
             own = numbers[:num_anchors, None] + first_lesion == numbers[:num_lesions]
             same = own if patients is None or all_patients is None else patients[:, None] == all_patients
-            keys_of_views = [F.normalize(keys) for keys in lesions_of_views]
-            terms = [torch.stack([_logsumexp(queries, keys, same) for queries in anchors]) for keys in keys_of_views]
+            keys_of_others = [F.normalize(keys) for keys in others]
+            terms = [torch.stack([_logsumexp(queries, keys, same) for queries in anchors]) for keys in keys_of_others]
             if num_mined:
                 terms += [torch.stack([_logsumexp(anchors[view], F.normalize(mined[view])) for view in (0, 1)])]
             negative_logits = torch.stack(terms).logsumexp(dim=0)
             # -log(e^p / (e^p + e^n)), without cancellation where the pair is well separated already.
             losses = -F.logsigmoid(positive_logits - negative_logits)
             if self.same_patient == "attract":
-                others = (same & ~own).to(losses.dtype)
-                for keys in keys_of_views:
-                    logits = anchors @ keys.T - margin
-                    losses = losses - (F.logsigmoid(logits - negative_logits[..., None]) * others).sum(dim=2)
-                losses = losses / (1 + len(keys_of_views) * others.sum(dim=1))
+                siblings = (same & ~own).to(losses.dtype)
+                for keys in keys_of_others:
+                    logits = _similarities(anchors.flatten(0, 1), keys).view(2, num_anchors, -1) - margin
+                    losses = losses - (F.logsigmoid(logits - negative_logits[..., None]) * siblings).sum(dim=2)
+                losses = losses / (1 + len(keys_of_others) * siblings.sum(dim=1))
             return losses.sum()
+
+    def _keys(self, positive: Tensor, mined: Tensor, gather: _Gather) -> tuple[Tensor, list[Tensor]]:
+        """What anchors are contrasted with, of all ranks.
+
+        Returns:
+            The mined patches of both views `(2, m, dim)`, each a negative of its own view only; and matrices
+            `(lesions, dim)` whose rows are negatives of both views of all lesions but the row's own.
+        """
+        num_all = positive.shape[1] * (num_ranks() if self.gather_distributed else 1)
+        lesions = gather(positive) if self.negatives in _COMPARE_LESIONS else positive[:0]
+        mined = gather(mined) if self.negatives != "lesions" else mined[:, :0]
+        _check_rows(positive.shape[1], mined.shape[1], num_all, self.negatives)
+        if self.negatives != "mined_of_others":
+            return mined, list(lesions)
+        # As lesions are, but their mined patches: one of each lesion at a time.
+        return mined[:, :0], list(mined.reshape(2, num_all, -1, mined.shape[2]).movedim(2, 1).flatten(0, 1))
 
     def extra_repr(self) -> str:
         """What `print(loss)` shows."""
@@ -198,8 +214,12 @@ class NTXentNegativeMinedLoss(_ContrastiveLoss):
     Raises:
         ValueError: `abs(temperature) < 1e-8` or not finite, or an unknown choice.
 
-    Source: Pai et al., Foundation model for cancer imaging biomarkers, Nat. Mach. Intell. 2024 ("mined");
-    Chen et al., SimCLR, ICML 2020, eq. 1 ("lesions").
+    Attributes:
+        cross_entropy, eps: as published, for what reads them; the loss does not call the module.
+
+    Source: Pai et al., Foundation model for cancer imaging biomarkers, Nat. Mach. Intell. 2024: its code's class of
+    this name ("mined") and the criterion of its run ("mined_of_others"); Chen et al., SimCLR, ICML 2020, eq. 1
+    ("lesions").
     """
 
     def __init__(
@@ -219,6 +239,8 @@ class NTXentNegativeMinedLoss(_ContrastiveLoss):
                 stacklevel=2,
             )
         self.temperature = temperature
+        self.cross_entropy = nn.CrossEntropyLoss(reduction="mean")
+        self.eps = _MIN_TEMPERATURE
 
 
 class InfoNCELoss(_ContrastiveLoss):
@@ -296,6 +318,7 @@ class InfoNCELoss(_ContrastiveLoss):
         labels: Float[Tensor, "batch candidates"],
         label_smoothing: float | None = None,
         num_entities: int | None = None,
+        weights: Float[Tensor, "batch num_weights"] | None = None,
     ) -> Float[Tensor, ""]:
         """Cross entropy of each row's candidates against its labels, scaled to sum to 1; a row without any counts as 0.
 
@@ -304,28 +327,39 @@ class InfoNCELoss(_ContrastiveLoss):
             labels: 1 for a positive, 0 for a negative, any dtype; what is over 0.5 gets the margin.
             label_smoothing: the share of the target, 0 to 1, that is spread evenly over a row's candidates.
             num_entities: accepted for compatibility; a softmax smooths over the candidates it has.
+            weights: a row counts as much as its weights sum to; the mean is then the weighted one. PyKEEN gives each
+                row one, or one for each candidate.
 
         Raises:
-            ValueError: not two matrices of one shape, or `label_smoothing` not in 0 to 1.
+            ValueError: not two matrices of one shape, weights not one row for each of theirs, or `label_smoothing` not
+                in 0 to 1.
         """
         if predictions.ndim != 2 or predictions.shape != labels.shape:
             raise ValueError(
                 "predictions and labels must both be (batch, candidates), "
                 f"got {tuple(predictions.shape)} and {tuple(labels.shape)}"
             )
+        if weights is not None and (weights.ndim != 2 or len(weights) != len(labels)):
+            raise ValueError(f"weights must be ({len(labels)}, any number), got {tuple(weights.shape)}")
         scores = at_least_float32(predictions)
         logits = (scores - self.margin * (labels > 0.5)) / self.temperature
         target = F.normalize(labels.to(scores.dtype), p=1, dim=1)
         smoothing = _checked_smoothing(label_smoothing)
-        return F.cross_entropy(logits, target, label_smoothing=smoothing, reduction=self.reduction)
+        if weights is None:
+            return F.cross_entropy(logits, target, label_smoothing=smoothing, reduction=self.reduction)
+        of_rows = weights.to(scores.dtype).sum(dim=1)
+        total = (of_rows * F.cross_entropy(logits, target, label_smoothing=smoothing, reduction="none")).sum()
+        return total if self.reduction == "sum" else total / of_rows.sum().clamp_min(torch.finfo(scores.dtype).eps)
 
-    def process_slcwa_scores(
+    def process_slcwa_scores(  # noqa: PLR0917  # as PyKEEN calls it
         self,
         positive_scores: Float[Tensor, "batch 1"],
         negative_scores: Float[Tensor, "batch num_negatives"] | Float[Tensor, " kept"],
         label_smoothing: float | None = None,
         batch_filter: Bool[Tensor, "batch num_negatives"] | None = None,
         num_entities: int | None = None,
+        pos_weights: Tensor | None = None,
+        neg_weights: Tensor | None = None,
     ) -> Float[Tensor, ""]:
         """Cross entropy of one positive a row against that row's sampled negatives.
 
@@ -338,11 +372,19 @@ class InfoNCELoss(_ContrastiveLoss):
             label_smoothing: the share of the target, 0 to 1, that is spread evenly over a row's candidates.
             batch_filter: True where a negative was kept; given if and only if `negative_scores` is sparse.
             num_entities: accepted for compatibility; a softmax smooths over the candidates it has.
+            pos_weights: None; PyKEEN passes them always, and its cross entropies take none either.
+            neg_weights: likewise.
 
         Raises:
+            RuntimeError: weights are given.
             ValueError: the shapes do not fit each other, `batch_filter` is not boolean, or `label_smoothing` not in 0
                 to 1.
         """
+        if pos_weights is not None or neg_weights is not None:
+            raise RuntimeError(
+                f"{type(self).__name__} does not support sample weights in process_slcwa_scores; "
+                "process_lcwa_scores takes them, or train without a loss_weighter"
+            )
         smoothing = _checked_smoothing(label_smoothing)
         positive = at_least_float32(positive_scores)
         negative = _dense_scores(at_least_float32(negative_scores), batch_filter)
@@ -364,10 +406,44 @@ class InfoNCELoss(_ContrastiveLoss):
 
 def _logsumexp(queries: Tensor, keys: Tensor, excluded: Tensor | None = None) -> Float[Tensor, " queries"]:
     """`log(sum_j exp(queries[i] . keys[j]))` over the keys that are not excluded, `(queries, keys)`."""
-    similarity = queries @ keys.T
+    similarity = _similarities(queries, keys)
     if excluded is not None:
         similarity = similarity.masked_fill(excluded, -math.inf)
     return similarity.logsumexp(dim=1)
+
+
+def _similarities(queries: Float[Tensor, "n dim"], keys: Float[Tensor, "m dim"]) -> Float[Tensor, "n m"]:
+    """`queries @ keys.T`, exact also where a backward, of any order, runs inside autocast, which rounds products."""
+    compiling = torch.compiler.is_compiling()  # cannot trace a `jvp`
+    similarity: Tensor = queries @ keys.T if compiling else _Similarities.apply(queries, keys)
+    return similarity
+
+
+class _Similarities(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(queries: Float[Tensor, "n dim"], keys: Float[Tensor, "m dim"]) -> Float[Tensor, "n m"]:
+        with torch.autocast(queries.device.type, enabled=False):
+            product: Tensor = queries @ keys.T
+        return product
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        queries, keys = ctx.saved_tensors
+        of_queries = _Similarities.apply(grad, keys.T) if ctx.needs_input_grad[0] else None
+        return of_queries, _Similarities.apply(grad.T, queries.T) if ctx.needs_input_grad[1] else None
+
+    @staticmethod
+    def jvp(ctx: Any, queries_tangent: Tensor, keys_tangent: Tensor) -> Tensor:
+        queries, keys = ctx.saved_tensors
+        tangent: Tensor = _Similarities.apply(queries_tangent, keys) + _Similarities.apply(queries, keys_tangent)
+        return tangent
 
 
 class _Streamed(torch.autograd.Function):
@@ -513,8 +589,10 @@ def _stack_views(out: ViewPairs) -> tuple[Float[Tensor, "2 n dim"], Float[Tensor
     pairs: dict[str, Any] = {}
     for name in ("positive", "negative"):
         if name not in out:
-            raise AssertionError(f"`{name}` key needs to be specified; got the keys {sorted(out)}")
+            raise AssertionError(f"`{name}` key needs to be specified; got the keys {list(out)}")
         pair: Any = out[name]
+        if isinstance(pair, Tensor) and pair.ndim == 3:
+            pair = pair.unbind()
         pairs[name] = pair
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             got = f"{len(pair)} entries" if isinstance(pair, tuple | list) else type(pair).__name__
@@ -545,15 +623,20 @@ def _check_rows(num_anchors: int, num_mined: int, num_lesions: int, negatives: N
             f'`negative` has no rows, but negatives="{negatives}" contrasts with them: '
             'mine at least one negative per batch, or set negatives="lesions"'
         )
-    if negatives == "lesions" and num_lesions < 2:
+    if negatives in ("lesions", "mined_of_others") and num_lesions < 2:
         raise ValueError(
-            'negatives="lesions" needs at least 2 lesions in all, got 1: '
+            f'negatives="{negatives}" needs at least 2 lesions in all, got 1: '
             "use a larger batch, and drop the last one if it is incomplete"
+        )
+    if negatives == "mined_of_others" and num_mined % num_lesions:
+        raise ValueError(
+            f'negatives="{negatives}" needs to know whose a mined patch is, as many for every lesion: '
+            f"got {num_mined} for {num_lesions} lesions"
         )
 
 
 def _check_temperature(temperature: float) -> None:
-    if not 1e-8 <= abs(temperature) < math.inf:
+    if not _MIN_TEMPERATURE <= abs(temperature) < math.inf:
         raise ValueError(
             f"Illegal temperature: abs({temperature}) < 1e-8, or not finite; for cosines 0.05 to 0.5 is usual"
         )

@@ -79,6 +79,7 @@ def negative_shares(
     temperature: float | Tensor,
     margin: float = 0.0,
     lesions: bool = False,
+    of_others: bool = False,
     world_size: int = 1,
 ) -> dict[str, Float[Tensor, ""]]:
     """The share of each anchor's softmax that lies on its negatives, averaged: what a contrastive loss has to teach.
@@ -89,10 +90,11 @@ def negative_shares(
     Args:
         positive: unit vectors, both views of the lesions.
         mined: unit vectors, both views of the mined negatives; None where the loss takes none. An anchor meets those
-            of its own view.
+            of its own view; those of other lesions than its own, in both views, with `of_others`.
         temperature: divides the cosines.
         margin: subtracted from the cosine of the positive pair.
         lesions: whether both views of the other lesions are negatives too.
+        of_others: whether the mined negatives are those of the other lesions. As many rows for each, lesion by lesion.
         world_size: devices that share their negatives. Others' are taken to be like one's own.
 
     Returns:
@@ -100,22 +102,26 @@ def negative_shares(
     """
     num_all, num_mined = len(positive[0]), 0 if mined is None else len(mined[0])
     view0, view1 = (view[:_MAX_ROWS] for view in positive)
-    own = torch.arange(len(view0), device=view0.device)
-    lesions_of_views = torch.cat([view0, view1])
+
+    def log_sum_of_others(anchors: Tensor, views: tuple[Tensor, ...]) -> Tensor:
+        """Over both views, `(lesions * K, dim)` each, of what is not the anchor's own."""
+        numbers = torch.arange(len(views[0]), device=view0.device)
+        own = numbers[: len(anchors), None] == (numbers // (len(views[0]) // len(anchors))).repeat(2)
+        similarity = (anchors @ torch.cat(views).T / temperature).masked_fill(own, -torch.inf)
+        return similarity.logsumexp(1) + math.log((world_size * num_all - 1) / (len(anchors) - 1))
+
     names = [*(["mined_share"] if num_mined else []), *(["lesion_share"] if lesions and num_all > 1 else [])]
     shares = []
     for number, (anchors, partners) in enumerate(((view0, view1), (view1, view0))):
         logits = [((anchors * partners).sum(1) - margin) / temperature]
-        if mined is not None and num_mined:
+        if mined is not None and num_mined and of_others:
+            logits.append(log_sum_of_others(anchors, tuple(m[: num_mined // num_all * len(view0)] for m in mined)))
+        elif mined is not None and num_mined:
             negatives = mined[number][:_MAX_ROWS]
             more = math.log(world_size * num_mined / len(negatives))
             logits.append((anchors @ negatives.T / temperature).logsumexp(1) + more)
         if "lesion_share" in names:
-            similarity = anchors @ lesions_of_views.T / temperature
-            for first in (0, len(view0)):
-                similarity[own, first + own] = -torch.inf
-            more = math.log((world_size * num_all - 1) / (len(view0) - 1))
-            logits.append(similarity.logsumexp(1) + more)
+            logits.append(log_sum_of_others(anchors, (view0, view1)))
         shares.append(torch.stack(logits).softmax(0)[1:].mean(1))
     return dict(zip(names, (shares[0] + shares[1]) / 2, strict=True))
 

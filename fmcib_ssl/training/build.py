@@ -129,10 +129,10 @@ def batch_size_of(settings: Settings, data: LesionDataModule) -> int:
             f"data.batch_size={batch_size} on {world_size} devices takes {batch_size * world_size} lesions a step, and "
             f"there are {num_lesions} that can be used: lower it, or set data.batch_size=auto"
         )
-    if settings.loss.get("negatives") == "lesions" and batch_size * world_size < 2:
+    if (negatives := settings.loss.get("negatives")) in ("lesions", "mined_of_others") and batch_size * world_size < 2:
         raise ConfigError(
-            "loss.negatives=lesions contrasts the lesions of a step, and there is one lesion a step: raise the batch "
-            "size, add lesions, or choose loss.negatives=mined"
+            f"loss.negatives={negatives} takes negatives from the other lesions of a step, and there is one lesion a "
+            "step: raise the batch size, add lesions, or choose loss.negatives=mined"
         )
     return batch_size
 

@@ -20,6 +20,8 @@ _MAX_LESION_COSINE, _MIN_RANK = 0.95, 3.0
 _MIN_NEGATIVE_SHARE = 0.05
 #: Rows that the effective rank is computed from, gathered over the last steps.
 _RANK_ROWS = 512
+#: Negatives of a loss that compares no two lesions.
+_NO_LESIONS = ("mined", "mined_of_others")
 
 
 class CollapseMonitor(L.Callback):
@@ -101,7 +103,8 @@ class CollapseMonitor(L.Callback):
                     mined if negatives != "lesions" else None,
                     temperature=loss.temperature,
                     margin=getattr(loss, "margin", 0.0),
-                    lesions=negatives != "mined",
+                    lesions=negatives not in _NO_LESIONS,
+                    of_others=negatives == "mined_of_others",
                     world_size=trainer.world_size,
                 )
             if shares:  # a single lesion has no others
@@ -148,7 +151,7 @@ class CollapseMonitor(L.Callback):
             evidence = f"{num_rows} embeddings lie along {rank:.1f} directions"
         else:
             return None
-        if negatives == "mined":
+        if negatives in _NO_LESIONS:
             remedy = "loss.negatives=mined_and_lesions or method=simclr: mined ones put no force between lesions"
         elif negatives is None:
             remedy = "lower optimizer.base_lr, take a larger batch, or choose a method with negatives"
@@ -160,7 +163,7 @@ class CollapseMonitor(L.Callback):
         if share >= _MIN_NEGATIVE_SHARE:
             return None
         lesions_too = "loss.negatives=mined_and_lesions, which also tells lesions from each other"
-        remedy = lesions_too if negatives == "mined" else "a larger batch; stronger augmentation"
+        remedy = lesions_too if negatives in _NO_LESIONS else "a larger batch; stronger augmentation"
         return (
             f"the negatives are solved: over {self._window} steps they held {share:.1%} of the softmax, so the loss "
             f"has next to nothing left to teach. To try: {remedy}; data.mining=hard; a higher loss.temperature."

@@ -19,8 +19,10 @@ from torch.optim.lr_scheduler import LambdaLR
 _NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
 
-def _parameter_groups(named_parameters: _NamedParameters, weight_decay: float) -> list[dict[str, Any]]:
-    """Split parameters into `weights`, which decay, and `biases_and_norms`, which do not.
+def _parameter_groups(
+    named_parameters: _NamedParameters, weight_decay: float, *, one_group: bool = False
+) -> list[dict[str, Any]]:
+    """Split parameters into `weights`, which decay, and `biases_and_norms`, which do not, unless they are one group.
 
     To the second belong those with at most one dimension, so a trained temperature too, and those named `bias`.
     Parameters that need no gradient are left out, as is a group without members.
@@ -32,7 +34,7 @@ def _parameter_groups(named_parameters: _NamedParameters, weight_decay: float) -
     biases_and_norms: list[nn.Parameter] = []
     for name, parameter in named_parameters:
         if parameter.requires_grad:
-            plain = parameter.ndim <= 1 or name.rpartition(".")[2] == "bias"
+            plain = not one_group and (parameter.ndim <= 1 or name.rpartition(".")[2] == "bias")
             (biases_and_norms if plain else weights).append(parameter)
     groups = [
         {"params": weights, "weight_decay": weight_decay, "name": "weights"},
@@ -51,10 +53,11 @@ def lars(
     momentum: float = 0.9,
     weight_decay: float = 1e-6,
     trust_coeff: float = 0.001,
+    one_group: bool = False,
 ) -> Optimizer:
     """LARS: SGD with momentum and a rate for each layer; for biases and norms it is plain SGD with momentum.
 
-    Weights are adapted also where `weight_decay` is 0.
+    Weights are adapted also where `weight_decay` is 0, unless everything is one group.
 
     Args:
         named_parameters: as from `Module.named_parameters()`.
@@ -62,13 +65,15 @@ def lars(
         momentum: share of the last update that is kept, 0 to 1.
         weight_decay: added to the gradient, as a multiple of the weight.
         trust_coeff: how far a layer moves in one step at rate 1, relative to its norm.
+        one_group: decay and adapt biases and norms as weights, as the code of Pai et al. 2024 does; nothing is
+            adapted there where `weight_decay` is 0.
 
     Source: You et al. 2017, Large batch training of convolutional networks, algorithm 1. Departs from it, as torch's
     SGD does, in keeping momentum before the rate is multiplied in: a change of rate acts at once.
     """
-    groups = _parameter_groups(named_parameters, weight_decay)
+    groups = _parameter_groups(named_parameters, weight_decay, one_group=one_group)
     for group in groups:
-        group["always_adapt"] = group["name"] == "weights"
+        group["always_adapt"] = group["name"] == "weights" and not one_group
     return _resumable(Lars(groups, lr=lr, momentum=momentum, trust_coeff=trust_coeff))
 
 

@@ -242,6 +242,7 @@ _EARLIER = {
     "identifiers": "show",
     "loss.gather_distributed": True,
     "loss.same_patient": "keep",
+    "optimizer.one_group": False,
 }
 #: Settings that earlier versions had, with their defaults where folders of runs were called after them.
 _GONE = {"data.check": "headers", "data.allow_short_scans": False, "data.cache_scans": None}

@@ -11,7 +11,7 @@ from torch import Tensor
 from fmcib_ssl.losses import InfoNCELoss, Negatives, NTXentNegativeMinedLoss
 from fmcib_ssl.types import ViewPairs
 
-NEGATIVES: tuple[Negatives, ...] = ("mined", "mined_and_lesions", "lesions")
+NEGATIVES: tuple[Negatives, ...] = ("mined", "mined_and_lesions", "lesions", "mined_of_others")
 LOSSES = ("ntxent_mined", "infonce")
 KERNELS = ("plain", "streamed")
 
@@ -73,6 +73,9 @@ def naive_contrast(
                 opponents += list(mined[view])
             if negatives in ("lesions", "mined_and_lesions"):
                 opponents += [views[v][j] for v in (0, 1) for j in range(len(patients)) if patients[j] != patients[i]]
+            if negatives == "mined_of_others":
+                per_lesion = len(mined[0]) // len(patients)
+                opponents += [mined[v][j] for v in (0, 1) for j in range(len(mined[v])) if j // per_lesion != i]
             partners = [views[1 - view][i]]
             if same_patient == "attract":
                 siblings = [j for j in range(len(patients)) if j != i and patients[j] == patients[i]]

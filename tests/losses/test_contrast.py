@@ -36,10 +36,12 @@ every_choice = pytest.mark.parametrize("negatives", NEGATIVES)
 @every_loss
 @every_choice
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])
-@pytest.mark.parametrize("rows", [(5, 5), (4, 7), (6, 1), (1, 4)], ids=str)
+@pytest.mark.parametrize("rows", [(5, 5), (4, 7), (3, 6), (6, 1), (1, 4)], ids=str)
 def test_value_and_gradients_equal_the_definition(kernel, name, negatives, temperature, rows):
-    if rows[0] == 1 and negatives == "lesions":
+    if rows[0] == 1 and negatives in ("lesions", "mined_of_others"):
         pytest.skip("there is no other lesion")
+    if rows[1] % rows[0] and negatives == "mined_of_others":
+        pytest.skip("lesions have as many mined patches each")
     loss_function = make_loss(name, temperature, negatives, kernel=kernel)
     out = random_views(0, *rows)
     exact = as_double(out)
@@ -117,10 +119,12 @@ def test_the_temperature_that_is_learned_has_the_gradient_of_the_definition(kern
 def test_patients_that_are_missing_or_that_no_choice_looks_at():
     with pytest.raises(ValueError, match='same_patient="ignore" needs `patient`, 4 integers; got none'):
         make_loss("infonce", 0.1, "lesions", same_patient="ignore")(random_views(0, 4, 4))
-    with pytest.raises(ValueError, match='negatives="mined" compares none'):
-        make_loss("infonce", 0.1, "mined", same_patient="attract")
     out = random_views(0, 4, 4)
-    assert make_loss("infonce", 0.1, "mined", same_patient="ignore")(out) == make_loss("infonce", 0.1, "mined")(out)
+    for negatives in ("mined", "mined_of_others"):
+        with pytest.raises(ValueError, match=f'negatives="{negatives}" compares none'):
+            make_loss("infonce", 0.1, negatives, same_patient="attract")
+        same = make_loss("infonce", 0.1, negatives, same_patient="ignore")(out)
+        assert same == make_loss("infonce", 0.1, negatives)(out)
 
 
 @every_kernel
@@ -128,7 +132,7 @@ def test_patients_that_are_missing_or_that_no_choice_looks_at():
 @every_choice
 def test_zero_vectors_are_as_in_normalize(kernel, name, negatives):
     loss_function = make_loss(name, 0.1, negatives, kernel=kernel)
-    out = random_views(2, 4, 3)
+    out = random_views(2, 4, 8)
     with torch.no_grad():
         out["positive"][0][1] = 0
         out["negative"][1][2] = 0
@@ -142,13 +146,54 @@ def test_zero_vectors_are_as_in_normalize(kernel, name, negatives):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
 
 
+@every_loss
+@every_choice
+@pytest.mark.parametrize(("kernel", "order"), [("plain", 1), ("plain", 2), ("streamed", 1)])
+def test_a_backward_inside_autocast_is_exact(kernel, name, negatives, order):
+    """Autocast rounds the products of a backward that runs inside it: to 3e-3 of the largest gradient in bfloat16."""
+    loss_function = make_loss(name, 0.05, negatives, kernel=kernel)
+    out = random_views(3, 4, 8, dim=64)
+
+    def derivative(views):
+        grad = torch.autograd.grad(loss_function(views), leaves(views), create_graph=order == 2, allow_unused=True)
+        if order == 1:
+            return [x for x in grad if x is not None]
+        return gradients(sum(x.sin().sum() for x in grad if x is not None), views)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = derivative(out)
+    for ours, exact in zip(inside, derivative(as_double(out)), strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
+
+
+@every_choice
+def test_the_plain_kernel_can_be_transformed(negatives):
+    """Forward-mode and nested derivatives, a batch of losses, and torch.compile, each against another way to it."""
+    loss_function = make_loss("infonce", 0.5, negatives, kernel="plain")
+    view0, *others = (x.detach().double() for x in leaves(random_views(4, 3, 6, dim=4)))
+
+    def function(view):
+        return loss_function(with_leaves([view, *others]))
+
+    reverse = torch.autograd.functional.hessian(function, view0)
+    torch.testing.assert_close(torch.func.hessian(function)(view0), reverse)
+    grad, along = torch.func.grad(function)(view0), torch.ones_like(view0)
+    torch.testing.assert_close(torch.func.jvp(function, (view0,), (along,))[1], grad.sum())
+    batch = torch.stack([view0, along])
+    torch.testing.assert_close(torch.func.vmap(function)(batch), torch.stack([function(x) for x in batch]))
+    leaf = view0.clone().requires_grad_()
+    torch.compile(function, backend="aot_eager", fullgraph=True)(leaf).backward()
+    torch.testing.assert_close(leaf.grad, grad)
+
+
 @every_kernel
 @every_loss
 @every_choice
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_and_half_inputs_compute_in_float32(kernel, name, negatives, dtype):
     loss_function = make_loss(name, 0.05, negatives, kernel=kernel)
-    half = with_leaves([x.detach().to(dtype).requires_grad_() for x in leaves(random_views(3, 6, 5, dim=64))])
+    half = with_leaves([x.detach().to(dtype).requires_grad_() for x in leaves(random_views(3, 3, 6, dim=64))])
     exact = as_double(half)  # the same numbers, which half precision rounded before the loss saw them
     with torch.autocast("cpu", torch.bfloat16):
         loss = loss_function(half)
@@ -185,13 +230,29 @@ def test_mined_negatives_alone_put_no_force_between_two_lesions():
         loss_function = NTXentNegativeMinedLoss(negatives=negatives)
         first_rows = []  # the gradient of lesion 0, before and after all other lesions move
         for shift in (0.0, 1.0):
-            out = random_views(11, 4, 3)
+            out = random_views(11, 4, 4)
             with torch.no_grad():
                 for view in out["positive"]:
                     view[1:] += shift
             first_rows.append(torch.stack(gradients(loss_function(out), out)[:2])[:, 0])
         unmoved = torch.allclose(*first_rows, rtol=1e-6, atol=1e-7)
-        assert unmoved == (negatives == "mined")
+        assert unmoved == (negatives in ("mined", "mined_of_others"))
+
+
+@every_choice
+@every_kernel
+def test_rows_that_are_duplicates_huge_strided_or_stacked(kernel, negatives):
+    loss_function = make_loss("ntxent_mined", 0.1, negatives, kernel=kernel)
+    out = random_views(5, 4, 4, requires_grad=False)
+    with torch.no_grad():
+        out["positive"][0][2], out["negative"][1][0] = out["positive"][0][1], out["positive"][1][3]
+    expected = naive_contrast(as_double(out), 0.1, negatives)
+    torch.testing.assert_close(loss_function(out).double(), expected, rtol=1e-6, atol=1e-6)
+    scaled = {key: tuple(1e18 * view for view in out[key]) for key in ("positive", "negative")}
+    torch.testing.assert_close(loss_function(scaled).double(), expected, rtol=1e-5, atol=1e-6)
+    strided = {key: tuple(view.T.contiguous().T for view in out[key]) for key in ("positive", "negative")}
+    stacked = {key: torch.stack(out[key]) for key in ("positive", "negative")}
+    assert loss_function(strided) == loss_function(stacked) == loss_function(out)
 
 
 @every_loss
@@ -220,10 +281,12 @@ def test_extreme_logits_keep_their_digits(kernel, name):
     assert separated.item() == pytest.approx(math.exp((0.8 - 1 + margin) / 0.01), rel=1e-4)
 
 
-@pytest.mark.parametrize("negatives", ["mined", "mined_and_lesions"])
-def test_large_batches_are_streamed_in_panels(negatives):
-    """About 4.4 million logits for each view: a panel on a CPU has 4.2 million."""
-    out = random_views(15, 1024, 4300 if negatives == "mined" else 2260, dim=4)
+@pytest.mark.parametrize(
+    ("negatives", "num_mined"), [("mined", 4300), ("mined_and_lesions", 2260), ("mined_of_others", 3072)]
+)
+def test_large_batches_are_streamed_in_panels(negatives, num_mined):
+    """4.4 million logits for each view or more: a panel on a CPU has 4.2 million."""
+    out = random_views(15, 1024, num_mined, dim=4)
     plain, streamed, chosen = (make_loss("infonce", 0.1, negatives, kernel=k)(out) for k in (*KERNELS, "auto"))
     assert chosen == streamed
     torch.testing.assert_close(streamed, plain, rtol=1e-5, atol=1e-6)
@@ -286,15 +349,18 @@ def test_missing_keys_and_others():
     out = random_views(0, 1, 3)
     with pytest.raises(AssertionError, match="`negative` key needs to be specified"):
         make_loss("infonce", 0.1, "lesions")({"positive": out["positive"]})
-    with pytest.raises(ValueError, match="at least 2 lesions in all, got 1"):
-        make_loss("infonce", 0.1, "lesions")(out)
+    for negatives in ("lesions", "mined_of_others"):
+        with pytest.raises(ValueError, match=f'"{negatives}" needs at least 2 lesions in all, got 1'):
+            make_loss("infonce", 0.1, negatives)(out)
+    with pytest.raises(ValueError, match="as many for every lesion: got 3 for 2 lesions"):
+        make_loss("infonce", 0.1, "mined_of_others")(random_views(0, 2, 3))
 
 
 @every_loss
 @pytest.mark.parametrize(
     ("temperature", "options", "message"),
     [
-        (0.1, {"negatives": "minde"}, "mined, mined_and_lesions, lesions; got 'minde'"),
+        (0.1, {"negatives": "minde"}, "lesions, mined_of_others; got 'minde'"),
         (0.1, {"kernel": "triton"}, "auto, plain, streamed; got 'triton'"),
         (0.1, {"gather_distributed": "ring"}, "True, False; got 'ring'"),
         *((value, {}, "Illegal temperature: .*" + re.escape(str(value))) for value in (0.0, -9e-9, math.nan, math.inf)),

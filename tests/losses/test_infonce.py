@@ -39,6 +39,9 @@ def test_signature_defaults_and_search_space_are_pykeens(pykeen_losses):
     for name, parameter in inspect.signature(theirs).parameters.items():
         assert ours[name].default == parameter.default
         assert ours[name].kind == parameter.kind
+    for method in ("process_lcwa_scores", "process_slcwa_scores"):
+        ours_and_theirs = (inspect.signature(getattr(loss, method)).parameters for loss in (InfoNCELoss, theirs))
+        assert len({tuple((p.name, p.kind, p.default) for p in found.values()) for found in ours_and_theirs}) == 1
     assert InfoNCELoss.hpo_default == dict(theirs.hpo_default)
     assert InfoNCELoss().inverse_softmax_temperature == pytest.approx(theirs().inverse_softmax_temperature)
     assert InfoNCELoss().margin == theirs().margin
@@ -51,22 +54,77 @@ def test_lcwa_scores(pykeen_losses, setting, label_smoothing):
     labels = (scores(1, 5, 7) > 0.3).float()
     labels[0] = 0  # a row without a positive
     labels[1] = 1
-    options = {"label_smoothing": label_smoothing, "num_entities": 7}
-    ours = InfoNCELoss(**setting).process_lcwa_scores(predictions, labels, **options)
-    theirs = pykeen_losses.InfoNCELoss(**setting).process_lcwa_scores(predictions, labels, **options)
-    assert_same(ours, theirs, predictions)
+    weights = scores(2, 5, 7).detach().square()
+    weights[2] = 0
+    for given in (None, weights, weights[:, :1], torch.zeros(5, 7)):
+        options = {"label_smoothing": label_smoothing, "num_entities": 7, "weights": given}
+        ours = InfoNCELoss(**setting).process_lcwa_scores(predictions, labels, **options)
+        theirs = pykeen_losses.InfoNCELoss(**setting).process_lcwa_scores(predictions, labels, **options)
+        assert_same(ours, theirs, predictions)
 
 
 @every_setting
 @every_smoothing
 def test_slcwa_dense_scores(pykeen_losses, setting, label_smoothing):
     positive, negative = scores(5, 6, 1), scores(6, 6, 9)
-    options = {"label_smoothing": label_smoothing, "num_entities": 100}
+    options = {"label_smoothing": label_smoothing, "num_entities": 100, "pos_weights": None, "neg_weights": None}
     ours = InfoNCELoss(**setting).process_slcwa_scores(positive, negative, **options)
     theirs = pykeen_losses.InfoNCELoss(**setting).process_slcwa_scores(positive, negative, **options)
     assert_same(ours, theirs, positive, negative)
     flat = InfoNCELoss(**setting).process_slcwa_scores(positive[:, 0], negative, **options)
     assert flat == ours
+
+
+@pytest.mark.parametrize("weights", ["pos_weights", "neg_weights"])
+def test_slcwa_takes_no_weights_as_in_pykeen(pykeen_losses, weights):
+    positive, negative = scores(5, 6, 1), scores(6, 6, 9)
+    given = {weights: torch.ones(6, 1)}
+    for loss_function in (InfoNCELoss(), pykeen_losses.InfoNCELoss()):
+        with pytest.raises(RuntimeError, match="InfoNCELoss does not support sample weights"):
+            loss_function.process_slcwa_scores(positive, negative, **given)
+
+
+@pytest.fixture(scope="module")
+def adapter(pykeen_losses):
+    """The two lines of docs/losses.md."""
+
+    class MarginInfoNCELoss(InfoNCELoss, pykeen_losses.Loss):
+        """InfoNCE with a margin."""
+
+    pykeen_losses.loss_resolver.register(MarginInfoNCELoss)
+    return MarginInfoNCELoss
+
+
+LOOPS = {
+    "slcwa": {"training_loop": "slcwa"},
+    "slcwa, filtered": {"training_loop": "slcwa", "negative_sampler_kwargs": {"filtered": True}},
+    "lcwa": {"training_loop": "lcwa", "training_kwargs": {"label_smoothing": 0.1}},
+    "lcwa, weighted": {"training_loop": "lcwa", "training_loop_kwargs": {"loss_weighter": "relation"}},
+}
+
+
+@pytest.mark.parametrize(("loop", "form"), [("slcwa", "name"), *((loop, "instance") for loop in LOOPS)])
+def test_a_pipeline_of_pykeen_trains_with_it(adapter, pykeen_losses, loop, form):
+    """By its name in the resolver with arguments, or as an instance of the plain class: PyKEEN's losses and ranks."""
+    pipeline, nations = (pytest.importorskip(f"pykeen.{module}") for module in ("pipeline", "datasets"))
+    options = copy.deepcopy(LOOPS[loop])
+    if "loss_weighter" in options.get("training_loop_kwargs", {}):
+        weights = torch.linspace(0.5, 2.0, 55)  # of the relations of Nations
+        options["training_loop_kwargs"]["loss_weighter_kwargs"] = {"weights": weights}
+
+    def run(loss):
+        training = {"num_epochs": 2, "use_tqdm": False, **options.get("training_kwargs", {})}
+        return pipeline.pipeline(
+            dataset=nations.Nations(), model="distmult", loss=loss, random_seed=0, device="cpu",
+            loss_kwargs={"margin": 0.05} if isinstance(loss, str) else None,
+            evaluation_kwargs={"use_tqdm": False}, **{**options, "training_kwargs": training},
+        )  # fmt: skip
+
+    ours = run("margininfonce" if form == "name" else InfoNCELoss(0.05))
+    theirs = run(pykeen_losses.InfoNCELoss(0.05))
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-5)
+    assert ours.losses[-1] < ours.losses[0]
+    assert ours.get_metric("mrr") == pytest.approx(theirs.get_metric("mrr"), rel=1e-3)
 
 
 @pytest.fixture
@@ -197,6 +255,8 @@ def test_slcwa_scores_that_do_not_fit(arguments, message):
 
 
 def test_lcwa_scores_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"weights must be \(3, any number\), got \(1, 4\)"):
+        InfoNCELoss().process_lcwa_scores(scores(0, 3, 4), torch.ones(3, 4), weights=torch.ones(1, 4))
     with pytest.raises(ValueError, match=r"got \(3, 4\) and \(3, 5\)"):
         InfoNCELoss().process_lcwa_scores(scores(0, 3, 4), torch.ones(3, 5))
     with pytest.raises(ValueError, match=r"label_smoothing must be in 0 to 1, got -0\.1"):

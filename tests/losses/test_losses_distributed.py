@@ -20,13 +20,13 @@ UNEQUAL = [(2, 4, 8), (3, 0, 8), (3, 4, 7)]
 
 
 def whole_batch(world_size):
-    views = random_views(0, 3 * world_size, 4 * world_size, dtype=torch.float64)
+    views = random_views(0, 3 * world_size, 6 * world_size, dtype=torch.float64)
     return {**views, "patient": torch.arange(3 * world_size) % 4}
 
 
 def share_of(rank, world_size):
     whole = whole_batch(world_size)
-    rows, mined = slice(rank * 3, rank * 3 + 3), slice(rank * 4, rank * 4 + 4)
+    rows, mined = slice(rank * 3, rank * 3 + 3), slice(rank * 6, rank * 6 + 6)
     positive, negative = whole["positive"], whole["negative"]
     parts = [positive[0][rows], positive[1][rows], negative[0][mined], negative[1][mined]]
     views = with_leaves([x.detach().clone().requires_grad_() for x in parts])

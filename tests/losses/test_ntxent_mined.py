@@ -54,7 +54,8 @@ def test_negative_temperature_warns_what_it_does():
     assert cosine < torch.cosine_similarity(view0, view1).mean()
 
 
-def test_signature_that_outside_users_rely_on():
+def test_what_outside_users_rely_on():
+    """The document of the published class: arguments by position, attributes, what may be changed later, errors."""
     defaults = {k: p.default for k, p in inspect.signature(NTXentNegativeMinedLoss).parameters.items()}
     assert defaults == {
         "temperature": 0.1,
@@ -65,7 +66,27 @@ def test_signature_that_outside_users_rely_on():
     }
     assert list(defaults)[:2] == ["temperature", "gather_distributed"]
     loss_function = NTXentNegativeMinedLoss(0.2, True)
-    assert (loss_function.temperature, loss_function.gather_distributed) == (0.2, True)
+    assert (loss_function.temperature, loss_function.gather_distributed, loss_function.eps) == (0.2, True, 1e-8)
+    assert isinstance(loss_function.cross_entropy, torch.nn.CrossEntropyLoss)
+    assert loss_function.cross_entropy.reduction == "mean"
+    assert not loss_function.state_dict() and not list(loss_function.parameters())
     # Without a process group there is nothing to gather.
     out = random_views(3, 3, 3)
     assert loss_function(out) == NTXentNegativeMinedLoss(0.2)(out)
+    loss_function.temperature = 0.5
+    assert loss_function(out) == NTXentNegativeMinedLoss(0.5)(out)
+    with pytest.raises(ValueError, match=r"^Illegal temperature: abs\(1e-09\) < 1e-8"):
+        NTXentNegativeMinedLoss(1e-9)
+    for key in ("positive", "negative"):
+        with pytest.raises(AssertionError, match=f"^`{key}` key needs to be specified"):
+            loss_function({name: views for name, views in out.items() if name != key})
+
+
+def test_a_temperature_that_is_a_parameter_is_trained():
+    out = random_views(4, 3, 3, dtype=torch.float64)
+    temperature = torch.nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+    loss_function = NTXentNegativeMinedLoss(temperature)
+    assert [name for name, _ in loss_function.named_parameters()] == ["temperature"]
+    up, down = (NTXentNegativeMinedLoss(0.3 + step)(out) for step in (1e-6, -1e-6))
+    (grad,) = torch.autograd.grad(loss_function(out), temperature)
+    assert grad.item() == pytest.approx((up - down).item() / 2e-6, rel=1e-6)

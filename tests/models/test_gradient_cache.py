@@ -50,6 +50,17 @@ def test_every_gradient_is_that_of_the_direct_step(loss: str, norm: str, forward
         assert_same_gradients(gradients, expected, rtol=1e-10)
 
 
+def test_chunks_keep_apart_whose_the_mined_patches_are() -> None:
+    """Two for each lesion, of which the loss leaves out the anchor's own."""
+    batch = double(a_batch(5))
+    batch["negative"] = tuple(torch.stack([view, 2 * view.flip(0)], dim=1) for view in batch["negative"])  # type: ignore[typeddict-item]
+    loss = LOSSES["ntxent-mined_of_others"]()
+    expected_loss, expected = step(make_module(loss).double(), batch)
+    value, gradients = step(make_module(loss, chunk_size=2).double(), batch)
+    torch.testing.assert_close(value, expected_loss, rtol=1e-12, atol=0)
+    assert_same_gradients(gradients, expected, rtol=1e-10)
+
+
 def test_chunks_are_even_and_a_batch_of_one_chunk_is_embedded_once() -> None:
     sizes: list[int] = []
 

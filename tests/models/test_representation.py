@@ -62,10 +62,10 @@ def test_class_spread_is_the_mean_squared_distance_to_the_means() -> None:
     assert float(of_all) == pytest.approx(float(((points - points.mean(0)) ** 2).sum(1).mean()))
 
 
-@pytest.mark.parametrize("negatives", ["mined", "mined_and_lesions", "lesions"])
+@pytest.mark.parametrize("negatives", ["mined", "mined_and_lesions", "lesions", "mined_of_others"])
 def test_the_shares_are_the_gradient_that_the_loss_has_left(negatives: str) -> None:
     """Of the loss itself, by autograd: minus its derivative by the margin, times the temperature, is their sum."""
-    positive, mined = unit(5, 2, 6, 4), unit(6, 2, 9, 4)
+    positive, mined = unit(5, 2, 6, 4), unit(6, 2, 12, 4)
     margin = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
     loss = InfoNCELoss.from_temperature(0.3, 0.0, negatives=negatives)  # type: ignore[arg-type]
     loss.margin = margin  # type: ignore[assignment]
@@ -76,9 +76,10 @@ def test_the_shares_are_the_gradient_that_the_loss_has_left(negatives: str) -> N
         (mined[0], mined[1]) if negatives != "lesions" else None,
         temperature=0.3,
         margin=0.1,
-        lesions=negatives != "mined",
+        lesions="lesions" in negatives,
+        of_others=negatives == "mined_of_others",
     )
-    expected = {"mined": ["mined_share"], "lesions": ["lesion_share"]}.get(negatives, ["mined_share", "lesion_share"])
+    expected = [f"{kind}_share" for kind in ("mined", "lesion") if kind in negatives]
     assert list(shares) == expected
     assert float(sum(shares.values())) == pytest.approx(0.3 * float(gradient))
 

@@ -36,7 +36,7 @@ LOSSES = {
         ("infonce", InfoNCELoss, {"trainable_temperature": True}),
         ("infonce_sum", InfoNCELoss, {"reduction": "sum"}),
     ]
-    for negatives in ("mined", "mined_and_lesions", "lesions")
+    for negatives in ("mined", "mined_and_lesions", "lesions", "mined_of_others")
     if name != "infonce_sum" or negatives == "mined_and_lesions"
 }
 
