@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fmcib_ssl.data import LesionPatches, Store, lidc_crops, prepare_store, read_annotations
-from fmcib_ssl.types import PatchPair, Preprocessing, SampleKey
+from fmcib_ssl.types import Preprocessing
 
 Array = npt.NDArray[Any]
 
@@ -85,36 +85,6 @@ def folds_of(patients: Array, num_folds: int = NUM_FOLDS) -> Array:
     dealt[np.random.default_rng(0).permutation(len(names))] = np.arange(len(names))
     # names[permutation[k]] is the k-th in the order
     return (dealt % num_folds)[np.searchsorted(names, patients)]
-
-
-class TrainingPatches:
-    """Pairs of patches that lie in memory: a nodule, and negatives out of the pool.
-
-    Args:
-        positives: int16 `(n, 1, z, y, x)`.
-        pool: int16 `(m, 1, z, y, x)`.
-        seed: with epoch and index it decides which negatives are drawn.
-        negatives_per_lesion: negatives of each nodule.
-    """
-
-    def __init__(self, positives: Tensor, pool: Tensor, seed: int, negatives_per_lesion: int) -> None:
-        self.positives, self.pool, self.seed, self.negatives_per_lesion = positives, pool, seed, negatives_per_lesion
-
-    def __len__(self) -> int:
-        """Number of nodules."""
-        return len(self.positives)
-
-    def __getitem__(self, key: SampleKey, /) -> PatchPair:
-        """The pair that `key` names."""
-        drawn = np.random.default_rng([self.seed, *key]).integers(len(self.pool), size=self.negatives_per_lesion)
-        negative = self.pool[drawn[0]] if self.negatives_per_lesion == 1 else self.pool[torch.from_numpy(drawn)]
-        return PatchPair(
-            positive=self.positives[key.index], negative=negative, lesion=key.index, negative_from_other_scan=True
-        )
-
-    def title(self, lesion: int, /) -> str:
-        """What names a nodule in a picture."""
-        return f"nodule {lesion}"
 
 
 def nodule_crops(data: Path) -> pd.DataFrame:

@@ -12,9 +12,10 @@ import lightning as L
 import numpy as np
 import torch
 from contenders import composed, embedded, pretrained, what_decides
-from lidc_data import Nodules, TrainingPatches
+from lidc_data import Nodules
 from torch import nn
 
+from fmcib_ssl.data import TensorPatches
 from fmcib_ssl.evaluation import compact, hu_statistics
 from fmcib_ssl.models.point_features import point_derivatives, point_features
 from fmcib_ssl.training import Settings, build_part
@@ -114,7 +115,7 @@ def features(
         encoder: nn.Module = build_part("encoder", settings.encoder)
     else:
         patches = nodules.patches[torch.from_numpy(train_rows)]
-        pairs = TrainingPatches(patches, nodules.pool, seed, settings.data.negatives_per_lesion)
+        pairs = TensorPatches(patches, nodules.pool, seed, settings.data.negatives_per_lesion)
         assert isinstance(settings.data.batch_size, int)
         assert settings.trainer.max_epochs is not None
         steps_per_epoch = len(pairs) // settings.data.batch_size

@@ -5,11 +5,16 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-__all__ = ["LesionPatches", "__version__", "embed", "load_encoder", "prepare"]
+__all__ = [
+    "InfoNCELoss", "LesionPatches", "NTXentNegativeMinedLoss", "__version__", "embed", "load_encoder", "prepare",
+]  # fmt: skip
 
 # torch takes seconds to import; `import fmcib_ssl` must not pay for it (`train.py --help` does that).
 # What type checkers read is `__init__.pyi`.
-_MODULES = {"LesionPatches": "data", "embed": "api", "load_encoder": "models", "prepare": "api"}
+_MODULES = {
+    "InfoNCELoss": "losses", "LesionPatches": "data", "NTXentNegativeMinedLoss": "losses", "embed": "api",
+    "load_encoder": "models", "prepare": "api",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ from .loader import LesionDataModule as LesionDataModule
 from .masks import lesions_from_masks as lesions_from_masks
 from .mining import STRATEGIES as STRATEGIES
 from .patches import LesionPatches as LesionPatches
+from .patches import TensorPatches as TensorPatches
 from .phantom import make_archive as make_archive
 from .prepare import Summary as Summary
 from .prepare import prepare_store as prepare_store

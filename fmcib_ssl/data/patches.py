@@ -1,4 +1,4 @@
-"""Patches from a store: a lesion and the negatives mined for it, in about a millisecond."""
+"""Patches from a store: a lesion and the negatives mined for it, in about a millisecond; or from tensors."""
 
 from __future__ import annotations
 
@@ -230,3 +230,44 @@ def _patients(lesions: pd.DataFrame) -> npt.NDArray[np.int64]:
         patients = lesions["PatientID"]
         names = ("patient " + patients.astype(str)).where(patients.notna(), names)
     return np.unique(names.to_numpy(dtype=str), return_inverse=True)[1].astype(np.int64)
+
+
+class TensorPatches:
+    """Pairs of patches that lie in memory: item `SampleKey(epoch, i)` is patch `i` and negatives out of a pool.
+
+    Args:
+        patches: one for each lesion, HU, int16 `(n, 1, z, y, x)`.
+        pool: patches without a lesion, `(m, 1, z, y, x)`; None for a loss that contrasts lesions only.
+        seed: with epoch and index it decides which negatives are drawn.
+        negatives_per_lesion: drawn out of the pool for each lesion, anew in each epoch.
+
+    Raises:
+        ValueError: the shapes are others, or the pool's patches are of another size.
+    """
+
+    def __init__(
+        self, patches: Tensor, pool: Tensor | None = None, seed: int = 0, negatives_per_lesion: int = 1
+    ) -> None:
+        self.patches, self.pool, self.seed = patches, patches[:0] if pool is None else pool, seed
+        self.negatives_per_lesion = 0 if pool is None else negatives_per_lesion
+        if patches.ndim != 5 or patches.shape[1] != 1 or self.pool.shape[1:] != patches.shape[1:]:
+            raise ValueError(
+                "patches must be (lesions, 1, z, y, x), those of the pool of the same size, got "
+                f"{tuple(patches.shape)} and {tuple(self.pool.shape)}: patches[:, None] adds the channel"
+            )
+
+    def __len__(self) -> int:
+        """Number of lesions."""
+        return len(self.patches)
+
+    def __getitem__(self, key: SampleKey, /) -> PatchPair:
+        """The pair that `key` names."""
+        drawn = np.random.default_rng([self.seed, *key]).integers(len(self.pool) or 1, size=self.negatives_per_lesion)
+        negative = self.pool[drawn[0]] if self.negatives_per_lesion == 1 else self.pool[torch.from_numpy(drawn)]
+        return PatchPair(
+            positive=self.patches[key.index], negative=negative, lesion=key.index, negative_from_other_scan=True
+        )
+
+    def title(self, lesion: int, /) -> str:
+        """What names a lesion in a picture."""
+        return f"lesion {lesion}"
