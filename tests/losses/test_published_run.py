@@ -109,7 +109,7 @@ def test_the_settings_are_the_published_ones(settings: Settings) -> None:
         2,
     )
     # SimCLRProjectionHead(4096, 4096 // 2, 128, batch_norm=False), one view set after the other
-    head = build_part("head", settings.head, in_dim=4096)
+    head = build_part("head", {k: v for k, v in settings.head.items() if k != "weights"}, in_dim=4096)
     widths = [(layer.in_features, layer.out_features) for layer in head.modules() if isinstance(layer, nn.Linear)]
     assert widths == [(4096, 2048), (2048, 128)] and settings.method["forwards"] == "separate"
     assert not any(isinstance(layer, nn.BatchNorm1d) for layer in head.modules())
