@@ -195,7 +195,7 @@ _INTENDED_USE = (
     "decision about a patient may rest on it."
 )
 _LIMITS = (
-    "It takes patches of the size, voxel and scale below, centred on a point; other patches give features that mean "
+    "It takes patches of the size, voxel and scale above, centred on a point; other patches give features that mean "
     "something else. It knows scanners, protocols and patients like those it was trained on: measure it on your own "
     "(`fmcib-ssl evaluate` reports probes beside hand-made statistics, raw voxels and lesion size)."
 )
@@ -230,14 +230,20 @@ def _training(encoder: Any, run: Mapping[str, Any] | None, settings: Mapping[str
     facts = {key: encoder.extra.get(key) for key in ("source", "file", "citation", "licence", "run", "step", "seed")}
     facts |= {"finished": ((run or {}).get("finished") or {}).get("time")}
     for name, start in ((run or {}).get("started_from") or {}).items():
-        facts[f"{name} started from"] = f"{Path(start['file']).name}, SHA-256 {start['sha256']}"
-    for section in ("method", "loss", "optimizer", "augment", "encoder") if settings else ():
-        values = (settings or {}).get(section) or {}
-        plain = [f"{key} {value}" for key, value in values.items() if isinstance(value, int | float | str)]
-        facts[section] = ", ".join(text for text in plain if not text.startswith(("_target_", "weights", "_partial_")))
-        facts[section] = f"{str(values.get('_target_')).rpartition('.')[2]}: {facts[section]}"
+        known = ", ".join(start[key] for key in ("source", "licence") if key in start)
+        facts[f"{name} started from"] = f"{Path(start['file']).name} ({known or 'a run'}), SHA-256 {start['sha256']}"
+    for section in ("method", "loss", "optimizer", "augment"):
+        facts[section] = _part((settings or {}).get(section) or {})
+    facts["encoder"] = _part(encoder.spec)
     lines = [f"| {key} | {value} |" for key, value in facts.items() if value not in (None, "")]
     return "\n".join(["| | |", "| --- | --- |", *lines]) if lines else "Nothing is recorded."
+
+
+def _part(section: Mapping[str, Any]) -> str:
+    """What builds a part of the run, and its arguments."""
+    arguments = [f"{key} {value}" for key, value in section.items() if not key.startswith("_") and value is not None]
+    target = str(section.get("_target_", "")).removeprefix("fmcib_ssl.")
+    return f"{target}: {', '.join(arguments)}" if arguments else target
 
 
 def _results(rows: Sequence[Mapping[str, Any]]) -> str:

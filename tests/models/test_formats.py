@@ -149,7 +149,7 @@ def test_a_model_card_says_what_is_known(tmp_path: Path) -> None:
     assert front["license"] == "mit" and front["library_name"] == "fmcib_ssl"
     for words in (
         "| texture | demo | logistic | AUC | 0.800 (0.700 to 0.900) |", "993 nodules of LIDC.",
-        "InfoNCELoss: temperature 0.07", f"p.pt, SHA-256 {digest}", "HU clamped to -900 to 400", "16 x 16 x 16 voxels",
+        "InfoNCELoss: temperature 0.07", f"p.pt (a run), SHA-256 {digest}", "HU clamped to -900 to 400",
     ):  # fmt: skip
         assert words in card
     assert "/secret" not in card

@@ -1,0 +1,10 @@
+"""`fmcib-ssl import-encoder` from a checkout; `python scripts/import_encoder.py --help` shows what can be set."""
+
+import sys
+
+from fmcib_ssl.command.import_encoder import main
+from fmcib_ssl.io import exit_without_teardown
+
+if __name__ == "__main__":
+    with exit_without_teardown():
+        main(sys.argv[1:])
