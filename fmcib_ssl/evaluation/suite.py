@@ -10,7 +10,7 @@ Rows of results are `{model, task, probe, metric, value, low, high}`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from fmcib_ssl.data import AnnotationsError, run_jobs
 from fmcib_ssl.evaluation.conditions import CLEAN
 from fmcib_ssl.evaluation.embedding import embed_to_file
 from fmcib_ssl.evaluation.embedding_sources import Inference, rebuilt_encoder, trained_encoder
-from fmcib_ssl.evaluation.evaluate import evaluate_features, find_leakage, gather, without_shared_patients
+from fmcib_ssl.evaluation.evaluate import Evaluation, evaluate_features, find_leakage, gather, without_shared_patients
 from fmcib_ssl.evaluation.feature_table import ID_COLUMN, FeatureTable
 from fmcib_ssl.evaluation.metrics import METRICS, interval
 from fmcib_ssl.evaluation.patients import by_patient
@@ -325,25 +325,16 @@ def _evaluated(job: _Evaluation, tables: Mapping[str, FeatureTable], files: Mapp
         protocol, lesions, candidates = by_patient(protocol, lesions, candidates, task.patients)
         notes.append(f"{len(lesions)} patients, whose lesions are pooled: {task.patients}")
     kind = protocol.labels.kind
-    metric, function = next(iter(METRICS[kind].items()))
+    metric = next(iter(METRICS[kind]))
     linear = LINEAR_PROBE[kind] if task.patients != "attention" else "attention"
     probes = [linear, *(["knn"] if kind in PROBES["knn"].kinds and task.patients != "attention" else [])]
     evaluation = evaluate_features(
         [protocol], lesions, candidates, probes=probes,
         num_bootstrap=suite.num_bootstrap, progress=False,
     )  # fmt: skip
-    weights, about = protocol.weights(suite.num_bootstrap), {"task": job.task}
-    rows = [{"model": _model(row["features"]), **row, **about} for row in evaluation.rows]
-    drawn, thirds = {}, _thirds(candidates.inputs)
-    for (_, features, probe, _), scores in evaluation.scores.items():
-        if probe not in (linear, LINEAR_PROBE[kind]) or features.endswith(" + size"):
-            continue
-        name = _model(features)
-        drawn[name] = chance_corrected(metric, resampled(function, protocol.labels.values, scores, weights))
-        if thirds is not None:
-            values = resampled(function, protocol.labels.values, within(scores, thirds), weights)
-            own = {"model": name, **about, "probe": probe, "metric": f"{metric}, {WITHIN_SIZES}"}
-            rows += [own | vars(interval(values))] if np.isfinite(values[0]) else []
+    about = {"task": job.task}
+    drawn, rows = _linear_scores(evaluation, protocol, {linear, LINEAR_PROBE[kind]}, _thirds(candidates.inputs), suite)
+    rows = [{"model": _model(row["features"]), **row, **about} for row in (*evaluation.rows, *rows)]
     if suite.robustness and task.patients is None:
         rows += _robustness_rows(suite, files, protocol, lesions, about | {"probe": linear})
     keys = ("model", "task", "probe", "metric", "value", "low", "high")
@@ -359,6 +350,26 @@ def _evaluated(job: _Evaluation, tables: Mapping[str, FeatureTable], files: Mapp
         retraining=retraining_share(protocol.splits),
         drawn=drawn,
     )
+
+
+def _linear_scores(
+    evaluation: Evaluation, protocol: Protocol, probes: Collection[str], thirds: Array | None, suite: Suite
+) -> tuple[dict[str, Array], list[dict[str, Any]]]:
+    """Scores of every resample by model, and a row each within thirds of the size; not of features beside the size."""
+    weights, labels = protocol.weights(suite.num_bootstrap), protocol.labels
+    metric, function = next(iter(METRICS[labels.kind].items()))
+    drawn, rows = {}, []
+    for (_, features, probe, _), scores in evaluation.scores.items():
+        if probe not in probes or features.endswith(" + size"):
+            continue
+        drawn[_model(features)] = chance_corrected(metric, resampled(function, labels.values, scores, weights))
+        if thirds is None:
+            continue
+        values = resampled(function, labels.values, within(scores, thirds), weights)
+        if np.isfinite(values[0]):
+            about = {"features": features, "probe": probe, "metric": f"{metric}, {WITHIN_SIZES}"}
+            rows.append(about | vars(interval(values)))
+    return drawn, rows
 
 
 def _model(features: str) -> str:
