@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Literal
 
-from evaluate import run_command  # the script beside this one
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from fmcib_ssl.io import Command, exit_without_teardown
+from fmcib_ssl.io import Command, exit_without_teardown, parse_command
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 BASELINES = ("random", "hu_statistics", "raw_voxels")
@@ -94,7 +94,15 @@ def weights(path: Path) -> Path:
 
 def main(arguments: list[str]) -> None:
     """Compare, write, print."""
-    run_command(Suite, run, arguments, interrupted="stopped; the same command resumes from here")
+    command = parse_command(Suite, arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    try:
+        run(command)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped; the same command resumes from here", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -166,13 +166,10 @@ def test_baselines_of_each_patch_and_network_are_made_once(made: Suite, tmp_path
     assert FeatureTable.read(features).provenance["preprocessing"]["patch_size_zyx"] == [4, 6, 6]
 
 
-def test_the_command(
-    made: Suite, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command(made: Suite, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task = tmp_path / "mine.yaml"
     task.write_text("title: Mine\nkind: binary\nlabel: bright\ntables: {all: lesions.csv}\nfolds: 2\n")
     scripts = Path(__file__).resolve().parents[2] / "scripts"
-    monkeypatch.syspath_prepend(str(scripts))
     models = f"models=[net={made.tables / 'enc.safetensors'},random:small,hu_statistics]"
     options = [models, f"tasks={task}", f"tables={made.tables}", f"output={tmp_path / 'out'}", "num_bootstrap=20"]
     runpy.run_path(str(scripts / "suite.py"))["main"]([*options, "robustness=false", "patients=mean"])
