@@ -112,7 +112,7 @@ def features(
     settings = contender.settings(seed, epochs)
     L.seed_everything(seed, verbose=False)
     if contender.kind == "random":
-        encoder: nn.Module = build_part("encoder", settings.encoder)
+        encoder: nn.Module = build_part("encoder", settings.network)
     else:
         patches = nodules.patches[torch.from_numpy(train_rows)]
         pairs = TensorPatches(patches, nodules.pool, seed, settings.data.negatives_per_lesion)

@@ -20,6 +20,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+import fmcib_ssl
 from fmcib_ssl.io import sha256_of, write_atomically, write_json
 from fmcib_ssl.types import Preprocessing, UserError
 
@@ -117,7 +118,7 @@ def write_monai_bundle(encoder: Any, file: Path, folder: Path, *, name: str, lic
     metadata = {
         "schema": _SCHEMA, "version": "0.1.0", "changelog": {"0.1.0": "exported by fmcib_ssl"},
         "monai_version": monai.__version__, "pytorch_version": torch.__version__.partition("+")[0],
-        "numpy_version": np.__version__, "required_packages_version": {"fmcib_ssl": "0.1.0"},
+        "numpy_version": np.__version__, "required_packages_version": {"fmcib_ssl": fmcib_ssl.__version__},
         "name": name, "task": "features of lesions on CT", "description": _summary(encoder),
         "authors": "the owner of the run", "copyright": licence or "not stated", "data_type": "CT with points (LPS mm)",
         "intended_use": _INTENDED_USE,

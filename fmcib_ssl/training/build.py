@@ -182,13 +182,7 @@ def build_module(
             raise TypeError(f"{method.__name__} does not extend fmcib_ssl.models.Pretraining (docs/methods.md)")
     sections: dict[str, nn.Module] = {}
     if "head" in method.sections:
-        of_head = {key: value for key, value in settings.head.items() if key != "weights"}
-        sections["head"] = build_part("head", of_head, in_dim=num_features)
-        if start is not None and start.head:
-            with config_errors_in("head"):
-                if problems := models.misfits(start.head, sections["head"].state_dict()):
-                    raise ValueError(f"it does not fit {settings.head['weights']}:\n" + "\n".join(problems))
-                sections["head"].load_state_dict(start.head)
+        sections["head"] = _head(settings, num_features, {} if start is None else start.head)
     if "loss" in method.sections:
         sections["loss"] = build_part("loss", settings.loss)
     refuse_unused({"loss", "head"} - sections.keys(), method.__name__, "method", settings.method)
@@ -217,6 +211,17 @@ def build_module(
         with config_errors_in("schedule"):
             schedule(trial, total_steps=num_steps)
     return module
+
+
+def _head(settings: Settings, in_dim: int, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The projection head, with the weights that it starts from, if there are any."""
+    head: nn.Module = build_part("head", {k: v for k, v in settings.head.items() if k != "weights"}, in_dim=in_dim)
+    if weights:
+        if problems := models.misfits(weights, head.state_dict()):
+            lines = "\n".join(problems)
+            raise ConfigError(f"section head of the configuration does not fit {settings.head['weights']}:\n{lines}")
+        head.load_state_dict(weights)
+    return head
 
 
 @dataclass(frozen=True)
