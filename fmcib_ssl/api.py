@@ -75,7 +75,7 @@ def embed(
     """Features of lesions, a row each: what the published package calls `get_features`.
 
     The patches are cut and normalised as the encoder was trained. Rows and lesions that cannot be used are left out,
-    with a warning in the log. For an archive, `scripts/embed.py` resumes after a stop and shares the work.
+    with a warning in the log. For an archive, `fmcib-ssl embed` resumes after a stop and shares the work.
 
     Args:
         encoder: a file of an encoder, a run folder, or what `load_encoder` gave.
@@ -87,7 +87,7 @@ def embed(
 
     Returns:
         The table: `features`, float32 `(lesions, dim)`, and `lesions`, a DataFrame of the same rows with the columns of
-        the lesions' table; `write("features.parquet")` makes the file that `scripts/evaluate.py` reads.
+        the lesions' table; `write("features.parquet")` makes the file that `fmcib-ssl evaluate` reads.
 
     Raises:
         fmcib_ssl.types.UserError: the encoder, the table or a scan cannot be used, or no lesion could be embedded.

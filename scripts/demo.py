@@ -1,60 +1,10 @@
-"""Pretrain an encoder on synthetic scans, then show what it learned. `make demo` runs this.
+"""`fmcib-ssl demo` from a checkout; `python scripts/demo.py --help` shows what can be set."""
 
-Every step is a command that a user would type, shown before it runs. What was learned is measured on patients that were
-held out: probes tell the two classes of lesions apart from frozen features, beside the same encoder with random
-weights, the raw voxels and the lesion's size.
-"""
-
-from __future__ import annotations
-
-import shlex
-import subprocess
 import sys
-import time
-from datetime import datetime
-from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
-EXPERIMENT = "phantom_ntxent_mined"
-ARCHIVE = Path("data") / "phantom"
-NUM_SCANS = 140
-SPACING_MM = 1.25
-ABOUT = (
-    "Synthetic chest scans, with lesions of two classes that differ in texture and margin, not in size, mean HU or "
-    "place: label 0 is solid and smooth, label 1 heterogeneous and spiculated. The encoder was pretrained without "
-    "labels, on the training patients. Probes of its frozen features were fitted on these patients and scored on the "
-    "others."
-)
-
-
-def main(overrides: list[str]) -> None:
-    """Make scans, prepare them, train, embed, evaluate, report; `overrides` go to the training."""
-    began = time.monotonic()
-    run = Path("runs") / "demo" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    table, store = ARCHIVE / "annotations.csv", ARCHIVE / "store"
-    encoder, features, results = run / "encoder.safetensors", run / "pretrained.parquet", run / "evaluation"
-    title, page = "What the encoder learned from synthetic scans", run / "report.html"
-    show_and_run("scripts/phantom.py", f"folder={ARCHIVE}", f"num_scans={NUM_SCANS}")
-    show_and_run("scripts/prepare.py", f"annotations={table}", f"store={store}", f"spacing_mm={SPACING_MM}")
-    show_and_run("train.py", f"+experiment={EXPERIMENT}", f"data.store={store}", f"hydra.run.dir={run}", *overrides)
-    show_and_run("scripts/embed.py", f"checkpoint={encoder}", f"store={store}", f"output={features}")
-    show_and_run("scripts/evaluate.py", f"features={features}", "label=label", "split=split", f"output={results}")
-    given = (f"run={run}", f"features={features}", f"results={results}", "label=label")
-    show_and_run("scripts/report.py", *given, f"title={title}", f"about={ABOUT}", f"out={page}")
-    print(f"encoder   {encoder}   (fmcib_ssl.load_encoder reads it)")
-    print(f"took      {time.monotonic() - began:.0f} s")
-
-
-def show_and_run(script: str, *arguments: str) -> None:
-    """Run a command as a user would, and show it."""
-    print("\n$", shlex.join(["python", script, *arguments]), flush=True)
-    done = subprocess.run([sys.executable, str(REPO / script), *arguments], check=False)
-    if done.returncode:
-        sys.exit(done.returncode)  # the command has said why
-
+from fmcib_ssl.command.demo import main
+from fmcib_ssl.io import exit_without_teardown
 
 if __name__ == "__main__":
-    if {"-h", "--help", "help"} & set(sys.argv[1:]):
-        print(__doc__, "  python scripts/demo.py [key=value ...]     for the training: train.py --help", sep="\n")
-        sys.exit()
-    main(sys.argv[1:])
+    with exit_without_teardown():
+        main(sys.argv[1:])

@@ -1,56 +1,10 @@
-"""Write the volumes of a MedMNIST 3D file as scans, and their table with the official splits and labels.
-
-`python scripts/import_medmnist.py --help` shows what can be set; docs/medmnist.md says more.
-"""
-
-from __future__ import annotations
+"""`fmcib-ssl import-medmnist` from a checkout; `python scripts/import_medmnist.py --help` shows what can be set."""
 
 import sys
-from pathlib import Path
 
-from pydantic import Field, PositiveFloat
-
-from fmcib_ssl.io import Command, parse_command
-
-
-class ImportMedMNIST(Command):
-    """Write the volumes of a MedMNIST 3D file as scans, and their table, for prepare.py, train.py and embed.py.
-
-    python scripts/import_medmnist.py file=nodulemnist3d.npz output=data/nodulemnist3d
-    """
-
-    file: Path = Field(description="nodulemnist3d.npz, organmnist3d.npz, adrenalmnist3d.npz, or ..._64.npz")
-    output: Path = Field(description="folder for scans/ and lesions.csv; scans that are there are kept")
-    window_hu: tuple[float, float] | None = Field(
-        default=None, description="HU of the grey values 0 and 255, such as -1024,400; null: see docs/medmnist.md"
-    )
-    edge_mm: PositiveFloat = Field(
-        default=50.0, description="edge of a volume; an encoder's patch of 50 voxels of 1 mm is filled by 50"
-    )
-
-
-def main(arguments: list[str]) -> None:
-    """Import, say what to do next."""
-    command = parse_command(ImportMedMNIST, arguments)
-    from fmcib_ssl.data import (  # noqa: PLC0415  # the help waits for no library
-        DATASETS,
-        AnnotationsError,
-        import_medmnist,
-    )
-
-    try:
-        table = import_medmnist(command.file, command.output, window_hu=command.window_hu, edge_mm=command.edge_mm)
-    except AnnotationsError as error:
-        sys.exit(f"error: {error}")
-    task = DATASETS[command.file.stem.partition("_")[0]].task
-    print(f"volumes   {len(table)} in {command.output}")
-    print(
-        f"next      python scripts/embed.py checkpoint=ENCODER annotations={command.output / 'lesions.csv'} "
-        "output=features.parquet"
-    )
-    options = f"label=label task={task} split=split group=null size=null"
-    print(f"          python scripts/evaluate.py features=features.parquet {options} output=results")
-
+from fmcib_ssl.command.import_medmnist import main
+from fmcib_ssl.io import exit_without_teardown
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with exit_without_teardown():
+        main(sys.argv[1:])

@@ -30,7 +30,11 @@ class Example(Command):
 def test_the_demo_says_what_it_does_instead_of_doing_it(tmp_path: Path) -> None:
     script = REPO / "scripts" / "demo.py"
     run = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "synthetic scans" in run.stdout and "demo.py [key=value" in run.stdout and "$ python" not in run.stdout
+    assert (
+        "synthetic scans" in run.stdout
+        and "fmcib-ssl demo [key=value" in run.stdout
+        and "$ fmcib-ssl" not in run.stdout
+    )
     assert not list(tmp_path.iterdir())
 
 

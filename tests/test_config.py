@@ -26,7 +26,7 @@ TABLE = "data.annotations=my.csv"
 OPTIONS = sorted(
     (path.parent.relative_to(CONFIGS).as_posix(), path.stem)
     for path in CONFIGS.glob("*/*.yaml")
-    if path.parent.name != "hydra"
+    if path.parent.name not in ("hydra", "task")  # what a published task is, `evaluate` reads
 )
 
 

@@ -26,7 +26,6 @@ for name in ("fcntl", "resource"):
     sys.modules[name] = None
 def no_links(*_, **__): raise PermissionError(1, "no links here")
 os.link = os.symlink = no_links
-sys.path.insert(0, "scripts")
 """
 PREPARE_AND_EMBED = """
 import importlib
@@ -34,7 +33,7 @@ import fmcib_ssl
 for module in pkgutil.walk_packages(fmcib_ssl.__path__, "fmcib_ssl."):
     if not module.name.endswith("triton_kernels"):
         importlib.import_module(module.name)
-import embed, prepare
+from fmcib_ssl.command import embed, prepare
 from fmcib_ssl.data.phantom import make_archive
 from fmcib_ssl.models import encoders, export_encoder
 from fmcib_ssl.types import Preprocessing

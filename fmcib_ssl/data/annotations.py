@@ -128,7 +128,7 @@ def read_annotations(
         raise AnnotationsError(f"coordinates={coordinates!r} is not one of {allowed}")
     rows = read_table(path, text=(PATH_COLUMN, SERIES_COLUMN))
     required = (PATH_COLUMN,) if CROPPED_COLUMN in rows else (PATH_COLUMN, *COORDINATE_COLUMNS)
-    hint = f". For points from {MASK_COLUMN}: python scripts/import_annotations.py source=masks"
+    hint = f". For points from {MASK_COLUMN}: fmcib-ssl import-annotations source=masks"
     require_columns(path, rows, required, hint if MASK_COLUMN in rows else "")
     rows = rows.assign(**{column: np.nan for column in COORDINATE_COLUMNS if column not in rows})
     rows = rows.astype({column: float for column in COORDINATE_COLUMNS if rows[column].dtype == "Int64"})

@@ -114,7 +114,7 @@ class LesionPatches(Dataset[PatchPair]):
                 if str(error) not in self._warned:
                     self._warned.add(str(error))
                     warnings.warn(f"Skipping lesions of a damaged scan: {error}", stacklevel=2)
-        raise StoreError(f"{self.store.path}: every one of its scans is damaged; run scripts/prepare.py again")
+        raise StoreError(f"{self.store.path}: every one of its scans is damaged; run fmcib-ssl prepare again")
 
     def _lesions_to_try(self, key: SampleKey) -> Iterator[int]:
         """The lesion itself; then, should its scan fail, others in an order that the seed and the key alone decide."""

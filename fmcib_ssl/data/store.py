@@ -69,7 +69,7 @@ class DamagedStoreError(StoreError):
     @classmethod
     def of(cls, file: Path, error: object) -> DamagedStoreError:
         """With the remedy that all of them have."""
-        return cls(f"{file} is damaged ({error}): run scripts/prepare.py again")
+        return cls(f"{file} is damaged ({error}): run fmcib-ssl prepare again")
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Store:
         self._about = read_settings_file(self.path)
         if not self._about["complete"]:
             raise StoreError(
-                f"{self.path} is not complete: run the same scripts/prepare.py command again to resume it; after "
+                f"{self.path} is not complete: run the same fmcib-ssl prepare command again to resume it; after "
                 "shards have run, once more with merge=true"
             )
         self.settings: StoreSettings = self._about["settings"]
@@ -287,7 +287,7 @@ def read_settings_file(folder: Path) -> dict[str, Any]:
         if (version := about["version"]) == STORE_VERSION:
             return {**about, "complete": bool(about["complete"]), "settings": StoreSettings(**about["settings"])}
     except (FileNotFoundError, NotADirectoryError) as error:
-        message = f"{folder} is not a store (it has no {SETTINGS_FILE}): make one with scripts/prepare.py"
+        message = f"{folder} is not a store (it has no {SETTINGS_FILE}): make one with fmcib-ssl prepare"
         raise StoreError(message) from error
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise DamagedStoreError.of(file, error) from error

@@ -214,7 +214,7 @@ def baseline_tables(
     if not provenance.get("source") or not provenance.get("preprocessing"):
         raise FeatureTableError(
             f"{table.name!r} does not say where its lesions are, so no baseline can be made of them: "
-            "embed them with scripts/embed.py"
+            "embed them with fmcib-ssl embed"
         )
     preprocessing = Preprocessing.from_dict(provenance["preprocessing"])
     plain = Inference(device=device)

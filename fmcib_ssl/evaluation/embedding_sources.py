@@ -219,7 +219,7 @@ def rebuilt_encoder(about: Mapping[str, Any], trusted_targets: Collection[str] =
     if kind in (makers := {"hu_statistics": statistics_encoder, "raw_voxels": raw_voxels}):
         return makers[kind](preprocessing)
     raise FeatureTableError(
-        f"{about.get('name')!r} was not made by an encoder: give tables that scripts/embed.py wrote"
+        f"{about.get('name')!r} was not made by an encoder: give tables that fmcib-ssl embed wrote"
     )
 
 

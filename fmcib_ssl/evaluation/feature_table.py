@@ -152,7 +152,7 @@ class FeatureTable:
         """
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; scripts/embed.py makes one")
+            raise FileNotFoundError(f"{path}: no such file; fmcib-ssl embed makes one")
         try:
             if (num_rows := pq.read_metadata(path).num_rows) > _MAX_ROWS:  # a file of kilobytes may claim any number
                 raise ValueError(f"it claims {num_rows} rows")
@@ -170,7 +170,7 @@ class FeatureTable:
         except (pa.ArrowException, OSError, TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
             raise FeatureTableError(
                 f"{path}: not a whole table of features of fmcib_ssl ({type(error).__name__}: {error}); make it again "
-                "with scripts/embed.py"
+                "with fmcib-ssl embed"
             ) from error
         return cls(lesions, features, provenance)
 

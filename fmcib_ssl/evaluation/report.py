@@ -163,8 +163,8 @@ def report_all(
     Args:
         out: `NAME.html`; pictures go to `NAME_pictures/`.
         run: folder of a training run, pretraining or fine-tuning.
-        features: tables that `scripts/embed.py` wrote.
-        results: folders that `scripts/evaluate.py` or a fine-tuning wrote; that of `run` need not be named.
+        features: tables that `fmcib-ssl embed` wrote.
+        results: folders that `fmcib-ssl evaluate` or a fine-tuning wrote; that of `run` need not be named.
         title: by default the run's name.
         introduction: first words on the page; paragraphs parted by blank lines.
         options: columns, numbers of lesions, window, and whether names are shown.

@@ -16,7 +16,7 @@ from fmcib_ssl.evaluation.metrics import Estimate, calibration
 from fmcib_ssl.io import Identifiers, parse_json
 from fmcib_ssl.types import Array
 
-#: What `scripts/evaluate.py` and a fine-tuning leave in their folders.
+#: What `fmcib-ssl evaluate` and a fine-tuning leave in their folders.
 RESULTS_FILE, PREDICTIONS_FILE = "results.json", "predictions.parquet"
 _HELD_OUT = "Lesions of held-out patients."
 
@@ -74,7 +74,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     """
     file = folder / RESULTS_FILE
     if not is_own_file(file):
-        raise FileNotFoundError(f"{folder} has no {RESULTS_FILE}: scripts/evaluate.py output={folder} makes it")
+        raise FileNotFoundError(f"{folder} has no {RESULTS_FILE}: fmcib-ssl evaluate output={folder} makes it")
     try:
         results = parse_json(file.read_bytes())
         rows = results["rows"]

@@ -50,7 +50,7 @@ def encoder_of(table: FeatureTable, trusted_targets: Sequence[str] = ()) -> Froz
     """
     about, name = table.provenance, table.name
     if not about.get("source") or not about.get("preprocessing"):
-        raise FeatureTableError(f"{name!r} does not say where its lesions are: embed them with scripts/embed.py")
+        raise FeatureTableError(f"{name!r} does not say where its lesions are: embed them with fmcib-ssl embed")
     return rebuilt_encoder(about, trusted_targets)
 
 

@@ -48,7 +48,16 @@ def _run_key(folder: str, *keyed: str, _root_: DictConfig) -> str:
     return run_key(read_settings(OmegaConf.create(values)), Path(folder), keyed)
 
 
-OmegaConf.register_new_resolver("run_key", _run_key, replace=True)  # known wherever a configuration is composed
+def _option_groups() -> str:
+    """For the help: groups and their options; those of Hydra's own, and published tasks, are not a run's to choose."""
+    loader = GlobalHydra.instance().config_loader()
+    groups = [name for name in sorted(loader.list_groups("")) if name not in ("hydra", "task")]
+    return "\n".join(f"{name}: {', '.join(sorted(loader.get_group_options(name)))}" for name in groups)
+
+
+# Known wherever a configuration is composed.
+OmegaConf.register_new_resolver("run_key", _run_key, replace=True)
+OmegaConf.register_new_resolver("option_groups", _option_groups, replace=True)
 
 
 def read_settings(config: DictConfig) -> Settings:

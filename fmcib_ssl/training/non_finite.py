@@ -54,7 +54,7 @@ class NonFiniteGuard(L.Callback):
     """Leaves out steps whose loss or gradient holds NaN or infinity; stops the run, or counts them.
 
     A step that is left out changes neither weights, nor buffers, nor the optimizer's state; the schedule counts it. Its
-    batch, the weights and the random state are kept for `scripts/replay.py`.
+    batch, the weights and the random state are kept for `fmcib-ssl replay`.
 
     With `16-mixed` the scaler of the loss leaves out steps by itself while it looks for a scale; those count only once
     the loss itself is not finite, or the scale has fallen to 1.
@@ -234,7 +234,7 @@ class NonFiniteGuard(L.Callback):
         except (OSError, RuntimeError) as error:  # torch's writer turns what the disk says into a RuntimeError
             return f" The step could not be kept for a replay ({getattr(error, 'strerror', None) or error})."
         return (
-            f" The step is kept in {folder}: python scripts/replay.py run={self.folder.parent} step={step} finds the "
+            f" The step is kept in {folder}: fmcib-ssl replay run={self.folder.parent} step={step} finds the "
             "layer where it begins."
         )
 

@@ -91,7 +91,7 @@ class _Data(_Section):
         if self.store is None and self.annotations is None:
             raise ValueError(
                 "no lesions are named: set data.annotations=FILE.csv, for which a store is prepared first, or "
-                "data.store=DIR for one that scripts/prepare.py made"
+                "data.store=DIR for one that fmcib-ssl prepare made"
             )
         return self
 

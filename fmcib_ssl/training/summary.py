@@ -215,7 +215,7 @@ def outcome(run: Path, store: Path, trainer: L.Trainer, loss: float, seconds: fl
     probes = (callback for callback in trainer.callbacks if isinstance(callback, OnlineProbe))  # type: ignore[attr-defined]
     lines += [f"probe      {probe.last_result}" for probe in probes if probe.last_result]
     arguments = [f"checkpoint={run}", f"store={store}", f"output={run / 'features.parquet'}"]
-    lines.append(f"next       {shlex.join(['python', 'scripts/embed.py', *arguments])}")
+    lines.append(f"next       {shlex.join(['fmcib-ssl', 'embed', *arguments])}")
     return "\n".join(lines)
 
 

@@ -299,9 +299,8 @@ def test_a_folder_of_others_is_left_as_it_is(file: str, text: str, tmp_path: Pat
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main = runpy.run_path(str(REPO / "scripts" / "prepare.py"))["main"]
     run(three_scans(tmp_path), tmp_path / "store")
-    with pytest.raises(SystemExit) as end:
-        main([f"verify={tmp_path / 'store'}"])
-    assert end.value.code == 0 and "every file is as it was written" in capsys.readouterr().out
+    main([f"verify={tmp_path / 'store'}"])
+    assert "every file is as it was written" in capsys.readouterr().out
     file = sorted((tmp_path / "store" / "scans").glob("*.cells"))[0]
     flip(file, 300)
     with pytest.raises(SystemExit) as end:

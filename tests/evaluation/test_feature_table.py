@@ -157,5 +157,5 @@ def test_a_failed_writing_leaves_what_was_there(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"absent\.parquet.*scripts/embed\.py"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.parquet.*fmcib-ssl embed"):
         FeatureTable.read(tmp_path / "absent.parquet")

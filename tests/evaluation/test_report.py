@@ -339,7 +339,7 @@ def test_what_is_not_there_is_named(given: Path, tmp_path: Path) -> None:
         report_all(out)
     with pytest.raises(FileNotFoundError, match="no such run folder"):
         report_all(out, run=tmp_path / "absent")
-    with pytest.raises(FileNotFoundError, match=r"scripts/evaluate\.py"):
+    with pytest.raises(FileNotFoundError, match="fmcib-ssl evaluate"):
         report_all(out, results=[given])
     with pytest.raises(FeatureTableError, match=r"ours has no column 'texture'; it has .*rough"):
         report_all(out, features=[given / "features.parquet"], options=FeatureOptions(label="texture"))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ from embedded_archive import Archive, make_archive, make_encoder
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score
 
+from fmcib_ssl.command import robustness as command
 from fmcib_ssl.evaluation import robustness
 from fmcib_ssl.evaluation.conditions import CLEAN, CONDITIONS
 from fmcib_ssl.evaluation.embedding import embed_source
@@ -34,7 +33,6 @@ from fmcib_ssl.evaluation.robustness import (
 from fmcib_ssl.types import Array
 
 CPU = Inference(device="cpu")
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 NUM = 120
 MOVED, NOISY = "point moved by 3 mm", "noise of 30 HU"
 
@@ -202,20 +200,14 @@ def test_tables_that_cannot_be_embedded_again(files: dict[str, Path], archive: A
         encoder_of(FeatureTable(table.lesions, table.features, {**about, "sha256": "0" * 64}))
     with pytest.raises(FeatureTableError, match="was not made by an encoder"):
         encoder_of(FeatureTable(table.lesions, table.features, {**about, "kind": "columns"}))
-    with pytest.raises(FeatureTableError, match=r"embed them with scripts/embed\.py"):
+    with pytest.raises(FeatureTableError, match=r"embed them with fmcib-ssl embed"):
         encoder_of(FeatureTable(table.lesions, table.features, {**about, "source": None}))
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> object:
+def run(*arguments: object) -> object:
     """The command in this process; what ends it."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-    spec = importlib.util.spec_from_file_location("robustness_command", SCRIPTS / "robustness.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # for the annotations of its class
-    spec.loader.exec_module(module)
     try:
-        module.main([str(argument) for argument in arguments])
+        command.main([str(argument) for argument in arguments])
     except SystemExit as ended:
         return ended.code
     return 0
@@ -230,7 +222,7 @@ def test_the_command(
 ) -> None:
     features = f"features={files['encoder']},{files['statistics']}"
     arguments = (features, f"output={tmp_path / 'out'}", "label=label", "folds=3", "num_bootstrap=40", "device=cpu")
-    assert run(monkeypatch, *arguments) == 0
+    assert run(*arguments) == 0
     assert "7 lesions of 3 patients" in capsys.readouterr().out
     page = (tmp_path / "out" / "robustness.md").read_text()
     for text in (f"## {FLIPS}", "| *voxels shuffled* |", "encoder less statistics", "![](conditions.png)"):
@@ -245,7 +237,7 @@ def test_the_command(
 
 @pytest.mark.usefixtures("few")
 def test_the_command_without_a_label(files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run(monkeypatch, f"features={files['voxels']}", f"output={tmp_path}", "device=cpu") == 0
+    assert run(f"features={files['voxels']}", f"output={tmp_path}", "device=cpu") == 0
     page = (tmp_path / "robustness.md").read_text()
     assert "7 lesions; without a label" in page and f"## {MEDIAN_ICC}" in page and FLIPS not in page
 
@@ -258,7 +250,7 @@ def test_a_patient_on_both_sides_is_refused(
     sides = table.lesions.assign(side=["train", "test"] * 3 + ["train"])[["lesion_id", "side"]]
     sides.to_csv(tmp_path / "sides.csv", index=False)
     arguments = ("label=label", f"labels={tmp_path / 'sides.csv'}", "split=side", f"output={tmp_path / 'out'}")
-    message = run(monkeypatch, f"features={files['voxels']}", *arguments, "device=cpu")
+    message = run(f"features={files['voxels']}", *arguments, "device=cpu")
     assert "patients are on more than one side of the split" in str(message)
 
 
@@ -266,7 +258,7 @@ def test_a_patient_on_both_sides_is_refused(
 def test_the_page_needs_no_display_and_draws_every_condition(
     files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawn: list[Figure]
 ) -> None:
-    assert run(monkeypatch, f"features={files['encoder']}", f"output={tmp_path}", "device=cpu") == 0
+    assert run(f"features={files['encoder']}", f"output={tmp_path}", "device=cpu") == 0
     chart, sheet = drawn
     assert [axes.get_title("left") for axes in chart.axes] == [MEDIAN_ICC] * 2
     shown = {text.get_text() for axes in sheet.axes for text in axes.texts}

@@ -104,7 +104,7 @@ def test_a_run_its_checkpoint_and_its_export(
     with caplog.at_level(logging.INFO, "fmcib_ssl"):
         pretrain(tiny_settings(phantom_table, run, *options))
     assert "done       1 steps, loss " in caplog.text
-    assert f"python scripts/embed.py checkpoint={run} store={store} output={run / 'features.parquet'}" in caplog.text
+    assert f"fmcib-ssl embed checkpoint={run} store={store} output={run / 'features.parquet'}" in caplog.text
     (tmp_path / "unfinished").mkdir()
     for name in ("checkpoints", "run.json"):
         (tmp_path / "unfinished" / name).symlink_to(run / name)

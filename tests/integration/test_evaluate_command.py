@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from fmcib_ssl.command import evaluate as command
 from fmcib_ssl.evaluation.feature_table import FeatureTable
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "evaluate.py"
@@ -27,15 +27,9 @@ class Done(NamedTuple):
 
 def evaluate(capsys: pytest.CaptureFixture[str], *arguments: object) -> Done:
     """The command in this process; what ends it is its return code, or its message."""
-    spec = importlib.util.spec_from_file_location("evaluate_command", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # for the annotations of its class
-    spec.loader.exec_module(module)
     code: object = 0
     try:
-        module.main([str(argument) for argument in arguments])
+        command.main([str(argument) for argument in arguments])
     except SystemExit as ended:
         code = ended.code
     out, err = capsys.readouterr()

@@ -65,7 +65,7 @@ def test_the_layer_is_found(what: str, phantom_table: Path, tmp_path: Path) -> N
     message, printed = str(caught.value), replayed(tmp_path)
     rows = list(csv.DictReader((tmp_path / "faults" / "step-00000001" / "lesions.csv").open()))
     assert rows[1]["title"] in message and "step 1 is not finite" in message
-    assert "on_non_finite=skip" in message and "scripts/replay.py" in message
+    assert "on_non_finite=skip" in message and "fmcib-ssl replay" in message
     if what == "view":
         assert [row["views_are_finite"] for row in rows] == ["True", "False"]
         assert "views are not finite themselves" in message

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -16,6 +15,7 @@ from tiny_trainer import on_two_ranks, tiny_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from fmcib_ssl.command import replay as command
 from fmcib_ssl.models.export import read_archive
 from fmcib_ssl.training import non_finite
 from fmcib_ssl.training.non_finite import NonFiniteGuard, TrainingFaultError
@@ -243,18 +243,7 @@ def test_both_ranks_leave_out_what_one_has_met(mode: str, tmp_path: Path) -> Non
         assert "step 2 is not finite on rank" in text and "row 10, whose views are not finite" in text
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("replay", Path(__file__).parents[2] / "scripts" / "replay.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_gradient_is_followed_to_its_function(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gradient_is_followed_to_its_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finite, with a gradient that is not: the slope of a root at 0 is infinite, and the product gives 0 times that."""
 
     class Root(Small):
@@ -263,13 +252,13 @@ def test_a_gradient_is_followed_to_its_function(
 
     with pytest.raises(TrainingFaultError):
         fit(tmp_path, {2: "loss"}, stop_after=1)
-    monkeypatch.setattr(script, "build", lambda *_: Root())
+    monkeypatch.setattr(command, "build", lambda *_: Root())
     with pytest.warns(UserWarning, match="Error detected in MulBackward0"):
-        text = "\n".join(script.replay(tmp_path))
+        text = "\n".join(command.replay(tmp_path))
     assert "the loss is 0; going back, Function 'MulBackward0' returned nan" in text
 
 
-def test_a_foreign_run_folder_runs_nothing(script: ModuleType, tmp_path: Path) -> None:
+def test_a_foreign_run_folder_runs_nothing(tmp_path: Path) -> None:
     with pytest.raises(TrainingFaultError):
         fit(tmp_path, {2: "view"}, stop_after=1)
     config, canary = tmp_path / "config.yaml", tmp_path / "canary"
@@ -280,11 +269,11 @@ def test_a_foreign_run_folder_runs_nothing(script: ModuleType, tmp_path: Path) -
     ):
         config.write_text(yaml.safe_dump({"encoder": encoder}))
         with pytest.raises(ValueError, match=message):
-            list(script.replay(tmp_path))
+            list(command.replay(tmp_path))
     for text in ("[1", "- 1\n- 2"):
         config.write_text(text)
         with pytest.raises(ValueError, match="config"):
-            list(script.replay(tmp_path))
+            list(command.replay(tmp_path))
     with pytest.raises(ValueError, match="nothing to replay"):
-        list(script.replay(tmp_path, 77))
+        list(command.replay(tmp_path, 77))
     assert not canary.exists()
