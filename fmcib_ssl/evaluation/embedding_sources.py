@@ -218,9 +218,7 @@ def rebuilt_encoder(about: Mapping[str, Any], trusted_targets: Collection[str] =
         return random_encoder(about["encoder"], preprocessing, about["seed"], trusted_targets=trusted_targets)
     if kind in (makers := {"hu_statistics": statistics_encoder, "raw_voxels": raw_voxels}):
         return makers[kind](preprocessing)
-    raise FeatureTableError(
-        f"{about.get('name')!r} was not made by an encoder: give tables that fmcib-ssl embed wrote"
-    )
+    raise FeatureTableError(f"{about.get('name')!r} was not made by an encoder: give tables that fmcib-ssl embed wrote")
 
 
 class _HuStatistics(nn.Module):
