@@ -13,7 +13,7 @@ from fmcib_ssl.evaluation.labels import EvaluationError, column_text, given_spli
 from fmcib_ssl.evaluation.tasks import Task, join_further_labels, join_task, load_task, protocol_of, read_task
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = {path.stem: path for folder in ("scripts/tasks", "configs/task") for path in (ROOT / folder).glob("*.yaml")}
+FILES = {path.stem: path for path in (ROOT / "configs" / "task").glob("*.yaml")}
 #: Where the data at hand has tables: the tasks' folder of tables, by name.
 AT_HAND = {
     **dict.fromkeys(("lidc_texture", "lidc_margin", "lidc_spiculation", "lidc_malignancy"), "."),
