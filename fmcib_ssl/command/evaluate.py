@@ -115,7 +115,8 @@ def run(command: Evaluate) -> None:
             f"data leakage: results would be optimistic. Fix the split, or accept it with "
             f"allow_leakage={','.join(refused)}"
         )
-    apart, probes = without_shared_patients(protocol), command.probe or [LINEAR_PROBE[protocol.labels.kind]]
+    apart = without_shared_patients(protocol)
+    probes: list[str] = [*(command.probe or [LINEAR_PROBE[protocol.labels.kind]])]
     protocols = [protocol, *([apart] if apart else [])]
     if command.patients is not None:
         from fmcib_ssl.evaluation import by_patient  # noqa: PLC0415

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
@@ -63,13 +63,13 @@ def run(command: Suite) -> None:
     tasks = {Path(name).stem: evaluation.load_task(name, config_dir() / "task") for name in command.tasks}
     if command.patients is not None:
         tasks = {name: task.model_copy(update={"patients": command.patients}) for name, task in tasks.items()}
-    options = {"seed": command.seed, "trusted_targets": command.trusted_targets}
+    options: dict[str, Any] = {"seed": command.seed, "trusted_targets": command.trusted_targets}
     suite = evaluation.Suite(
         models=evaluation.contenders(files, baselines, networks, **options),
         tasks=tasks,
         images=command.images or command.tables,
-        **{key: getattr(command, key) for key in ("tables", "output", "robustness", "num_bootstrap")},
-        **{key: getattr(command, key) for key in ("num_workers", "device")},
+        **{key: getattr(command, key) for key in ("tables", "output", "robustness", "num_bootstrap", "num_workers")},
+        device=command.device,
         **options,
     )
     results, ranking = evaluation.run_suite(suite)
