@@ -10,6 +10,7 @@ import ast
 import base64
 import html
 import io
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -24,6 +25,7 @@ REPO = Path(__file__).resolve().parents[2]
 PACKAGE = REPO / "fmcib_ssl"
 #: Files outside docs/ that are pages of the site.
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+PAGES |= {f"examples/{file.name}": f"examples/{file.stem}.md" for file in (REPO / "examples").glob("*.ipynb")}
 ROOMS = {
     "api": "What a notebook calls, and `fmcib_ssl` offers itself",
     "data": "From a table and scans to batches of patches",
@@ -36,12 +38,17 @@ ROOMS = {
 }
 _LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?!https?:|mailto:|#)(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
 _CODE = re.compile(r"(^```.*?^```[ ]*$|^    [^\n]*$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"(^```.*?^```[ ]*$)", re.MULTILINE | re.DOTALL)
+#: What GitHub takes for a list's text and code, of which mkdocs wants four spaces a level.
+_INDENT = re.compile(r"^(?: {2,3}| {6,7})(?=\S)", re.MULTILINE)
+_ITEM = re.compile(r"^( {4}\S.*)\n(?=\d+\. )", re.MULTILINE)
 _FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+?)\$", re.DOTALL)
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that are made of something else."""
-    pages = {page: (REPO / source).read_text(encoding="utf-8") for source, page in PAGES.items()}
+    texts = {source: (REPO / source).read_text(encoding="utf-8") for source in PAGES}
+    pages = {PAGES[source]: notebook(text) if source.endswith(".ipynb") else text for source, text in texts.items()}
     pages |= api_pages()
     for uri, content in pages.items():
         files.append(File.generated(config, uri, content=content))
@@ -63,9 +70,18 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
         repository = (config.repo_url or "").rstrip("/")
         return f"[{match['text']}]({repository}/blob/main/{target})" if repository else match["text"]
 
-    pieces = _CODE.split(markdown)
+    fences = _FENCE.split(markdown)
+    fences[::2] = [_INDENT.sub(lambda space: "    " if len(space[0]) < 4 else "        ", text) for text in fences[::2]]
+    fences[::2] = [_ITEM.sub(r"\1\n\n", text) for text in fences[::2]]
+    pieces = _CODE.split("".join(fences))
     pieces[::2] = [_FORMULA.sub(formula, _LINK.sub(link, piece)) for piece in pieces[::2]]
     return "".join(pieces)
+
+
+def notebook(text: str) -> str:
+    """A notebook as Markdown, its code in blocks."""
+    cells = [("".join(cell["source"]), cell["cell_type"]) for cell in json.loads(text)["cells"]]
+    return "\n\n".join(source if kind == "markdown" else f"```python\n{source}\n```" for source, kind in cells)
 
 
 def formula(match: re.Match[str]) -> str:

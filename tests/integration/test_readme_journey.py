@@ -1,4 +1,4 @@
-"""The README's way from a table of one's own to a report, its commands as they stand there."""
+"""The way of docs/start.md from a table of one's own to a report, its commands as they stand there."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ from tiny_runs import REPO
 
 from fmcib_ssl.data.phantom import make_archive
 
-#: What a machine without a GPU, and a test, need otherwise than the README's reader.
+#: What a machine without a GPU, and a test, need otherwise than the page's reader.
 FOR_A_TEST = ["data.patch_size=[16,16,16]", "data.batch_size=4", "encoder.widths=[4,4,8,8]", "trainer.max_epochs=3"]
 INTERRUPTED_AFTER = 2
 
 
 def blocks(heading: str) -> list[str]:
-    """The indented blocks of code below a heading of the README."""
-    section = re.split(r"\n## ", (REPO / "README.md").read_text().partition(f"\n## {heading}\n")[2])[0]
+    """The indented blocks of code below a heading of the page."""
+    section = re.split(r"\n## ", (REPO / "docs" / "start.md").read_text().partition(f"\n## {heading}\n")[2])[0]
     found = re.findall(r"(?:^       .*\n)+", section, flags=re.MULTILINE)
     return ["".join(line[7:] + "\n" for line in block.splitlines()) for block in found]
 
 
 def run(line: str, folder: Path, *more: str, steps: tuple[Path, int] | None = None) -> str:
-    """One of the README's commands in a folder; with `steps` interrupted once a run has logged so many."""
-    script, *options = shlex.split(line, comments=True)[1:]
+    """One of the page's commands in a folder; with `steps` interrupted once a run has logged so many."""
+    words = shlex.split(line, comments=True)[1:]
     process = subprocess.Popen(
-        [sys.executable, str(REPO / script), *options, *more], cwd=folder, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "fmcib_ssl", *words, *more], cwd=folder, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)},
     )  # fmt: skip
     if steps is not None:
         pattern, number = steps
@@ -49,7 +50,7 @@ def run(line: str, folder: Path, *more: str, steps: tuple[Path, int] | None = No
 @pytest.mark.slow
 def test_from_a_table_to_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table, commands, python, questions = blocks("Your own scans")
-    lines = [line for line in (commands + questions).splitlines() if line.startswith("python ")]
+    lines = [line for line in (commands + questions).splitlines() if line.startswith("fmcib-ssl ")]
     check, prepare, train, _four_gpus, embed, evaluate, report = lines
 
     archive = make_archive(tmp_path, num_scans=12, progress=False)
@@ -62,7 +63,7 @@ def test_from_a_table_to_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "<img" in (tmp_path / "checked" / "contact_sheet.html").read_text()
     run(prepare, tmp_path)
 
-    # Without a GPU, as the README says; interrupted, and the same command given again.
+    # Without a GPU, as the page says; interrupted, and the same command given again.
     train = train.replace("ct_ntxent_mined", "ct_cpu").replace("hardware=gpu", "hardware=cpu")
     runs = Path("runs") / "*" / "*"
     output = run(train, tmp_path, *FOR_A_TEST, steps=(runs, INTERRUPTED_AFTER))
