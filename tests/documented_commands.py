@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fmcib_ssl.command import VERBS
-
 from fmcib_ssl.io import config_dir, parse_command
 from fmcib_ssl.training import check_command_line
 
