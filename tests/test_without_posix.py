@@ -17,7 +17,9 @@ REPO = Path(__file__).resolve().parents[1]
 PREAMBLE = """
 import os, pkgutil, signal, sys
 import blosc2, lightning, matplotlib.pyplot, pandas, pyarrow.parquet, SimpleITK, sklearn.linear_model, torch, yaml
-import hydra, multiprocessing.resource_tracker, torch.utils.data, torch.distributed
+import hydra, multiprocessing.resource_tracker, torch.utils.data, torch.distributed, types
+from lightning.pytorch.trainer.connectors import signal_connector
+signal_connector.signal = types.SimpleNamespace(**vars(signal))  # Lightning asks the platform, which stays this one
 for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "alarm", "pthread_sigmask", "SIG_BLOCK", "SIG_UNBLOCK"):
     delattr(signal, name)
 for name in ("sched_getaffinity", "sysconf", "fork"):
