@@ -93,8 +93,14 @@ def test_compiled(phantom_table: Path, tmp_path: Path) -> None:
     for switch in ("false", "true"):
         run, output = tmp_path / switch, tmp_path / f"{switch}.out"
         switches = [f"hardware.{name}={switch}" for name in ("compile", "gradient_checkpointing")]
-        switches += ["hardware.precision=32-true", "hardware.skip_padded_kernels=false", "trainer.max_epochs=1"]
+        # AdamW's first steps go by the sign of a gradient and make much of rounding; LARS's are linear in it.
+        switches += [
+            "hardware.precision=32-true",
+            "hardware.skip_padded_kernels=false",
+            "trainer.max_epochs=1",
+            "optimizer=lars",
+        ]
         assert start([], phantom_table, output, *switches, f"hydra.run.dir={run}").wait(500) == 0, output.read_text()
         assert "uncompiled" not in output.read_text()
         losses.append(metrics_of(run)["train/loss"].tolist())
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
