@@ -116,7 +116,7 @@ def run(command: Evaluate) -> None:
             f"allow_leakage={','.join(refused)}"
         )
     apart = without_shared_patients(protocol)
-    probes: list[str] = [*(command.probe or [LINEAR_PROBE[protocol.labels.kind]])]
+    probes: list[str] = [*(command.probe or ())] or [LINEAR_PROBE[protocol.labels.kind]]
     protocols = [protocol, *([apart] if apart else [])]
     if command.patients is not None:
         from fmcib_ssl.evaluation import by_patient  # noqa: PLC0415
