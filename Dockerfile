@@ -34,6 +34,7 @@ ENV PIP_CONFIG_FILE=/run/secrets/pip_conf
 WORKDIR /build
 COPY pyproject.toml README.md LICENSE ./
 COPY fmcib_ssl fmcib_ssl
+COPY configs configs
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip_conf \
     pip wheel --no-deps --wheel-dir /wheels .
 
@@ -50,7 +51,6 @@ RUN --mount=type=bind,from=wheel,source=/wheels,target=/mnt \
     pip install --no-deps --no-index --no-cache-dir /mnt/*.whl
 # Readable for any UID, whatever the umask of the checkout was.
 COPY --chmod=755 train.py /opt/fmcib_ssl/
-COPY --chmod=755 configs /opt/fmcib_ssl/configs
 COPY --chmod=755 scripts /opt/fmcib_ssl/scripts
 # The commit that the image was made from. Last, because it changes most often.
 ARG REVISION=""

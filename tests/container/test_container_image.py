@@ -60,7 +60,7 @@ def test_nothing_that_does_not_belong_there_is_in_any_layer(engine: DockerEngine
 def test_only_what_runs_is_copied(engine: DockerEngine, image: str) -> None:
     found = engine.docker("run", "--rm", "--entrypoint=find", image, "/opt/fmcib_ssl", "-maxdepth", "2").stdout.split()
     tops = {path.removeprefix("/opt/fmcib_ssl/").split("/")[0] for path in found if path != "/opt/fmcib_ssl"}
-    assert tops == {"train.py", "configs", "scripts"}
+    assert tops == {"train.py", "scripts"}
     assert not [path for path in found if path.endswith(("/docker", "/apptainer", "/__pycache__"))]
 
 
