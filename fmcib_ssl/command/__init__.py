@@ -26,6 +26,7 @@ VERBS = {
     "split": "a column with the side of a split, or the fold, of each lesion",
     "prepare": "scans into a store, from which patches are read in a millisecond",
     "train": "pretrain an encoder, or fine-tune one",
+    "runs": "list run folders, or compare two: settings that differ, curves in one picture",
     "replay": "find the layer at which a step of a run became NaN or infinite",
     "import-encoder": "published weights into an encoder file",
     "export-encoder": "an encoder as ONNX, torch.export, MONAI bundle, Hugging Face folder",

@@ -22,6 +22,7 @@ from .feature_table import ID_COLUMN as ID_COLUMN
 from .feature_table import FeatureTable as FeatureTable
 from .figures import ContactRow as ContactRow
 from .figures import SheetLesion as SheetLesion
+from .figures import compare_curves as compare_curves
 from .figures import contact_sheet as contact_sheet
 from .figures import training_curves as training_curves
 from .hu_statistics import hu_statistics as hu_statistics

@@ -6,7 +6,7 @@ On sheets the patient's right is on the left, the head is up. Figures are made w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,6 +130,40 @@ def training_curves(metrics_csv: Path | str, path: Path | str) -> Path:
         if len(filled & columns.keys()) > 1:
             axes.legend(frameon=False, fontsize=7.5, labelcolor=INK)
     return save_chart(figure, path)
+
+
+def compare_curves(runs: Mapping[str, Path], path: Path | str) -> Path:
+    """Draw the running means of several runs, a panel a figure that at least one of them has.
+
+    Args:
+        runs: their `metrics.csv` by the name in the legend.
+        path: NAME.png.
+
+    Raises:
+        FileNotFoundError: a run has no metrics.
+        ValueError: there is nothing to draw.
+    """
+    tables, palette = {name: read_metrics(file) for name, file in runs.items()}, Palette()
+    panels = [
+        (label if title == unit else f"{title}: {label}", unit, column)
+        for title, unit, columns in _PANELS
+        for column, label in columns.items()
+        if any(column in table and table[column].notna().any() for table in tables.values())
+    ]
+    if not panels:
+        raise ValueError(f"{', '.join(map(str, runs.values()))}: no numbers to draw")
+    figure, all_axes = panels_of(len(panels), 3, (3.7, 2.6))
+    for number, (axes, (title, unit, column)) in enumerate(zip(all_axes, panels, strict=True)):
+        for name, table in tables.items():
+            series = (
+                table.dropna(subset=[column]).groupby("step")[column].mean()
+                if column in table
+                else pd.Series(dtype=float)
+            )
+            smooth = series.rolling(max(1, len(series) // 20), min_periods=1, center=True).mean()
+            axes.plot(smooth.index, smooth, color=palette[name][0], lw=1.6, label=name if number == 0 else None)
+        tidy(axes, title, "step", unit)
+    return save_chart(figure, path, legend_columns=1)
 
 
 def tidy(axes: Axes, title: str, x_label: str, y_label: str) -> None:

@@ -36,7 +36,10 @@ from .online_probe import OnlineProbe as OnlineProbe
 from .run_folder import ANEW as ANEW
 from .run_folder import RunFolder as RunFolder
 from .run_folder import RunFolderError as RunFolderError
+from .run_folder import flat_settings as flat_settings
 from .run_folder import num_saved as num_saved
+from .run_folder import read_state as read_state
+from .run_folder import saved_settings as saved_settings
 from .settings import ConfigError as ConfigError
 from .settings import FineTune as FineTune
 from .settings import Settings as Settings

@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import re
+import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from lightning.pytorch.loggers.logger import Logger
 from PIL import Image
 
 from fmcib_ssl.io import HIDDEN, write_atomically
-from fmcib_ssl.training.run_folder import RunFolder, RunFolderError
+from fmcib_ssl.training.run_folder import RunFolder, RunFolderError, flat_settings
 
 logger = logging.getLogger(__name__)
 
@@ -215,7 +216,100 @@ class TensorBoard(RunLogger):
         self._writer.close()
 
 
-class WeightsAndBiases(RunLogger):
+class _Server(RunLogger):
+    """What sends to a service; whatever goes wrong there, training is worth more."""
+
+    service: str
+    _run: Any = None  # none before the start, and when tracking has failed and was given up
+
+    @contextmanager
+    def _never_fatal(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._run = None
+            logger.warning(
+                "%s stopped working (%s: %s); training goes on, metrics.csv has everything, and the next start "
+                "sends it", self.service, type(error).__name__, error,
+            )  # fmt: skip
+
+    def _send_again(self, folder: RunFolder, first: int, step: int) -> None:
+        """The rows of `metrics.csv` before a step, from the first that the service lacks."""
+        for row in read_metrics(folder.path / "metrics.csv"):
+            if first <= (earlier := int(row.pop("step"))) < step:
+                self.log_metrics({key: float(value) for key, value in row.items() if value}, earlier)
+
+
+class MLflow(_Server):
+    """A run on an MLflow server, or in a folder or database of its own, with one run for all starts.
+
+    Args:
+        tracking_uri: of the server, such as `http://host:5000`, or `sqlite:///FILE`.
+        experiment: that the run belongs to; made if there is none.
+        name: of the run.
+    """
+
+    service = "MLflow"
+
+    def __init__(self, tracking_uri: str, experiment: str, name: str) -> None:
+        super().__init__()
+        self._uri, self._experiment, self._run_name = tracking_uri, experiment, name
+        self._client: Any = None
+        self._rows: list[Any] = []
+        self._first_step = 0  # that the server lacks
+
+    def resume_from(self, folder: RunFolder, step: int, record: Mapping[str, Any]) -> None:
+        """Find the run of this id or create it, and send the rows of `metrics.csv` that it lacks."""
+        with self._never_fatal():
+            from mlflow import MlflowClient  # noqa: PLC0415  (an extra)
+            from mlflow.entities import Param  # noqa: PLC0415
+
+            self._client = MlflowClient(self._uri)
+            known = self._client.get_experiment_by_name(self._experiment)
+            experiment = known.experiment_id if known else self._client.create_experiment(self._experiment)
+            runs = self._client.search_runs([experiment], f"tags.run_id = '{folder.run_id}'")
+            tags = {"run_id": folder.run_id}
+            run = runs[0] if runs else self._client.create_run(experiment, tags=tags, run_name=self._run_name)
+            self._run = run.info.run_id
+            if not runs:
+                values = [Param(name, str(value)) for name, value in flat_settings(record).items()]
+                for begin in range(0, len(values), 100):  # as many as a request may hold
+                    self._client.log_batch(self._run, params=values[begin : begin + 100])
+            self._client.set_terminated(self._run, "RUNNING")
+            steps = [m.step for name in run.data.metrics for m in self._client.get_metric_history(self._run, name)]
+            self._first_step = max(steps, default=-1) + 1
+            self._send_again(folder, self._first_step, step)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Keep a row until it is sent; a step that the server has is not sent twice."""
+        if self._run is not None and (step is None or step >= self._first_step):
+            from mlflow.entities import Metric  # noqa: PLC0415
+
+            now = round(1000 * time.time())
+            self._rows += [Metric(name, float(value), now, step or 0) for name, value in metrics.items()]
+
+    def save(self) -> None:
+        """Send the rows that were kept."""
+        with self._never_fatal():
+            for begin in range(0, len(self._rows) if self._run else 0, 1000):  # as many as a request may hold
+                self._client.log_batch(self._run, metrics=self._rows[begin : begin + 1000])
+        self._rows = []
+
+    def show(self, name: str, picture: Path) -> None:
+        """Put a picture among the run's artifacts."""
+        with self._never_fatal():
+            if self._run is not None:
+                self._client.log_artifact(self._run, str(picture))
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Send what is left, and close the run; the next start opens it again."""
+        self.save()
+        with self._never_fatal():
+            if self._run is not None:
+                self._client.set_terminated(self._run, "FAILED" if exit_code else "FINISHED")
+
+
+class WeightsAndBiases(_Server):
     """A page on Weights & Biases with one run id for all starts; falls back to offline, never stops the training.
 
     The page is brought into line with `metrics.csv` at every start: what the server lacks is sent, and a step that it
@@ -231,6 +325,8 @@ class WeightsAndBiases(RunLogger):
         timeout_s: how long the server may take to answer at the start, and for what is left to send at the end.
     """
 
+    service = "Weights & Biases"
+
     def __init__(
         self,
         project: str,
@@ -245,7 +341,6 @@ class WeightsAndBiases(RunLogger):
         self._arguments = {"project": project, "name": name, "dir": str(save_dir), "entity": entity}
         self._offline = offline
         self._timeout_s = timeout_s
-        self._run: Any = None  # none before the start, and when tracking has failed and was given up
 
     def resume_from(self, folder: RunFolder, step: int, record: Mapping[str, Any]) -> None:
         """Open the run of this id, and send the rows of `metrics.csv` that its page lacks: offline all of them."""
@@ -253,9 +348,7 @@ class WeightsAndBiases(RunLogger):
             self._run = self._open(folder.run_id)
             self._run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
             self._run.config.update(dict(record), allow_val_change=True)
-            for row in read_metrics(folder.path / "metrics.csv"):
-                if (earlier := int(row.pop("step"))) < step:
-                    self.log_metrics({key: float(value) for key, value in row.items() if value}, earlier)
+            self._send_again(folder, 0, step)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log under the run's own step, so that the server can tell what it has already."""
@@ -286,17 +379,6 @@ class WeightsAndBiases(RunLogger):
                 )  # fmt: skip
         if offline:
             logger.info("tracked offline; to upload it: wandb sync %s", folder)
-
-    @contextmanager
-    def _never_fatal(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # whatever goes wrong there, training is worth more
-            self._run = None
-            logger.warning(
-                "Weights & Biases stopped working (%s: %s); training goes on, metrics.csv has everything, and the next "
-                "start sends it", type(error).__name__, error,
-            )  # fmt: skip
 
     def _open(self, run_id: str) -> Any:
         import wandb  # noqa: PLC0415

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fmcib_ssl.training.loggers import MetricsFile, TensorBoard, WeightsAndBiases
+from fmcib_ssl.training.loggers import MetricsFile, MLflow, TensorBoard, WeightsAndBiases
 
 
 def resume(logger: Any, folder: Path, step: int) -> Any:
@@ -162,3 +162,30 @@ def test_no_failure_of_tracking_reaches_the_training(
     log(tracker, range(3))
     tracker.finish()
     assert caplog.text.count("stopped working") == 1 and "metrics.csv has everything" in caplog.text
+
+
+def test_mlflow_has_one_run_and_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start that resumes, then one that loses the server; read back by MLflow's own client."""
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.chdir(tmp_path)
+    uri, metrics = f"sqlite:///{tmp_path}/mlflow.db", MetricsFile(tmp_path / "metrics.csv")
+    log(metrics, range(4))
+    for step in (0, 4):
+        tracker = resume(MLflow(uri, "lesions", "mine"), tmp_path, step)
+        log(tracker, range(step, step + 6))
+        tracker.finish()
+    client = mlflow.MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("lesions").experiment_id])
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert [(m.step, m.value) for m in sorted(history, key=lambda m: m.step)] == [(k, k / 7) for k in range(10)]
+    assert run.data.params == {"seed": "3", "environment.git.commit": "c0ffee"}
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "mine")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("gone")
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", fail)
+    broken = resume(MLflow(uri, "lesions", "mine"), tmp_path, 0)
+    log(broken, range(10, 12))
+    broken.finish()
