@@ -244,7 +244,7 @@ class MLflow(_Server):
     """A run on an MLflow server, or in a folder or database of its own, with one run for all starts.
 
     Args:
-        tracking_uri: of the server, such as `http://host:5000`, or `sqlite:///FILE`.
+        tracking_uri: of the server, such as `http://host:5000`, or `sqlite:///FILE.db`; pictures go to `FILE` then.
         experiment: that the run belongs to; made if there is none.
         name: of the run.
     """
@@ -266,7 +266,10 @@ class MLflow(_Server):
 
             self._client = MlflowClient(self._uri)
             known = self._client.get_experiment_by_name(self._experiment)
-            experiment = known.experiment_id if known else self._client.create_experiment(self._experiment)
+            # A server has a place for pictures; of a database they are beside it, not in the working directory.
+            database = self._uri.removeprefix("sqlite:///")
+            beside = None if database == self._uri else Path(database).resolve().with_suffix("").as_uri()
+            experiment = known.experiment_id if known else self._client.create_experiment(self._experiment, beside)
             runs = self._client.search_runs([experiment], f"tags.run_id = '{folder.run_id}'")
             tags = {"run_id": folder.run_id}
             run = runs[0] if runs else self._client.create_run(experiment, tags=tags, run_name=self._run_name)

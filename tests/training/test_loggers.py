@@ -181,6 +181,7 @@ def test_mlflow_has_one_run_and_each_step_once(tmp_path: Path, monkeypatch: pyte
     assert [(m.step, m.value) for m in sorted(history, key=lambda m: m.step)] == [(k, k / 7) for k in range(10)]
     assert run.data.params == {"seed": "3", "environment.git.commit": "c0ffee"}
     assert (run.info.status, run.info.run_name) == ("FINISHED", "mine")
+    assert run.info.artifact_uri.startswith((tmp_path / "mlflow").as_uri())
 
     def fail(*_: object, **__: object) -> None:
         raise OSError("gone")
