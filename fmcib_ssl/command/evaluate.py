@@ -96,7 +96,7 @@ def run(command: Evaluate) -> None:
         name: FeatureTable.side_by_side([FeatureTable.read(file) for file in files])
         for name, files in command.feature_files().items()
     }
-    protocol, lesions, published, notes = protocol_of(command, tables)
+    protocol, lesions, published, notes = read_protocol(command, tables)
     print(*(f"note      {note}" for note in notes), sep="\n")
     make = None
     if command.baselines:
@@ -153,19 +153,9 @@ def run(command: Evaluate) -> None:
     print(f"\nresults   {command.output / 'results.json'}\nscores    {command.output / 'predictions.parquet'}")
 
 
-def protocol_of(command: Labelled, tables: dict[str, FeatureTable]) -> tuple[Any, ...]:
+def read_protocol(command: Labelled, tables: dict[str, FeatureTable]) -> tuple[Any, ...]:
     """Who is labelled how, trained on and tested; the rows of the lesions, the published task, and notes on them."""
-    import numpy as np  # noqa: PLC0415
-
-    from fmcib_ssl.evaluation import (  # noqa: PLC0415
-        Kind,
-        Protocol,
-        Readers,
-        join_task,
-        load_task,
-        read_ratings,
-    )
-    from fmcib_ssl.evaluation import labels as of  # noqa: PLC0415
+    from fmcib_ssl.evaluation import Kind, Task, join_labels, join_task, load_task, protocol_of  # noqa: PLC0415
 
     shared = set.intersection(*(set(table.lesions["lesion_id"]) for table in tables.values()))
     lesions = next(iter(tables.values())).lesions
@@ -173,42 +163,22 @@ def protocol_of(command: Labelled, tables: dict[str, FeatureTable]) -> tuple[Any
     notes, published = [], None
     if lost := max(map(len, tables.values())) - len(lesions):
         notes.append(f"{lost} lesions are not in every table of features and are skipped")
-    kind, split, group = command.task, command.split, command.group
-    columns: dict[str, Any] = {key: getattr(command, key) for key in ("label", "time", "event")}
-    if kind not in get_args(Kind):
-        published = load_task(kind, config_dir() / "task")
+    options: dict[str, Any] = {key: getattr(command, key) for key in ("threshold", "readers", "folds")}
+    if command.task in get_args(Kind):
+        names = ("label", "time", "event", "split", "group")
+        task = Task(title="", kind=command.task, **{key: getattr(command, key) for key in names}, **options)  # type: ignore[arg-type]
+    else:
+        published = load_task(command.task, config_dir() / "task")
         if command.tables is None:
-            raise ValueError(f"task={kind} needs tables=, the folder with the published tables")
+            raise ValueError(f"task={command.task} needs tables=, the folder with the published tables")
         lesions, more = join_task(published, lesions, command.tables)
         notes += more
-        kind, columns = published.kind, {key: getattr(published, key) for key in columns}
-        split, group = (None if "all" in published.tables else "split"), published.group
+        task = published.model_copy(update={key: value for key, value in options.items() if value is not None})
     if command.labels is not None:
-        lesions, absent = of.join_labels(lesions, command.labels, command.labels_on)
+        lesions, absent = join_labels(lesions, command.labels, command.labels_on)
         notes += [f"{absent} lesions are not in {command.labels}"] if absent else []
-    if command.readers is not None:
-        if command.label is None:
-            raise ValueError("readers= needs label=, the name of the columns without their number")
-        ratings = read_ratings(lesions, command.label)
-        readers = Readers(command.label, ratings, command.readers, command.threshold)
-        labels = readers.labels()
-        notes.append("lesions by target: " + ", ".join(f"{name} {num}" for name, num in readers.counts().items()))
-    else:
-        labels = of.read_labels(lesions, kind, threshold=command.threshold, **columns)  # type: ignore[arg-type]
-    if lost := len(lesions) - len(labels.rows):
-        notes.append(f"{lost} of {len(lesions)} lesions have no label and are skipped")
-    lesions = lesions.iloc[labels.rows].reset_index(drop=True)
-    patients = lesions["lesion_id"].to_numpy(str) if group is None else of.column_text(lesions, group, "group")
-    if split is not None:
-        splits = [of.given_split(of.column_text(lesions, split, "split"))]
-        name = "as published" if published else f"column {split}"
-    else:
-        options = {"num_folds": command.folds, "seed": command.seed, "num_repeats": command.repeats}
-        splits = of.cross_validation(labels.kind, labels.values, patients, **options)
-        name = f"{command.folds} folds by {group or 'lesion'}"
-        name += f", {command.repeats} times" if command.repeats > 1 else ""
-    notes.append(f"{len(lesions)} lesions of {len(np.unique(patients))} patients, {labels.name}, {name}")
-    return Protocol(labels, patients, splits, name, command.seed), lesions, published, notes
+    protocol, lesions, more = protocol_of(task, lesions, seed=command.seed, num_repeats=command.repeats)
+    return protocol, lesions, published, notes + more
 
 
 def show(result: Evaluation) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 from pydantic import Field
 
 from fmcib_ssl.command import run_command
-from fmcib_ssl.command.evaluate import OTHER_NAMES, Labelled, protocol_of
+from fmcib_ssl.command.evaluate import OTHER_NAMES, Labelled, read_protocol
 
 
 class Robustness(Labelled):
@@ -55,7 +55,7 @@ def run(command: Robustness) -> None:
         lesions = lesions[lesions["lesion_id"].isin(shared)]
         notes = [f"{len(lesions)} lesions; without a label features are compared, and no decisions"]
     else:
-        protocol, lesions, _, notes = protocol_of(command, everything)
+        protocol, lesions, _, notes = read_protocol(command, everything)
         if (finding := check_patients(protocol.splits, protocol.patients)).found:
             raise ValueError(finding.message)
     print(*(f"note      {note}" for note in notes), sep="\n")

@@ -33,6 +33,7 @@ from .labels import column_text as column_text
 from .labels import cross_validation as cross_validation
 from .labels import given_split as given_split
 from .labels import grouped_folds as grouped_folds
+from .labels import join_labels as join_labels
 from .labels import read_labels as read_labels
 from .labels import shared_patients as shared_patients
 from .labels import strata as strata
