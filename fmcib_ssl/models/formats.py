@@ -24,8 +24,9 @@ import fmcib_ssl
 from fmcib_ssl.io import sha256_of, write_atomically, write_json
 from fmcib_ssl.types import Preprocessing, UserError
 
-#: Largest difference of a program's features from the encoder's, over the largest feature.
-TOLERANCE = 1e-4
+#: Largest difference of a program's features from the encoder's, over the largest feature: float32 alone makes 1e-4 of
+#: it in a deep network.
+TOLERANCE = 1e-3
 _SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 
 

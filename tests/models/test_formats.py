@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,15 @@ def test_programs_give_the_encoders_features_for_any_batch(name: str, tmp_path: 
             assert expected.abs().max() > 0
             assert torch.allclose(program(patches), expected, atol=1e-6)
         features = session.run(None, {"patches": patches.numpy()})[0]
-        # Deviations of the radial encoder are differences of large squares, which float32 rounds.
-        tolerance = 1e-4 if name == "radial" else 1e-5
-        assert np.abs(features - expected.numpy()).max() <= tolerance * float(expected.abs().max().clamp_min(1))
+        # Deviations of the radial encoder are differences of large squares, which float32 rounds; in a deep network it
+        # rounds as much in torch, whose own error float64 shows.
+        tolerance, truth = (1e-4 if name == "radial" else 1e-5), expected
+        if name == "resnet50_wide":
+            with torch.no_grad():
+                truth = copy.deepcopy(encoder).double()(patches.double())
+        own_error = float((expected - truth).abs().max())
+        largest = max(tolerance * float(expected.abs().max().clamp_min(1)), 3 * own_error)
+        assert np.abs(features - truth.numpy()).max() <= largest
 
 
 def test_a_network_that_cannot_be_exported_is_named(tmp_path: Path) -> None:
