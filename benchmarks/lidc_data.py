@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fmcib_ssl.data import LesionPatches, Store, lidc_crops, prepare_store, read_annotations
-from fmcib_ssl.types import Preprocessing
+from fmcib_ssl.types import Preprocessing, SampleKey
 
 Array = npt.NDArray[Any]
 

@@ -154,7 +154,7 @@ def features(contender: Contender, sarcomas: Sarcomas, train_patients: Array, *,
     """
     L.seed_everything(seed, verbose=False)
     if contender.kind == "random":
-        encoder: nn.Module = build_part("encoder", contender.settings(seed, epochs).encoder)
+        encoder: nn.Module = build_part("encoder", contender.settings(seed, epochs).network)
     else:
         rows = np.flatnonzero(np.isin(sarcomas.patients[sarcomas.rows_of("inside")], train_patients))
         places = training_places(contender.pool, sarcomas, rows, seed)

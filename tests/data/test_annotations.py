@@ -111,7 +111,7 @@ def test_what_spreadsheets_do_to_a_table(archive: Path, separator: str) -> None:
         (b"image_path,coordX,coordY,coordZ,coordX\n", r"duplicate columns: 'coordX'"),
         (b"image_path,coordX,coordY,coordZ\na b,1,2,3\na, b,1,2,3\n", r"row 2 .* has 5 fields, the header has 4"),
         (b"PK\x03\x04\xff\xfe\x00", r"is not a CSV file in UTF-8"),
-        (b"image_path,mask_path\na,b\n", r"lacks the columns 'coordX'.*import_annotations\.py source=masks"),
+        (b"image_path,mask_path\na,b\n", r"lacks the columns 'coordX'.*fmcib-ssl import-annotations source=masks"),
     ],
 )
 def test_tables_that_cannot_be_read(tmp_path: Path, content: bytes, message: str) -> None:

@@ -74,7 +74,7 @@ def test_an_index_that_contradicts_itself_is_refused_when_opened(change: str, st
     with pytest.raises(DamagedStoreError, match=r"its digest differs"):
         LesionPatches(store, (8, 8, 8))
     reseal(store)  # as a program would that knows of digests, or an older store has none
-    with pytest.raises(DamagedStoreError, match=rf"{name}\.parquet is damaged.*{problem}.*prepare\.py again"):
+    with pytest.raises(DamagedStoreError, match=rf"{name}\.parquet is damaged.*{problem}.*fmcib-ssl prepare again"):
         LesionPatches(store, (8, 8, 8))
 
 
