@@ -36,6 +36,9 @@ TASKS = {
 }  # fmt: skip
 
 
+pytestmark = pytest.mark.slow  # test_ranking.py, test_tasks.py and test_patients.py are what it is made of
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Suite:
     """Two lesions a scan in 18 scans, brighter where `bright`; dark lesions are followed by an early death."""

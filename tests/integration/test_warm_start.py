@@ -77,6 +77,7 @@ def test_the_first_step_sees_the_features_of_the_file(
     assert "head starts from random weights" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_not_read_the_weights_again(weights: Path, phantom_table: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(weights.read_bytes())
@@ -89,6 +90,7 @@ def test_a_resumed_run_does_not_read_the_weights_again(weights: Path, phantom_ta
     assert json.loads((run / "run.json").read_text())["started_from"] == record
 
 
+@pytest.mark.slow
 def test_the_head_too_where_a_file_keeps_it(weights: Path, phantom_table: Path, tmp_path: Path) -> None:
     first = run_from(weights, phantom_table, tmp_path / "first", "export.keep_head=true")
     exported, checkpoint = first / "encoder.safetensors", first / "checkpoints" / "last.ckpt"
