@@ -45,9 +45,10 @@ def lines() -> Iterator[str]:
         "",
         "## trainer",
         "",
-        "How long and how carefully to train; any other argument of Lightning's Trainer can be added.",
+        TRAINER,
+        "",
+        *table("trainer.", inner, sections["_Trainer"]["properties"], sections),
     ]
-    yield from ["", *table("trainer.", inner, sections["_Trainer"]["properties"], sections)]
     for group, option in TYPED.items():
         text = (CONFIGS / group / f"{option}.yaml").read_text(encoding="utf-8")
         reference = top[group].get("$ref") or top[group]["anyOf"][0]["$ref"]

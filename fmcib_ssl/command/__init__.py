@@ -9,6 +9,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -68,6 +69,19 @@ def main(words: Sequence[str] | None = None) -> None:
             sys.exit(2)
         with exit_without_teardown():
             importlib.import_module(f"fmcib_ssl.command.{verb.replace('-', '_')}").main(arguments)
+
+
+def weights_file(path: Path) -> Path:
+    """The file of an encoder; of a run's folder that which the run has exported, or else its newest whole checkpoint.
+
+    Raises:
+        UserError: a folder of no run, or of one that has neither.
+    """
+    if not path.is_dir():
+        return path
+    from fmcib_ssl.training import weights_of_run  # noqa: PLC0415  (Lightning, which a file does without)
+
+    return weights_of_run(path)
 
 
 def run_command(

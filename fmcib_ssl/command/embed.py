@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from fmcib_ssl.command import run_command
+from fmcib_ssl.command import run_command, weights_file
 from fmcib_ssl.io import Command, num_cores
 
 if TYPE_CHECKING:
@@ -116,11 +116,7 @@ def encoder_of(command: Embed) -> FrozenEncoder:
 
     file = command.like if command.checkpoint in WITHOUT_WEIGHTS else Path(command.checkpoint)
     assert file is not None
-    if file.is_dir():
-        from fmcib_ssl.training import weights_of_run  # noqa: PLC0415  (Lightning, which a file does without)
-
-        file = weights_of_run(file)
-    encoder = trained_encoder(file, trusted_targets=command.trusted_targets)
+    encoder = trained_encoder(weights_file(file), trusted_targets=command.trusted_targets)
     if command.checkpoint == "raw_voxels":
         return raw_voxels(encoder.preprocessing)
     if command.checkpoint == "hu_statistics":

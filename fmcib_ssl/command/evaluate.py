@@ -155,11 +155,9 @@ def run(command: Evaluate) -> None:
 
 def read_protocol(command: Labelled, tables: dict[str, FeatureTable]) -> tuple[Any, ...]:
     """Who is labelled how, trained on and tested; the rows of the lesions, the published task, and notes on them."""
-    from fmcib_ssl.evaluation import Kind, Task, join_labels, join_task, load_task, protocol_of  # noqa: PLC0415
+    from fmcib_ssl.evaluation import Kind, Task, join_labels, join_task, load_task, protocol_of, shared_lesions  # noqa: PLC0415
 
-    shared = set.intersection(*(set(table.lesions["lesion_id"]) for table in tables.values()))
-    lesions = next(iter(tables.values())).lesions
-    lesions = lesions[lesions["lesion_id"].isin(shared)].reset_index(drop=True)
+    lesions = shared_lesions(tables.values())
     notes, published = [], None
     if lost := max(map(len, tables.values())) - len(lesions):
         notes.append(f"{lost} lesions are not in every table of features and are skipped")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import sys
+import logging
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from fmcib_ssl.io import Command, parse_command, read_json, read_yaml
-from fmcib_ssl.types import UserError
+from fmcib_ssl.command import run_command, weights_file
+from fmcib_ssl.io import Command, read_json, read_yaml
 
 
 class ExportEncoder(Command):
@@ -35,28 +36,20 @@ class ExportEncoder(Command):
     trusted_targets: list[str] = Field([], description="foreign encoders to build, comma-separated")
 
 
-def main(arguments: list[str]) -> None:
+def run(command: ExportEncoder) -> None:
     """Export, print what was written."""
-    command = parse_command(ExportEncoder, arguments)
     if command.push and "huggingface" not in command.formats:
-        sys.exit("error: push= sends the folder of formats=huggingface: add it")
-    try:
-        for line in export(command):
-            print(line, flush=True)
-    except (UserError, OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        raise ValueError("push= sends the folder of formats=huggingface: add it")
+    print(*export(command), sep="\n")
 
 
 def export(command: ExportEncoder) -> list[str]:
     """Write all formats; a line for each."""
     from fmcib_ssl import models  # noqa: PLC0415  # the help is quick
 
-    run, file, about = command.encoder if command.encoder.is_dir() else None, command.encoder, {}
-    if run is not None:
-        from fmcib_ssl.training import weights_of_run  # noqa: PLC0415
-
-        file = weights_of_run(run)
-        about = {"run": read_json(run / "run.json"), "settings": read_yaml(run / "config.yaml")}
+    file, about = weights_file(command.encoder), {}
+    if command.encoder.is_dir():
+        about = {"run": read_json(command.encoder / "run.json"), "settings": read_yaml(command.encoder / "config.yaml")}
     if file.suffix != ".safetensors":
         raise models.EncoderFileError(f"{file} is a checkpoint: finish the run, which writes encoder.safetensors")
     encoder: Any = models.load_encoder(file, trusted_targets=command.trusted_targets)
@@ -96,3 +89,6 @@ def push(folder: Path, repository: str, *, public: bool = False) -> str:
         return str(hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Encoder and model card"))
     except HfHubHTTPError as error:
         raise ValueError(f"push={repository}: the hub refused: {error}. Is there a token (hf auth login)?") from error
+
+
+main = partial(run_command, ExportEncoder, run, interrupted="stopped", level=logging.WARNING)

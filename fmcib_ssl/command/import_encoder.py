@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+import logging
+from functools import partial
 from pathlib import Path
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from fmcib_ssl.io import Command, parse_command
-from fmcib_ssl.types import UserError
+from fmcib_ssl.command import run_command
+from fmcib_ssl.io import Command
 
 
 class ImportEncoder(Command):
@@ -35,21 +36,17 @@ class ImportEncoder(Command):
     licence: str | None = Field(None, description="of the weights, to be recorded; null: that of the published code")
 
 
-def main(arguments: list[str]) -> None:
+def run(command: ImportEncoder) -> None:
     """Import, print what was found."""
-    command = parse_command(ImportEncoder, arguments)
     from fmcib_ssl.models import import_encoder  # noqa: PLC0415  # the help is quick
     from fmcib_ssl.training import encoder_spec  # noqa: PLC0415
 
-    try:
-        spec = None if command.encoder is None else encoder_spec(command.encoder)
-        result = import_encoder(
-            command.file, command.output, command.source, encoder=spec, patch_size_zyx=command.patch_size,
-            spacing_mm=command.spacing_mm, hu_window=command.hu_window, prefix=command.prefix,
-            left_out=command.left_out, licence=command.licence,
-        )  # fmt: skip
-    except (UserError, OSError, ValueError, TypeError) as error:
-        sys.exit(f"error: {error}")
+    spec = None if command.encoder is None else encoder_spec(command.encoder)
+    result = import_encoder(
+        command.file, command.output, command.source, encoder=spec, patch_size_zyx=command.patch_size,
+        spacing_mm=command.spacing_mm, hu_window=command.hu_window, prefix=command.prefix,
+        left_out=command.left_out, licence=command.licence,
+    )  # fmt: skip
     cut, beside = result.preprocessing, sorted({key.split(".")[0] for key in result.left_out})
     rows = {
         "encoder": f"{command.output}, {result.feature_dim} features",
@@ -60,3 +57,9 @@ def main(arguments: list[str]) -> None:
         "licence": result.licence or "not known: look where the weights were published, and give licence=",
     }
     print("\n".join(f"{name:<9} {text}" for name, text in rows.items()))
+
+
+main = partial(
+    run_command, ImportEncoder, run,
+    errors=(OSError, ValueError, TypeError), interrupted="stopped; nothing was written", level=logging.WARNING,
+)  # fmt: skip

@@ -33,6 +33,7 @@ def run(command: Robustness) -> None:
         check_patients,
         embed_conditions,
         measure_robustness,
+        shared_lesions,
         write_robustness,
     )
     from fmcib_ssl.training import environment  # noqa: PLC0415
@@ -50,9 +51,7 @@ def run(command: Robustness) -> None:
     }
     protocol = None
     if command.label is None and command.time is None and command.tables is None:
-        shared = set.intersection(*(set(table.lesions["lesion_id"]) for table in everything.values()))
-        lesions = next(iter(everything.values())).lesions
-        lesions = lesions[lesions["lesion_id"].isin(shared)]
+        lesions = shared_lesions(everything.values())
         notes = [f"{len(lesions)} lesions; without a label features are compared, and no decisions"]
     else:
         protocol, lesions, _, notes = read_protocol(command, everything)

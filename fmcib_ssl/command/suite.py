@@ -11,10 +11,9 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from fmcib_ssl.command import run_command
+from fmcib_ssl.command import run_command, weights_file
+from fmcib_ssl.command.embed import WITHOUT_WEIGHTS
 from fmcib_ssl.io import Command, config_dir
-
-BASELINES = ("random", "hu_statistics", "raw_voxels")
 
 
 class Suite(Command):
@@ -27,7 +26,7 @@ class Suite(Command):
     """
 
     models: list[str] = Field(
-        list(BASELINES),
+        list(WITHOUT_WEIGHTS),
         description="run folders or encoders, NAME=PATH to name one; random: weights of their networks; "
         "random:resnet18; hu_statistics, raw_voxels; the size is always there",
     )
@@ -51,8 +50,10 @@ def run(command: Suite) -> None:
     from fmcib_ssl import evaluation  # noqa: PLC0415
 
     named = [model.rpartition("=") for model in command.models if not model.startswith("random:")]
-    files = {name or name_of(Path(path)): weights(Path(path)) for name, _, path in named if path not in BASELINES}
-    baselines = [path for _, _, path in named if path in BASELINES]
+    files = {
+        name or name_of(Path(path)): weights_file(Path(path)) for name, _, path in named if path not in WITHOUT_WEIGHTS
+    }
+    baselines = [path for _, _, path in named if path in WITHOUT_WEIGHTS]
     networks = {}
     for model in command.models:
         if model.startswith("random:"):
@@ -80,15 +81,6 @@ def run(command: Suite) -> None:
 def name_of(path: Path) -> str:
     """Of a run its folder's, of a file its own, unless that says nothing."""
     return path.parent.name if path.stem == "encoder" else path.stem if path.is_file() else path.name
-
-
-def weights(path: Path) -> Path:
-    """The encoder's file, of a run the one that it has exported."""
-    if not path.is_dir():
-        return path
-    from fmcib_ssl.training import weights_of_run  # noqa: PLC0415  (Lightning, which a file does without)
-
-    return weights_of_run(path)
 
 
 main = partial(run_command, Suite, run, interrupted="stopped; the same command resumes from here")

@@ -20,6 +20,7 @@ from .evaluate import gather as gather
 from .evaluate import without_shared_patients as without_shared_patients
 from .feature_table import ID_COLUMN as ID_COLUMN
 from .feature_table import FeatureTable as FeatureTable
+from .feature_table import shared_lesions as shared_lesions
 from .figures import ContactRow as ContactRow
 from .figures import SheetLesion as SheetLesion
 from .figures import compare_curves as compare_curves

@@ -106,8 +106,8 @@ class FeatureTable:
         """All features of the lesions that every table has; columns and provenance are those of the first table."""
         if len(tables) == 1:
             return tables[0]
-        shared = set.intersection(*(set(table.lesions[ID_COLUMN]) for table in tables))
-        parts = [table.aligned(one for one in tables[0].lesions[ID_COLUMN] if one in shared) for table in tables]
+        shared = shared_lesions(tables)[ID_COLUMN]
+        parts = [table.aligned(shared) for table in tables]
         about = {**parts[0].provenance, "name": " + ".join(part.name for part in parts), "kind": "side_by_side"}
         return FeatureTable(parts[0].lesions, np.hstack([part.features for part in parts]), about)
 
@@ -188,3 +188,10 @@ def some_of(values: Collection[object]) -> str:
     """The first of them, and how many more there are, for a message."""
     more = f" and {len(values) - _NUM_SHOWN} more" if len(values) > _NUM_SHOWN else ""
     return ", ".join(map(repr, list(values)[:_NUM_SHOWN])) + more
+
+
+def shared_lesions(tables: Iterable[FeatureTable]) -> pd.DataFrame:
+    """Rows of the first table's lesions that every table has features of."""
+    first, *others = (table.lesions for table in tables)
+    shared = set(first[ID_COLUMN]).intersection(*(lesions[ID_COLUMN] for lesions in others))
+    return first[first[ID_COLUMN].isin(shared)].reset_index(drop=True)

@@ -23,7 +23,7 @@ from fmcib_ssl.evaluation.conditions import CLEAN
 from fmcib_ssl.evaluation.embedding import embed_to_file
 from fmcib_ssl.evaluation.embedding_sources import Inference, rebuilt_encoder, trained_encoder
 from fmcib_ssl.evaluation.evaluate import Evaluation, evaluate_features, find_leakage, gather, without_shared_patients
-from fmcib_ssl.evaluation.feature_table import ID_COLUMN, FeatureTable
+from fmcib_ssl.evaluation.feature_table import ID_COLUMN, FeatureTable, shared_lesions
 from fmcib_ssl.evaluation.metrics import METRICS, interval
 from fmcib_ssl.evaluation.patients import by_patient
 from fmcib_ssl.evaluation.probes import LINEAR_PROBE, PROBES, Inputs, Protocol, resampled, within
@@ -306,11 +306,8 @@ def _evaluate(job: _Evaluation) -> TaskResult:
 
 def _evaluated(job: _Evaluation, tables: Mapping[str, FeatureTable], files: Mapping[str, Path]) -> TaskResult:
     suite, task = job.suite, job.suite.tasks[job.task]
-    shared = set.intersection(*(set(table.lesions[ID_COLUMN]) for table in tables.values())) if tables else set()
-    if not shared:
+    if not tables or (lesions := shared_lesions(tables.values())).empty:
         return TaskResult(notes=["no lesion has features"])
-    lesions = next(iter(tables.values())).lesions
-    lesions = lesions[lesions[ID_COLUMN].isin(shared)].reset_index(drop=True)
     protocol, lesions, notes = protocol_of(task, join_further_labels(task, lesions, suite.tables), seed=suite.seed)
     protocol = replace(
         protocol, patients=np.array(_in_population(job.table, protocol.patients)), population=job.population

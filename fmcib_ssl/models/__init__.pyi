@@ -46,6 +46,7 @@ from .representation import negative_shares as negative_shares
 from .representation import uniformity as uniformity
 from .representation import unit_vectors as unit_vectors
 from .trusted import check_targets as check_targets
+from .trusted import targets_of as targets_of
 from .two_views import BYOL as BYOL
 from .two_views import NNCLR as NNCLR
 from .two_views import SimCLR as SimCLR

@@ -21,6 +21,7 @@ from fmcib_ssl.io import sha256_of
 from fmcib_ssl.models.encoders import feature_dim
 from fmcib_ssl.models.export import EncoderFileError, build_network, export_encoder
 from fmcib_ssl.models.published import PooledNetwork
+from fmcib_ssl.models.trusted import targets_of
 from fmcib_ssl.types import Preprocessing
 
 #: Under these names of a file's dictionary are weights, in this order.
@@ -199,7 +200,7 @@ def import_encoder(
     preprocessing = replace(known.preprocessing or Preprocessing(), **changes)
     if source == "monai":
         spec = {"_target_": f"{_MODULE}.PooledNetwork", "network": dict(spec)}
-    network = build_network(spec, _targets(spec), "encoder")
+    network = build_network(spec, targets_of(spec), "encoder")
     inner = network.network if isinstance(network, PooledNetwork) else network
     weights, sha256 = read_weights(file)
     own = inner.state_dict()
@@ -258,15 +259,6 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], str]:
         if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
             raise EncoderFileError(f"{file}: {key} holds NaN or infinity, so every feature would")
     return weights, sha256
-
-
-def _targets(spec: Mapping[str, Any]) -> list[str]:
-    """Every `_target_` that a user's own words name."""
-    return [
-        target
-        for key, value in spec.items()
-        for target in ([value] if key == "_target_" else _targets(value) if isinstance(value, Mapping) else [])
-    ]
 
 
 def _prefix_of(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], file: Path) -> str:

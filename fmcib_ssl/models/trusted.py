@@ -65,6 +65,14 @@ def check_targets(values: Any, source: object, trusted: Collection[str] = ()) ->
         )
 
 
+def targets_of(section: Any) -> list[str]:
+    """Every `_target_` in a section that the user has written, and so trusts."""
+    if not isinstance(section, Mapping):
+        return []
+    own = [section["_target_"]] if isinstance(section.get("_target_"), str) else []
+    return [*own, *(target for value in section.values() for target in targets_of(value))]
+
+
 def _refused(target: Any, trusted: Collection[str]) -> str | None:
     """Why a foreign file may not name a target; None if it may."""
     name = current_target(target) if isinstance(target, str) else ""

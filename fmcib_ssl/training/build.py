@@ -24,7 +24,7 @@ from fmcib_ssl import models
 from fmcib_ssl.data import LesionDataModule, LesionPatches
 from fmcib_ssl.io import sha256_of
 from fmcib_ssl.models import Parts, Pretraining
-from fmcib_ssl.training.settings import Component, ConfigError, Hardware, Settings
+from fmcib_ssl.training.settings import START_KEYS, Component, ConfigError, Hardware, Settings
 from fmcib_ssl.training.throughput import flops_of_lesion
 from fmcib_ssl.types import Preprocessing, ViewTransform
 
@@ -258,13 +258,12 @@ def warm_start(settings: Settings, checkpoint: Path | None = None) -> Start | No
         return None
     source = Path(weights) if checkpoint is None else checkpoint
     try:
-        encoder: Any = models.load_encoder(source, trusted_targets=_targets(settings.network))
+        encoder: Any = models.load_encoder(source, trusted_targets=models.targets_of(settings.network))
         head = models.load_head(of_head) if of_head and checkpoint is None else {}
     except (models.EncoderFileError, FileNotFoundError) as error:
         raise ConfigError(f"encoder.weights and head.weights: {error}") from error
-    named = [
-        o for key, o in _overrides() if key.startswith("encoder") and key not in ("encoder.weights", "encoder.rate")
-    ]
+    of_runs = [f"encoder.{key}" for key in START_KEYS]
+    named = [o for key, o in _overrides() if key.startswith("encoder") and key not in of_runs]
     if named and (
         problems := models.misfits(encoder.state_dict(), build_part("encoder", settings.network).state_dict())
     ):
@@ -275,10 +274,8 @@ def warm_start(settings: Settings, checkpoint: Path | None = None) -> Start | No
     record: dict[str, Any] = {}
     if checkpoint is None:
         for name, file, keys in (("encoder", weights, encoder.state_dict()), ("head", of_head, head)):
-            record |= (
-                {name: {"file": str(file), "sha256": sha256_of(Path(str(file))), "keys": len(keys)}} if keys else {}
-            )
             if keys:
+                record[name] = {"file": str(file), "sha256": sha256_of(Path(str(file))), "keys": len(keys)}
                 logger.info("%s: all %d keys are from %s", name, len(keys), file)
         record["encoder"] |= {key: encoder.extra[key] for key in ("source", "licence") if encoder.extra.get(key)}
         if not head:
@@ -299,14 +296,6 @@ def with_patches_of(settings: Settings, preprocessing: Preprocessing, weights: o
             shown = str(list(expected) if isinstance(expected, tuple) else expected).replace(" ", "")
             raise ConfigError(f"data.{key}={value}, and {weights} was trained with data.{key}={shown}: set that")
     return settings.model_copy(update={"data": settings.data.model_copy(update=changes)})
-
-
-def _targets(section: Any) -> list[str]:
-    """What a section of the command line's configuration names, and so trusts."""
-    if not isinstance(section, Mapping):
-        return []
-    own = [section["_target_"]] if isinstance(section.get("_target_"), str) else []
-    return [*own, *(target for value in section.values() for target in _targets(value))]
 
 
 def _overrides() -> list[tuple[str, str]]:

@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fmcib_ssl.io import config_dir, nearest
 from fmcib_ssl.training.run_folder import LENGTHS, refuse_foreign, run_key
-from fmcib_ssl.training.settings import FORMER_KEYS, ConfigError, Settings, settings_of
+from fmcib_ssl.training.settings import FORMER_KEYS, START_KEYS, ConfigError, Settings, settings_of
 from fmcib_ssl.types import current_target
 
 #: `train.py` composes this file.
@@ -426,4 +426,4 @@ def encoder_spec(encoder: str) -> dict[str, Any]:
     spec: dict[str, Any] = OmegaConf.to_container(values, resolve=True)  # type: ignore[assignment]
     if not isinstance(spec, dict) or "_target_" not in spec:
         raise ConfigError(f"encoder={encoder}: should name a _target_, the dotted name of what builds it")
-    return {key: value for key, value in spec.items() if key not in ("weights", "rate")}  # of runs
+    return {key: value for key, value in spec.items() if key not in START_KEYS}

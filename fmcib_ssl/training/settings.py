@@ -17,6 +17,8 @@ from fmcib_ssl.types import Padding, UserError, with_current_targets
 Component = dict[str, Any]
 
 
+#: Keys of `encoder` that say what its weights start from and how fast they change; the others are its network.
+START_KEYS = ("weights", "rate")
 #: Keys of earlier versions, with today's name of each.
 RENAMED_KEYS = {
     "callbacks.guards": "callbacks.non_finite",
@@ -221,8 +223,8 @@ class Settings(_Section):
 
     @property
     def network(self) -> Component:
-        """The section `encoder` without the keys that say what its weights start from and how fast they change."""
-        return {key: value for key, value in self.encoder.items() if key not in ("weights", "rate")}
+        """The section `encoder` without `START_KEYS`."""
+        return {key: value for key, value in self.encoder.items() if key not in START_KEYS}
 
     @property
     def world_size(self) -> int:
