@@ -477,18 +477,7 @@ class _Streamed(torch.autograd.Function):
             rows = slice(start, min(start + num_rows, len(queries)))
             # To base 2: torch computes `exp2` more than twice as fast as `exp` on a CPU.
             panel = (queries[rows] * _LOG2_E) @ keys.T
-            further: tuple[Tensor, Tensor, Tensor] | None = None  # row, key and logit of the further positives
-            if groups is not None:
-                patients, of_keys_patients, first, attract = groups
-                same = patients[rows, None] == of_keys_patients
-                for own_key in own_keys if attract else ():
-                    same[:, own_key + start :].diagonal().fill_(False)
-                if attract:
-                    row, key = same.nonzero(as_tuple=True)
-                    further = row, key, panel[row, key] / _LOG2_E - margin
-                panel[:, first:].masked_fill_(same[:, first:], -math.inf)
-            for own_key in own_keys:
-                panel[:, own_key + start :].diagonal().fill_(-math.inf)
+            further = _exclude(panel, rows, own_keys, groups, margin)
             total, log_total = _exponentiate(panel, bounded)
             difference = positive_logits[rows] - log_total
             share = torch.sigmoid(-difference)  # of an anchor's probability: what its negatives have
@@ -519,6 +508,33 @@ class _Streamed(torch.autograd.Function):
         if torch.is_grad_enabled():  # autograd would take the gradients for constants
             raise RuntimeError("the streamed loss has no second derivative (create_graph=True): kernel='plain' has one")
         return *(None if saved is None else grad * saved for saved in ctx.saved_tensors), None, None
+
+
+def _exclude(
+    panel: Tensor,
+    rows: slice,
+    own_keys: Sequence[int],
+    groups: tuple[Tensor, Tensor, int, bool] | None,
+    margin: Tensor,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Take the logits of own keys, and those of the patient, out of a panel of logits to base 2.
+
+    Returns:
+        Row, key and logit of the further positives; None where lesions of one patient do not attract each other.
+    """
+    further = None
+    if groups is not None:
+        patients, of_keys, first, attract = groups
+        same = patients[rows, None] == of_keys
+        if attract:
+            for own_key in own_keys:
+                same[:, own_key + rows.start :].diagonal().fill_(False)
+            row, key = same.nonzero(as_tuple=True)
+            further = row, key, panel[row, key] / _LOG2_E - margin
+        panel[:, first:].masked_fill_(same[:, first:], -math.inf)
+    for own_key in own_keys:
+        panel[:, own_key + rows.start :].diagonal().fill_(-math.inf)
+    return further
 
 
 def _exponentiate(panel: Tensor, bounded: bool) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:

@@ -64,13 +64,8 @@ def pretrain(settings: Settings) -> float:
 
 def _train(settings: Settings, folder: RunFolder, checkpoint: Path | None, step: int) -> float:
     start = training.warm_start(settings, checkpoint)
-    patches, checksum, preprocessing = _lesions(settings, start, main_process=folder.main_process)
-    if checkpoint is not None:  # a run of an earlier version has the checksum of these files
-        store, table = settings.data.store, settings.data.annotations
-        files = sorted(f for f in store.glob("*") if f.suffix in (".json", ".parquet")) if store else [table]
-        folder.check_lesions(checksum, checksum_of(file for file in files if file is not None))
-    view_transform = training.build_views(settings)
-    data = training.build_data(settings, patches, view_transform, preprocessing)
+    patches, checksum, preprocessing = _lesions(settings, start, folder, resumed=checkpoint is not None)
+    data = training.build_data(settings, patches, training.build_views(settings), preprocessing)
     batch_size = training.batch_size_of(settings, data)
     _, all_steps = training.num_steps(settings, len(patches) // (batch_size * settings.world_size))
     module = training.build_module(settings, preprocessing, batch_size, all_steps, folder.run_id, start=start)
@@ -124,14 +119,18 @@ def _train(settings: Settings, folder: RunFolder, checkpoint: Path | None, step:
 
 
 def _lesions(
-    settings: Settings, start: training.Start | None, *, main_process: bool
+    settings: Settings, start: training.Start | None, folder: RunFolder, *, resumed: bool
 ) -> tuple[LesionPatches, str, Preprocessing]:
     """The lesions with their checksum, and how their patches are cut and scaled: as the weights know them, if any."""
+    if start is not None:
+        settings = training.with_patches_of(settings, start.preprocessing, settings.encoder["weights"])
+    patches, checksum = training.open_lesions(settings, main_process=folder.main_process)
+    if resumed:  # a run of an earlier version has the checksum of these files
+        store, table = settings.data.store, settings.data.annotations
+        files = sorted(f for f in store.glob("*") if f.suffix in (".json", ".parquet")) if store else [table]
+        folder.check_lesions(checksum, checksum_of(file for file in files if file is not None))
     if start is None:
-        patches, checksum = training.open_lesions(settings, main_process=main_process)
         return patches, checksum, patches.preprocessing
-    settings = training.with_patches_of(settings, start.preprocessing, settings.encoder["weights"])
-    patches, checksum = training.open_lesions(settings, main_process=main_process)
     return patches, checksum, replace(start.preprocessing, padding_hu=patches.preprocessing.padding_hu)
 
 

@@ -171,9 +171,9 @@ def build_module(
     spec = settings.network if start is None else start.spec
     try:
         num_features = models.feature_dim(encoder, preprocessing.patch_size_zyx)
+        num_features -= getattr(encoder, "num_fixed_features", 0)
     except ValueError as error:
         raise ConfigError(f"encoder and data.patch_size do not fit: {error}") from error
-    num_features -= getattr(encoder, "num_fixed_features", 0)
     optimizer = build_optimizer(settings, batch_size)
     schedule = None if settings.schedule is None else build_part("schedule", settings.schedule)
     with config_errors_in("method"):
@@ -182,7 +182,7 @@ def build_module(
             raise TypeError(f"{method.__name__} does not extend fmcib_ssl.models.Pretraining (docs/methods.md)")
     sections: dict[str, nn.Module] = {}
     if "head" in method.sections:
-        sections["head"] = _head(settings, num_features, {} if start is None else start.head)
+        sections["head"] = _head(settings, num_features, start.head if start else {})
     if "loss" in method.sections:
         sections["loss"] = build_part("loss", settings.loss)
     refuse_unused({"loss", "head"} - sections.keys(), method.__name__, "method", settings.method)
@@ -192,7 +192,7 @@ def build_module(
         logger.info(
             "%s does not look at mined negatives: data.negatives_per_lesion=0 saves their time", method.__name__
         )
-    extra = {"run": settings.name} if run_id is None else {"run": settings.name, "run_id": run_id}
+    extra = {"run": settings.name} | ({"run_id": run_id} if run_id else {})
     metadata = models.encoder_metadata(encoder, spec, preprocessing, extra=extra)
     # Handed over outside Hydra, which would build the encoder that the metadata describes.
     make_module = build_part("method", {**settings.method, "_partial_": True})
