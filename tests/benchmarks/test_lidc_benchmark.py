@@ -89,6 +89,7 @@ def test_folds_follow_from_the_patients_not_from_the_order_of_rows() -> None:
     assert np.ptp(np.bincount(lidc_data.folds_of(np.unique(patients)))) <= 1
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_and_what_is_kept_is_not_computed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ import step as step_benchmark  # noqa: E402
 import step_curves  # noqa: E402
 
 
+@pytest.mark.slow
 def test_the_table_of_a_tiny_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "step.json"
     output.write_text('{"gpu resnet50_wide": 1}')

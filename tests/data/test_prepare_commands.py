@@ -121,6 +121,7 @@ def test_ctrl_c_ends_it_quietly(archive: Path, tmp_path: Path) -> None:
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_check_data_shows_the_same_without_a_store(archive: Path, tmp_path: Path) -> None:
     out = tmp_path / "checked"
     ended = run("check_data.py", f"annotations={archive / 'lesions.csv'}", f"output={out}", "sheet_lesions=2")

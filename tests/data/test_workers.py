@@ -104,6 +104,7 @@ def test_the_reason_and_the_lesion(death: str, reason: str) -> None:
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_an_error_that_nobody_lets_through_ends_the_run_too(tmp_path: Path) -> None:
     message = run(tmp_path, "killed", body="next(iter(loader)); t.deaf()")
     assert "data worker (process" in message and "patient 4" in message
@@ -117,6 +118,7 @@ def deaf() -> None:
             print(type(error))
 
 
+@pytest.mark.slow
 def test_workers_that_nobody_ends(tmp_path: Path) -> None:
     """As when a trainer's teardown is interrupted: Python would wait for them, and they are deaf to its SIGTERM."""
     body = "it = iter(loader); next(it); sys.exit('another')"

@@ -174,6 +174,7 @@ def test_baselines_by_name(embed: Embed, store: Path, weights: Path, tmp_path: P
     assert statistics.features.shape == (len(random), 230)
 
 
+@pytest.mark.slow
 def test_a_store_needs_no_reader_of_scans(store: Path, weights: Path, tmp_path: Path) -> None:
     without = (
         f"import sys, runpy; sys.modules['SimpleITK'] = None; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"

@@ -36,6 +36,7 @@ def losses_of(run: Path) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run(reference: Path, phantom_table: Path, tmp_path: Path) -> None:
     run = run_for(2, phantom_table, tmp_path, "seed=1")
     assert not set(losses_of(run)) & set(losses_of(reference))

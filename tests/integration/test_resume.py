@@ -110,7 +110,7 @@ def test_killed_in_a_save_and_again_in_a_step(phantom_table: Path, whole: Path, 
     ("module", "signum", "code"),
     [
         ("hydra.version", signal.SIGTERM, 143),
-        ("torch.version", signal.SIGUSR1, 75),
+        pytest.param("torch.version", signal.SIGUSR1, 75, marks=pytest.mark.slow),
         pytest.param("torch.version", signal.SIGINT, 130, marks=pytest.mark.slow),
     ],
 )

@@ -117,6 +117,7 @@ def test_a_server_that_dies_while_training(
     assert server.opened == [RUN_ID] * 2
 
 
+@pytest.mark.slow
 def test_pictures_of_a_run_hash_names_if_it_asks_for_it(
     phantom_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,7 +103,10 @@ LOOPS = {
 }
 
 
-@pytest.mark.parametrize(("loop", "form"), [("slcwa", "name"), *((loop, "instance") for loop in LOOPS)])
+@pytest.mark.parametrize(("loop", "form"), [
+    ("slcwa, filtered", "name"), ("lcwa, weighted", "instance"),
+    *(pytest.param(loop, "instance", marks=pytest.mark.slow) for loop in ("slcwa", "slcwa, filtered", "lcwa")),
+])  # fmt: skip
 def test_a_pipeline_of_pykeen_trains_with_it(adapter, pykeen_losses, loop, form):
     """By its name in the resolver with arguments, or as an instance of the plain class: PyKEEN's losses and ranks."""
     pipeline, nations = (pytest.importorskip(f"pykeen.{module}") for module in ("pipeline", "datasets"))

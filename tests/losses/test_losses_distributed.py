@@ -63,7 +63,7 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids="{} ranks".format)
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)], ids="{} ranks".format)
 def ranks(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(run_rank, (request.param, str(folder)), nprocs=request.param)

@@ -99,7 +99,10 @@ def test_the_part_of_a_kernel_that_meets_voxels_gives_the_same(kernel_size: int,
     assert (num_cut > 0) == (kernel_size > 1)
 
 
-@pytest.mark.parametrize("name", ["small", "concentric", "radial", "resnet18", "resnet50", "r2plus1d_18"])
+@pytest.mark.parametrize("name", [
+    "small", "concentric", "radial", "resnet18",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet50", "r2plus1d_18")),
+])  # fmt: skip
 @pytest.mark.parametrize("size", [(16, 16, 16), (8, 24, 20)])
 def test_an_encoder_with_cut_kernels_gives_the_same(name: str, size: tuple[int, int, int]) -> None:
     network = shipped(name).double()  # in which what ought to be zero is nearly so
@@ -229,6 +232,7 @@ def compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterW
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_only_training_passes_are_compiled_once_for_each_shape(compiled_graphs: CompileCounterWithBackend) -> None:
     network, expected = encoder(), a_step(encoder())
     skip_padded_kernels(network)
@@ -247,7 +251,9 @@ def test_only_training_passes_are_compiled_once_for_each_shape(compiled_graphs: 
     assert compiled_graphs.frame_count == 2
 
 
-@pytest.mark.parametrize(("forwards", "chunk_size"), [("joint", None), ("separate", 3)])
+@pytest.mark.parametrize(
+    ("forwards", "chunk_size"), [pytest.param("joint", None, marks=pytest.mark.slow), ("separate", 3)]
+)
 @pytest.mark.usefixtures("compiled_graphs")
 def test_all_switches_together_in_a_step_with_chunks(forwards: Any, chunk_size: int | None) -> None:
     sets = views(24).split(6)
