@@ -23,8 +23,8 @@ PROCESS_VARIABLES = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 )
-ENCODER = "run folder, exported encoder or .ckpt; of the patches of like=: random weights, hu_statistics or raw_voxels"
-WITHOUT_WEIGHTS = ("random", "hu_statistics", "raw_voxels")
+ENCODER = "run folder, exported encoder or .ckpt; of like=: random, hu_statistics, raw_voxels, radiomics"
+WITHOUT_WEIGHTS = ("random", "hu_statistics", "raw_voxels", "radiomics")
 
 
 class Embed(Command):
@@ -108,6 +108,7 @@ def source_of(command: Embed) -> dict[str, Any]:
 def encoder_of(command: Embed) -> FrozenEncoder:
     """The encoder that is asked for, of a file or, for a folder, of the run in it."""
     from fmcib_ssl.evaluation import (  # noqa: PLC0415
+        radiomics_encoder,
         random_encoder,
         raw_voxels,
         statistics_encoder,
@@ -117,10 +118,9 @@ def encoder_of(command: Embed) -> FrozenEncoder:
     file = command.like if command.checkpoint in WITHOUT_WEIGHTS else Path(command.checkpoint)
     assert file is not None
     encoder = trained_encoder(weights_file(file), trusted_targets=command.trusted_targets)
-    if command.checkpoint == "raw_voxels":
-        return raw_voxels(encoder.preprocessing)
-    if command.checkpoint == "hu_statistics":
-        return statistics_encoder(encoder.preprocessing)
+    baselines = {"raw_voxels": raw_voxels, "hu_statistics": statistics_encoder, "radiomics": radiomics_encoder}
+    if command.checkpoint in baselines:
+        return baselines[command.checkpoint](encoder.preprocessing)
     if command.checkpoint == "random":
         spec, trusted = encoder.about["encoder"], command.trusted_targets
         return random_encoder(spec, encoder.preprocessing, command.seed, trusted_targets=trusted)

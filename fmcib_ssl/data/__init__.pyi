@@ -1,3 +1,4 @@
+from .annotations import MASK_COLUMN as MASK_COLUMN
 from .annotations import PATH_COLUMN as PATH_COLUMN
 from .annotations import LesionTable as LesionTable
 from .annotations import check_annotations as check_annotations
@@ -11,6 +12,7 @@ from .loader import EpochSampler as EpochSampler
 from .loader import LabelledPatches as LabelledPatches
 from .loader import LesionDataModule as LesionDataModule
 from .masks import lesions_from_masks as lesions_from_masks
+from .masks import read_regions as read_regions
 from .mining import STRATEGIES as STRATEGIES
 from .patches import LesionPatches as LesionPatches
 from .patches import TensorPatches as TensorPatches
@@ -22,6 +24,7 @@ from .processes import STOP_SIGNALS as STOP_SIGNALS
 from .processes import end_with_parent as end_with_parent
 from .processes import held as held
 from .processes import run_jobs as run_jobs
+from .scans import ScanSource as ScanSource
 from .scans import crop_patch as crop_patch
 from .scans import read_scan as read_scan
 from .splits import assign_folds as assign_folds

@@ -7,6 +7,7 @@ from .embedding_sources import FrozenEncoder as FrozenEncoder
 from .embedding_sources import Inference as Inference
 from .embedding_sources import encode as encode
 from .embedding_sources import open_patches as open_patches
+from .embedding_sources import radiomics_encoder as radiomics_encoder
 from .embedding_sources import random_encoder as random_encoder
 from .embedding_sources import raw_voxels as raw_voxels
 from .embedding_sources import statistics_encoder as statistics_encoder

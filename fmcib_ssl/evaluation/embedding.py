@@ -30,6 +30,7 @@ from tqdm import tqdm
 import fmcib_ssl
 from fmcib_ssl.data import REJECTED_COLUMNS, StoreError, WatchedLoader, no_worker_left
 from fmcib_ssl.evaluation.embedding_sources import (
+    RADIOMICS,
     SCAN_COLUMN,
     FrozenEncoder,
     Inference,
@@ -146,6 +147,10 @@ def _provenance(
     }
 
 
+def _open(source: Mapping[str, Any], encoder: FrozenEncoder) -> SourcePatches:
+    return open_patches(source, encoder.preprocessing, masks=encoder.about.get("kind") == RADIOMICS)
+
+
 def embed_source(
     encoder: FrozenEncoder,
     source: Mapping[str, Any],
@@ -168,7 +173,7 @@ def embed_source(
         fmcib_ssl.data.tables.AnnotationsError: as `open_patches`.
     """
     inference = inference or Inference()
-    patches = open_patches(source, encoder.preprocessing)
+    patches = _open(source, encoder)
     lesions = patches.lesions
     rows = np.arange(len(lesions))
     if lesion_ids is not None:
@@ -291,7 +296,7 @@ def embed_to_file(
     output, (rank, total) = Path(output), share
     if output.suffix != ".parquet":
         raise FeatureTableError(f"{output}: the output should be named NAME.parquet")
-    patches, folder = open_patches(source, encoder.preprocessing), output.with_suffix(".parts")
+    patches, folder = _open(source, encoder), output.with_suffix(".parts")
     lesions = patches.lesions
     provenance = _provenance(encoder, source, patches, inference)
     request = {**_decisive(provenance), "shard_size": shard_size}

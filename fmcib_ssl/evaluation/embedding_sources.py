@@ -18,6 +18,7 @@ import itertools
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +45,8 @@ from fmcib_ssl.models import build_network, load_encoder
 from fmcib_ssl.types import Preprocessing
 
 Precision = Literal["32", "bf16", "fp16"]
+#: The kind of encoder that takes masks too.
+RADIOMICS = "radiomics"
 #: The patch alone, or the mean over it and its seven mirror images.
 Views = Literal[1, 8]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -75,13 +78,16 @@ class SourcePatches:
         return len(self.lesions)
 
 
-def open_patches(source: Mapping[str, Any], preprocessing: Preprocessing | None = None) -> SourcePatches:
+def open_patches(
+    source: Mapping[str, Any], preprocessing: Preprocessing | None = None, *, masks: bool = False
+) -> SourcePatches:
     """Open the lesions of a source.
 
     Args:
         source: see the module.
         preprocessing: the patch to cut, as the weights say. By default what `source` holds under `preprocessing`, else
             50 voxels of 1 mm, or of the store's spacing.
+        masks: patches have the lesion's mask as a second channel.
 
     Raises:
         FeatureTableError: a source of another kind, an unknown condition, no lesion selected, or a store whose voxels
@@ -132,6 +138,10 @@ def open_patches(source: Mapping[str, Any], preprocessing: Preprocessing | None 
     if condition:
         read = ConditionedPatches(patches, lesions[ID_COLUMN].tolist(), condition["name"], condition["draw"]).read
         return SourcePatches(lesions, read, rejected, fingerprint, cut)
+    if masks:
+        from fmcib_ssl.evaluation.radiomics import masked_patch  # noqa: PLC0415  # needs SimpleITK
+
+        return SourcePatches(lesions, partial(masked_patch, patches), rejected, fingerprint, cut)
     return SourcePatches(lesions, patches.positive, rejected, fingerprint, cut)
 
 
@@ -194,6 +204,18 @@ def raw_voxels(preprocessing: Preprocessing) -> FrozenEncoder:
 def statistics_encoder(preprocessing: Preprocessing) -> FrozenEncoder:
     """The baseline that needs no training: `hu_statistics` of the patch."""
     return FrozenEncoder(_HuStatistics(preprocessing), preprocessing, _about("HU statistics", "hu_statistics"))
+
+
+def radiomics_encoder(preprocessing: Preprocessing) -> FrozenEncoder:
+    """The rival that needs masks: `radiomics` of the patch; their names are in the provenance.
+
+    Raises:
+        ImportError: MIRP is not installed.
+    """
+    from fmcib_ssl.evaluation.radiomics import Radiomics  # noqa: PLC0415  # needs SimpleITK
+
+    module = Radiomics(preprocessing)
+    return FrozenEncoder(module, preprocessing, _about("radiomics", RADIOMICS, feature_names=module.names))
 
 
 def rebuilt_encoder(about: Mapping[str, Any], trusted_targets: Collection[str] = ()) -> FrozenEncoder:
