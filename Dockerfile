@@ -35,6 +35,7 @@ WORKDIR /build
 COPY pyproject.toml README.md LICENSE ./
 COPY fmcib_ssl fmcib_ssl
 COPY configs configs
+COPY scripts/slurm scripts/slurm
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip_conf \
     pip wheel --no-deps --wheel-dir /wheels .
 
@@ -49,9 +50,6 @@ ENV PATH=/opt/venv/bin:$PATH \
 COPY --from=dependencies /opt/venv /opt/venv
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/mnt \
     pip install --no-deps --no-index --no-cache-dir /mnt/*.whl
-# Readable for any UID, whatever the umask of the checkout was.
-COPY --chmod=755 train.py /opt/fmcib_ssl/
-COPY --chmod=755 scripts /opt/fmcib_ssl/scripts
 # The commit that the image was made from. Last, because it changes most often.
 ARG REVISION=""
 ENV FMCIB_SSL_REVISION=${REVISION}
@@ -62,5 +60,5 @@ LABEL org.opencontainers.image.title="fmcib_ssl" \
 # The one folder that is written to: mount yours over it. Without a mount a run stops at once instead of losing its results.
 WORKDIR /workspace
 USER 1000:1000
-ENTRYPOINT ["python", "/opt/fmcib_ssl/train.py"]
+ENTRYPOINT ["fmcib-ssl"]
 CMD ["--help"]

@@ -67,13 +67,10 @@ def verb_and_arguments(words: list[str]) -> tuple[str, list[str]] | None:
         if word == "fmcib-ssl" and rest:
             return rest[0], rest[1:]
         name = Path(word).stem
-        if word.startswith(("train.py", "/opt/fmcib_ssl/train.py")) or word.endswith("run.sh"):
-            return (
-                ("train", rest[rest.index("--") + 1 :] if "--" in rest else rest)
-                if "--entrypoint" not in rest
-                else None
-            )
-        if word.startswith("scripts/slurm/pretrain"):
+        if word == "scripts/docker/run.sh":
+            ours = rest[rest.index("--") + 1 :] if "--" in rest else rest
+            return (ours[0], ours[1:]) if "--entrypoint" not in rest else None
+        if word == "train.py" or word.startswith("scripts/slurm/pretrain"):
             return "train", rest
         if word == "scripts/slurm/prepare.sbatch":
             return "prepare", [*rest, "shard=1/2"] if "merge=true" not in rest else rest

@@ -64,7 +64,8 @@ def main(words: Sequence[str] | None = None) -> None:
         from fmcib_ssl.io import exit_without_teardown, nearest  # noqa: PLC0415
 
         if verb not in VERBS:
-            hint = f" Did you mean {close}?" if (close := nearest(verb, VERBS)) else ""
+            close = "train" if "experiment=" in verb else nearest(verb, VERBS)
+            hint = f" Did you mean {close}?" if close else ""
             print(f"error: there is no verb {verb!r}.{hint} fmcib-ssl --help lists them", file=sys.stderr)
             sys.exit(2)
         with exit_without_teardown():

@@ -65,7 +65,7 @@ def _launch_problems(settings: Settings, environ: Mapping[str, str]) -> Iterator
         nodes = number("SLURM_STEP_NUM_NODES" if in_step else "SLURM_NNODES") or num_nodes
         if not in_step:
             if max(world_size, tasks) > 1:
-                yield f"{max(world_size, tasks)} processes need srun: put `srun` before `python train.py` in the script"
+                yield f"{max(world_size, tasks)} processes need srun: put `srun` before `fmcib-ssl train` in the script"
         elif nodes != num_nodes:
             yield (
                 f"Slurm gave {nodes} nodes and hardware.num_nodes={num_nodes}: set hardware.num_nodes={nodes}, or "

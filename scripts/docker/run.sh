@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Train in the container, with the current folder as its working directory, so that relative paths mean the same as outside:
+# `fmcib-ssl` in the container, with the current folder as its working directory, so that relative paths mean the same:
 #
-#   scripts/docker/run.sh +experiment=phantom_ntxent_mined
-#   scripts/docker/run.sh --gpus all -v /archive/ct:/data:ro -- +experiment=ct_ntxent_mined hardware=gpu data.annotations=/data/lesions.csv
+#   scripts/docker/run.sh demo
+#   scripts/docker/run.sh train +experiment=phantom_ntxent_mined
+#   scripts/docker/run.sh --gpus all -v /archive/ct:/data:ro -- train +experiment=ct_ntxent_mined hardware=gpu data.annotations=/data/lesions.csv
 #
-# What stands before `--` goes to `docker run`, and wins over what is set below; the rest goes to train.py.
+# What stands before `--` goes to `docker run`, and wins over what is set below; the rest goes to fmcib-ssl.
 # FMCIB_SSL_IMAGE names another image than fmcib_ssl, such as fmcib_ssl:cpu. docs/containers.md explains the settings.
 set -euo pipefail
 
@@ -26,7 +27,7 @@ if [ -t 0 ] && [ -t 1 ]; then
 fi
 
 for argument in "$@"; do
-  if [ "$argument" = -- ]; then             # with no `--`, everything is for train.py
+  if [ "$argument" = -- ]; then             # with no `--`, everything is for fmcib-ssl
     while [ "$1" != -- ]; do
       arguments+=("$1")
       shift

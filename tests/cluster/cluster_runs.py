@@ -83,7 +83,7 @@ class Bench:
             "--gpus-per-node=0",
             "--cpus-per-task=1",
             "--time=30",
-            f"--chdir={REPO}",
+            f"--chdir={self.folder}",
             f"--output={self.folder}/%j.out",
             *sbatch,
             str(script),

@@ -73,7 +73,7 @@ def test_an_array_of_seeds(bench: Bench, whole_one: Path) -> None:
 def test_a_store_in_shards(bench: Bench, archive: Path, store: Path) -> None:
     arguments = [str(REPO / "scripts" / "slurm" / "prepare.sbatch"), f"annotations={archive}", "spacing_mm=1.5"]
     arguments += [f"store={bench.folder / 'store'}", "sheet_lesions=0"]
-    options = ["--cpus-per-task=1", f"--chdir={REPO}", f"--output={bench.folder}/%A-%a.out"]
+    options = ["--cpus-per-task=1", f"--chdir={bench.folder}", f"--output={bench.folder}/%A-%a.out"]
     array = bench.cluster.submit(*options, f"--array=1-{SHARDS}", *arguments, environ=bench.environ)
     merge = bench.cluster.submit(
         *options, f"--dependency=afterok:{array}", *arguments, "merge=true", environ=bench.environ

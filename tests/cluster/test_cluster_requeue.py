@@ -141,7 +141,7 @@ def test_where_the_processes_have_no_scontrol(bench: Bench, whole_two: Path) -> 
     job = bench.train(
         shape=TWO_NODES,
         script=REPO / "scripts" / "slurm" / "pretrain_container.sbatch",
-        environ={"CONTAINER": "env PATH=/nowhere", "TRAIN": "train.py"},
+        environ={"CONTAINER": "env PATH=/nowhere"},
         held_rank=0,
     )
     job.wait_until_held()

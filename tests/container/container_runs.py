@@ -63,4 +63,4 @@ class Workspace:
 
     def training(self, *overrides: str) -> list[str]:
         """A tiny one."""
-        return [*OPTIONS, "data.store=/data/store", "hydra.run.dir=runs/1", *overrides]
+        return ["train", *OPTIONS, "data.store=/data/store", "hydra.run.dir=runs/1", *overrides]

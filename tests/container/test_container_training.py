@@ -19,8 +19,7 @@ pytestmark = pytest.mark.container
 
 def test_the_demo(workspace: Workspace) -> None:
     """`make demo`, shortened: scans, store, training, features, probes, a page."""
-    demo = ("/opt/fmcib_ssl/scripts/demo.py", "trainer.max_epochs=2")
-    printed = workspace.run(*demo, docker=["--entrypoint=python"]).stdout
+    printed = workspace.run("demo", "trainer.max_epochs=2").stdout
     assert "Traceback" not in printed, printed
     (run,) = (workspace.folder / "runs" / "demo").iterdir()
     assert f"encoder   runs/demo/{run.name}/encoder.safetensors" in printed
@@ -77,7 +76,7 @@ def test_without_the_shared_memory_that_the_script_asks_for(workspace: Workspace
 def test_nothing_is_trained_without_a_mount(workspace: Workspace) -> None:
     for options in ([], ["--read-only"], [f"--user={workspace.uid}"]):
         done = workspace.engine.docker(
-            "run", "--rm", *options, workspace.image, "+experiment=phantom_ntxent_mined", check=False
+            "run", "--rm", *options, workspace.image, "train", "+experiment=phantom_ntxent_mined", check=False
         )
         assert done.returncode == 1
         assert "no permission for /workspace" in done.stdout and "in a container, mount a folder" in done.stdout
@@ -88,7 +87,7 @@ def test_nobody_but_root_can_change_the_code(workspace: Workspace) -> None:
     """Also without `--read-only`."""
     program = (
         "import os, fmcib_ssl\n"
-        "for folder in ('/opt/fmcib_ssl', '/opt/venv', os.path.dirname(fmcib_ssl.__file__), '/workspace'):\n"
+        "for folder in ('/opt/venv', os.path.dirname(fmcib_ssl.__file__), '/workspace'):\n"
         "    assert not any(os.access(os.path.join(*path, name), os.W_OK) for *path, names, files in os.walk(folder)\n"
         "                   for name in ('.', *files)), folder\n"
     )
@@ -97,4 +96,4 @@ def test_nobody_but_root_can_change_the_code(workspace: Workspace) -> None:
 
 
 def test_what_the_image_does_by_itself(workspace: Workspace) -> None:
-    assert "+experiment=" in workspace.engine.docker("run", "--rm", "--read-only", workspace.image).stdout
+    assert "fmcib-ssl VERB" in workspace.engine.docker("run", "--rm", "--read-only", workspace.image).stdout
