@@ -91,4 +91,6 @@ def push(folder: Path, repository: str, *, public: bool = False) -> str:
         raise ValueError(f"push={repository}: the hub refused: {error}. Is there a token (hf auth login)?") from error
 
 
-main = partial(run_command, ExportEncoder, run, interrupted="stopped", level=logging.WARNING)
+main = partial(
+    run_command, ExportEncoder, run, other_names={"checkpoint": "encoder"}, interrupted="stopped", level=logging.WARNING
+)

@@ -145,7 +145,7 @@ def compare_curves(runs: Mapping[str, Path], path: Path | str) -> Path:
     """
     tables, palette = {name: read_metrics(file) for name, file in runs.items()}, Palette()
     panels = [
-        (label if title == unit else f"{title}: {label}", unit, column)
+        (label if title == unit else f"{title}\n{label}", unit, column)
         for title, unit, columns in _PANELS
         for column, label in columns.items()
         if any(column in table and table[column].notna().any() for table in tables.values())

@@ -64,7 +64,7 @@ def write_program(encoder: Any, path: Path) -> float:
             else:
                 torch.export.save(program, path)
     except ImportError as error:
-        raise FormatError(f"{path.suffix} needs a package that is not installed: {error}") from error
+        raise FormatError(f"{path.suffix} needs more: pip install 'fmcib_ssl[onnx]' ({error})") from error
     except Exception as error:  # torch's exporters fail in every way there is
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FormatError(f"{path}: torch cannot export {type(encoder).__name__}: {reason}") from error
