@@ -78,11 +78,11 @@ def load(data: Path, workspace: Path) -> Nodules:
     return Nodules(lesions, patches, patients, folds_of(patients), pool, side, malignancy)
 
 
-def folds_of(patients: Array, num_folds: int = NUM_FOLDS) -> Array:
+def folds_of(patients: Array, num_folds: int = NUM_FOLDS, seed: int = 0) -> Array:
     """The fold of every row: patients in a random order, dealt out in turn."""
     names = np.unique(patients)
     dealt = np.empty(len(names), dtype=np.int64)
-    dealt[np.random.default_rng(0).permutation(len(names))] = np.arange(len(names))
+    dealt[np.random.default_rng(seed).permutation(len(names))] = np.arange(len(names))
     # names[permutation[k]] is the k-th in the order
     return (dealt % num_folds)[np.searchsorted(names, patients)]
 

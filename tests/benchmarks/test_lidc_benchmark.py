@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -23,6 +24,7 @@ import lidc_data  # noqa: E402
 import lidc_figures  # noqa: E402
 import lidc_methods  # noqa: E402
 import lidc_targets  # noqa: E402
+import lidc_trials  # noqa: E402
 
 from fmcib_ssl.evaluation import Labels, Protocol, Split, SplitScores, readers  # noqa: E402
 
@@ -221,6 +223,25 @@ def test_pretraining_sees_only_what_it_is_given_and_is_repeatable() -> None:
     )
     np.testing.assert_array_equal(first, again)
     np.testing.assert_array_equal(first[rows], with_others_changed[rows])
+
+
+def test_trials_see_no_patient_of_the_first_fold_nor_of_what_they_are_scored_on() -> None:
+    nodules = simulated_nodules()
+    splits = lidc_trials.development_splits(nodules)
+    for split in splits:
+        assert not {*nodules.patients[split.train]} & {*nodules.patients[split.test]}
+    tested = np.concatenate([split.test for split in splits])
+    np.testing.assert_array_equal(np.sort(tested), np.flatnonzero(nodules.fold != 0))
+
+
+def test_features_that_are_statistics_have_the_whole_penalty() -> None:
+    views = simulated_nodules().patches.float()
+    of_hu = SimpleNamespace(encoder=SimpleNamespace(hu_scale=1.0, hu_offset=0.0))
+    known = lidc_trials.standardised(views) @ torch.randn(lidc_trials.FIXED, 400)
+    for learned, share in ((torch.randn(len(views), 400), 16 / len(views)), (torch.linalg.svd(known)[0][:, :3], 1)):
+        assert float(lidc_trials.UnlikeStatistics.auxiliary(of_hu, learned, views, {})) == pytest.approx(
+            share, abs=0.05
+        )
 
 
 def test_crops_are_padded_with_their_edge(real_data: Path, tmp_path: Path) -> None:
