@@ -36,6 +36,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY fmcib_ssl fmcib_ssl
 COPY configs configs
 COPY scripts/slurm scripts/slurm
+COPY hydra_plugins hydra_plugins
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip_conf \
     pip wheel --no-deps --wheel-dir /wheels .
 

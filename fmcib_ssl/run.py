@@ -212,9 +212,8 @@ def _is_finished(settings: Settings, folder: RunFolder) -> bool:
 
 
 def _last_loss(folder: RunFolder) -> float:
-    rows = training.read_metrics(folder.path / "metrics.csv")
-    losses = [row["train/loss"] for row in rows if row.get("train/loss")]
-    return float(losses[-1]) if losses else float("nan")
+    loss = training.last_value(training.read_metrics(folder.path / "metrics.csv"), "train/loss")
+    return float("nan") if loss is None else loss
 
 
 def _begin_tracking(

@@ -63,7 +63,7 @@ def documented_commands() -> Iterator[Documented]:
 def verb_and_arguments(words: list[str]) -> tuple[str, list[str]] | None:
     """What of a command is ours: the verb and its words, wherever it stands behind a launcher; None: nothing is."""
     for place, word in enumerate(words):
-        rest = [one.rstrip(")") for one in words[place + 1 :] if one != "..."]
+        rest = [one if "(" in one else one.rstrip(")") for one in words[place + 1 :] if one != "..."]
         if word == "fmcib-ssl" and rest:
             return rest[0], rest[1:]
         name = Path(word).stem

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from fmcib_ssl.command import run_command
 from fmcib_ssl.io import Command
-from fmcib_ssl.training import RunFolderError, flat_settings, read_metrics, read_state, saved_settings
+from fmcib_ssl.training import RunFolderError, flat_settings, last_value, read_metrics, read_state, saved_settings
 
 #: Columns of the list, and those of `metrics.csv` that they are the last value of.
 _FIGURES = {"loss": "train/loss", "probe": "online/linear_auc"}
@@ -65,8 +65,7 @@ def _line(folder: Path, root: Path) -> dict[str, Any]:
     line["state"] = "finished" if state["finished"] else "not finished"
     line["step"] = (state["finished"] or {}).get("step", int(rows[-1]["step"]) + 1 if rows else 0)
     for name, column in _FIGURES.items():
-        values = [row[column] for row in rows if row.get(column)]
-        line[name] = float(values[-1]) if values else ""
+        line[name] = "" if (value := last_value(rows, column)) is None else value
     return {**line, "encoder": "yes" if (folder / "encoder.safetensors").is_file() else "no"}
 
 

@@ -26,6 +26,7 @@ from .figures import ContactRow as ContactRow
 from .figures import SheetLesion as SheetLesion
 from .figures import compare_curves as compare_curves
 from .figures import contact_sheet as contact_sheet
+from .figures import sweep_chart as sweep_chart
 from .figures import training_curves as training_curves
 from .hu_statistics import hu_statistics as hu_statistics
 from .hu_statistics import statistic_names as statistic_names

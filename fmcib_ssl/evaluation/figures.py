@@ -20,6 +20,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.ticker import LogFormatter
+from pandas.api.types import is_integer_dtype
 from torch import Tensor
 
 from fmcib_ssl.evaluation.probes import Neighbors
@@ -164,6 +166,37 @@ def compare_curves(runs: Mapping[str, Path], path: Path | str) -> Path:
             axes.plot(smooth.index, smooth, color=palette[name][0], lw=1.6, label=name if number == 0 else None)
         tidy(axes, title, "step", unit)
     return save_chart(figure, path, legend_columns=1)
+
+
+def sweep_chart(
+    trials: pd.DataFrame, keys: Sequence[str], logarithmic: Sequence[str], metric: str, path: Path | str, *,
+    ascending: bool,
+) -> Path:  # fmt: skip
+    """Draw the values of a sweep's trials in their order, with the best so far, and by each setting.
+
+    Args:
+        trials: columns `trial`, `value`, and one for each key.
+        keys: settings that were searched.
+        logarithmic: those with a logarithmic axis.
+        metric: what the values are.
+        path: NAME.png.
+        ascending: whether the lowest value is the best.
+    """
+    figure, all_axes = panels_of(1 + len(keys), 3, (3.7, 2.6))
+    value = trials["value"]
+    best = value.cummin() if ascending else value.cummax()
+    all_axes[0].plot(trials["trial"], best, color=COLORS[1], lw=1.6, drawstyle="steps-post", label="best so far")
+    all_axes[0].legend(frameon=False, fontsize=7.5, labelcolor=INK)
+    for axes, key in zip(all_axes, ["trial", *keys], strict=True):
+        axes.scatter(trials[key], value, c=trials["trial"], cmap="Blues", vmin=-len(trials) / 2, s=14, zorder=3)
+        if key in logarithmic:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(LogFormatter())  # plain text: `save_figure` draws no formulas
+            axes.xaxis.set_minor_formatter(LogFormatter())
+        elif is_integer_dtype(trials[key]):
+            axes.locator_params(axis="x", integer=True)
+        tidy(axes, f"By {key}", key, metric)
+    return save_chart(figure, path)
 
 
 def tidy(axes: Axes, title: str, x_label: str, y_label: str) -> None:

@@ -30,6 +30,7 @@ from .lesions import open_lesions as open_lesions
 from .loggers import MetricsFile as MetricsFile
 from .loggers import RunLogger as RunLogger
 from .loggers import WeightsAndBiases as WeightsAndBiases
+from .loggers import last_value as last_value
 from .loggers import read_metrics as read_metrics
 from .non_finite import FAULT_FORMAT as FAULT_FORMAT
 from .online_probe import OnlineProbe as OnlineProbe

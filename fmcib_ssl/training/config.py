@@ -22,7 +22,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import IntervalSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -184,13 +184,17 @@ def _check_run_folder(folder: Path) -> None:
 def _single_runs(overrides: Sequence[Override]) -> Iterator[list[str]]:
     """Runs of a sweep in which every value of every swept key occurs; not all combinations."""
     choices = [
-        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
-        if o.is_discrete_sweep()
-        else _lines([o])
+        [f"{o.get_key_element()}={value}" for value in _swept_values(o)] if o.is_sweep_override() else _lines([o])
         for o in overrides
     ]
     for row in range(max(map(len, choices), default=1)):
         yield [lines[row % len(lines)] for lines in choices]
+
+
+def _swept_values(override: Override) -> Iterable[object]:
+    """All values; of an interval its ends."""
+    sweep = override.value()
+    return (sweep.start, sweep.end) if isinstance(sweep, IntervalSweep) else override.sweep_string_iterator()
 
 
 def _parse_overrides(overrides: Iterable[str]) -> list[Override]:

@@ -13,7 +13,7 @@ import os
 import re
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -165,6 +165,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def last_value(rows: Iterable[Mapping[str, Any]], column: str) -> float | None:
+    """The newest value in a column of a metrics file's rows; None: it has none."""
+    values = [row[column] for row in rows if row.get(column)]
+    return float(values[-1]) if values else None
+
+
 def _is_row(row: Mapping[str | None, Any]) -> bool:
     """Whether there is a number, or nothing, in every column and in no other."""
     try:
@@ -279,8 +285,7 @@ class MLflow(_Server):
                 for begin in range(0, len(values), 100):  # as many as a request may hold
                     self._client.log_batch(self._run, params=values[begin : begin + 100])
             self._client.set_terminated(self._run, "RUNNING")
-            steps = [m.step for name in run.data.metrics for m in self._client.get_metric_history(self._run, name)]
-            self._first_step = max(steps, default=-1) + 1
+            self._first_step = int(run.data.tags.get("last_step", -1)) + 1
             self._send_again(folder, self._first_step, step)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -294,8 +299,12 @@ class MLflow(_Server):
     def save(self) -> None:
         """Send the rows that were kept."""
         with self._never_fatal():
+            from mlflow.entities import RunTag  # noqa: PLC0415  (an extra)
+
             for begin in range(0, len(self._rows) if self._run else 0, 1000):  # as many as a request may hold
-                self._client.log_batch(self._run, metrics=self._rows[begin : begin + 1000])
+                rows = self._rows[begin : begin + 1000]
+                # With the tag a later start knows what is here, without the history of every metric.
+                self._client.log_batch(self._run, metrics=rows, tags=[RunTag("last_step", str(rows[-1].step))])
         self._rows = []
 
     def show(self, name: str, picture: Path) -> None:
