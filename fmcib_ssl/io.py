@@ -533,9 +533,16 @@ def _help(command: type[Command]) -> str:
     lines = [(command.__doc__ or "").strip(), ""]
     width = max(map(len, command.model_fields))
     for key, field in command.model_fields.items():
-        default = "" if field.is_required() else f" [{'null' if field.default is None else field.default}]"
+        default = "" if field.is_required() else f" [{as_typed(field.default)}]"
         lines.append(f"  {key:<{width}}  {field.description or ''}{default}")
     return "\n".join(lines)
+
+
+def as_typed(value: object) -> str:
+    """A value as it is written on a command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 @contextmanager

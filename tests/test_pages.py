@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import runpy
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from fmcib_ssl.command import VERBS
 from fmcib_ssl.training.settings import FineTune, Hardware, _Data, _Trainer
 
 REPO = Path(__file__).resolve().parents[1]
@@ -51,6 +54,15 @@ def test_the_page_of_settings_has_every_key_and_option() -> None:
     files = {f"{file.parent.name}={file.stem}" for file in (REPO / "configs").glob("[!h]*/*.yaml")}
     defaults = {"data=lesions", "paths=default", "finetune=default"}
     assert not {option for option in files - defaults if not re.search(rf"^### \+?{option}$", page, re.MULTILINE)}
+
+
+def test_the_page_of_commands_has_every_verb_and_key() -> None:
+    page = "\n".join(runpy.run_path(str(DOCS / "_site" / "settings.py"))["command_lines"]())
+    for verb in VERBS:
+        (section,) = re.findall(rf"^### {verb}\n(.*?)(?=^### |\Z)", page, re.MULTILINE | re.DOTALL)
+        main = importlib.import_module(f"fmcib_ssl.command.{verb.replace('-', '_')}").main
+        keys = main.args[0].model_fields if isinstance(main, partial) else []
+        assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(keys)
 
 
 @pytest.mark.parametrize("page", sorted([*DOCS.rglob("*.md"), *REPO.glob("*.md")]), ids=lambda page: page.stem)

@@ -1,12 +1,16 @@
-"""The page of settings, made of the YAML files under configs/ and of the types in fmcib_ssl/training/settings.py."""
+"""The pages of settings and of commands, made of the YAML files under configs/ and of the types that check them."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fmcib_ssl.command import VERBS
+from fmcib_ssl.io import as_typed
 from fmcib_ssl.training import Settings
 
 REPO = Path(__file__).resolve().parents[2]
@@ -28,8 +32,30 @@ _PAGE = re.compile(r"docs/(\w+)\.md")
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Add the keys to the page."""
-    return "\n".join([markdown, *lines()]) + "\n" if page.file.src_uri == "settings.md" else markdown
+    """Add the keys to the pages."""
+    added = {"settings.md": lines, "commands.md": command_lines}.get(page.file.src_uri)
+    return "\n".join([markdown, *added()]) + "\n" if added else markdown
+
+
+def command_lines() -> Iterator[str]:
+    """The verbs, and the keys of each as `fmcib-ssl VERB --help` has them."""
+    yield from ["", "## Verbs", "", "| verb | |", "| --- | --- |"]
+    yield from (f"| [`{verb}`](#{verb}) | {about} |" for verb, about in VERBS.items())
+    for verb, about in VERBS.items():
+        main = importlib.import_module(f"fmcib_ssl.command.{verb.replace('-', '_')}").main
+        yield from ["", f"### {verb}", ""]
+        if verb in ("train", "demo"):
+            yield f"{about.capitalize()}. Its keys are the [settings](settings.md)."
+            continue
+        text = inspect.cleandoc(main.args[0].__doc__)
+        yield linked(re.sub("^(?=fmcib-ssl )", "    ", text, flags=re.MULTILINE))
+        yield from ["", "| key | default | allowed | |", "| --- | --- | --- | --- |"]
+        schema = main.args[0].model_json_schema()
+        for key, field in main.args[0].model_fields.items():
+            default = "" if field.is_required() else as_typed(field.default)
+            description = linked(field.description or "").replace("|", "\\|")
+            shown = f"`{default}`" if default else ""
+            yield f"| `{key}` | {shown} | {allowed(schema['properties'][key])} | {description} |"
 
 
 def lines() -> Iterator[str]:
@@ -101,6 +127,8 @@ def allowed(schema: Mapping[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
     if "prefixItems" in schema:
         return f"{len(schema['prefixItems'])} numbers"
+    if "items" in schema:
+        return f"list of {allowed(schema['items'])}"
     words = [f"{sign} {schema[key]:g}" for key, sign in BOUNDS.items() if key in schema]
     kind = "path" if schema.get("format") == "path" else KINDS[schema.get("type", "object")]
     return " ".join([kind, *words])

@@ -56,6 +56,10 @@ def main(words: Sequence[str] | None = None) -> None:
         from fmcib_ssl import __version__  # noqa: PLC0415
 
         print(__version__)
+    elif verb in ("-sc", "--shell-completion"):
+        from fmcib_ssl.command import completion  # noqa: PLC0415
+
+        completion.main(arguments)
     else:
         if verb == "train":
             from fmcib_ssl.training import signals  # noqa: PLC0415
