@@ -79,13 +79,16 @@ class Sweep:
             config: what was composed without the search space.
 
         Raises:
-            SweepError: nothing to search, no such metric, another process runs this sweep, or no trial has a value.
+            SweepError: nothing to search, an empty interval, no such metric, another process runs this sweep, or no
+                trial has a value.
         """
         lines = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
         parsed = OverridesParser.create(config_loader=context.config_loader).parse_overrides(lines)
         overrides = {override.get_key_element(): override for override in parsed}
         space = {key: _distribution(override) for key, override in overrides.items() if override.is_sweep_override()}
         fixed = [str(override.input_line) for key, override in overrides.items() if key not in space]
+        if min(self.n_trials, self.n_jobs) < 1:
+            raise SweepError("hydra.sweeper.n_trials and hydra.sweeper.n_jobs have to be 1 or more")
         if not space:
             raise SweepError("there is nothing to search: say what a key may be, such as KEY='interval(0.1, 1.0)'")
         if str(self.metric).startswith("online/") and "online_probe" not in (config.get("callbacks") or {}):
@@ -197,7 +200,10 @@ def _distribution(override: Override) -> BaseDistribution:
     else:
         return CategoricalDistribution(list(override.sweep_string_iterator()))
     kind = IntDistribution if isinstance(low, int) and isinstance(high, int) else FloatDistribution
-    return kind(low, high, **options)
+    try:
+        return kind(low, high, **options)
+    except ValueError as error:
+        raise SweepError(f"{override.input_line}: {error}") from error
 
 
 def _ended(study: optuna.Study) -> list[FrozenTrial]:

@@ -116,6 +116,8 @@ def test_hydras_grammar_is_the_search_space(text: str, expected: BaseDistributio
     [
         (["n=1"], "there is nothing to search"),
         (["hydra.sweeper.metric=online/linear_auc", "n=1,2"], "add callbacks=online"),
+        (["n=1,2", "hydra.sweeper.n_jobs=0"], "have to be 1 or more"),
+        (["x=interval(2, 1)"], r"x=interval\(2, 1\): .*low <= high"),
         (["hydra.sweeper.metric=train/los", "n=1,2"], "metrics.csv has no column train/los"),
         (["hydra.sweeper.n_trials=2", "n=3", "kind=plain,raised"], "none of 2 trials has a value"),
     ],
