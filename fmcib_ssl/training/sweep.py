@@ -36,6 +36,8 @@ from fmcib_ssl.types import UserError
 
 logger = logging.getLogger(__name__)
 
+#: So many trials that all end with one error are a mistake in the command.
+_ENOUGH = 5
 #: Value of a trial, None if it is set aside, and what else `trials.csv` says of it.
 _Outcome = tuple[float | None, dict[str, str]]
 
@@ -79,8 +81,8 @@ class Sweep:
             config: what was composed without the search space.
 
         Raises:
-            SweepError: nothing to search, an empty interval, no such metric, another process runs this sweep, or no
-                trial has a value.
+            SweepError: nothing to search, an empty interval, no such metric, all trials fail, another process runs
+                this sweep.
         """
         lines = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
         parsed = OverridesParser.create(config_loader=context.config_loader).parse_overrides(lines)
@@ -130,7 +132,10 @@ class Sweep:
                 study.tell(trial, value, TrialState.FAIL if value is None else TrialState.COMPLETE)
                 shown = f"{self.metric or 'value'} {value}" if value is not None else f"set aside: {record['error']}"
                 logger.info("%s: %s", " ".join(overrides[len(fixed) :]), shown)
-            _table(study).to_csv(folder / "trials.csv", index=False)
+            table = _table(study)
+            table.to_csv(folder / "trials.csv", index=False)
+            if len(table) >= _ENOUGH and table["value"].isna().all() and table["error"].nunique() == 1:
+                raise SweepError(f"every trial ends with the same error: {table['error'][0]}")
         return study
 
     def _report(self, study: optuna.Study, space: dict[str, BaseDistribution], folder: Path) -> None:
