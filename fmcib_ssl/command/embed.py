@@ -158,6 +158,6 @@ def report(outcome: Outcome) -> None:
 
 
 main = partial(
-    run_command, Embed, run, errors=(OSError, ImportError),
+    run_command, Embed, run, errors=(OSError, ValueError, ImportError),
     other_names={"weights": "checkpoint", "out": "output"}, interrupted="stopped; the same command resumes from here",
 )  # fmt: skip
