@@ -26,6 +26,7 @@ from fmcib_ssl.evaluation import (
     read_labels,
     read_ratings,
     resampled,
+    within,
     without_shared,
 )
 from fmcib_ssl.evaluation.probes import Probe
@@ -136,11 +137,7 @@ def within_sizes(question: Question, diameter_mm: Array, results: Mapping[str, S
     for name, kept in (("within_size", (0, 1, 2)), *((size, (k,)) for k, size in enumerate(SIZES))):
         splits = [replace(s, test=s.test[third[s.test] == k]) for k in kept for s in question.protocol.splits]
         cut = {
-            method: [
-                replace(s, rows=s.rows[third[s.rows] == k], scores=s.scores[third[s.rows] == k])
-                for k in kept
-                for s in scores
-            ]
+            method: [one for k in kept for one in within(scores, third) if third[one.rows[0]] == k]
             for method, scores in results.items()
         }
         protocol = replace(question.protocol, splits=splits)
