@@ -97,11 +97,12 @@ def test_killed_within_the_lock_of_the_queue(method: str, tmp_path: Path) -> Non
 )
 def test_the_reason_and_the_lesion(death: str, reason: str) -> None:
     loader = workers.WatchedLoader(Dying(death), batch_size=2, num_workers=2, title="patient {}".format, rank=1)
+    of_other_tests = multiprocessing.active_children()
     with pytest.raises(workers.WorkerDiedError) as error, workers.no_worker_left():
         list(loader)
     message = rf"data worker of rank 1 \(process \d+\) {reason}.* to read: number 4 \(patient 4\)\. .* resumes from it"
     assert re.match(message, str(error.value))
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= set(of_other_tests)
 
 
 @pytest.mark.slow
