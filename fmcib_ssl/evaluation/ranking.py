@@ -51,6 +51,8 @@ class Ranking:
     @property
     def verdict(self) -> str:
         """What may be said, in a sentence."""
+        if not self.tasks:
+            return "No task counts: there is no ranking."
         if len(self.rows) < 2:
             return "Fewer than two models have a value on every task: there is no ranking."
         if not any(pair["separable"] for pair in self.pairs):
