@@ -133,7 +133,7 @@ def test_a_sample_depends_on_its_key_alone(store: Store) -> None:
     assert not torch.equal(samples[SampleKey(0, 1)]["negative"], LesionPatches(store, SIZE, seed=8)[1]["negative"])
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_give_the_same_samples(store: Store, context: str) -> None:
     dataset = LesionPatches(store, SIZE, seed=7)
     keys = [SampleKey(epoch, index) for epoch in range(3) for index in range(4)]

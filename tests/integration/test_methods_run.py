@@ -34,7 +34,9 @@ SMALL: dict[str, dict[str, int]] = {
 }
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize(
+    "name", [*BASELINES[:2], *BASELINES[4:], *(pytest.param(name, marks=pytest.mark.slow) for name in BASELINES[2:4])]
+)
 def test_two_steps_and_an_encoder(name: str, phantom_table: Path, tmp_path: Path) -> None:
     run = run_method(name, phantom_table, tmp_path, "trainer.max_steps=2")
     assert metrics_of(run)["train/loss"].notna().sum() == 2

@@ -75,6 +75,7 @@ def test_a_finished_run_is_left_alone_and_may_be_trained_for_longer(
     assert losses_of(tmp_path) == losses_of(reference)
 
 
+@pytest.mark.slow
 def test_a_refused_start_leaves_a_finished_run_as_it_is(
     phantom_table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

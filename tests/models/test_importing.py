@@ -184,7 +184,9 @@ def test_medicalnet(depth: int, build: Callable[..., Any], tmp_path: Path) -> No
     assert torch.allclose(features_of(output, hu), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["r3d_18", "mc3_18", "r2plus1d_18"])
+@pytest.mark.parametrize(
+    "name", ["r3d_18", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mc3_18", "r2plus1d_18"))]
+)
 def test_video_weights_see_gray_in_all_three_channels(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = with_statistics(getattr(video, name)(weights=None))
