@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int16
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler, default_collate, get_worker_info
+from torch.utils.data import Dataset, Sampler, default_collate
 
 from fmcib_ssl.data.workers import WatchedLoader
 from fmcib_ssl.types import PatchPair, Preprocessing, SampleKey, ViewPairs, ViewTransform
@@ -158,12 +158,8 @@ class ViewPairDataset(Dataset[dict[str, Any]]):
         return pairs
 
     def collate(self, pairs: list[dict[str, Any]]) -> ViewPairs:
-        """Turn lesions into a batch of views, in shared memory if this is a worker."""
-        views = self.make_views(default_collate(pairs))
-        if get_worker_info() is not None:  # where it raises; the queue's thread would drop the batch, for ever awaited
-            for view in (*views["positive"], *views["negative"]):
-                view.share_memory_()  # type: ignore[no-untyped-call]
-        return views
+        """Turn lesions into a batch of views."""
+        return self.make_views(default_collate(pairs))
 
 
 class LabelledPatches(Dataset[dict[str, Any]]):

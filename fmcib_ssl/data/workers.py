@@ -16,10 +16,12 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from fmcib_ssl.data.processes import held, shield_worker
@@ -75,6 +77,8 @@ class WatchedLoader(DataLoader[Any]):
             self._last_read = multiprocessing.RawArray("q", [-1, -1] * num_workers)
             dataset, arguments["worker_init_fn"] = _Noted(dataset, self._last_read), _start_worker
         super().__init__(dataset, num_workers=num_workers, **arguments)
+        if num_workers:
+            self.collate_fn = partial(_collate_shared, self.collate_fn)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names a class of its own
         """Deal out the epoch that is set when the first batch is asked for.
@@ -217,6 +221,15 @@ class _Noted(Dataset[Any]):
             lesion = key.index if isinstance(key, SampleKey) else key
             self.last_read[2 * worker.id : 2 * worker.id + 2] = [os.getpid(), lesion]
         return self.dataset[key]
+
+
+def _collate_shared(collate: Callable[[list[Any]], Any], items: list[Any]) -> Any:
+    """A batch whose tensors are in shared memory already.
+
+    What a full /dev/shm raises here reaches the training process. The queue's thread, which would share them otherwise,
+    drops the batch, and that is waited for in vain.
+    """
+    return apply_to_collection(collate(items), torch.Tensor, torch.Tensor.share_memory_)
 
 
 _watches: set[_Watch] = set()

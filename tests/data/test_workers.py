@@ -12,6 +12,7 @@ from pathlib import Path
 from signal import SIGKILL, SIGSEGV
 
 import pytest
+import torch
 from dying_workers import die_within_the_lock
 from torch.utils.data import Dataset
 
@@ -103,6 +104,19 @@ def test_the_reason_and_the_lesion(death: str, reason: str) -> None:
     message = rf"data worker of rank 1 \(process \d+\) {reason}.* to read: number 4 \(patient 4\)\. .* resumes from it"
     assert re.match(message, str(error.value))
     assert set(multiprocessing.active_children()) <= set(of_other_tests)
+
+
+def _no_room(_: torch.Tensor) -> None:
+    raise RuntimeError("unable to allocate shared memory")
+
+
+@pytest.mark.parametrize("options", [{}, {"collate_fn": list}], ids=["stacked", "listed"])
+def test_no_room_in_shared_memory_is_an_error_not_a_hang(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the batch is made by: without, the queue's thread would drop it, and nobody would learn of it."""
+    monkeypatch.setattr(torch.Tensor, "share_memory_", _no_room)
+    loader = workers.WatchedLoader([torch.zeros(2)] * 4, batch_size=2, num_workers=1, **options)
+    with pytest.raises(RuntimeError, match="unable to allocate shared memory"), workers.no_worker_left():
+        next(iter(loader))
 
 
 @pytest.mark.slow
