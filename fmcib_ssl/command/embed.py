@@ -107,24 +107,23 @@ def source_of(command: Embed) -> dict[str, Any]:
 
 def encoder_of(command: Embed) -> FrozenEncoder:
     """The encoder that is asked for, of a file or, for a folder, of the run in it."""
-    from fmcib_ssl.evaluation import (  # noqa: PLC0415
-        radiomics_encoder,
-        random_encoder,
-        raw_voxels,
-        statistics_encoder,
-        trained_encoder,
-    )
+    from fmcib_ssl.evaluation import radiomics_encoder, rebuilt_encoder, trained_encoder  # noqa: PLC0415
 
-    file = command.like if command.checkpoint in WITHOUT_WEIGHTS else Path(command.checkpoint)
+    is_trained = command.checkpoint not in WITHOUT_WEIGHTS
+    file = Path(command.checkpoint) if is_trained else command.like
     assert file is not None
     encoder = trained_encoder(weights_file(file), trusted_targets=command.trusted_targets)
-    baselines = {"raw_voxels": raw_voxels, "hu_statistics": statistics_encoder, "radiomics": radiomics_encoder}
-    if command.checkpoint in baselines:
-        return baselines[command.checkpoint](encoder.preprocessing)
-    if command.checkpoint == "random":
-        spec, trusted = encoder.about["encoder"], command.trusted_targets
-        return random_encoder(spec, encoder.preprocessing, command.seed, trusted_targets=trusted)
-    return encoder
+    if is_trained:
+        return encoder
+    if command.checkpoint == "radiomics":
+        return radiomics_encoder(encoder.preprocessing)
+    about = {
+        "kind": "random_weights" if command.checkpoint == "random" else command.checkpoint,
+        "preprocessing": encoder.preprocessing.to_dict(),
+        "encoder": encoder.about["encoder"],
+        "seed": command.seed,
+    }
+    return rebuilt_encoder(about, command.trusted_targets)
 
 
 def inference_of(command: Embed, local: int) -> Inference:

@@ -8,9 +8,7 @@ from .embedding_sources import Inference as Inference
 from .embedding_sources import encode as encode
 from .embedding_sources import open_patches as open_patches
 from .embedding_sources import radiomics_encoder as radiomics_encoder
-from .embedding_sources import random_encoder as random_encoder
-from .embedding_sources import raw_voxels as raw_voxels
-from .embedding_sources import statistics_encoder as statistics_encoder
+from .embedding_sources import rebuilt_encoder as rebuilt_encoder
 from .embedding_sources import trained_encoder as trained_encoder
 from .evaluate import NUM_COMPONENTS as NUM_COMPONENTS
 from .evaluate import Evaluation as Evaluation
