@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from glob import escape, glob
 
-from fmcib_ssl.command import VERBS, train
+from fmcib_ssl.command import VERBS
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -19,6 +19,8 @@ def main(arguments: Sequence[str]) -> None:
     elif words and words[0] not in ("train", "demo"):
         print(*_choices(words[0], words[-1]), sep="\n")
     else:
+        from fmcib_ssl.command import train  # noqa: PLC0415  (Hydra, which the other verbs do without)
+
         os.environ["COMP_LINE"] = " ".join([program, *words[1:]])  # Hydra knows no verbs
         train.main(["-sc", *arguments])
 
