@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import re
 import runpy
 from functools import partial
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fmcib_ssl.command import VERBS
+from fmcib_ssl.command import VERBS, main_of
 from fmcib_ssl.training.settings import FineTune, Hardware, _Data, _Trainer
 
 REPO = Path(__file__).resolve().parents[1]
@@ -60,7 +59,7 @@ def test_the_page_of_commands_has_every_verb_and_key() -> None:
     page = "\n".join(runpy.run_path(str(DOCS / "_site" / "settings.py"))["command_lines"]())
     for verb in VERBS:
         (section,) = re.findall(rf"^### {verb}\n(.*?)(?=^### |\Z)", page, re.MULTILINE | re.DOTALL)
-        main = importlib.import_module(f"fmcib_ssl.command.{verb.replace('-', '_')}").main
+        main = main_of(verb)
         keys = main.args[0].model_fields if isinstance(main, partial) else []
         assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(keys)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fmcib_ssl.command import VERBS
+from fmcib_ssl.command import VERBS, main_of
 from fmcib_ssl.io import as_typed
 from fmcib_ssl.training import Settings
 
@@ -42,16 +41,16 @@ def command_lines() -> Iterator[str]:
     yield from ["", "## Verbs", "", "| verb | |", "| --- | --- |"]
     yield from (f"| [`{verb}`](#{verb}) | {about} |" for verb, about in VERBS.items())
     for verb, about in VERBS.items():
-        main = importlib.import_module(f"fmcib_ssl.command.{verb.replace('-', '_')}").main
         yield from ["", f"### {verb}", ""]
         if verb in ("train", "demo"):
             yield f"{about.capitalize()}. Its keys are the [settings](settings.md)."
             continue
-        text = inspect.cleandoc(main.args[0].__doc__)
+        command = main_of(verb).args[0]
+        text = inspect.cleandoc(command.__doc__)
         yield linked(re.sub("^(?=fmcib-ssl )", "    ", text, flags=re.MULTILINE))
         yield from ["", "| key | default | allowed | |", "| --- | --- | --- | --- |"]
-        schema = main.args[0].model_json_schema()
-        for key, field in main.args[0].model_fields.items():
+        schema = command.model_json_schema()
+        for key, field in command.model_fields.items():
             default = "" if field.is_required() else as_typed(field.default)
             description = linked(field.description or "").replace("|", "\\|")
             shown = f"`{default}`" if default else ""

@@ -10,7 +10,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from fmcib_ssl.io import Command
@@ -73,7 +73,12 @@ def main(words: Sequence[str] | None = None) -> None:
             print(f"error: there is no verb {verb!r}.{hint} fmcib-ssl --help lists them", file=sys.stderr)
             sys.exit(2)
         with exit_without_teardown():
-            importlib.import_module(f"fmcib_ssl.command.{verb.replace('-', '_')}").main(arguments)
+            main_of(verb)(arguments)
+
+
+def main_of(verb: str) -> Any:
+    """What runs a verb's arguments: but for `train` and `demo` a partial of `run_command`, with the command first."""
+    return importlib.import_module(f"fmcib_ssl.command.{verb.replace('-', '_')}").main
 
 
 def weights_file(path: Path) -> Path:

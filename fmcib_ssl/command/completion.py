@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Sequence
 from glob import escape, glob
 
-from fmcib_ssl.command import VERBS
+from fmcib_ssl.command import VERBS, main_of
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -29,8 +28,7 @@ def _choices(verb: str, word: str) -> list[str]:
     """A verb's keys; of a key that is typed its values, as far as they are known, or files."""
     if verb not in VERBS:
         return []
-    command = importlib.import_module(f"fmcib_ssl.command.{verb.replace('-', '_')}").main.args[0]
-    keys = command.model_json_schema()["properties"]
+    keys = main_of(verb).args[0].model_json_schema()["properties"]
     key, equals, value = word.partition("=")
     if not equals or key not in keys:
         return [f"{name}=" for name in keys]
